@@ -1,0 +1,79 @@
+"""Parallel arithmetic without a process group: who holds what, for any number of ranks.
+
+Rank order is Megatron-core's default: tensor fastest, then data, then pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from nemo_vlm_ptq.errors import UserError
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the three parallel axes."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+
+    @property
+    def world(self) -> int:
+        """Number of ranks."""
+        return self.tensor * self.pipeline * self.data
+
+    def coordinates(self, rank: int) -> tuple[int, int, int]:
+        """(tensor, pipeline, data) index of a global rank."""
+        tensor = rank % self.tensor
+        data = rank // self.tensor % self.data
+        return tensor, rank // (self.tensor * self.data), data
+
+    def __str__(self) -> str:
+        return f"TP {self.tensor} x PP {self.pipeline} x DP {self.data}"
+
+
+def divisors(number: int, limit: int = 64) -> list[int]:
+    """Divisors of `number` up to `limit`, ascending."""
+    return [d for d in range(1, limit + 1) if number % d == 0]
+
+
+def split_evenly(items: Sequence[Item], parts: int, index: int) -> Sequence[Item]:
+    """Contiguous share `index` of `parts`; the first shares take the remainder.
+
+    This is `torch.tensor_split`, the rule of TensorRT-LLM 1.x for layers over pipeline ranks.
+    """
+    size, extra = divmod(len(items), parts)
+    start = index * size + min(index, extra)
+    return items[start : start + size + (index < extra)]
+
+
+def deal(items: Sequence[Item], parts: int, index: int) -> Sequence[Item]:
+    """Every `parts`-th item from `index`: shares are disjoint and their union is all items."""
+    return items[index::parts]
+
+
+def data_axis(tensor: int, pipeline: int, world: int, data: int | None) -> int:
+    """Size of the data axis in a world of ranks.
+
+    Raises:
+        UserError: tensor * pipeline * data is not the world size.
+    """
+    model = tensor * pipeline
+    if data is None:
+        if world % model:
+            raise UserError(
+                f"{world} ranks cannot hold tensor {tensor} x pipeline {pipeline}: "
+                f"start a multiple of {model} ranks"
+            )
+        return world // model
+    if model * data != world:
+        raise UserError(
+            f"parallel: tensor {tensor} x pipeline {pipeline} x data {data} needs {model * data} "
+            f"ranks but {world} were started; start {model * data}, or set parallel.data=auto"
+        )
+    return data

@@ -1,0 +1,198 @@
+"""The recipe: one YAML file, one frozen record, the only input of every stage."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from nemo_vlm_ptq.errors import UserError
+from nemo_vlm_ptq.formats import TARGETS, find_format
+from nemo_vlm_ptq.names import STAGES
+
+
+class Part(BaseModel):
+    """A frozen record that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Parallel(Part):
+    """Ranks that import, observe and solve run on; `data: auto` takes what is left of the ranks."""
+
+    tensor: int = Field(1, ge=1)
+    pipeline: int = Field(1, ge=1)
+    data: int | Literal["auto"] = "auto"
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _positive(cls, value: Any) -> Any:
+        if value != "auto" and not (isinstance(value, int) and value >= 1):
+            raise ValueError("Input should be a positive number of ranks or 'auto'")
+        return value
+
+
+class Quantize(Part):
+    """What is quantized and how; several formats share one observe."""
+
+    format: tuple[str, ...] = Field(("fp8",), min_length=1)
+    kv_cache: Literal["none"] = "none"
+    group_size: int = Field(128, ge=16)
+
+    @field_validator("format", mode="before")
+    @classmethod
+    def _list_of_known(cls, value: Any) -> tuple[str, ...]:
+        names = [value] if isinstance(value, str) else value
+        if not isinstance(names, list | tuple):
+            raise ValueError("Input should be a format or a list of formats")
+        try:
+            return tuple(dict.fromkeys(find_format(str(name)).name for name in names))
+        except UserError as error:
+            raise ValueError(str(error)) from None
+
+
+class Calibration(Part):
+    """Data that observe runs the model over."""
+
+    data: str = "scenes"
+    samples: int = Field(512, ge=1)
+    micro_batch: int = Field(1, ge=1)
+    seed: int = 0
+    modality: Literal["image_text", "text"] = "image_text"
+
+
+class Export(Part):
+    """Written checkpoints: targets, and the inference layout of the TensorRT-LLM one."""
+
+    targets: tuple[str, ...] = Field(("trtllm",), min_length=1)
+    tensor: int = Field(1, ge=1)
+    pipeline: int = Field(1, ge=1)
+    dtype: Literal["auto", "bfloat16", "float16"] = "auto"  # auto: that of the source
+
+    @field_validator("targets", mode="after")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in TARGETS:
+                raise ValueError(f"unknown target {name!r}; known: {', '.join(TARGETS)}")
+        return value
+
+
+class Gate(Part):
+    """Largest loss that is still accepted, in points of accuracy against 16 bit."""
+
+    gqa_drop: float | None = Field(None, ge=0, allow_inf_nan=False)
+
+
+class Evaluate(Part):
+    """Questions answered from the exported checkpoint."""
+
+    tasks: tuple[Literal["gqa", "sight"], ...] = ("gqa", "sight")
+    data: str = "scenes"
+    limit: int | None = Field(None, ge=1)
+    batch: int = Field(64, ge=1)
+    gate: Gate = Gate()
+
+
+class Recipe(Part):
+    """One whole job, from a Hugging Face folder to proven, scored checkpoints."""
+
+    model: str
+    workdir: str
+    family: str = "auto"
+    stages: tuple[str, ...] = Field(STAGES, min_length=1)
+    parallel: Parallel = Parallel()
+    quantize: Quantize = Quantize()
+    calibration: Calibration = Calibration()
+    export: Export = Export()
+    evaluate: Evaluate = Evaluate()
+
+    @field_validator("stages", mode="after")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in STAGES:
+                raise ValueError(f"unknown stage {name!r}; known: {', '.join(STAGES)}")
+        return value
+
+
+def _fields(model: type[BaseModel], prefix: str = "") -> list[str]:
+    names = []
+    for name, field in model.model_fields.items():
+        names.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            names += _fields(field.annotation, f"{prefix}{name}.")
+    return names
+
+
+def _explain(error: ValidationError) -> str:
+    """First problem of a recipe as one line; unknown keys get the nearest known one."""
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"] if not isinstance(part, int))
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, _fields(Recipe), n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"unknown recipe key {key!r}{hint}"
+    if problem["type"] == "missing":
+        return f"recipe key {key!r} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"recipe key {key!r}: {message} (got {problem['input']!r})"
+
+
+def recipe_file(name: str) -> Path:
+    """The file of a recipe: a path, or the name of one that ships in configs/.
+
+    Raises:
+        UserError: neither; lists the names that ship.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    here = Path(__file__).resolve().parent
+    shipped = [folder for folder in (here / "configs", here.parent / "configs") if folder.is_dir()]
+    for folder in shipped:
+        if (folder / f"{name}.yaml").is_file():
+            return folder / f"{name}.yaml"
+    known = sorted({file.stem for folder in shipped for file in folder.glob("*.yaml")})
+    raise UserError(f"recipe {name!r} is no file; recipes that ship: {', '.join(known) or 'none'}")
+
+
+def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
+    """Read, override with `dotted.key=value` words, and validate a recipe.
+
+    Raises:
+        UserError: unreadable file, unknown key (with the nearest known), or a value out of range.
+    """
+    path = recipe_file(name)
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must be a mapping of recipe keys")
+    for word in overrides:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise UserError(f"{word!r} is not an override; write key=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"{word!r} is not an override: {text!r} is not YAML") from None
+        _assign(tree, key, value)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_explain(error)) from None
+
+
+def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for key in parents:
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"recipe key {dotted!r}: {key!r} holds a value, not a group of keys")
+    tree[last] = value
