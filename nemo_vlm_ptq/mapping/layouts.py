@@ -1,0 +1,105 @@
+"""The closed set of layouts: how one Megatron tensor is cut from, and put back into, HF tensors.
+
+Pure tensor arithmetic; nothing here knows of ranks or files. Every function works on anything that
+can be sliced like a tensor, so that a safetensors slice reads only what a rank needs.
+
+Legend: O output features, K input features, G groups of K; t index and T size of the tensor axis.
+Tensors whose first axis is O (weights [O,K], per-channel scales [O], per-group scales [O,G]) all
+follow the layout of their weight, so a scale travels by the row of its weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+Kind = Literal["replicate", "column", "row", "gated", "qkv", "vocab"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the layouts need to know of a decoder; `vocab_rows` is the vocabulary with padding."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    vocab_rows: int
+
+    @property
+    def queries(self) -> int:
+        """Query heads that share one KV head."""
+        return self.heads // self.kv_heads
+
+
+def take(kind: Kind, parts: Sequence[Any], sizes: Sizes, t: int, T: int) -> torch.Tensor:
+    """Megatron's shard `t` of `T` from the HF tensors of one row; vocab rows are zero-padded."""
+    if kind == "qkv":
+        return _take_qkv(parts, sizes, t, T)
+    if kind == "gated":
+        return torch.cat([_cut(part, t, T) for part in parts])
+    (part,) = parts
+    if kind == "replicate":
+        return part[:]
+    if kind == "vocab":
+        return _take_vocab(part, sizes, t, T)
+    if kind == "row":  # a vector of outputs is whole on every shard
+        if len(_shape(part)) == 1:
+            return part[:]
+        width = _shape(part)[1] // T
+        return part[:, t * width : (t + 1) * width]
+    return _cut(part, t, T)
+
+
+def give(kind: Kind, full: torch.Tensor, sizes: Sizes) -> tuple[torch.Tensor, ...]:
+    """The HF tensors of one row from Megatron's whole tensor; the inverse of `take(..., 0, 1)`."""
+    if kind == "qkv":
+        return _give_qkv(full, sizes)
+    if kind == "gated":
+        gate, up = full.chunk(2)
+        return gate, up
+    return (full[: sizes.vocab],) if kind == "vocab" else (full,)
+
+
+def take_input(kind: Kind, vector_K: torch.Tensor, t: int, T: int) -> torch.Tensor:
+    """The share of a per-input-channel vector [K] that belongs to shard `t` of a weight."""
+    return _cut(vector_K, t, T) if kind == "row" else vector_K
+
+
+def _shape(part: Any) -> Sequence[int]:
+    return part.shape if isinstance(part, torch.Tensor) else part.get_shape()
+
+
+def _cut(part: Any, t: int, T: int) -> torch.Tensor:
+    rows = _shape(part)[0] // T
+    return part[t * rows : (t + 1) * rows]
+
+
+def _take_vocab(part: Any, sizes: Sizes, t: int, T: int) -> torch.Tensor:
+    rows = sizes.vocab_rows // T
+    local = part[min(t * rows, sizes.vocab) : min((t + 1) * rows, sizes.vocab)]
+    missing = rows - local.shape[0]
+    return torch.cat([local, local.new_zeros(missing, local.shape[1])]) if missing else local
+
+
+def _take_qkv(parts: Sequence[Any], sizes: Sizes, t: int, T: int) -> torch.Tensor:
+    """Rows of one shard: for each of its KV heads the query heads that share it, then k and v."""
+    groups = sizes.kv_heads // T
+    pieces = []
+    for part, per_group in zip(parts, (sizes.queries, 1, 1), strict=True):
+        rows = groups * per_group * sizes.head_dim
+        local = part[t * rows : (t + 1) * rows]
+        pieces.append(local.reshape(groups, per_group * sizes.head_dim, *local.shape[1:]))
+    merged = torch.cat(pieces, dim=1)
+    return merged.reshape(-1, *merged.shape[2:])
+
+
+def _give_qkv(full: torch.Tensor, sizes: Sizes) -> tuple[torch.Tensor, ...]:
+    heads = [sizes.queries * sizes.head_dim, sizes.head_dim, sizes.head_dim]
+    grouped = full.reshape(sizes.kv_heads, sum(heads), *full.shape[1:])
+    return tuple(
+        piece.reshape(-1, *full.shape[1:]).contiguous() for piece in grouped.split(heads, dim=1)
+    )

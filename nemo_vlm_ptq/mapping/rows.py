@@ -1,0 +1,96 @@
+"""Rows: the one table that names every tensor in both worlds, and its exact coverage.
+
+A row ties a Megatron name pattern to one or more Hugging Face name patterns and a layout. `{i}`
+stands for the layer. The same rows serve import, export and every tensor-parallel size.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from nemo_vlm_ptq.errors import UserError
+from nemo_vlm_ptq.mapping.layouts import Kind
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; `linear` marks a weight that the decoder formats quantize."""
+
+    megatron: str
+    hf: tuple[str, ...]
+    layout: Kind
+    linear: bool = False
+
+    def at(self, layer: int) -> Row:
+        """The row with its layer filled in."""
+        return Row(
+            self.megatron.replace("{i}", str(layer)),
+            tuple(name.replace("{i}", str(layer)) for name in self.hf),
+            self.layout,
+            self.linear,
+        )
+
+    @property
+    def layered(self) -> bool:
+        """The row stands for one tensor in each layer."""
+        return "{i}" in self.megatron
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Source tensors that have no place in the result, and why."""
+
+    pattern: str
+    reason: str
+
+
+def expand(rows: Iterable[Row], layers: Iterable[int]) -> list[Row]:
+    """Rows with every layer filled in, layer by layer, rows without layers first."""
+    rows = list(rows)
+    flat = [row for row in rows if not row.layered]
+    return flat + [row.at(layer) for layer in layers for row in rows if row.layered]
+
+
+def canonical(name: str, aliases: Sequence[tuple[str, str]]) -> str:
+    """The published name of a tensor found on disk under any vintage's name."""
+    for pattern, replacement in aliases:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def check_coverage(
+    found: Mapping[str, Sequence[int]],
+    expected: Mapping[str, Sequence[int]],
+    drops: Sequence[Drop],
+    where: str,
+) -> None:
+    """Every expected tensor is there in its shape, every other one is dropped by a stated pattern.
+
+    Args:
+        found: published name -> shape, as read from the checkpoint.
+        expected: published name -> shape, from the rows and the config.
+        drops: patterns of tensors that may be there and are not used.
+        where: the folder, for the message.
+
+    Raises:
+        UserError: a tensor is missing, extra, or of another shape.
+    """
+    missing = sorted(set(expected) - set(found))
+    if missing:
+        raise UserError(f"{where}: tensor {missing[0]} is missing ({len(missing)} in all)")
+    extra = sorted(
+        name
+        for name in set(found) - set(expected)
+        if not any(re.fullmatch(drop.pattern, name) for drop in drops)
+    )
+    if extra:
+        raise UserError(f"{where}: tensor {extra[0]} has no place in this family "
+                        f"({len(extra)} in all)")  # fmt: skip
+    for name, shape in expected.items():
+        if tuple(found[name]) != tuple(shape):
+            raise UserError(
+                f"{where}: tensor {name} has shape {tuple(found[name])}, "
+                f"the config asks for {tuple(shape)}"
+            )
