@@ -1,0 +1,148 @@
+"""Reading a Hugging Face checkpoint: safetensors only, checked before a byte of weights is used."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_vlm_ptq.errors import UserError
+from nemo_vlm_ptq.mapping.rows import canonical
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where a tensor lies on disk."""
+
+    file: Path
+    disk_name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def header(path: Path) -> dict[str, Any]:
+    """The JSON header of a safetensors file, with the file's length checked against it."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise UserError(f"{path} is truncated or no safetensors file")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            raise UserError(f"{path} is truncated or no safetensors file") from None
+    try:
+        header.pop("__metadata__", None)
+        ends = [8 + length]
+        for entry in header.values():
+            start, end = entry["data_offsets"]
+            size_of = DTYPE_BYTES.get(entry["dtype"])
+            if size_of and end - start != math.prod(entry["shape"]) * size_of:
+                raise ValueError
+            ends.append(8 + length + end)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(f"{path} is damaged: its header is not of a safetensors file") from None
+    if max(ends) != size:
+        what = "truncated" if max(ends) > size else "damaged"
+        raise UserError(f"{path} is {what}: {size} bytes, its header asks for {max(ends)}")
+    return header
+
+
+def _files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder, by its index where it has one."""
+    if not folder.is_dir():
+        raise UserError(f"model folder {folder} does not exist")
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            pickles = [path.name for pattern in PICKLES for path in folder.glob(pattern)]
+            if pickles:
+                raise UserError(
+                    f"{folder} holds {pickles[0]}, a pickle that can run code when loaded; "
+                    "convert it to safetensors first"
+                )
+            raise UserError(f"{folder} holds no .safetensors file")
+        return files
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{index} is no index: it needs weight_map, tensor -> file") from None
+    for name in names:
+        path = folder / name
+        if name in outside:
+            raise UserError(f"{index} names {name!r}, a file outside the folder")
+        if not path.is_file():
+            raise UserError(f"{index} names {name!r}, which is not there")
+    return [folder / name for name in names]
+
+
+def list_tensors(folder: Path, aliases: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
+    """Published name -> place on disk, for every tensor of a checkpoint; reads headers only.
+
+    Raises:
+        UserError: no folder, no safetensors, a pickle, a truncated shard, a bad index, or two
+            tensors that bear the same published name.
+    """
+    found: dict[str, Tensor] = {}
+    for path in _files(folder):
+        for disk_name, entry in header(path).items():
+            name = canonical(disk_name, aliases)
+            if name in found:
+                raise UserError(f"{path}: {disk_name} and {found[name].disk_name} are both {name}")
+            found[name] = Tensor(path, disk_name, tuple(entry["shape"]), entry["dtype"])
+    return found
+
+
+class Reader:
+    """Open safetensors files; `slices(name)` can be cut like a tensor and reads only the cut."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], stack: ExitStack) -> None:
+        self._tensors = tensors
+        self._stack = stack
+        self._open: dict[Path, Any] = {}
+
+    def slices(self, name: str) -> Any:
+        """A lazily read tensor: `[a:b]` and `[:, a:b]` read those rows or columns."""
+        from safetensors import safe_open
+
+        place = self._tensors[name]
+        if place.file not in self._open:
+            handle = safe_open(place.file, framework="pt")
+            self._open[place.file] = self._stack.enter_context(handle)
+        return self._open[place.file].get_slice(place.disk_name)
+
+    def whole(self, name: str) -> Any:
+        """The whole tensor, checked to be finite."""
+        return finite(self.slices(name)[:], name)
+
+
+@contextmanager
+def open_tensors(tensors: Mapping[str, Tensor]) -> Iterator[Reader]:
+    """Reader over tensors listed by `list_tensors`; files are opened when first needed."""
+    with ExitStack() as stack:
+        yield Reader(tensors, stack)
+
+
+def finite(tensor: Any, name: str) -> Any:
+    """The tensor itself.
+
+    Raises:
+        UserError: it holds NaN or Inf.
+    """
+    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        raise UserError(f"tensor {name} holds NaN or Inf")
+    return tensor
+
+
+def total_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of the listed tensors on disk."""
+    return sum(math.prod(t.shape) * DTYPE_BYTES.get(t.dtype, 4) for t in tensors.values())
