@@ -1,0 +1,244 @@
+"""The one place where recipe, family, format and parallelism meet; what cannot work stops here.
+
+Reads config.json and the headers of the checkpoint, no weights, and asks for no GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_vlm_ptq.errors import UserError
+from nemo_vlm_ptq.families import Decoder, ModelFamily, find_family, read_config
+from nemo_vlm_ptq.formats import QuantFormat, find_format
+from nemo_vlm_ptq.mapping.rows import check_coverage
+from nemo_vlm_ptq.questions import questions_file
+from nemo_vlm_ptq.recipe import Recipe
+from nemo_vlm_ptq.source import Tensor, list_tensors, total_bytes
+
+SIZES = (1, 2, 4, 8, 16)
+VOCAB_MULTIPLE = 64  # Megatron's padding; fixed, so that checkpoints do not depend on the layout
+DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe that can run, with everything read from the model's headers."""
+
+    recipe: Recipe
+    folder: Path
+    config: dict[str, Any]
+    family: ModelFamily
+    decoder: Decoder
+    tensors: dict[str, Tensor]
+    dtype: str  # of weights from import to export
+
+    @property
+    def formats(self) -> list[QuantFormat]:
+        """Rows of the requested formats."""
+        return [find_format(name) for name in self.recipe.quantize.format]
+
+    def targets(self, fmt: QuantFormat) -> list[str]:
+        """Requested targets that can take a format."""
+        return [target for target in self.recipe.export.targets if target in fmt.targets]
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Check everything that can be checked without weights.
+
+    Raises:
+        UserError: the first thing that cannot work, with the values that would.
+    """
+    folder = model_folder(recipe.model)
+    config = read_config(folder)
+    family = find_family(config, recipe.family)
+    decoder, vision = _understand(folder, family, config)
+    tensors = list_tensors(folder, family.aliases)
+    expected = decoder.shapes(family.rows) | vision
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    check_coverage(found, expected, family.drops, str(folder))
+    for name in expected:
+        if tensors[name].dtype not in DTYPES:
+            raise UserError(
+                f"{folder}: tensor {name} is {tensors[name].dtype}; "
+                f"a checkpoint to quantize holds {', '.join(DTYPES)}"
+            )
+    dtype: str = recipe.export.dtype
+    if dtype == "auto":
+        dtype = DTYPES[tensors[family.decoder_prefix + "model.norm.weight"].dtype]
+    plan = Plan(recipe, folder, config, family, decoder, tensors, dtype)
+    for fmt in plan.formats:
+        _check_format(plan, fmt)
+    _check_layouts(plan)
+    return plan
+
+
+def check_data(recipe: Recipe, stages: Iterable[str]) -> None:
+    """Data folders that the stages will ask for are there.
+
+    Raises:
+        UserError: a folder is missing, or holds not just one questions file.
+    """
+    wanted = {"observe": recipe.calibration.data, "evaluate": recipe.evaluate.data}
+    for stage in stages:
+        if wanted.get(stage, "scenes") != "scenes":
+            questions_file(Path(wanted[stage]))
+
+
+def _understand(
+    folder: Path, family: ModelFamily, config: dict[str, Any]
+) -> tuple[Decoder, dict[str, tuple[int, ...]]]:
+    """Facts of the decoder, and names and shapes of the tower."""
+    try:
+        return family.decoder(config), family.vision_shapes(config)
+    except UserError:
+        raise
+    except Exception as error:  # transformers' config classes raise all kinds on odd values
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = " ".join(lines) or type(error).__name__
+        raise UserError(f"{folder}/config.json makes no sense: {reason}") from error
+
+
+def model_folder(model: str) -> Path:
+    """The folder of a model: itself, or a download of a hub id without anything that runs code.
+
+    Raises:
+        UserError: neither a folder nor downloadable.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise UserError(f"model folder {model} does not exist")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        kept = ["*.safetensors", "*.json", "*.model", "*.txt"]
+        return Path(snapshot_download(model, allow_patterns=kept))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"model {model} is no folder and could not be fetched from the hub: {reason}"
+        ) from None
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """Something a size must satisfy, and what is wrong when it does not."""
+
+    fits: Callable[[int], bool]
+    problem: str
+
+
+def _require(key: str, size: int, rules: list[_Rule]) -> None:
+    """Refuse a size that breaks a rule, with the sizes that satisfy them all."""
+    for rule in rules:
+        if not rule.fits(size):
+            fitting = [str(s) for s in SIZES if all(other.fits(s) for other in rules)]
+            works = ", ".join(fitting) or "none"
+            raise UserError(f"{key}={size} {rule.problem}; these work: {works}")
+
+
+def _check_layouts(plan: Plan) -> None:
+    decoder, parallel, export = plan.decoder, plan.recipe.parallel, plan.recipe.export
+    heads, kv_heads, ffn = decoder.heads, decoder.kv_heads, decoder.ffn
+    rows = decoder.sizes(VOCAB_MULTIPLE).vocab_rows
+    wide = f"does not divide {heads} heads, {kv_heads} KV heads and {ffn} MLP features"
+
+    def calibrates(tensor: int) -> bool:
+        return all(part % tensor == 0 for part in (heads, kv_heads, ffn, rows))
+
+    def serves(tensor: int) -> bool:  # KV heads may be repeated, so that each rank has one
+        shared = kv_heads % tensor == 0 or tensor % kv_heads == 0
+        return heads % tensor == 0 and ffn % tensor == 0 and shared
+
+    grouped = [fmt for fmt in plan.formats if fmt.granularity == "group"]
+    read = [fmt for fmt in grouped if "trtllm" in plan.targets(fmt)]
+    whole = [_whole_groups(plan, fmt) for fmt in grouped]
+    tiles = [_whole_tiles(plan, fmt) for fmt in read]
+    stages = _Rule(
+        lambda size: decoder.layers % size == 0, f"does not divide {decoder.layers} layers"
+    )
+    _require("parallel.tensor", parallel.tensor, [_Rule(calibrates, wide), *whole])
+    _require("parallel.pipeline", parallel.pipeline, [stages])
+    _require("export.tensor", export.tensor, [_Rule(serves, wide), *tiles])
+    _require("export.pipeline", export.pipeline, [stages])
+
+
+def _whole_groups(plan: Plan, fmt: QuantFormat) -> _Rule:
+    """Every rank holds whole groups of the inputs of each linear."""
+    decoder, group = plan.decoder, plan.recipe.quantize.group_size
+    query = decoder.heads * decoder.head_dim
+
+    def fits(tensor: int) -> bool:
+        cut = all(width % (group * tensor) == 0 for width in (query, decoder.ffn))
+        return cut and decoder.hidden % group == 0
+
+    return _Rule(fits, f"cuts a group of {group} of format {fmt.name}")
+
+
+def _whole_tiles(plan: Plan, fmt: QuantFormat) -> _Rule:
+    """TensorRT-LLM pads group-wise linears to tiles of 128 a rank, and then refuses the shapes."""
+    decoder, group = plan.decoder, plan.recipe.quantize.group_size
+    query = decoder.heads * decoder.head_dim
+    merged = query + 2 * decoder.kv_heads * decoder.head_dim
+
+    def fits(tensor: int) -> bool:
+        sizes = (decoder.hidden, decoder.ffn, query, merged)
+        return all(size % (max(group, 128) * tensor) == 0 for size in sizes)
+
+    return _Rule(fits, f"cuts a group of {group} of format {fmt.name}")
+
+
+def _check_format(plan: Plan, fmt: QuantFormat) -> None:
+    recipe = plan.recipe
+    if not plan.targets(fmt):
+        raise UserError(
+            f"format {fmt.name} cannot be exported to {', '.join(recipe.export.targets)}; "
+            f"it can to: {', '.join(fmt.targets)}"
+        )
+    if fmt.weight_second is not None and recipe.quantize.group_size != 128:
+        group = recipe.quantize.group_size
+        raise UserError(f"format {fmt.name} needs quantize.group_size=128, got {group}")
+
+
+def describe(plan: Plan) -> str:
+    """The plan as text: what would be read, held per rank, and written."""
+    recipe, decoder = plan.recipe, plan.decoder
+    tensor, pipeline = recipe.parallel.tensor, recipe.parallel.pipeline
+    linear = _linear_parameters(plan)
+    total = sum(math.prod(t.shape) for t in plan.tensors.values())
+    rest = total - linear
+    lines = [
+        f"model      {plan.folder}  ({plan.family.name}, {total / 1e6:,.1f} M parameters, "
+        f"{total_bytes(plan.tensors) / 1e6:,.1f} MB, {plan.dtype})",
+        f"decoder    {decoder.layers} layers, hidden {decoder.hidden}, {decoder.heads} heads, "
+        f"{decoder.kv_heads} KV heads, MLP {decoder.ffn}, vocabulary {decoder.vocab}",
+        f"calibrate  TP {tensor} x PP {pipeline} x DP {recipe.parallel.data}: about "
+        f"{2 * total / tensor / pipeline / 1e6:,.1f} MB of weights a rank",
+    ]
+    if any(fmt.second_moments for fmt in plan.formats):
+        widths = (decoder.hidden, decoder.heads * decoder.head_dim, decoder.hidden, decoder.ffn)
+        moments = decoder.layers * sum(width**2 for width in widths) * 2
+        lines.append(
+            f"           second moments: {8 * moments / tensor / pipeline / 1e6:,.1f} MB a rank, "
+            f"{4 * moments / 1e6:,.1f} MB on disk"
+        )
+    export = recipe.export
+    for fmt in plan.formats:
+        size = linear * fmt.bits / 8 + 2 * rest
+        lines.append(
+            f"{fmt.name:10} -> {', '.join(plan.targets(fmt))}: about {size / 1e6:,.1f} MB, "
+            f"{size / (2 * total):.2f} of 16 bit; TensorRT-LLM ranks: "
+            f"TP {export.tensor} x PP {export.pipeline}"
+        )
+    return "\n".join(lines)
+
+
+def _linear_parameters(plan: Plan) -> int:
+    shapes = plan.decoder.shapes(tuple(row for row in plan.family.rows if row.linear))
+    return sum(math.prod(shape) for shape in shapes.values())
