@@ -1,0 +1,67 @@
+"""A Megatron-core GPTModel of a decoder's shape, on the shards of this rank."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer import TransformerConfig
+
+from nemo_vlm_ptq.families.base import Decoder
+from nemo_vlm_ptq.megatron.attention import SdpaCoreAttention
+from nemo_vlm_ptq.megatron.session import Session
+from nemo_vlm_ptq.plan import VOCAB_MULTIPLE
+
+
+def transformer_config(decoder: Decoder, session: Session, dtype: torch.dtype) -> TransformerConfig:
+    """Megatron's description of a Llama-like decoder, with every fusion that needs CUDA off."""
+    return TransformerConfig(
+        num_layers=decoder.layers,
+        hidden_size=decoder.hidden,
+        ffn_hidden_size=decoder.ffn,
+        num_attention_heads=decoder.heads,
+        num_query_groups=decoder.kv_heads,
+        kv_channels=decoder.head_dim,
+        layernorm_epsilon=decoder.norm_eps,
+        normalization="RMSNorm",
+        activation_func=F.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
+        pipeline_dtype=dtype,
+        tensor_model_parallel_size=session.layout.tensor,
+        pipeline_model_parallel_size=session.layout.pipeline,
+        hetereogenous_dist_checkpoint=True,  # one key a layer: any layer can be read alone
+    )
+
+
+def build_decoder(decoder: Decoder, session: Session, dtype: torch.dtype) -> GPTModel:
+    """The decoder with uninitialised weights; logits come out whole on every tensor rank."""
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
+    model = GPTModel(
+        config=transformer_config(decoder, session, dtype),
+        transformer_layer_spec=spec,
+        vocab_size=decoder.sizes(VOCAB_MULTIPLE).vocab_rows,
+        max_sequence_length=decoder.max_positions,
+        pre_process=session.first_stage,
+        post_process=session.last_stage,
+        parallel_output=False,
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="rope",
+        rotary_base=decoder.rope_theta,
+    )
+    return model.to(session.device, dtype).eval().requires_grad_(False)

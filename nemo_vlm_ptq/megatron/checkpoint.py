@@ -1,0 +1,120 @@
+"""Weights in and out of a Megatron model: Hugging Face slices, torch_dist folders, layers."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.models.gpt import GPTModel
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from nemo_vlm_ptq.errors import UserError
+from nemo_vlm_ptq.families.base import Decoder
+from nemo_vlm_ptq.mapping.layouts import take
+from nemo_vlm_ptq.mapping.rows import Row, expand
+from nemo_vlm_ptq.megatron.session import Session
+from nemo_vlm_ptq.plan import VOCAB_MULTIPLE
+from nemo_vlm_ptq.progress import progress_bar
+from nemo_vlm_ptq.source import Reader, finite
+
+LAYERS = "decoder.layers."
+# A norm is stored under the linear that follows it, so that fused and local layers agree.
+STORED_NORMS = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+
+
+def global_names(model: GPTModel) -> dict[str, torch.nn.Parameter]:
+    """Parameters by names that count layers over the whole model, not over this stage."""
+    first = model.decoder.layers[0].layer_number - 1
+    named = {}
+    for name, parameter in model.named_parameters():
+        if name.startswith(LAYERS):
+            layer, rest = name.removeprefix(LAYERS).split(".", 1)
+            name = f"{LAYERS}{int(layer) + first}.{rest}"
+        named[name] = parameter
+    return named
+
+
+def fill_from_source(
+    model: GPTModel,
+    session: Session,
+    rows: Iterable[Row],
+    decoder: Decoder,
+    reader: Reader,
+) -> int:
+    """Copy into every parameter just the slices of the source that this rank holds.
+
+    Returns:
+        Bytes read by this rank.
+
+    Raises:
+        UserError: NaN or Inf in a slice.
+    """
+    table = {row.megatron: row for row in expand(rows, range(decoder.layers))}
+    sizes = decoder.sizes(VOCAB_MULTIPLE)
+    read = 0
+    named = list(global_names(model).items())
+    for name, parameter in progress_bar("import", "tensor", session.rank, named):
+        row = table[name]
+        parts = [reader.slices(part) for part in row.hf]
+        shard = take(row.layout, parts, sizes, session.tensor, session.layout.tensor)
+        if not bool(shard.isfinite().all()):
+            for part, source in zip(parts, row.hf, strict=True):
+                finite(part[:], source)  # names the one that is not
+        assert shard.shape == parameter.shape, (name, shard.shape, parameter.shape)
+        parameter.data.copy_(shard)
+        read += shard.nbytes
+    return read
+
+
+def save_model(model: GPTModel, folder: Path) -> None:
+    """Write a torch_dist checkpoint, every rank its own shards (collective)."""
+    dist_checkpointing.save(model.sharded_state_dict(), str(folder))
+
+
+def load_model(model: GPTModel, folder: Path) -> None:
+    """Fill a model, in any layout, from a torch_dist checkpoint (collective)."""
+    loaded = dist_checkpointing.load(model.sharded_state_dict(), str(folder))
+    model.load_state_dict(loaded)
+
+
+class LayerReader:
+    """Whole tensors of a torch_dist checkpoint by name, without a model and without peers."""
+
+    def __init__(self, folder: Path) -> None:
+        self._reader = dcp.FileSystemReader(str(folder))
+        try:
+            self._entries = self._reader.read_metadata().state_dict_metadata
+        except (OSError, pickle.UnpicklingError, EOFError) as error:
+            raise UserError(f"{folder} is no readable torch_dist checkpoint: {error}") from None
+
+    def _stored(self, name: str) -> list[str]:
+        """The names under which a parameter is stored; halves of a gated linear come apart."""
+        for own, stored in STORED_NORMS.items():
+            if name.endswith(own):
+                name = name.removesuffix(own) + stored
+        if name in self._entries:
+            return [name]
+        halves = [f"{name}_w", f"{name}_v"]  # gate and up, as modelopt's MLP stores them
+        assert all(half in self._entries for half in halves), f"{name} is not in the checkpoint"
+        return halves
+
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Whole parameters by their names in the model, on the CPU."""
+        parts = {name: self._stored(name) for name in names}
+        tensors = {}
+        for stored in (part for group in parts.values() for part in group):
+            entry = self._entries[stored]
+            assert isinstance(entry, TensorStorageMetadata), stored
+            tensors[stored] = torch.empty(entry.size, dtype=entry.properties.dtype)
+        dcp.load(tensors, storage_reader=self._reader, no_dist=True)
+        return {
+            name: torch.cat([tensors[part] for part in group]) if group[1:] else tensors[group[0]]
+            for name, group in parts.items()
+        }

@@ -1,0 +1,135 @@
+"""Running samples through a model that is spread over ranks.
+
+A micro-batch is formed by sample ids alone, so its arithmetic is the same on any data or pipeline
+rank. Legend: S tokens, B samples, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+
+from nemo_vlm_ptq.families.base import IMAGE, TEXT, Sample
+from nemo_vlm_ptq.megatron.session import Session
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples padded to one length on the right.
+
+    input_ids: [B,S] int64; modality: [B,S] int8, 0 padding, TEXT or IMAGE;
+    hidden: [B,1,S,S] bool, True where attention must not look, or None for plain causal.
+    """
+
+    ids: tuple[str, ...]
+    input_ids: torch.Tensor
+    modality: torch.Tensor
+    hidden: torch.Tensor | None = None
+
+
+def collate(samples: Sequence[Sample], mask: torch.Tensor | None = None) -> Batch:
+    """Pad samples on the right; causal attention keeps padding out of sight.
+
+    mask: [S] of a single sample, 0 where attention must not look besides.
+    """
+    length = max(len(sample.input_ids) for sample in samples)
+    input_ids = torch.zeros(len(samples), length, dtype=torch.int64)
+    modality = torch.zeros(len(samples), length, dtype=torch.int8)
+    for row, sample in enumerate(samples):
+        count = len(sample.input_ids)
+        input_ids[row, :count] = sample.input_ids
+        modality[row, :count] = torch.where(sample.is_image, IMAGE, TEXT).to(torch.int8)
+    ids = tuple(sample.id for sample in samples)
+    return Batch(ids, input_ids, modality, None if mask is None else _hidden(mask))
+
+
+def _hidden(mask: torch.Tensor) -> torch.Tensor:
+    """Attention mask [1,1,S,S], True where hidden; a token always sees itself."""
+    length = len(mask)
+    later = torch.ones(length, length, dtype=torch.bool).triu(1)
+    hidden = later | (mask == 0)[None, :]
+    return (hidden & ~torch.eye(length, dtype=torch.bool))[None, None]
+
+
+def encode_images(
+    vision: Any, session: Session, samples: Sequence[Sample], hidden: int
+) -> list[torch.Tensor | None]:
+    """Features [tokens,H] of each sample's images: each tensor rank looks at its share, once.
+
+    Images are encoded one sample at a time, so that features do not depend on who is beside them.
+    Only the first pipeline stage looks; others get None.
+    """
+    if not session.first_stage:
+        return [None] * len(samples)
+    T = session.layout.tensor
+    dtype = next(vision.parameters()).dtype
+    features: list[torch.Tensor | None] = []
+    for i, sample in enumerate(samples):
+        if sample.pixels is None:
+            features.append(None)
+        elif i % T == session.tensor:
+            features.append(vision(sample.pixels.to(session.device, dtype)).flatten(0, 1))
+        else:
+            tokens = int(sample.is_image.sum())
+            features.append(torch.empty(tokens, hidden, dtype=dtype, device=session.device))
+    if T > 1:
+        owners = dist.get_process_group_ranks(session.tensor_group)
+        for i, feature in enumerate(features):
+            if feature is not None:
+                dist.broadcast(feature, owners[i % T], group=session.tensor_group)
+    return features
+
+
+def embed(
+    model: GPTModel, batch: Batch, features: Sequence[torch.Tensor | None], device: torch.device
+) -> torch.Tensor:
+    """Token embeddings with image features in their places, [S,B,H]."""
+    safe_ids = batch.input_ids.clamp(min=0).to(device)
+    embedded = model.embedding(safe_ids, None).transpose(0, 1).clone()
+    for row, feature in enumerate(features):
+        if feature is not None:
+            embedded[row, (batch.modality[row] == IMAGE).to(device)] = feature.to(embedded.dtype)
+    return embedded.transpose(0, 1).contiguous()
+
+
+@torch.no_grad()
+def forward(
+    model: GPTModel,
+    session: Session,
+    batch: Batch,
+    features: Sequence[torch.Tensor | None],
+) -> torch.Tensor | None:
+    """One micro-batch through this rank's stage: logits [B,S,V] on the last one, else None."""
+    B, S = batch.input_ids.shape
+    decoder_input = None
+    if session.first_stage:
+        decoder_input = embed(model, batch, features, session.device)
+    else:
+        config = model.config
+        received = torch.empty(
+            S, B, config.hidden_size, dtype=config.pipeline_dtype, device=session.wire
+        )
+        dist.recv(received, session.peer(-1))
+        model.set_input_tensor(received.to(session.device))
+    hidden = None if batch.hidden is None else batch.hidden.to(session.device)
+    out = model(batch.input_ids.to(session.device), None, hidden, decoder_input=decoder_input)
+    if session.last_stage:
+        return out
+    dist.send(out.contiguous().to(session.wire), session.peer(1))
+    return None
+
+
+def gather_logits(
+    session: Session, parts: Iterable[torch.Tensor], total: int
+) -> list[torch.Tensor]:
+    """Logits of all micro-batches in order, on every rank; `parts` are those of this data rank."""
+    holder = session.last_stage and session.tensor == 0
+    mine = (session.data, [part.cpu() for part in parts]) if holder else None
+    by_data = dict(entry for entry in session.gather(mine) if entry is not None)
+    world = session.layout.data
+    return [by_data[i % world][i // world] for i in range(total)]
