@@ -1,0 +1,1 @@
+"""From a quantized Megatron checkpoint to what others read: one stream, one writer a target."""

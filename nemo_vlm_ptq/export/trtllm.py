@@ -1,0 +1,198 @@
+"""TensorRT-LLM checkpoints (engine backend, 0.18 to 1.2): config.json and rank{r}.safetensors.
+
+A rank's file is written by whoever deals with it, from whole layers of the stream. Names, shapes
+and dtypes follow TensorRT-LLM 1.2's own loader; r = pipeline index * tensor size + tensor index,
+and layers are counted from 0 within a pipeline stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from nemo_vlm_ptq.export.stream import Layer, Packed
+from nemo_vlm_ptq.families.base import Decoder
+from nemo_vlm_ptq.formats import QuantFormat
+from nemo_vlm_ptq.mapping.layouts import take
+
+# TensorRT-LLM module -> (Hugging Face parts in order, the axis that tensor parallelism cuts)
+LINEARS: dict[str, tuple[tuple[str, ...], int]] = {
+    "attention.qkv": (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), 0),
+    "attention.dense": (("self_attn.o_proj",), 1),
+    "mlp.fc": (("mlp.gate_proj",), 0),
+    "mlp.gate": (("mlp.up_proj",), 0),
+    "mlp.proj": (("mlp.down_proj",), 1),
+}
+NORMS = {
+    "input_layernorm.weight": "input_layernorm.weight",
+    "post_layernorm.weight": "post_attention_layernorm.weight",
+}
+ENDS = {
+    "transformer.vocab_embedding.weight": "model.embed_tokens.weight",
+    "transformer.ln_f.weight": "model.norm.weight",
+    "lm_head.weight": "lm_head.weight",
+}
+
+
+def config(
+    architecture: str,
+    decoder: Decoder,
+    fmt: QuantFormat | None,
+    group: int,
+    dtype: str,
+    mapping: tuple[int, int],
+) -> dict[str, Any]:
+    """config.json for `tensor x pipeline` inference ranks; fmt None is 16 bit."""
+    tensor, pipeline = mapping
+    quantization: dict[str, Any] = {
+        "quant_algo": None if fmt is None else fmt.trtllm_algo,
+        "kv_cache_quant_algo": None,
+    }
+    if fmt is not None:
+        quantization["exclude_modules"] = ["lm_head"]
+        if fmt.granularity == "group":
+            quantization |= {
+                "group_size": group,
+                "has_zero_point": False,
+                "pre_quant_scale": True,
+            }
+    return {
+        "producer": {"name": "nemo_vlm_ptq"},
+        "architecture": architecture,
+        "dtype": dtype,
+        "logits_dtype": "float16" if dtype == "bfloat16" else dtype,
+        "num_hidden_layers": decoder.layers,
+        "num_attention_heads": decoder.heads,
+        "num_key_value_heads": decoder.kv_heads,
+        "hidden_size": decoder.hidden,
+        "intermediate_size": decoder.ffn,
+        "head_size": decoder.head_dim,
+        "vocab_size": decoder.vocab,
+        "norm_epsilon": decoder.norm_eps,
+        "hidden_act": "silu",
+        "position_embedding_type": "rope_gpt_neox",
+        "max_position_embeddings": decoder.max_positions,
+        "rotary_base": decoder.rope_theta,
+        "rotary_scaling": None,
+        "use_parallel_embedding": True,
+        "embedding_sharding_dim": 0,
+        "mapping": {"world_size": tensor * pipeline, "tp_size": tensor, "pp_size": pipeline},
+        "quantization": quantization,
+    }
+
+
+def layer_tensors(
+    layer: Layer,
+    prefix: str,
+    decoder: Decoder,
+    shard: tuple[int, int],
+    dtype: torch.dtype,
+) -> dict[str, torch.Tensor]:
+    """Tensors of one layer for tensor rank t of T, names without the layer's own prefix.
+
+    Args:
+        layer: from the stream.
+        prefix: Hugging Face prefix of the layer.
+        decoder: facts.
+        shard: (t, T).
+        dtype: of everything that is not codes or float32 scales.
+    """
+    out: dict[str, torch.Tensor] = {}
+    for name, source in NORMS.items():
+        out[name] = layer.plain[prefix + source].to(dtype)
+    for module, (parts, axis) in LINEARS.items():
+        names = [prefix + part for part in parts]
+        if names[0] in layer.linears:
+            packed = [layer.linears[name] for name in names]
+            tensors = _quantized(packed, axis, decoder, shard, dtype)
+        else:
+            weights = [layer.plain[f"{name}.weight"] for name in names]
+            tensors = {"weight": _join(weights, axis, decoder, shard).to(dtype)}
+        out.update({f"{module}.{suffix}": tensor for suffix, tensor in tensors.items()})
+    return out
+
+
+def end_tensors(
+    ends: Mapping[str, torch.Tensor],
+    prefix: str,
+    decoder: Decoder,
+    place: tuple[int, int, int, int],
+    dtype: torch.dtype,
+) -> dict[str, torch.Tensor]:
+    """Embedding, last norm and head of one rank; place is (t, T, p, P)."""
+    t, T, p, P = place
+    out = {}
+    for name, source in ENDS.items():
+        first = name == "transformer.vocab_embedding.weight"
+        if p != (0 if first else P - 1):
+            continue
+        tensor = ends[prefix + source]
+        if tensor.dim() == 2:
+            tensor = take("vocab", [tensor], decoder.sizes(T), t, T)
+        out[name] = tensor.to(dtype)
+    return out
+
+
+def _heads_of_shard(part: torch.Tensor, heads: int, head_dim: int, t: int, T: int) -> torch.Tensor:
+    """Rows of the heads that rank t of T holds; heads fewer than ranks are repeated."""
+    per_rank = max(1, heads // T)
+    first = t * heads // T
+    return part[first * head_dim : (first + per_rank) * head_dim]
+
+
+def _join(
+    parts: list[torch.Tensor], axis: int, decoder: Decoder, shard: tuple[int, int]
+) -> torch.Tensor:
+    """One module's tensor of a rank from whole Hugging Face tensors cut along `axis`."""
+    t, T = shard
+    if len(parts) == 3:
+        heads = (decoder.heads, decoder.kv_heads, decoder.kv_heads)
+        own = [
+            _heads_of_shard(part, count, decoder.head_dim, t, T)
+            for part, count in zip(parts, heads, strict=True)
+        ]
+        return torch.cat(own)
+    (part,) = parts
+    return part.chunk(T, dim=axis)[t] if part.dim() > axis else part
+
+
+def _quantized(
+    packed: list[Packed],
+    axis: int,
+    decoder: Decoder,
+    shard: tuple[int, int],
+    dtype: torch.dtype,
+) -> dict[str, torch.Tensor]:
+    """Tensors of one quantized module of a rank."""
+    first = packed[0]
+    codes = _join([p.codes.view(torch.int8) for p in packed], axis, decoder, shard)
+    out = {"weight": codes.view(first.codes.dtype)}
+    if first.scale.dim():
+        out["weights_scaling_factor"] = _join([p.scale for p in packed], axis, decoder, shard)
+    else:
+        assert all(torch.equal(p.scale, first.scale) for p in packed), first.name
+        out["weights_scaling_factor"] = first.scale.reshape(1)
+    if first.scale.dim() == 2:
+        out["weight"] = pack_rows(out["weight"])
+    if first.prequant is not None:
+        prequant = first.prequant.chunk(shard[1])[shard[0]] if axis == 1 else first.prequant
+        out["prequant_scaling_factor"] = prequant.to(dtype)
+    if first.input_scale is not None:
+        out["activation_scaling_factor"] = first.input_scale.reshape(1)
+    if first.scale_2 is not None:
+        out["weights_scaling_factor_2"] = first.scale_2.reshape(1)
+    return out
+
+
+def pack_rows(codes_OK: torch.Tensor) -> torch.Tensor:
+    """int4 codes [O,K] -> bytes [O/2,K] int8: row 2i in the low nibble, row 2i+1 in the high."""
+    low, high = codes_OK[0::2] & 15, codes_OK[1::2] & 15
+    return (low | (high << 4)).to(torch.int8)
+
+
+def layers_of(decoder: Decoder, p: int, P: int) -> Iterable[int]:
+    """Global layer indices of pipeline stage p of P."""
+    size = decoder.layers // P
+    return range(p * size, (p + 1) * size)
