@@ -1,0 +1,1 @@
+"""An independent reader of every export: plain torch and transformers, nothing of the writers."""

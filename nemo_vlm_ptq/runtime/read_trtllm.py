@@ -1,0 +1,170 @@
+"""Reading a TensorRT-LLM checkpoint back: rank files merged into Hugging Face names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from nemo_vlm_ptq.errors import ProofError
+from nemo_vlm_ptq.runtime.checkpoint import ReadCheckpoint, ReadLinear, dequantize
+
+MODULES = {
+    "attention.dense": ("self_attn.o_proj", 1),
+    "mlp.fc": ("mlp.gate_proj", 0),
+    "mlp.gate": ("mlp.up_proj", 0),
+    "mlp.proj": ("mlp.down_proj", 1),
+}
+SUFFIXES = {
+    "weight": "weight",
+    "weights_scaling_factor": "scale",
+    "weights_scaling_factor_2": "scale_2",
+    "activation_scaling_factor": "input_scale",
+    "prequant_scaling_factor": "prequant",
+}
+NORMS = {"input_layernorm": "input_layernorm", "post_layernorm": "post_attention_layernorm"}
+ENDS = {
+    "transformer.vocab_embedding.weight": "model.embed_tokens.weight",
+    "transformer.ln_f.weight": "model.norm.weight",
+    "lm_head.weight": "lm_head.weight",
+}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a TensorRT-LLM checkpoint."""
+    try:
+        return json.loads((folder / "config.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ProofError(f"{folder}/config.json cannot be read: {error}") from None
+
+
+def read_ranks(folder: Path, world: int) -> list[dict[str, torch.Tensor]]:
+    """Tensors of every rank file, in rank order."""
+    ranks = []
+    for rank in range(world):
+        path = folder / f"rank{rank}.safetensors"
+        try:
+            ranks.append(load_file(path))
+        except Exception as error:  # safetensors raises its own types for damage of any kind
+            raise ProofError(f"{path} cannot be read: {error}") from None
+    return ranks
+
+
+def read_trtllm(folder: Path, prefix: str) -> ReadCheckpoint:
+    """The decoder of a checkpoint, whole, names with `prefix` before `model.` and `lm_head.`.
+
+    Raises:
+        ProofError: a file or tensor is missing or cannot be what config.json says.
+    """
+    config = read_config(folder)
+    tp, pp = config["mapping"]["tp_size"], config["mapping"]["pp_size"]
+    ranks = read_ranks(folder, tp * pp)
+    algorithm = config["quantization"]["quant_algo"]
+    linears: dict[str, ReadLinear] = {}
+    plain: dict[str, torch.Tensor] = {}
+    per_stage = config["num_hidden_layers"] // pp
+    for layer in range(config["num_hidden_layers"]):
+        stage, local = divmod(layer, per_stage)
+        own = ranks[stage * tp : (stage + 1) * tp]
+        source = f"transformer.layers.{local}."
+        target = f"{prefix}model.layers.{layer}."
+        for name, norm in NORMS.items():
+            plain[f"{target}{norm}.weight"] = _replicated(own, f"{source}{name}.weight")
+        modules = {
+            f"{target}{hf}": _merge(own, source + module, axis)
+            for module, (hf, axis) in MODULES.items()
+        }
+        modules |= _split_qkv(own, source + "attention.qkv", target, config)
+        for name, tensors in modules.items():
+            if algorithm is None:
+                plain[f"{name}.weight"] = tensors["weight"]
+            else:
+                linears[name] = dequantize(tensors, algorithm, name)
+    for name, hf in ENDS.items():
+        stage = 0 if name == "transformer.vocab_embedding.weight" else pp - 1
+        own = ranks[stage * tp : (stage + 1) * tp]
+        if hf == "model.norm.weight":
+            plain[prefix + hf] = _replicated(own, name)
+        else:
+            whole = torch.cat([_get(rank, name) for rank in own])
+            plain[prefix + hf] = whole[: config["vocab_size"]]
+    return ReadCheckpoint(linears, plain)
+
+
+def _get(rank: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    if name not in rank:
+        raise ProofError(f"tensor {name} is missing")
+    return rank[name]
+
+
+def _replicated(ranks: list[dict[str, torch.Tensor]], name: str) -> torch.Tensor:
+    first = _get(ranks[0], name)
+    if not all(torch.equal(first, _get(rank, name)) for rank in ranks[1:]):
+        raise ProofError(f"tensor {name} differs between tensor ranks")
+    return first
+
+
+def _shard(rank: dict[str, torch.Tensor], module: str) -> dict[str, torch.Tensor]:
+    found = {
+        key: rank[f"{module}.{suffix}"]
+        for suffix, key in SUFFIXES.items()
+        if f"{module}.{suffix}" in rank
+    }
+    if "weight" not in found:
+        raise ProofError(f"tensor {module}.weight is missing")
+    return found
+
+
+def _merge(ranks: list[dict[str, torch.Tensor]], module: str, axis: int) -> dict[str, torch.Tensor]:
+    """One module's whole tensors from its shards, cut along output (0) or input (1)."""
+    shards = [_shard(rank, module) for rank in ranks]
+    whole = {}
+    for key, first in shards[0].items():
+        parts = [shard[key] for shard in shards if key in shard]
+        if len(parts) != len(shards):
+            raise ProofError(f"{module}: {key} is missing on a rank")
+        cut = (key == "prequant" and axis == 1) or (
+            key in ("weight", "scale") and first.dim() > axis and first.numel() > 1
+        )
+        if cut:
+            whole[key] = torch.cat(parts, dim=0 if key == "prequant" else axis)
+        else:
+            whole[key] = _replicated([{key: part} for part in parts], key)
+    return whole
+
+
+def _split_qkv(
+    ranks: list[dict[str, torch.Tensor]], module: str, target: str, config: dict[str, Any]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """q, k and v from each rank's [q|k|v] rows; repeated KV heads are taken once."""
+    tp, dim = len(ranks), config["head_size"]
+    kv = config["num_key_value_heads"]
+    own_q, own_kv = config["num_attention_heads"] // tp, max(1, kv // tp)
+    copies = max(1, tp // kv)
+    out: dict[str, dict[str, list[torch.Tensor]]] = {part: {} for part in "qkv"}
+    shards = [_shard(rank, module) for rank in ranks]
+    for index, shard in enumerate(shards):
+        for key, tensor in shard.items():
+            rows = [own_q * dim, own_kv * dim, own_kv * dim]
+            packed = key == "weight" and tensor.shape[0] * 2 == sum(rows)
+            if key in ("weight", "scale") and tensor.dim() and tensor.shape[0] > 1:
+                pieces = tensor.split([r // 2 for r in rows] if packed else rows)
+            else:
+                pieces = (tensor, tensor, tensor)
+            for part, piece in zip("qkv", pieces, strict=True):
+                taken = out[part].setdefault(key, [])
+                if part == "q" or index % copies == 0:
+                    taken.append(piece)
+                elif not torch.equal(piece, taken[-1]):
+                    raise ProofError(f"{module}: copies of a {part} head differ in {key}")
+    return {
+        f"{target}self_attn.{part}_proj": {
+            key: torch.cat(parts) if key in ("weight", "scale") and parts[0].numel() > 1
+            else _replicated([{key: piece} for piece in parts], key)
+            for key, parts in tensors.items()
+        }
+        for part, tensors in out.items()
+    }  # fmt: skip

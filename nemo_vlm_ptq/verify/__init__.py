@@ -1,0 +1,1 @@
+"""Proof that a written checkpoint is what it should be; shares nothing with the exporters."""
