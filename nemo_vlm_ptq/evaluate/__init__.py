@@ -1,0 +1,1 @@
+"""Questions answered by a model, scored, and compared with the 16-bit model; pure arithmetic."""
