@@ -1,0 +1,1 @@
+"""What a person looks at in the end: a text table, plots, one HTML page."""

@@ -1,0 +1,193 @@
+"""The report's plots, as PNG files; colours are Okabe and Ito's, told apart by shape as well."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_vlm_ptq.report.table import size_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#6B6B6B"
+SERIES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"))
+LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+STYLE: Any = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E4E4E4",
+    "legend.frameon": False,
+}
+DPI = 150
+WIDTH = 9.2  # inches, of every figure, so that their letters are of one size on the page
+
+
+def plot_accuracy(facts: Mapping[str, Any], path: Path) -> bool:
+    """Accuracy with 95 % intervals, own and swapped images; False, and no file, if nothing ran.
+
+    Args:
+        facts: the report's (see page.write_report).
+        path: the PNG to write.
+    """
+    from matplotlib import rc_context
+
+    groups = [("16 bit", facts.get("baseline") or {})]
+    groups += [(item["name"], item) for item in facts.get("formats") or ()]
+    groups = [(name, item) for name, item in groups if item.get("accuracy") or item.get("swapped")]
+    if not groups:
+        return False
+    with rc_context(STYLE):
+        figure = _figure(4.0)
+        axes = figure.add_subplot()
+        _score_points(axes, [item.get("accuracy") for _, item in groups], -0.1, "own image")
+        _score_points(axes, [item.get("swapped") for _, item in groups], 0.1, "swapped image")
+        axes.set_xticks(range(len(groups)), [name for name, _ in groups])
+        axes.set_xlim(-0.5, len(groups) - 0.35)
+        axes.set_ylim(*_score_limits([item for _, item in groups]))
+        axes.set_ylabel("GQA accuracy, %")
+        axes.grid(visible=False, axis="x")
+        figure.legend(loc="outside upper center", ncols=2)
+        figure.savefig(path, dpi=DPI)
+    return True
+
+
+def plot_bytes(facts: Mapping[str, Any], path: Path) -> bool:
+    """Checkpoint bytes of each format beside 16 bit; False, and no file, if there are none."""
+    from matplotlib import rc_context
+
+    whole = (facts.get("baseline") or {}).get("bytes")
+    sizes = [(f["name"], f["bytes"]) for f in facts.get("formats") or () if f.get("bytes")]
+    sizes = ([("16 bit", whole)] if whole else []) + sizes
+    if not sizes:
+        return False
+    names, values = [name for name, _ in sizes], [size for _, size in sizes]
+    labels = [
+        size_text(size) + (f"  ({size / whole:.2f}x)" if whole and name != "16 bit" else "")
+        for name, size in sizes
+    ]
+    with rc_context(STYLE):
+        figure = _figure(0.4 * len(sizes) + 0.4)
+        axes = figure.add_subplot()
+        colors = [GREY if name == "16 bit" else BLUE for name in names]
+        bars = axes.barh(names, values, color=colors, height=0.62)
+        axes.bar_label(bars, labels, padding=5)
+        axes.set_xlim(0, 1.3 * max(values))
+        axes.invert_yaxis()
+        axes.grid(visible=False)
+        axes.tick_params(left=False, bottom=False, labelbottom=False)
+        axes.spines["bottom"].set_visible(False)
+        figure.savefig(path, dpi=DPI)
+    return True
+
+
+def plot_layers(facts: Mapping[str, Any], path: Path) -> bool:
+    """Relative output error of each linear over the layers, a panel per kind, a line per format.
+
+    Errors of 0 (layers left in 16 bit) and broken ones have no place on a logarithmic axis.
+    False, and no file, if nothing can be drawn.
+    """
+    from matplotlib import rc_context
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    formats = [item for item in facts.get("formats") or () if item.get("layers")]
+    found = {entry["linear"] for item in formats for entry in item["layers"]}
+    kinds = [kind for kind in LINEARS if kind in found] + sorted(found.difference(LINEARS))
+    errors = [entry["error"] for item in formats for entry in item["layers"]]
+    errors = [error for error in errors if _drawable(error)]
+    if not errors:
+        return False
+    low, high = _log_limits(min(errors), max(errors))
+    steps = (1.0, 2.0, 5.0) if high / low < 1000 else (1.0,)
+    rows = math.ceil(len(kinds) / 2)
+    with rc_context(STYLE):
+        figure = _figure(2.5 * rows + 0.8)
+        panels = figure.subplots(rows, 2, sharex=True, sharey=True, squeeze=False)
+        for axes, kind in zip(panels.flat, kinds, strict=False):
+            _layer_lines(axes, formats, kind)
+            axes.set_title(kind, loc="left", fontsize=10)
+            axes.set_yscale("log")
+            axes.set_ylim(low, high)
+            axes.yaxis.set_major_locator(LogLocator(subs=steps))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        for axes in panels.flat[len(kinds) :]:
+            axes.set_visible(False)
+        figure.supxlabel("layer", fontsize=10)
+        figure.supylabel("relative output error", fontsize=10)
+        handles, labels = panels.flat[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+        figure.savefig(path, dpi=DPI)
+    return True
+
+
+def _figure(height: float) -> Figure:
+    """An empty figure, as wide as the page, that draws without a display; height in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _score_points(axes: Axes, scores: Sequence[Any], shift: float, label: str) -> None:
+    """One point with its interval per group; the first group's value runs on as a dashed line."""
+    color, marker = (BLUE, "o") if shift < 0 else (ORANGE, "s")
+    at = [i for i, score in enumerate(scores) if score]
+    for i in at:
+        value, (low, high) = scores[i]["accuracy"], scores[i]["interval"]
+        axes.errorbar(
+            i + shift, value, [[max(0.0, value - low)], [max(0.0, high - value)]],
+            color=color, marker=marker, markersize=6, capsize=4, linestyle="none",
+            label=f"{label}, 95 % interval" if i == at[0] else None,
+        )  # fmt: skip
+        away, side = (-9, "right") if shift < 0 else (9, "left")
+        axes.annotate(
+            f"{value:.1f}", (i + shift, value), (away, 0), textcoords="offset points",
+            ha=side, va="center", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        )  # fmt: skip
+    if at and at[0] == 0 and len(scores) > 1:
+        axes.axhline(scores[0]["accuracy"], color=color, linestyle="--", linewidth=0.9, alpha=0.6)
+
+
+def _score_limits(items: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """Limits of the accuracy axis, in percent, with room around every interval."""
+    scores = [item[key] for item in items for key in ("accuracy", "swapped") if item.get(key)]
+    low = min(score["interval"][0] for score in scores)
+    high = max(score["interval"][1] for score in scores)
+    room = max(2.0, 0.08 * (high - low))
+    return max(0.0, low - room), min(102.0, high + room)
+
+
+def _layer_lines(axes: Axes, formats: Sequence[Mapping[str, Any]], kind: str) -> None:
+    """The lines of one panel."""
+    for i, item in enumerate(formats):
+        color, marker = SERIES[i % len(SERIES)]
+        entries = sorted(
+            (entry["layer"], entry["error"]) for entry in item["layers"] if entry["linear"] == kind
+        )
+        errors = [error if _drawable(error) else math.nan for _, error in entries]
+        axes.plot(
+            [layer for layer, _ in entries], errors, color=color, marker=marker,
+            markersize=4, linewidth=1.4, label=item["name"],
+        )  # fmt: skip
+
+
+def _log_limits(low: float, high: float) -> tuple[float, float]:
+    """The next 1, 2 or 5 times a power of ten below and above."""
+    first, last = math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1
+    ticks = [step * 10.0**power for power in range(first, last + 1) for step in (1, 2, 5)]
+    return max(t for t in ticks if t < low), min(t for t in ticks if t > high)
+
+
+def _drawable(error: float | None) -> bool:
+    return error is not None and math.isfinite(error) and error > 0
