@@ -1,0 +1,85 @@
+"""The command: one line of words in, one stage or all of them, one exit code out.
+
+Heavy packages are imported only once it is known what to do, so that --help is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+
+from nemo_vlm_ptq.errors import ProofError, UserError
+from nemo_vlm_ptq.names import GROUPS, STAGES
+
+USAGE = """\
+nemo-vlm-ptq run       RECIPE [key=value ...]   all stages of the recipe; finished ones are skipped
+nemo-vlm-ptq STAGE     RECIPE [key=value ...]   STAGE: import observe solve export verify evaluate
+                                                report
+nemo-vlm-ptq calibrate RECIPE [key=value ...]   observe + solve
+nemo-vlm-ptq plan      RECIPE [key=value ...]   check and forecast; reads no weights
+nemo-vlm-ptq logits    RECIPE from=FORM inputs=FILE output=FILE [key=value ...]
+                                                FORM: hf_source megatron quantized trtllm hf
+nemo-vlm-ptq families | formats [--json]        what is supported
+
+RECIPE is a YAML file or the name of one that ships. Exit codes: 0 done, 2 you can fix it,
+3 verification or a gate failed, 1 a bug of ours. --debug shows the traceback.
+"""
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    """Command, recipe and overrides."""
+    parser = argparse.ArgumentParser(prog="nemo-vlm-ptq", usage=USAGE, add_help=False)
+    commands = ["run", *STAGES, *GROUPS, "plan", "logits", "families", "formats"]
+    parser.add_argument("command", choices=commands)
+    parser.add_argument("recipe", nargs="?")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--debug", action="store_true")
+    return parser.parse_intermixed_args(words)
+
+
+def main() -> None:
+    """Entry point of `nemo-vlm-ptq` and `python -m nemo_vlm_ptq`."""
+    words = sys.argv[1:]
+    if not words or words[0] == "help" or {"-h", "--help"} & set(words):
+        print(USAGE, end="")
+        sys.exit(0)
+    if words[0] == "--version":
+        from nemo_vlm_ptq import __version__
+
+        print(f"nemo-vlm-ptq {__version__}")
+        sys.exit(0)
+    chosen = parse(words)
+    try:
+        sys.exit(_dispatch(chosen))
+    except (UserError, ProofError) as error:
+        if chosen.debug:
+            traceback.print_exc()
+        sys.exit(_refuse(error))
+    except RuntimeError as error:
+        from nemo_vlm_ptq import launch
+
+        launch.wait_for_end(error)
+        raise
+
+
+def _refuse(error: UserError | ProofError) -> int:
+    from nemo_vlm_ptq import launch
+
+    code = 3 if isinstance(error, ProofError) else 2
+    launch.report_failure(str(error), code)
+    return code
+
+
+def _dispatch(chosen: argparse.Namespace) -> int:
+    if chosen.command in ("families", "formats"):
+        from nemo_vlm_ptq.matrix import show
+
+        print(show(chosen.command, as_json=chosen.json))
+        return 0
+    if chosen.recipe is None:
+        raise UserError(f"{chosen.command} needs a recipe: a YAML file or a name that ships")
+    from nemo_vlm_ptq import launch
+
+    return launch.start(chosen.command, chosen.recipe, chosen.overrides)

@@ -1,0 +1,155 @@
+"""evaluate: questions answered from the written checkpoint, and from the 16 bit source once.
+
+Every rank answers its share of the questions with the whole exported model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from nemo_vlm_ptq import store
+from nemo_vlm_ptq.errors import ProofError
+from nemo_vlm_ptq.evaluate import compare, gqa, sight
+from nemo_vlm_ptq.evaluate.answer import Model, answer_all
+from nemo_vlm_ptq.formats import QuantFormat
+from nemo_vlm_ptq.job import Job, Written, run_stage
+from nemo_vlm_ptq.parallel import split_evenly
+from nemo_vlm_ptq.progress import progress_bar
+from nemo_vlm_ptq.questions import Questions, load_questions
+from nemo_vlm_ptq.stages.forms import runtime_of
+from nemo_vlm_ptq.stages.importing import source_identity
+
+BASELINE = "16bit"
+
+
+def evaluate(job: Job) -> None:
+    """Score the source and every format; the gate is checked when all are scored.
+
+    Raises:
+        ProofError: a format lost more than the gate allows, or no longer looks at the image.
+    """
+    _evaluate_form(job, None)
+    for fmt in job.plan.formats:
+        _evaluate_form(job, fmt)
+    _check_gates(job)
+
+
+def _settings(job: Job, fmt: QuantFormat | None) -> dict[str, Any]:
+    plan = job.plan
+    chosen = plan.recipe.evaluate.model_dump(exclude={"gate", "batch"})
+    if fmt is None:
+        return chosen | {"source": source_identity(plan)}
+    target = plan.targets(fmt)[0]
+    folder = job.folder(fmt.name, target)
+    store.need_manifest(folder, "export")
+    return chosen | {
+        "target": target,
+        "input": store.hash_manifest(folder),
+        "baseline": store.hash_manifest(job.folder(BASELINE, "evaluate")),
+    }
+
+
+def _evaluate_form(job: Job, fmt: QuantFormat | None) -> None:
+    name = BASELINE if fmt is None else fmt.name
+    folder = job.folder(name, "evaluate")
+    settings = _settings(job, fmt)
+
+    def body() -> Written:
+        wanted = job.plan.recipe.evaluate
+        questions = load_questions(wanted.data, "test", wanted.limit)
+        model = _model(job, fmt)
+        answers = _answer(job, model, questions, None, name)
+        result: dict[str, Any] = {"accuracy": asdict(gqa.score(questions, answers))}
+        shown: dict[str, str] = {}
+        if "sight" in wanted.tasks:
+            swapped = sight.swap(questions.items)
+            shown = _answer(job, model, questions, swapped, f"{name} swapped")
+            result["swapped"] = asdict(gqa.score(questions, shown))
+        if job.session.rank != 0:
+            return Written()
+        store.write_json(folder / "answers.json", {"own": answers, "swapped": shown})
+        result |= _against_baseline(job, questions, answers, result) if fmt else {}
+        store.write_json(folder / "gqa.json", result)
+        return Written(["answers.json", "gqa.json"])
+
+    run_stage(job, f"evaluate {name}", folder, settings, body)
+
+
+def _model(job: Job, fmt: QuantFormat | None) -> Model:
+    """The export (or the source), read back by the independent runtime, in its own dtype."""
+    plan = job.plan
+    form = "hf_source" if fmt is None else plan.targets(fmt)[0]
+    tokens = plan.family.tokenizer(plan.folder)
+
+    def decode(ids: list[int]) -> str:
+        return tokens.decode(ids, skip_special_tokens=True)
+
+    prepare = plan.family.preparer(plan.folder, plan.config)
+    return Model(runtime_of(job, form, fmt, job.dtype), prepare, decode, job.seen)
+
+
+def _answer(
+    job: Job, model: Model, questions: Questions, images: Mapping[str, str] | None, label: str
+) -> dict[str, str]:
+    """Answers to all questions, on every rank."""
+    session = job.session
+    mine = tuple(split_evenly(questions.items, session.layout.world, session.rank))
+    own = replace(questions, items=mine)
+    batch = job.plan.recipe.evaluate.batch
+    with progress_bar(f"ask {label}", "question", session.rank, len(mine)) as bar:
+
+        def progress(done: int, _: int) -> None:
+            bar.update(done - bar.n)
+
+        answers = answer_all(model, own, images, batch=batch, progress=progress)
+    together: dict[str, str] = {}
+    for part in session.gather(answers):
+        together.update(part)
+    return {item.id: together[item.id] for item in questions.items}
+
+
+def _against_baseline(
+    job: Job, questions: Questions, answers: dict[str, str], result: dict[str, Any]
+) -> dict[str, Any]:
+    """Paired comparison with the 16 bit model, and whether the model still looks."""
+    folder = job.folder(BASELINE, "evaluate")
+    before = store.read_json(folder / "answers.json")
+    right_before = gqa.judge(questions, before["own"])
+    comparison = asdict(compare.compare(right_before, gqa.judge(questions, answers)))
+    limit = job.plan.recipe.evaluate.gate.gqa_drop
+    if limit is not None:
+        passed = compare.gate(-comparison["difference"], limit)
+        comparison["gate"] = {"limit": limit, "passed": passed}
+    found: dict[str, Any] = {"comparison": comparison}
+    if "swapped" in result:
+        baseline = store.read_json(folder / "gqa.json")
+        four = (
+            result["accuracy"]["accuracy"],
+            result["swapped"]["accuracy"],
+            baseline["accuracy"]["accuracy"],
+            baseline["swapped"]["accuracy"],
+        )
+        found |= {"sees": sight.sees(*four), "verdict": sight.verdict(*four)}
+    return found
+
+
+def _check_gates(job: Job) -> None:
+    limit = job.plan.recipe.evaluate.gate.gqa_drop
+    for fmt in job.plan.formats:
+        result = read_result(job.folder(fmt.name, "evaluate"))
+        if result.get("sees") is False:
+            raise ProofError(f"evaluate {fmt.name}: {result['verdict']}")
+        drop = -result["comparison"]["difference"]
+        if not compare.gate(drop, limit):
+            raise ProofError(
+                f"evaluate {fmt.name}: GQA fell by {drop:.2f} points, {limit} are allowed"
+            )
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """gqa.json of a finished evaluation; empty when the stage has not run."""
+    path = folder / "gqa.json"
+    return store.read_json(path) if path.is_file() else {}

@@ -1,0 +1,110 @@
+"""One model in any of its forms, asked for logits: what `logits` writes and `verify` compares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from nemo_vlm_ptq.errors import UserError
+from nemo_vlm_ptq.families.base import Sample
+from nemo_vlm_ptq.formats import QuantFormat
+from nemo_vlm_ptq.job import Job
+from nemo_vlm_ptq.megatron.build import build_decoder
+from nemo_vlm_ptq.megatron.checkpoint import load_model
+from nemo_vlm_ptq.megatron.forward import collate, encode_images, forward, gather_logits
+from nemo_vlm_ptq.parallel import deal
+from nemo_vlm_ptq.runtime.checkpoint import ReadCheckpoint
+from nemo_vlm_ptq.runtime.model import Runtime
+from nemo_vlm_ptq.runtime.read_hf import read_source, read_unified
+from nemo_vlm_ptq.runtime.read_trtllm import read_trtllm
+from nemo_vlm_ptq.stages.calibrating import load_quantized
+from nemo_vlm_ptq.stages.importing import VISION
+
+Masks = Sequence[torch.Tensor | None]
+
+
+def megatron_logits(
+    job: Job,
+    fmt: QuantFormat | None,
+    samples: Sequence[Sample],
+    dtype: torch.dtype = torch.float32,
+    *,
+    masks: Masks = (),
+    round_activations: bool = True,
+) -> list[torch.Tensor]:
+    """Logits [S,V] float32 of each sample, one at a time, on every rank (collective).
+
+    fmt None is the imported 16 bit model; masks [S] hide tokens from attention.
+    """
+    plan, session = job.plan, job.session
+    if fmt is None:
+        model = build_decoder(plan.decoder, session, job.dtype)
+        load_model(model, job.folder("megatron"))
+    else:
+        model = load_quantized(job, fmt, round_activations)
+    model.to(dtype)
+    model.config.pipeline_dtype = dtype
+    vision = plan.family.build_vision(plan.config, load_file(job.folder("megatron", VISION)))
+    vision.to(session.device, dtype)
+    parts = []
+    pairs = list(zip(samples, masks or [None] * len(samples), strict=True))
+    for sample, mask in deal(pairs, session.layout.data, session.data):
+        features = encode_images(vision, session, [sample], plan.decoder.hidden)
+        out = forward(model, session, collate([sample], mask), features)
+        if out is not None:
+            parts.append(out[0, :, : plan.decoder.vocab].float())
+    return gather_logits(session, parts, len(samples))
+
+
+def read_form(
+    job: Job, form: str, fmt: QuantFormat | None
+) -> tuple[ReadCheckpoint, dict[str, torch.Tensor]]:
+    """A written form read back: its decoder, and the tensors of tower and projector.
+
+    Raises:
+        UserError: unknown form.
+    """
+    plan = job.plan
+    names = plan.family.vision_shapes(plan.config)
+    if form == "hf_source":
+        read = read_source(plan.folder, plan.family)
+    elif form == "trtllm" and fmt is not None:
+        folder = job.folder(fmt.name, "trtllm")
+        read = read_trtllm(folder / "llm", plan.family.decoder_prefix)
+        return read, load_file(folder / "vision" / "model.safetensors")
+    elif form == "hf" and fmt is not None:
+        read = read_unified(job.folder(fmt.name, "hf"))
+    else:
+        raise UserError(f"from={form} is not known; known: hf_source, megatron, quantized, "
+                        "trtllm, hf")  # fmt: skip
+    vision = {name: read.plain[name] for name in names if name in read.plain}
+    plain = {name: tensor for name, tensor in read.plain.items() if name not in names}
+    return ReadCheckpoint(read.linears, plain), vision
+
+
+def runtime_of(job: Job, form: str, fmt: QuantFormat | None, dtype: torch.dtype) -> Runtime:
+    """The independent runtime on a written form."""
+    read, vision = read_form(job, form, fmt)
+    device = job.session.device
+    return Runtime(job.plan.family, job.plan.config, read, vision, dtype, device)
+
+
+def runtime_logits(
+    runtime: Runtime, samples: Sequence[Sample], masks: Masks = ()
+) -> list[torch.Tensor]:
+    """Logits [S,V] float32 of each sample; masks [S] hide tokens from attention."""
+    out = []
+    for sample, mask in zip(samples, masks or [None] * len(samples), strict=True):
+        feature = None
+        if sample.pixels is not None:
+            feature = runtime.encode(sample.pixels).flatten(0, 1)
+        out.append(runtime.logits(sample, feature, mask).cpu())
+    return out
+
+
+def exported_bytes(folder: Path) -> int:
+    """Bytes of the weights of an export."""
+    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))

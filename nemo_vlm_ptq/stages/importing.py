@@ -1,0 +1,57 @@
+"""import: a Hugging Face folder becomes workdir/megatron/."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from nemo_vlm_ptq.job import Job, Written, run_stage
+from nemo_vlm_ptq.megatron.build import build_decoder
+from nemo_vlm_ptq.megatron.checkpoint import fill_from_source, save_model
+from nemo_vlm_ptq.plan import Plan
+from nemo_vlm_ptq.source import open_tensors
+from nemo_vlm_ptq.store import save_tensors
+
+VISION = "vision.safetensors"
+
+
+def source_identity(plan: Plan) -> str:
+    """sha256 over config.json and name, size and time of every weight file."""
+    digest = hashlib.sha256((plan.folder / "config.json").read_bytes())
+    for path in sorted({tensor.file for tensor in plan.tensors.values()}):
+        status = path.stat()
+        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def import_model(job: Job) -> None:
+    """Every rank reads the slices it holds; tower and projector are kept beside, bit for bit."""
+    plan, session, folder = job.plan, job.session, job.folder("megatron")
+    settings = {
+        "model": str(plan.folder),
+        "family": plan.family.name,
+        "dtype": plan.dtype,
+        "source": source_identity(plan),
+    }
+
+    def body() -> Written:
+        model = build_decoder(plan.decoder, session, job.dtype)
+        with open_tensors(plan.tensors) as reader:
+            read = fill_from_source(model, session, plan.family.rows, plan.decoder, reader)
+            save_model(model, folder)
+            if session.rank == 0:
+                vision = plan.family.vision_shapes(plan.config)
+                save_tensors({name: reader.whole(name) for name in vision}, folder / VISION)
+        names = own_files(folder, session.rank)
+        return Written(names, {"bytes_read": [read], "tensors": len(plan.tensors)})
+
+    run_stage(job, "import", folder, settings, body)
+
+
+def own_files(folder: Path, rank: int) -> list[str]:
+    """Files of a torch_dist checkpoint that this rank answers for; rank 0 also for common ones."""
+    shards = [path.name for path in folder.glob(f"__{rank}_*.distcp")]
+    if rank:
+        return shards
+    common = [".metadata", "common.pt", "metadata.json", VISION]
+    return shards + [name for name in common if (folder / name).is_file()]

@@ -1,0 +1,91 @@
+"""logits: any form of the model asked with given inputs, so that any two can be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from nemo_vlm_ptq import store
+from nemo_vlm_ptq.errors import UserError
+from nemo_vlm_ptq.families.base import Sample
+from nemo_vlm_ptq.formats import QuantFormat
+from nemo_vlm_ptq.job import Job
+from nemo_vlm_ptq.stages.forms import megatron_logits, runtime_logits, runtime_of
+
+FORMS = ("hf_source", "megatron", "quantized", "trtllm", "hf")
+DTYPES = ("float32", "bfloat16")
+
+
+def write_logits(job: Job, options: Mapping[str, str]) -> None:
+    """Logits [B,S,V] of one form for `inputs`, into `output` (safetensors).
+
+    Inputs: input_ids [B,S] int64, optional attention_mask [B,S], pixel_values as the family's
+    Hugging Face processor gives them, images in the order of the rows they stand in.
+
+    Raises:
+        UserError: a missing option, an unknown form, or inputs that do not fit together.
+    """
+    form, inputs, output, dtype = _options(options)
+    fmt = _format(job, form)
+    samples, masks = _samples(job, load_file(inputs))
+    if form in ("megatron", "quantized"):
+        logits = megatron_logits(job, fmt, samples, dtype, masks=masks)
+    elif job.session.rank == 0:
+        logits = runtime_logits(runtime_of(job, form, fmt, dtype), samples, masks)
+    if job.session.rank == 0:
+        store.save_tensors({"logits": torch.stack(logits)}, output)
+    job.session.barrier()
+
+
+def _options(options: Mapping[str, str]) -> tuple[str, Path, Path, torch.dtype]:
+    for key in ("from", "inputs", "output"):
+        if key not in options:
+            raise UserError(f"logits needs {key}=...; e.g. from=megatron inputs=F output=G")
+    form, dtype = options["from"], options.get("dtype", "float32")
+    if form not in FORMS:
+        raise UserError(f"from={form} is not known; known: {', '.join(FORMS)}")
+    if dtype not in DTYPES:
+        raise UserError(f"dtype={dtype} is not known; known: {', '.join(DTYPES)}")
+    inputs = Path(options["inputs"])
+    if not inputs.is_file():
+        raise UserError(f"inputs={inputs} is no file")
+    return form, inputs, Path(options["output"]), getattr(torch, dtype)
+
+
+def _format(job: Job, form: str) -> QuantFormat | None:
+    """The format a form is in; None for 16 bit forms."""
+    if form in ("hf_source", "megatron"):
+        return None
+    formats = job.plan.formats
+    if len(formats) != 1:
+        names = ", ".join(fmt.name for fmt in formats)
+        raise UserError(f"from={form} needs one format; add quantize.format= one of {names}")
+    return formats[0]
+
+
+def _samples(
+    job: Job, tensors: Mapping[str, torch.Tensor]
+) -> tuple[list[Sample], list[torch.Tensor | None]]:
+    """Rows as samples, each with its images, and their attention masks."""
+    if "input_ids" not in tensors:
+        raise UserError("inputs must hold input_ids [B,S]")
+    ids, pixels = tensors["input_ids"], tensors.get("pixel_values")
+    image_id, per_image = job.plan.family.image_tokens(job.plan.config)
+    samples, used = [], 0
+    for row, row_ids in enumerate(ids):
+        is_image = row_ids == image_id
+        count, rest = divmod(int(is_image.sum()), per_image)
+        have = 0 if pixels is None else len(pixels)
+        if rest or used + count > have:
+            raise UserError(
+                f"row {row} of input_ids has {int(is_image.sum())} image tokens and "
+                f"{have - used} images are left; each image takes {per_image}"
+            )
+        own = None if pixels is None or not count else pixels[used : used + count]
+        used += count
+        samples.append(Sample(f"row {row}", row_ids, is_image, own))
+    masks = tensors.get("attention_mask")
+    return samples, [None] * len(ids) if masks is None else list(masks)

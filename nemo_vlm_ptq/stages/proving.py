@@ -1,0 +1,221 @@
+"""verify: the written files read back and held against the source, the contract and the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_vlm_ptq import store
+from nemo_vlm_ptq.calibrate.solve import load_scales
+from nemo_vlm_ptq.errors import ProofError
+from nemo_vlm_ptq.families.base import Sample
+from nemo_vlm_ptq.formats import LARGEST, QuantFormat
+from nemo_vlm_ptq.job import Job, on_first_rank
+from nemo_vlm_ptq.parallel import deal
+from nemo_vlm_ptq.questions import SUFFIX, load_questions
+from nemo_vlm_ptq.runtime.model import Runtime
+from nemo_vlm_ptq.source import open_tensors
+from nemo_vlm_ptq.stages.forms import megatron_logits, read_form, runtime_logits
+from nemo_vlm_ptq.verify import tensors as checks
+from nemo_vlm_ptq.verify.configs import check_hf_configs, check_trtllm_config
+from nemo_vlm_ptq.verify.contract import check_contract
+
+SAMPLES = 8
+# Mean distance of logits in units of their standard deviation, float32, activations not rounded:
+# weights, prequant scales and wiring are the same, and only the order of sums is left. W4A8 rounds
+# int4 values once more, to fp8, and some lie on a tie of that grid.
+TOLERANCE = 1e-3
+TOLERANCE_ROUNDED_TWICE = 1e-2
+# With activations rounded, two orders of summation part at every value near a rounding boundary,
+# and layer by layer approach two draws of the same rounding noise; so the distance is held against
+# what the rounding itself does to the logits. The scales of activations are compared exactly.
+NOISE = 1.5
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the quantized Megatron model says to the samples: logits [S,V] float32 each."""
+
+    samples: list[Sample]
+    exact: list[torch.Tensor]  # activations not rounded
+    rounded: list[torch.Tensor]  # as it is
+    source: list[torch.Tensor]  # the 16 bit model
+
+
+def verify(job: Job) -> None:
+    """Prove every exported target of every format.
+
+    Raises:
+        ProofError: a check failed; names the first finding.
+    """
+    for fmt in job.plan.formats:
+        _verify_format(job, fmt)
+
+
+def _verify_format(job: Job, fmt: QuantFormat) -> None:
+    session, path = job.session, job.folder(fmt.name, "verify.json")
+    targets = job.plan.targets(fmt)
+    for target in targets:
+        store.need_manifest(job.folder(fmt.name, target), "export")
+    settings = {target: store.hash_manifest(job.folder(fmt.name, target)) for target in targets}
+    folders = [job.folder(fmt.name, target) for target in targets]
+    if on_first_rank(session, lambda: _still_proven(path, settings, folders)):
+        return
+    expected = _expected(job, fmt)
+    mine = deal(targets, session.layout.world, session.rank)
+    found: dict[str, Any] = {}
+    for part in session.gather({t: _check_target(job, fmt, t, expected) for t in mine}):
+        found |= part
+    entries = [check for target in targets for check in found[target]["checks"]]
+    failed = [check for check in entries if not check["passed"]]
+    result = {
+        "settings": settings,
+        "passed": not failed,
+        "checks": entries,
+        "logits": {target: found[target]["logits"] for target in targets},
+    }
+    if session.rank == 0:
+        store.write_json(path, result)
+        session.log(f"verify {fmt.name}: {'FAILED' if failed else 'passed'}")
+    if failed:
+        raise ProofError(f"verify {fmt.name}: {failed[0]['name']}: {failed[0]['detail']}")
+
+
+def _still_proven(path: Path, settings: dict[str, str], folders: list[Path]) -> bool:
+    """It passed before, and every file is still the one that was proven."""
+    before = store.read_json(path) if path.is_file() else {}
+    if not before.get("passed") or before["settings"] != settings:
+        return False
+    return not any(_check_files(folder) for folder in folders)
+
+
+def _expected(job: Job, fmt: QuantFormat) -> Expected:
+    """Ask the Megatron models (collective)."""
+    plan = job.plan
+    questions = load_questions(plan.recipe.evaluate.data, "test", SAMPLES)
+    prepare = plan.family.preparer(plan.folder, plan.config)
+    samples = [
+        prepare(item.id, item.text + SUFFIX, questions.image(item.image))
+        for item in questions.items
+    ]
+    exact = megatron_logits(job, fmt, samples, round_activations=False)
+    if fmt.activation is None:
+        return Expected(samples, exact, exact, exact)
+    rounded = megatron_logits(job, fmt, samples)
+    return Expected(samples, exact, rounded, megatron_logits(job, None, samples))
+
+
+def _check_target(job: Job, fmt: QuantFormat, target: str, expected: Expected) -> dict[str, Any]:
+    """All checks of one target, in an order where the first failure explains the later ones."""
+    folder = job.folder(fmt.name, target)
+    entries: list[dict[str, Any]] = []
+
+    def note(name: str, problems: list[str], good: str) -> None:
+        detail = "; ".join(problems[:3]) if problems else good
+        entries.append({"name": f"{target} {name}", "passed": not problems, "detail": detail})
+
+    note("files", _check_files(folder), "sha256 of every file as written")
+    if target == "trtllm":
+        note("contract", check_contract(folder / "llm"), "names, shapes, dtypes, config")
+    logits: dict[str, Any] = {}
+    try:
+        note("configs", _check_configs(job, fmt, target), "describe the source in this format")
+        logits = _check_content(job, fmt, target, expected, note)
+    except Exception as error:  # whatever damage does to a reader is a finding, not a bug
+        note("readable", [f"{type(error).__name__}: {error}"], "")
+    return {"checks": entries, "logits": logits}
+
+
+def _check_configs(job: Job, fmt: QuantFormat, target: str) -> list[str]:
+    plan, folder = job.plan, job.folder(fmt.name, target)
+    group = plan.recipe.quantize.group_size
+    if target == "trtllm":
+        return check_trtllm_config(folder / "llm", plan.decoder, fmt, group, plan.dtype)
+    return check_hf_configs(folder, plan.config, fmt, group)
+
+
+def _check_files(folder: Path) -> list[str]:
+    manifest = store.need_manifest(folder, "export")
+    problems = []
+    for name, entry in manifest["files"].items():
+        if not (folder / name).is_file():
+            problems.append(f"{name} is missing")
+        elif store.hash_file(folder / name) != entry["sha256"]:
+            problems.append(f"{name} was changed after it was written")
+    return problems
+
+
+def _check_content(
+    job: Job, fmt: QuantFormat, target: str, expected: Expected, note: Any
+) -> dict[str, Any]:
+    plan = job.plan
+    read, vision = read_form(job, target, fmt)
+    decoder_names = plan.decoder.shapes(plan.family.rows)
+    linear_rows = tuple(row for row in plan.family.rows if row.linear)
+    note("coverage", checks.check_names(read, decoder_names), f"{len(decoder_names)} tensors")
+    quantized = plan.decoder.shapes(linear_rows)
+    note("quantized set", checks.check_quantized_set(read, quantized), f"{len(quantized)} linears")
+    with open_tensors(plan.tensors) as source:
+        problems = checks.check_untouched(read.plain, source, job.dtype)
+        problems += checks.check_untouched(vision, source, job.dtype)
+        missing = set(plan.family.vision_shapes(plan.config)) - set(vision)
+        problems += [f"{name} is missing" for name in sorted(missing)]
+        note("untouched", problems, f"{len(read.plain) + len(vision)} tensors bit-equal")
+        problems, worst = checks.check_linears(read.linears, source, job.dtype)
+        note("weights", problems, f"at most {worst:.3f} of what rounding allows")
+    if fmt.activation is not None:
+        wanted = _input_scales(job, fmt)
+        problems = checks.check_input_scales(read.linears, wanted)
+        note("input scales", problems, f"{len(wanted)} as solved")
+    runtime = Runtime(plan.family, plan.config, read, vision, torch.float32, job.session.device)
+    return _check_logits(fmt, runtime, expected, note)
+
+
+def _input_scales(job: Job, fmt: QuantFormat) -> dict[str, float]:
+    """Hugging Face linear -> scale of its input, as solved."""
+    assert fmt.activation is not None
+    wanted: dict[str, float] = {}
+    for layer in range(job.plan.decoder.layers):
+        scales = load_scales(job.folder(fmt.name, "scales"), layer)
+        for row in job.plan.family.rows:
+            if row.linear:
+                amax = scales[row.megatron.split(".")[-2]].input_amax
+                assert amax is not None
+                scale = float(amax) / LARGEST[fmt.activation]
+                wanted |= {name.removesuffix(".weight"): scale for name in row.at(layer).hf}
+    return wanted
+
+
+def _check_logits(
+    fmt: QuantFormat, runtime: Runtime, expected: Expected, note: Any
+) -> dict[str, Any]:
+    """Logits with activations not rounded, then as they are served."""
+    runtime.round_activations(False)
+    exact = _distance(runtime_logits(runtime, expected.samples), expected.exact)
+    twice = fmt.weight_second is not None
+    tolerance = TOLERANCE_ROUNDED_TWICE if twice else TOLERANCE
+    found = f"logits are {exact['mean']:.1e} off, {tolerance:.0e} is allowed"
+    note("logits", [] if exact["mean"] <= tolerance else [found], found)
+    result = exact | {"tolerance_mean": tolerance, "samples": len(expected.samples)}
+    if fmt.activation is None:
+        return result
+    runtime.round_activations(True)
+    rounded = _distance(runtime_logits(runtime, expected.samples), expected.rounded)
+    noise = _distance(expected.rounded, expected.source)
+    limit = NOISE * noise["mean"]
+    found = f"logits are {rounded['mean']:.1e} off, rounding itself moves them {noise['mean']:.1e}"
+    note("logits, activations rounded", [] if rounded["mean"] <= limit else [found], found)
+    return result | {"mean_rounded": rounded["mean"], "mean_quantization": noise["mean"]}
+
+
+def _distance(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> dict[str, float]:
+    """The worst sample's distance between two lists of logits."""
+    found = [checks.compare_logits(a, b) for a, b in zip(ours, theirs, strict=True)]
+    return {
+        "largest": max(entry["largest"] for entry in found),
+        "mean": max(entry["mean"] for entry in found),
+        "argmax_equal": min(entry["argmax_equal"] for entry in found),
+    }
