@@ -1,0 +1,207 @@
+"""Fixtures that several files share: a tiny random LLaVA, and work folders of a trained one.
+
+What they need is imported late: most tests need no torch.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+# On a busy machine, threads that wait by spinning take the time of those that work.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@pytest.fixture(scope="session")
+def llava():
+    """transformers' model with random weights."""
+    from models import build_llava
+
+    return build_llava()
+
+
+@pytest.fixture(scope="session")
+def tiny(llava, tmp_path_factory):
+    """The random model as folders, and what transformers says to three cases, sample by sample."""
+    import models
+    import torch
+
+    folder = tmp_path_factory.mktemp("tiny")
+    cases = {
+        "images": models.random_questions((40, 40), (0, 1), seed=1),
+        "text": models.random_questions((33, 33), (), seed=2),
+        "padded": models.random_questions((41, 19, 30), (0, 2), seed=3),
+    }
+    tensors = {name: [vars(one) for one in case] for name, case in cases.items()}
+    torch.save(tensors, folder / "cases")
+    return models.Tiny(
+        models.write_llava(llava, folder / "float32", torch.float32),
+        models.write_llava(llava, folder / "bfloat16", torch.bfloat16),
+        folder / "cases",
+        {
+            name: [models.ask_transformers(llava, one) for one in case]
+            for name, case in cases.items()
+        },
+    )
+
+
+@pytest.fixture(scope="session")
+def works(tmp_path_factory):
+    """TPxPPxDP -> work folder of the little trained model, from import to export.
+
+    One rank in this process; two ranks, in one launch, in the three ways to use them. Names that
+    end in -float32 are of the same model stored in float32, observed and solved but not exported.
+    """
+    import models
+
+    folder = tmp_path_factory.mktemp("works")
+    exact = models.float32_llava(folder / "model32")
+    with models.alone() as own:
+        models.run_line(own, folder / "1x1x1")
+        models.run_line(own, folder / "1x1x1-float32", exact, models.STAGES[:3])
+    words = ("1x1x2", "1x2x1", "2x1x1", "2x1x1-float32")
+    main = models.main_of("test_layout_independence")
+    code, _, err = models.launch([*main, folder, *words], 2)
+    assert code == 0, err[-3000:]
+    return {word: folder / word for word in ("1x1x1", "1x1x1-float32", *words)}
+
+
+@dataclass
+class Export:
+    """A copy of an exported target, to be damaged."""
+
+    folder: Path
+    target: str  # trtllm or hf
+
+    @property
+    def weights(self):
+        """The files of the decoder's weights."""
+        return sorted(self.folder.glob("llm/rank*" if self.target == "trtllm" else "model-*"))
+
+    def change(self, change, *files):
+        """Pass the tensors of each file through a function that changes them in place."""
+        from safetensors.torch import load_file, save_file
+
+        for path in [self.folder / name for name in files] or self.weights:
+            tensors = load_file(path)
+            change(tensors)
+            save_file(tensors, path)
+
+    def configure(self, change, name="llm/config.json"):
+        """Pass a JSON file through a function that changes it in place."""
+        config = json.loads((self.folder / name).read_text())
+        change(config)
+        (self.folder / name).write_text(json.dumps(config))
+
+    def sign(self):
+        """Make the manifest agree with the files; returns the copy."""
+        from nemo_vlm_ptq import store
+
+        manifest = store.read_manifest(self.folder)
+        names = [name for name in manifest["files"] if (self.folder / name).is_file()]
+        manifest["files"] = store.describe(self.folder, names)
+        store.write_json(self.folder / store.MANIFEST, manifest)
+        return self
+
+    def read(self):
+        """(decoder, tower and projector), by the independent readers."""
+        from models import TINY_LLAVA, WEIGHTS
+        from safetensors.torch import load_file
+
+        from nemo_vlm_ptq.families import llava, read_config
+        from nemo_vlm_ptq.runtime.checkpoint import ReadCheckpoint
+        from nemo_vlm_ptq.runtime.read_hf import read_unified
+        from nemo_vlm_ptq.runtime.read_trtllm import read_trtllm
+
+        if self.target == "trtllm":
+            read = read_trtllm(self.folder / "llm", llava.FAMILY.decoder_prefix)
+            return read, load_file(self.folder / "vision" / WEIGHTS)
+        read, names = read_unified(self.folder), llava.vision_shapes(read_config(TINY_LLAVA))
+        plain = {name: tensor for name, tensor in read.plain.items() if name not in names}
+        vision = {name: tensor for name, tensor in read.plain.items() if name in names}
+        return ReadCheckpoint(read.linears, plain), vision
+
+    def changed(self):
+        """Files that are not as the manifest says."""
+        from nemo_vlm_ptq.stages.proving import _check_files
+
+        return _check_files(self.folder)
+
+    def findings(self):
+        """Names of the checks that find something; tensors are compared when all are there."""
+        from nemo_vlm_ptq.errors import ProofError
+        from nemo_vlm_ptq.verify.contract import check_contract
+
+        found = {"files": self.changed()}
+        if self.target == "trtllm":
+            found["contract"] = check_contract(self.folder / "llm")
+        try:
+            found |= compare_with_source(*self.read())
+        except ProofError as error:
+            found["read"] = [str(error)]
+        return {name for name, problems in found.items() if problems}
+
+
+def compare_with_source(read, vision):
+    """Check -> findings, of tensors against the names and values of the model they came from."""
+    import models
+    import torch
+
+    from nemo_vlm_ptq.families import llava, read_config
+    from nemo_vlm_ptq.source import list_tensors, open_tensors
+    from nemo_vlm_ptq.verify import tensors as checks
+
+    rows, decoder = llava.ROWS, llava.decoder(read_config(models.TINY_LLAVA))
+    linears = decoder.shapes(tuple(row for row in rows if row.linear))
+    found = {"coverage": checks.check_names(read, decoder.shapes(rows))}
+    found["set"] = checks.check_quantized_set(read, linears)
+    if found["coverage"]:
+        return found
+    with open_tensors(list_tensors(models.TINY_LLAVA, llava.ALIASES)) as source:
+        plain = read.plain | vision
+        found["untouched"] = checks.check_untouched(plain, source, torch.bfloat16)
+        found["weights"] = checks.check_linears(read.linears, source, torch.bfloat16)[0]
+    return found
+
+
+@pytest.fixture
+def export(works, tmp_path):
+    """(format, target) -> a copy of what two tensor ranks wrote for two inference ranks."""
+
+    def copy(name, target="trtllm"):
+        folder = tmp_path / name / target
+        shutil.copytree(works["2x1x1"] / name / target, folder)
+        return Export(folder, target)
+
+    return copy
+
+
+@pytest.fixture
+def proving(works, tmp_path):
+    """(the whole stage verify of an fp8 export, its folder), to be damaged."""
+    import models
+
+    from nemo_vlm_ptq import store
+    from nemo_vlm_ptq.job import Job
+    from nemo_vlm_ptq.plan import make_plan
+    from nemo_vlm_ptq.recipe import Recipe
+    from nemo_vlm_ptq.stages.proving import verify
+
+    for name in ("megatron", "fp8"):
+        shutil.copytree(works["2x1x1"] / name, tmp_path / name)
+    recipe = Recipe(
+        model=str(models.TINY_LLAVA),
+        workdir=str(tmp_path),
+        quantize={"format": "fp8"},
+        export={"targets": ("trtllm", "hf"), "tensor": 2},
+    )
+
+    def run():
+        with models.alone() as own:
+            verify(Job(make_plan(recipe), own))
+        return store.read_json(tmp_path / "fp8" / "verify.json")
+
+    return run, tmp_path / "fp8"

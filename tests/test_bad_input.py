@@ -1,0 +1,287 @@
+"""Bad input: one line that says what and where, exit code 2, nothing left that looks finished."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from bad_models import (
+    INDEX,
+    TINY,
+    WEIGHTS,
+    copy_model,
+    damage,
+    plan_refusal,
+    refusal,
+    write_recipe,
+)
+
+from nemo_vlm_ptq.errors import UserError
+from nemo_vlm_ptq.families import read_config
+from nemo_vlm_ptq.families.llava import FAMILY
+from nemo_vlm_ptq.plan import make_plan
+from nemo_vlm_ptq.questions import load_questions
+from nemo_vlm_ptq.recipe import load_recipe
+from nemo_vlm_ptq.source import list_tensors, open_tensors
+
+DOWN = "language_model.model.layers.2.mlp.down_proj.weight"
+NORM = "language_model.model.norm.weight"
+TOWER = "vision_tower.vision_model.post_layernorm.weight"
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A whole model folder, to be damaged."""
+    return copy_model(tmp_path / "model")
+
+
+def said_by(action, *arguments) -> str:
+    with pytest.raises(UserError) as caught:
+        action(*arguments)
+    said = str(caught.value)
+    assert said and "\n" not in said
+    return said
+
+
+# Folders
+
+
+def test_a_model_folder_that_is_not_there_is_named(tmp_path):
+    gone = tmp_path / "gone"
+    said = refusal("run", write_recipe(tmp_path, gone))
+    assert said == f"model folder {gone} does not exist"
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_a_hub_name_that_cannot_be_fetched_is_named_with_the_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    said = plan_refusal(tmp_path, "nobody/nothing")
+    start = "model nobody/nothing is no folder and could not be fetched from the hub: "
+    assert said.startswith(start) and len(said) > len(start) + 10
+
+
+def test_a_folder_without_a_config_is_no_model(tmp_path, model):
+    (model / "config.json").unlink()
+    said = f"{model} has no config.json; is it a Hugging Face model folder?"
+    assert plan_refusal(tmp_path, model) == said
+
+
+@pytest.mark.parametrize("text", [b"{", b"", b"[]", b"3", b'"llava"', b"\xff\xfe"])
+def test_a_config_that_is_no_json_object_is_named(tmp_path, model, text):
+    (model / "config.json").write_bytes(text)
+    assert plan_refusal(tmp_path, model).startswith(f"{model / 'config.json'} is not JSON")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "preprocessor_config.json"])
+def test_a_folder_that_cannot_make_samples_is_named_with_what_it_lacks(model, name):
+    (model / name).unlink()
+    said = said_by(FAMILY.preparer, model, read_config(model))
+    assert str(model) in said and name in said
+
+
+# Weight files
+
+
+class Trap:
+    """Unpickled, it leaves a file behind."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_the_trap_works(tmp_path):
+    pickle.loads(pickle.dumps(Trap(tmp_path / "sprung")))
+    assert (tmp_path / "sprung").exists()
+
+
+PICKLE = "a pickle that can run code when loaded; convert it to safetensors first"
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "model.ckpt"])
+def test_a_pickle_is_refused_and_never_loaded(tmp_path, model, name):
+    (model / WEIGHTS).unlink()
+    torch.save({"weight": Trap(tmp_path / "sprung")}, model / name)
+    assert plan_refusal(tmp_path, model) == f"{model} holds {name}, {PICKLE}"
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_pickle_under_another_name_is_no_safetensors_and_never_loaded(tmp_path, model, indexed):
+    (model / WEIGHTS).unlink()
+    name = "pytorch_model.bin" if indexed else WEIGHTS
+    (model / name).write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+    if indexed:
+        (model / INDEX).write_text(json.dumps({"weight_map": {NORM: name}}))
+    said = plan_refusal(tmp_path, model)
+    assert said == f"{model / name} is truncated or no safetensors file"
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_folder_without_weights_is_named(tmp_path, model):
+    (model / WEIGHTS).unlink()
+    assert plan_refusal(tmp_path, model) == f"{model} holds no .safetensors file"
+
+
+def test_a_shard_cut_short_is_named_with_both_sizes(tmp_path, model):
+    path = model / WEIGHTS
+    whole = path.stat().st_size
+    with path.open("r+b") as file:
+        file.truncate(whole - 100)
+    assert plan_refusal(tmp_path, model) == (
+        f"{path} is truncated: {whole - 100} bytes, its header asks for {whole}"
+    )
+
+
+@pytest.mark.parametrize("size", [0, 5, 8, 100])
+def test_a_shard_cut_in_its_header_is_named(tmp_path, model, size):
+    path = model / WEIGHTS
+    with path.open("r+b") as file:
+        file.truncate(size)
+    said = plan_refusal(tmp_path, model)
+    assert said == f"{path} is truncated or no safetensors file"
+
+
+@pytest.mark.parametrize("text", ["[]", '{"a": 3}', '{"a": {}}', '{"a": {"data_offsets": "x"}}'])
+def test_a_header_of_another_kind_is_named(tmp_path, model, text):
+    path = model / WEIGHTS
+    path.write_bytes(len(text).to_bytes(8, "little") + text.encode())
+    assert plan_refusal(tmp_path, model).startswith(f"{path} is ")
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/x.safetensors", "sub/x.safetensors"])
+def test_an_index_that_points_out_of_the_folder_is_refused(tmp_path, model, name):
+    (tmp_path / "x.safetensors").write_bytes((model / WEIGHTS).read_bytes())
+    (model / INDEX).write_text(json.dumps({"weight_map": {NORM: name}}))
+    said = plan_refusal(tmp_path, model)
+    assert said == f"{model / INDEX} names {name!r}, a file outside the folder"
+
+
+@pytest.mark.parametrize("name", ["model-00002-of-00002.safetensors", "..", "."])
+def test_an_index_that_names_a_file_that_is_not_there_is_refused(tmp_path, model, name):
+    (model / INDEX).write_text(json.dumps({"weight_map": {"a": WEIGHTS, NORM: name}}))
+    said = plan_refusal(tmp_path, model)
+    assert said.startswith(f"{model / INDEX} names {name!r}, ")
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "{}", "[]", '{"weight_map": []}', '{"weight_map": {"a": 3}}']
+)
+def test_an_index_that_is_none_is_named(tmp_path, model, text):
+    (model / INDEX).write_text(text)
+    assert str(model / INDEX) in plan_refusal(tmp_path, model)
+
+
+def test_files_may_be_links_as_in_the_cache_of_the_hub(tmp_path):
+    folder = tmp_path / "snapshot"
+    folder.mkdir()
+    for path in TINY.iterdir():
+        (folder / path.name).symlink_to(path)
+    (folder / INDEX).write_text(json.dumps({"weight_map": {NORM: WEIGHTS}}))
+    plan = make_plan(load_recipe(str(write_recipe(tmp_path, folder))))
+    assert {tensor.file for tensor in plan.tensors.values()} == {folder / WEIGHTS}
+
+
+# Tensors
+
+
+def test_a_missing_tensor_is_named(tmp_path, model):
+    damage(model, lambda tensors: [tensors.pop(name) for name in (NORM, TOWER)])
+    assert plan_refusal(tmp_path, model) == f"{model}: tensor {NORM} is missing (2 in all)"
+
+
+def test_a_tensor_that_belongs_nowhere_is_named(tmp_path, model):
+    name = "language_model.model.layers.0.self_attn.q_proj.bias"
+    damage(model, lambda tensors: tensors.update({name: torch.zeros(256)}))
+    said = plan_refusal(tmp_path, model)
+    assert said == f"{model}: tensor {name} has no place in this family (1 in all)"
+
+
+def test_a_tensor_of_another_shape_is_named_with_both_shapes(tmp_path, model):
+    damage(model, lambda tensors: tensors.update({DOWN: torch.zeros(256, 512)}))
+    said = plan_refusal(tmp_path, model)
+    assert said == f"{model}: tensor {DOWN} has shape (256, 512), the config asks for (256, 768)"
+
+
+def test_two_tensors_that_mean_the_same_are_named(tmp_path, model):
+    damage(model, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(512, 256)}))
+    said = plan_refusal(tmp_path, model)
+    assert said.startswith(f"{model / WEIGHTS}: ") and "lm_head.weight" in said
+    assert said.endswith("are both language_model.lm_head.weight")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_not_finite_is_named_when_read(model, value):
+    damage(model, lambda tensors: tensors[TOWER][-1:].fill_(value))
+    with open_tensors(list_tensors(model, FAMILY.aliases)) as reader:
+        assert reader.whole(NORM).shape == (256,)
+        assert said_by(reader.whole, TOWER) == f"tensor {TOWER} holds NaN or Inf"
+
+
+# Data
+
+
+def test_a_data_folder_that_is_not_there_stops_the_plan(tmp_path):
+    said = "data '/nowhere' is neither 'scenes' nor a folder"
+    assert said_by(load_questions, "/nowhere", "test", None) == said
+    for key in ("calibration.data", "evaluate.data"):
+        assert said in plan_refusal(tmp_path, TINY, f"{key}=/nowhere")
+
+
+def test_a_data_folder_needs_one_file_of_questions(tmp_path):
+    said = f"{tmp_path} must hold one questions .json, found "
+    assert said_by(load_questions, str(tmp_path), "test", None) == said + "0"
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).write_text("{}")
+    assert said_by(load_questions, str(tmp_path), "test", None) == said + "2"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"7": 3}', '{"7": {"question": "What?"}}'])
+def test_a_file_without_questions_in_gqas_format_is_named(tmp_path, text):
+    (tmp_path / "q.json").write_text(text)
+    assert str(tmp_path / "q.json") in said_by(load_questions, str(tmp_path), "test", None)
+
+
+def gqa_folder(folder):
+    """Three questions about one picture that is not there."""
+    folder.mkdir()
+    entry = {"imageId": "7", "question": "What?", "answer": "yes"}
+    (folder / "q.json").write_text(json.dumps({str(number): entry for number in range(3)}))
+    return folder
+
+
+def test_a_picture_that_is_missing_or_broken_is_named(tmp_path):
+    folder = gqa_folder(tmp_path / "data")
+    image = load_questions(str(folder), "test", None).image
+    assert said_by(image, "7") == f"{folder}/images has no 7.jpg or 7.png"
+    (folder / "images").mkdir()
+    (folder / "images" / "7.jpg").write_bytes(b"no picture")
+    assert str(folder / "images" / "7.jpg") in said_by(image, "7")
+
+
+def test_more_samples_than_questions_are_refused_with_both_numbers(tmp_path):
+    from nemo_vlm_ptq.stages.calibrating import calibration_chunks
+
+    folder = gqa_folder(tmp_path / "data")
+    calibration = {"data": str(folder), "samples": 4}
+    plan = make_plan(load_recipe(str(write_recipe(tmp_path, calibration=calibration))))
+    said = f"calibration.samples=4 but {folder} has only 3 questions"
+    assert said_by(calibration_chunks, plan) == said
+
+
+def test_logits_refuses_inputs_that_are_not_there_and_forms_it_does_not_know(tmp_path):
+    from nemo_vlm_ptq.stages.logits import write_logits
+
+    options = {"from": "megatron", "inputs": str(tmp_path / "in"), "output": str(tmp_path / "out")}
+    said = f"inputs={tmp_path / 'in'} is no file"
+    assert said_by(write_logits, None, options) == said
+    known = "hf_source, megatron, quantized, trtllm, hf"
+    said = f"from=onnx is not known; known: {known}"
+    assert said_by(write_logits, None, options | {"from": "onnx"}) == said
+    for key in options:
+        rest = {name: value for name, value in options.items() if name != key}
+        assert said_by(write_logits, None, rest).startswith(f"logits needs {key}=...")
+    assert not (tmp_path / "out").exists()

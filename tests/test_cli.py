@@ -1,0 +1,246 @@
+"""The command: its help, its words, its exit codes, and which rank's reason is told."""
+
+import contextlib
+import json
+import re
+import subprocess
+import sys
+import time
+from unittest import mock
+
+import pytest
+from bad_models import (
+    PREFIX,
+    ROOT,
+    TINY,
+    copy_model,
+    damage,
+    refusal,
+    running,
+    write_recipe,
+)
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from nemo_vlm_ptq import __version__, cli, launch
+from nemo_vlm_ptq.errors import ProofError, UserError
+from nemo_vlm_ptq.families import FAMILIES
+from nemo_vlm_ptq.formats import FORMATS
+from nemo_vlm_ptq.names import STAGES
+from nemo_vlm_ptq.questions import load_questions
+
+HEAVY = ("torch", "transformers", "megatron", "modelopt", "numpy", "pydantic")
+DOWN = "language_model.model.layers.{}.mlp.down_proj.weight"
+
+
+def call(capsys, *words):
+    """(exit code, stdout, stderr) of the command in this process."""
+    with (
+        mock.patch.object(sys, "argv", ["nemo-vlm-ptq", *map(str, words)]),
+        pytest.raises(SystemExit) as stopped,
+    ):
+        cli.main()
+    out, err = capsys.readouterr()
+    return stopped.value.code, out, err
+
+
+def test_help_prints_the_usage_and_imports_nothing_heavy():
+    script = (
+        "import runpy, sys\n"
+        "sys.argv = ['nemo_vlm_ptq', '--help']\n"
+        "try:\n    runpy.run_module('nemo_vlm_ptq', run_name='__main__', alter_sys=True)\n"
+        f"finally:\n    print([name for name in {HEAVY} if name in sys.modules])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == cli.USAGE + "[]\n"
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["-h"], ["--help"], ["help"], ["run", "--help"], ["plan", "quickstart", "-h"]]
+)
+def test_help_is_given_wherever_it_is_asked_for(capsys, words):
+    assert call(capsys, *words) == (0, cli.USAGE, "")
+
+
+def test_version_is_that_of_the_package(capsys):
+    assert call(capsys, "--version") == (0, f"nemo-vlm-ptq {__version__}\n", "")
+
+
+@pytest.mark.parametrize("command", ["run", "calibrate", "plan", "logits", *STAGES])
+def test_every_command_of_the_usage_takes_a_recipe_and_overrides(command):
+    assert command in cli.USAGE
+    chosen = cli.parse([command, "quickstart", "a=1", "b.c=[x, y]"])
+    assert (chosen.command, chosen.recipe) == (command, "quickstart")
+    assert chosen.overrides == ["a=1", "b.c=[x, y]"]
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_debug_may_stand_anywhere_among_the_words(place):
+    words = ["plan", "quickstart", "a=1", "b=2"]
+    chosen = cli.parse([*words[:place], "--debug", *words[place:]])
+    assert (chosen.command, chosen.recipe) == ("plan", "quickstart")
+    assert chosen.debug and chosen.overrides == ["a=1", "b=2"]
+
+
+def test_an_unknown_command_and_a_missing_recipe_are_refused(capsys):
+    code, out, err = call(capsys, "quantise", "quickstart")
+    assert (code, out) == (2, "")
+    assert "invalid choice: 'quantise' (choose from" in err and "Traceback" not in err
+    assert refusal("run") == "run needs a recipe: a YAML file or a name that ships"
+
+
+@pytest.mark.parametrize(("what", "table"), [("families", FAMILIES), ("formats", FORMATS)])
+def test_the_support_matrix_lists_every_row_as_text_and_as_json(capsys, what, table):
+    code, out, err = call(capsys, what)
+    assert (code, err) == (0, "")
+    assert [line.split()[0] for line in out.splitlines()[2:]] == list(table)
+    code, out, err = call(capsys, what, "--json")
+    assert (code, err) == (0, "")
+    assert [next(iter(row.values())) for row in json.loads(out)] == list(table)
+
+
+def test_overrides_reach_the_plan(tmp_path, capsys):
+    recipe = write_recipe(tmp_path, TINY, quantize={"format": ["fp8", "int8_sq"]})
+    code, out, err = call(capsys, "plan", recipe, "quantize.format=int4_awq", "export.tensor=2")
+    assert (code, err) == (0, "")
+    assert "int4_awq" in out and "fp8" not in out and "int8_sq" not in out
+    assert out.rstrip().endswith("TensorRT-LLM ranks: TP 2 x PP 1")
+
+
+def test_debug_shows_where_a_refusal_came_from_and_keeps_its_code(tmp_path, capsys):
+    recipe = write_recipe(tmp_path, tmp_path / "none")
+    code, out, err = call(capsys, "plan", recipe, "--debug")
+    assert (code, out) == (2, "")
+    assert err.startswith("Traceback") and "model_folder" in err
+    assert err.splitlines()[-1] == f"{PREFIX}model folder {tmp_path / 'none'} does not exist"
+
+
+def test_a_proof_that_failed_ends_with_3_and_a_bug_with_its_traceback(monkeypatch, capsys):
+    def fail(*_):
+        raise ProofError("logits differ")
+
+    monkeypatch.setattr(launch, "start", fail)
+    assert call(capsys, "verify", "quickstart") == (3, "", f"{PREFIX}logits differ\n")
+    monkeypatch.setattr(launch, "start", lambda *_: 1 // 0)
+    with (
+        mock.patch.object(sys, "argv", ["nemo-vlm-ptq", "run", "quickstart"]),
+        pytest.raises(ZeroDivisionError),
+    ):
+        cli.main()
+
+
+def failures(tmp_path, monkeypatch, *ended):
+    """What torchrun raises when ranks ended with (code, message or None) in the same second."""
+    found = {}
+    for rank, (code, message) in enumerate(ended):
+        path = tmp_path / f"error{rank}.json"
+        if message is not None:
+            with monkeypatch.context() as patch:
+                patch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+                patch.setenv("RANK", str(rank))
+                patch.setenv("WORLD_SIZE", str(len(ended)))
+                patch.setenv(launch.PARENT, "1")
+                launch.report_failure(message, code)
+        failure = ProcessFailure(local_rank=rank, pid=1, exitcode=code, error_file=str(path))
+        failure.timestamp = int(time.time())
+        found[rank] = failure
+    return ChildFailedError("nemo_vlm_ptq", found)
+
+
+@pytest.mark.parametrize(("code", "kind"), [(2, UserError), (3, ProofError)])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_rank_that_knows_the_reason_is_the_one_that_is_told(
+    tmp_path, monkeypatch, capsys, code, kind, rank
+):
+    """A rank that lost its peer fails too, within the same second, and knows nothing."""
+    ended = [(1, None), (1, None)]
+    ended[rank] = (code, "layer 3 holds NaN")
+    with pytest.raises(kind, match=r"^layer 3 holds NaN$"):
+        launch._explain(failures(tmp_path, monkeypatch, *ended))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_bug_on_a_rank_ends_with_1(tmp_path, monkeypatch, capsys):
+    assert launch._explain(failures(tmp_path, monkeypatch, (0, None), (1, None))) == 1
+    assert "failed, see its traceback above" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", ["from", "inputs", "dtype"])
+def test_an_option_of_logits_without_a_value_is_refused(tmp_path, word):
+    recipe = write_recipe(tmp_path)
+    with mock.patch.object(launch, "_start_ranks", return_value=0):
+        assert word in refusal("logits", recipe, word)
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """Real commands that must stop, started together: by name, a `Command` each."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("nan", "overflow", "torchrun")}
+    recipes = {}
+    for name, folder in folders.items():
+        model = copy_model(folder / "model")
+        if name == "nan":  # the last input of a row-parallel linear: tensor rank 1 alone reads it
+            damage(model, lambda tensors: tensors[DOWN.format(2)][-1, -1:].fill_(float("nan")))
+        if name == "overflow":
+            damage(model, lambda tensors: tensors[DOWN.format(1)].fill_(3e38))
+            (folder / "work" / "megatron").mkdir(parents=True)
+            (folder / "work" / "megatron" / "left-over").touch()
+            (folder / "work" / ".megatron.being-written").touch()
+        recipes[name] = write_recipe(folder, model, calibration={"samples": 3})
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = {
+        "nan": ["nemo_vlm_ptq", "import", recipes["nan"], "parallel.tensor=2"],
+        "overflow": ["nemo_vlm_ptq", "run", recipes["overflow"], "stages=[import, observe]"],
+        "torchrun": [*torchrun, "-m", "nemo_vlm_ptq", "import", recipes["torchrun"],
+                     "paralel.tensor=2"],
+    }  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        yield {
+            name: stack.enter_context(running(folder, *words[name]))
+            for name, folder in folders.items()
+        }
+
+
+def test_a_refusal_inside_ranks_of_torchrun_ends_them_with_2_and_a_line_each(started):
+    code, lines = started["torchrun"].end()
+    assert code != 0  # torchrun has a code of its own, and tells those of its ranks
+    text = "\n".join(lines)
+    ended = [line.split()[2] for line in lines if line.strip().startswith("exitcode")]
+    assert "2" in ended and set(ended) <= {"2", "-15"}, text  # it may end the slower rank itself
+    line = f"{PREFIX}unknown recipe key 'paralel'; did you mean 'parallel'?"
+    assert line in text and text.count(PREFIX) in (1, 2), text  # two ranks share one stream
+    assert 'File "nemo_vlm_ptq' not in text and f'{ROOT}/nemo_vlm_ptq/' not in text  # no traceback
+    assert not (started["torchrun"].folder / "work").exists()
+
+
+def test_nan_in_a_weight_is_told_once_though_one_rank_of_two_has_read_it(started):
+    code, lines = started["nan"].end()
+    assert code == 2, lines
+    assert lines[-1] == f"{PREFIX}tensor {DOWN.format(2)} holds NaN or Inf"
+    assert not [line for line in lines[:-1] if "Traceback" in line or "rror" in line]
+    assert not (started["nan"].folder / "work" / "megatron" / "manifest.json").exists()
+
+
+def test_nan_in_an_activation_is_told_with_its_layer_and_sample(started):
+    code, lines = started["overflow"].end()
+    assert code == 2, lines
+    (first, *_) = load_questions("scenes", "calibration", 3).items
+    found = re.fullmatch(
+        rf"{PREFIX}activation holds NaN or Inf: layer (\d), input of (\w+), "
+        rf"(?:text|image) tokens of sample {first.id}",
+        lines[-1],
+    )
+    assert found and found.groups() == ("2", "linear_qkv"), lines[-1]  # what layer 1 gave
+    assert not [line for line in lines[:-1] if "Traceback" in line or "rror" in line]
+    work = started["overflow"].folder / "work"
+    assert not (work / "statistics" / "manifest.json").exists()
+
+
+def test_an_interrupted_stage_is_redone_and_what_it_left_is_gone(started):
+    started["overflow"].end()
+    work = started["overflow"].folder / "work"
+    assert (work / "megatron" / "manifest.json").is_file()
+    assert not (work / "megatron" / "left-over").exists()
+    assert not (work / ".megatron.being-written").exists()

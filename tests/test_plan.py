@@ -1,0 +1,180 @@
+"""Plans: layouts and models that cannot work are refused with what would; no weights are read."""
+
+import re
+
+import pytest
+from bad_models import (
+    LLAVA_7B,
+    TINY,
+    WEIGHTS,
+    configure,
+    copy_model,
+    hollow_model,
+    plan_refusal,
+    refusal,
+    write_recipe,
+)
+
+from nemo_vlm_ptq import plan, source
+from nemo_vlm_ptq.errors import UserError
+from nemo_vlm_ptq.formats import FORMATS
+from nemo_vlm_ptq.parallel import data_axis
+from nemo_vlm_ptq.recipe import load_recipe
+
+
+@pytest.fixture(scope="module")
+def llava_7b(tmp_path_factory):
+    """LLaVA-1.5-7B's shapes: 32 heads, hidden 4096, MLP 11008 = 86 groups of 128."""
+    return hollow_model(tmp_path_factory.mktemp("hollow") / "7b", LLAVA_7B)
+
+
+HEADS = "8 heads, 4 KV heads and 768 MLP features"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["parallel.tensor=3"], f"parallel.tensor=3 does not divide {HEADS}; these work: 1, 2, 4"),
+        (["parallel.tensor=8"], f"parallel.tensor=8 does not divide {HEADS}; these work: 1, 2, 4"),
+        (["export.tensor=3"], f"export.tensor=3 does not divide {HEADS}; these work: 1, 2, 4, 8"),
+        (["parallel.pipeline=3"],
+         "parallel.pipeline=3 does not divide 4 layers; these work: 1, 2, 4"),
+        (["export.pipeline=3"], "export.pipeline=3 does not divide 4 layers; these work: 1, 2, 4"),
+        (["parallel.tensor=4", "quantize.format=int4_awq"],
+         "parallel.tensor=4 cuts a group of 128 of format int4_awq; these work: 1, 2"),
+        (["export.tensor=4", "quantize.format=w4a8_awq"],
+         "export.tensor=4 cuts a group of 128 of format w4a8_awq; these work: 1, 2"),
+        (["quantize.group_size=64", "quantize.format=w4a8_awq"],
+         "format w4a8_awq needs quantize.group_size=128, got 64"),
+        (["export.targets=[hf]", "quantize.format=int8_sq"],
+         "format int8_sq cannot be exported to hf; it can to: trtllm"),
+    ],
+)  # fmt: skip
+def test_a_layout_that_cannot_work_is_refused_with_those_that_do(tmp_path, words, said):
+    assert plan_refusal(tmp_path, TINY, *words) == said
+
+
+def test_groups_of_a_real_model_limit_its_tensor_ranks(tmp_path, llava_7b):
+    words = ["quantize.format=[fp8, int4_awq]", "parallel.tensor=4"]
+    assert plan_refusal(tmp_path, llava_7b, *words) == (
+        "parallel.tensor=4 cuts a group of 128 of format int4_awq; these work: 1, 2"
+    )
+    recipe = load_recipe(str(write_recipe(tmp_path, llava_7b)), ["parallel.tensor=8"])
+    assert "TP 8 x PP 1" in plan.describe(plan.make_plan(recipe))
+
+
+@pytest.mark.parametrize("format", ["fp8", "int4_awq"])
+@pytest.mark.parametrize("key", ["parallel.tensor", "export.tensor"])
+@pytest.mark.parametrize("name", ["tiny", "7b"])
+def test_every_size_that_a_refusal_names_does_work(tmp_path, llava_7b, format, key, name):
+    recipe = write_recipe(tmp_path, {"tiny": TINY, "7b": llava_7b}[name])
+    first = f"quantize.format={format}"
+    said = refusal("plan", recipe, first, f"{key}=3")
+    for size in re.search(r"these work: (.+)$", said)[1].split(", "):
+        plan.make_plan(load_recipe(str(recipe), [first, f"{key}={size}"]))
+
+
+def test_groups_must_fit_into_the_inputs_of_every_linear(tmp_path):
+    """Attention is wider than the hidden size here, so its inputs alone do not tell."""
+    folder = hollow_model(tmp_path / "model", _narrow(LLAVA_7B))
+    words = ["quantize.format=int4_awq", "quantize.group_size=128", "export.targets=[hf]"]
+    assert "group of 128" in plan_refusal(tmp_path, folder, *words)
+
+
+def _narrow(config):
+    text = config["text_config"] | {
+        "hidden_size": 192, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 128,
+        "intermediate_size": 256, "num_hidden_layers": 1, "vocab_size": 64,
+    }  # fmt: skip
+    return config | {"text_config": text}
+
+
+def test_ranks_that_were_started_must_make_up_the_layout():
+    assert data_axis(2, 2, 8, None) == 2
+    assert data_axis(2, 1, 4, 2) == 2
+    with pytest.raises(UserError) as caught:
+        data_axis(2, 2, 6, None)
+    assert str(caught.value) == (
+        "6 ranks cannot hold tensor 2 x pipeline 2: start a multiple of 4 ranks"
+    )
+    with pytest.raises(UserError) as caught:
+        data_axis(2, 1, 2, 3)
+    assert str(caught.value) == (
+        "parallel: tensor 2 x pipeline 1 x data 3 needs 6 ranks but 2 were started; "
+        "start 6, or set parallel.data=auto"
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"architectures": ["Qwen2VLForConditionalGeneration"]},
+         "architecture 'Qwen2VLForConditionalGeneration' is not supported; supported: "),
+        ({"architectures": None}, "architecture 'none' is not supported; supported: "),
+        ({"tie_word_embeddings": True},
+         "llava: tie_word_embeddings is True; only False is supported"),
+        ({"text_config.tie_word_embeddings": True},
+         "llava: tie_word_embeddings is True; only False is supported"),
+        ({"text_config.rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+         "llava: rope type is 'linear'; only 'default' is supported"),
+        ({"text_config.rope_scaling": {"type": "dynamic", "factor": 2.0}},
+         "llava: rope type is 'dynamic'; only 'default' is supported"),
+        ({"text_config.hidden_act": "gelu"},
+         "llava: text_config.hidden_act is 'gelu'; only 'silu' is supported"),
+        ({"text_config.attention_bias": True},
+         "llava: text_config.attention_bias is True; only False is supported"),
+        ({"text_config.mlp_bias": True},
+         "llava: text_config.mlp_bias is True; only False is supported"),
+        ({"text_config.model_type": "mistral"},
+         "llava: text_config.model_type is 'mistral'; only 'llama' is supported"),
+        ({"vision_config.model_type": "siglip_vision_model"},
+         "llava: vision_config.model_type is 'siglip_vision_model'; only 'clip_vision_model' is"),
+        ({"vision_feature_select_strategy": "full"},
+         "llava: vision_feature_select_strategy is 'full'; only 'default' is supported"),
+    ],
+)  # fmt: skip
+def test_a_model_that_no_family_holds_is_refused_by_what_is_different(tmp_path, values, said):
+    line = plan_refusal(tmp_path, configure(copy_model(tmp_path / "model"), values))
+    assert line.startswith(said)
+    assert ("LlavaForConditionalGeneration" in line) == ("architectures" in values)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("text_config.hidden_size", "big", "hidden_size"),
+        ("text_config.hidden_size", 250, "250"),
+        ("text_config.num_attention_heads", 7, "7"),
+        ("text_config.num_attention_heads", 0, "config.json"),
+        ("text_config.model_type", "newlm", "newlm"),
+        ("text_config", [1], "text_config"),
+        ("vision_config.hidden_act", "nope", "nope"),
+        ("vision_feature_layer", -9, "vision_feature_layer"),
+    ],
+)
+def test_a_config_that_makes_no_sense_is_refused_by_the_value(tmp_path, key, value, named):
+    folder = configure(copy_model(tmp_path / "model"), {key: value})
+    assert named in plan_refusal(tmp_path, folder)
+
+
+def test_an_unknown_family_lists_the_known_ones(tmp_path):
+    said = plan_refusal(tmp_path, TINY, "family=llama")
+    assert said.startswith("unknown family 'llama'; known: auto, llava")
+
+
+def test_plan_prints_every_format_and_reads_no_weights(tmp_path, monkeypatch, capsys):
+    folder = copy_model(tmp_path / "model")
+    path = folder / WEIGHTS
+    head = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    path.write_bytes(path.read_bytes()[:head].ljust(path.stat().st_size, b"\xff"))  # all NaN
+    monkeypatch.setattr(source.Reader, "slices", lambda self, name: pytest.fail(f"read {name}"))
+    words = [f"model={folder}", f"workdir={tmp_path / 'work'}"]
+    text = plan.describe(plan.make_plan(load_recipe("quickstart", words)))
+    lines = dict(line.split(maxsplit=1) for line in text.splitlines())
+    assert "4.5 M parameters, 9.1 MB, bfloat16" in lines["model"]
+    assert lines["decoder"].startswith("4 layers, hidden 256, 8 heads, 4 KV heads, MLP 768")
+    assert set(lines) >= set(FORMATS)
+    for name, row in FORMATS.items():
+        assert lines[name].startswith(f"-> {', '.join(row.targets)}: about ")
+        assert lines[name].endswith("TensorRT-LLM ranks: TP 2 x PP 1")
+    assert not (tmp_path / "work").exists()

@@ -1,0 +1,180 @@
+"""Recipes: what is refused and how, what overrides do, which file a name means."""
+
+import pytest
+from bad_models import ROOT, write_recipe
+from pydantic import ValidationError
+
+from nemo_vlm_ptq.errors import UserError
+from nemo_vlm_ptq.recipe import load_recipe, recipe_file
+
+FORMATS = "fp8, int8_sq, int4_awq, w4a8_awq"
+STAGES = "import, observe, solve, export, verify, evaluate, report"
+
+
+def refusal(path, *overrides) -> str:
+    """What load_recipe says, in one line."""
+    with pytest.raises(UserError) as caught:
+        load_recipe(str(path), overrides)
+    said = str(caught.value)
+    assert said and "\n" not in said
+    return said
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    return write_recipe(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "near"),
+    [
+        ("paralel.tensor=2", "'paralel'; did you mean 'parallel'?"),
+        ("parallel.tensors=2", "'parallel.tensors'; did you mean 'parallel.tensor'?"),
+        ("calibration.sample=3", "'calibration.sample'; did you mean 'calibration.samples'?"),
+        ("format=fp8", "'format'; did you mean 'quantize.format'?"),
+        ("evaluate.gate.gqa_dropp=1", "'evaluate.gate.gqa_dropp'; did you mean "
+         "'evaluate.gate.gqa_drop'?"),
+        ("xyzzy=1", "'xyzzy'"),
+    ],
+)  # fmt: skip
+def test_an_unknown_key_is_refused_and_the_nearest_known_one_named(recipe, wrong, near):
+    assert refusal(recipe, wrong) == f"unknown recipe key {near}"
+
+
+@pytest.mark.parametrize("key", ["model", "workdir"])
+def test_a_missing_key_is_named(tmp_path, key):
+    other = {"model": "workdir", "workdir": "model"}[key]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"{other}: here\n")
+    assert refusal(path) == f"recipe key {key!r} is missing"
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("quantize.format=nvfp4", f"'quantize.format': unknown format 'nvfp4'; known: {FORMATS}"),
+        ("quantize.format=[fp8, x]", f"'quantize.format': unknown format 'x'; known: {FORMATS}"),
+        ("export.targets=[vllm]", "'export.targets': unknown target 'vllm'; known: trtllm, hf"),
+        ("stages=[imports]", f"'stages': unknown stage 'imports'; known: {STAGES}"),
+        ("evaluate.tasks=[vqa]", "'evaluate.tasks': Input should be 'gqa' or 'sight'"),
+        ("export.dtype=int8", "'export.dtype': Input should be 'auto', 'bfloat16' or 'float16'"),
+        ("calibration.modality=video", "'calibration.modality': Input should be 'image_text' or "),
+        ("quantize.kv_cache=fp8", "'quantize.kv_cache': Input should be 'none'"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_the_known_ones(recipe, word, said):
+    assert refusal(recipe, word).startswith(f"recipe key {said}")
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("parallel.tensor=0", "'parallel.tensor': Input should be greater than or equal to 1"),
+        ("parallel.tensor=two", "'parallel.tensor': Input should be a valid integer"),
+        ("parallel.tensor=1.5", "'parallel.tensor': Input should be a valid integer"),
+        ("parallel.pipeline=-1", "'parallel.pipeline': Input should be greater than or equal"),
+        ("calibration.samples=0", "'calibration.samples': Input should be greater than or equal"),
+        ("quantize.group_size=8", "'quantize.group_size': Input should be greater than or equal"),
+        ("evaluate.limit=0", "'evaluate.limit': Input should be greater than or equal to 1"),
+        ("evaluate.gate.gqa_drop=few", "'evaluate.gate.gqa_drop': Input should be a valid number"),
+        ("model=3", "'model': Input should be a valid string"),
+        ("workdir=", "'workdir': Input should be a valid string"),
+        ("parallel=2", "'parallel': Input should be a valid dictionary"),
+        ("stages=import", "'stages': Input should be a valid tuple"),
+    ],
+)
+def test_a_value_of_the_wrong_type_or_size_is_refused_with_its_key(recipe, word, said):
+    value = word.partition("=")[2] or "None"
+    line = refusal(recipe, word)
+    assert line.startswith(f"recipe key {said}")
+    assert line.removesuffix(")").replace("'", "").endswith(f"got {value}")
+
+
+@pytest.mark.parametrize("value", ["3", "", "{fp8: 1}"])
+def test_formats_that_are_no_list_of_names_are_refused(recipe, value):
+    assert "'quantize.format'" in refusal(recipe, f"quantize.format={value}")
+
+
+@pytest.mark.parametrize("key", ["quantize.format", "export.targets", "stages"])
+def test_an_empty_list_that_would_do_nothing_is_refused(recipe, key):
+    assert f"recipe key {key!r}" in refusal(recipe, f"{key}=[]")
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "many"])
+def test_data_ranks_are_a_positive_number_or_auto(recipe, value):
+    line = refusal(recipe, f"parallel.data={value}")
+    assert line.startswith("recipe key 'parallel.data': ") and value in line
+
+
+def test_a_gate_that_no_result_can_pass_is_refused(recipe):
+    assert "'evaluate.gate.gqa_drop'" in refusal(recipe, "evaluate.gate.gqa_drop=.nan")
+
+
+@pytest.mark.parametrize(
+    "text", ["model: [", "a: b: c", "model: x\n\tworkdir: y", "model: \x00", "'open"]
+)
+def test_a_file_that_is_not_yaml_is_named(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    assert refusal(path).startswith(f"{path} is not YAML: ")
+
+
+def test_a_file_that_is_not_text_is_named(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"model: \xff\xfe\n")
+    assert refusal(path).startswith(f"{path} is not YAML: ")
+
+
+@pytest.mark.parametrize("text", ["- model", "just words", "3"])
+def test_a_file_that_is_no_mapping_is_named(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    assert refusal(path) == f"{path} must be a mapping of recipe keys"
+
+
+def test_an_override_without_a_value_or_with_bad_yaml_is_quoted(recipe):
+    assert refusal(recipe, "verbose") == "'verbose' is not an override; write key=value"
+    assert "'quantize.format=[fp8'" in refusal(recipe, "quantize.format=[fp8")
+
+
+def test_an_override_of_a_group_below_a_value_is_refused(tmp_path):
+    recipe = write_recipe(tmp_path, parallel={"tensor": 2})
+    assert refusal(recipe, "parallel.tensor.first=2") == (
+        "recipe key 'parallel.tensor.first': 'tensor' holds a value, not a group of keys"
+    )
+
+
+def test_overrides_are_read_as_yaml_and_the_last_one_wins(recipe):
+    made = load_recipe(
+        str(recipe),
+        ["quantize.format=[fp8, int4_awq]", "parallel.tensor=2", "parallel.tensor=4",
+         "evaluate.gate.gqa_drop=0.5", "evaluate.limit=null", "workdir=a=b"],
+    )  # fmt: skip
+    assert made.quantize.format == ("fp8", "int4_awq")
+    assert (made.parallel.tensor, made.evaluate.gate.gqa_drop) == (4, 0.5)
+    assert (made.evaluate.limit, made.workdir) == (None, "a=b")
+
+
+def test_format_names_of_modelopt_mean_the_same_rows_and_repeats_count_once(recipe):
+    word = "quantize.format=[fp8, fp8_default, int8_smoothquant, w4a8_awq_beta, w4a8_awq]"
+    assert load_recipe(str(recipe), [word]).quantize.format == ("fp8", "int8_sq", "w4a8_awq")
+    assert load_recipe(str(recipe), ["quantize.format=int4_awq"]).quantize.format == ("int4_awq",)
+
+
+def test_a_recipe_cannot_be_changed_after_it_was_checked(recipe):
+    made = load_recipe(str(recipe))
+    with pytest.raises(ValidationError):
+        made.parallel.tensor = 3
+
+
+def test_a_name_that_does_not_exist_lists_the_recipes_that_ship(tmp_path):
+    shipped = ", ".join(sorted(path.stem for path in (ROOT / "configs").glob("*.yaml")))
+    assert "quickstart" in shipped
+    for name in ("quickstrat", str(tmp_path), str(tmp_path / "none.yaml")):
+        assert refusal(name) == f"recipe {name!r} is no file; recipes that ship: {shipped}"
+
+
+def test_every_recipe_that_ships_is_found_by_name_and_is_valid():
+    for path in (ROOT / "configs").glob("*.yaml"):
+        assert recipe_file(path.stem).read_text() == path.read_text()
+        load_recipe(path.stem)
