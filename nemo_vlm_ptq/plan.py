@@ -14,7 +14,7 @@ from typing import Any
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families import Decoder, ModelFamily, find_family, read_config
 from nemo_vlm_ptq.formats import QuantFormat, find_format
-from nemo_vlm_ptq.mapping.rows import check_coverage
+from nemo_vlm_ptq.mapping.rows import carried_along, check_coverage
 from nemo_vlm_ptq.questions import questions_file
 from nemo_vlm_ptq.recipe import Recipe
 from nemo_vlm_ptq.source import Tensor, list_tensors, total_bytes
@@ -34,6 +34,7 @@ class Plan:
     family: ModelFamily
     decoder: Decoder
     tensors: dict[str, Tensor]
+    vision: tuple[str, ...]  # names that stay in 16 bit beside the decoder: tower, projector, ...
     dtype: str  # of weights from import to export
 
     @property
@@ -53,14 +54,16 @@ def make_plan(recipe: Recipe) -> Plan:
         UserError: the first thing that cannot work, with the values that would.
     """
     folder = model_folder(recipe.model)
-    config = read_config(folder)
+    config = read_config(folder) | recipe.config
     family = find_family(config, recipe.family)
+    config = family.complete(folder, config)
     decoder, vision = _understand(folder, family, config)
-    tensors = list_tensors(folder, family.aliases)
+    tensors = list_tensors(folder, family.aliases, family.parts)
     expected = decoder.shapes(family.rows) | vision
     found = {name: tensor.shape for name, tensor in tensors.items()}
     check_coverage(found, expected, family.drops, str(folder))
-    for name in expected:
+    carried = carried_along(found, family.drops)
+    for name in (*expected, *carried):
         if tensors[name].dtype not in DTYPES:
             raise UserError(
                 f"{folder}: tensor {name} is {tensors[name].dtype}; "
@@ -69,7 +72,8 @@ def make_plan(recipe: Recipe) -> Plan:
     dtype: str = recipe.export.dtype
     if dtype == "auto":
         dtype = DTYPES[tensors[family.decoder_prefix + "model.norm.weight"].dtype]
-    plan = Plan(recipe, folder, config, family, decoder, tensors, dtype)
+    beside = (*vision, *carried)
+    plan = Plan(recipe, folder, config, family, decoder, tensors, beside, dtype)
     for fmt in plan.formats:
         _check_format(plan, fmt)
     _check_layouts(plan)
@@ -166,7 +170,15 @@ def _check_layouts(plan: Plan) -> None:
     _require("parallel.tensor", parallel.tensor, [_Rule(calibrates, wide), *whole])
     _require("parallel.pipeline", parallel.pipeline, [stages])
     _require("export.tensor", export.tensor, [_Rule(serves, wide), *tiles])
-    _require("export.pipeline", export.pipeline, [stages])
+    _require("export.pipeline", export.pipeline, [stages, *_serving_stages(plan)])
+
+
+def _serving_stages(plan: Plan) -> list[_Rule]:
+    """TensorRT-LLM's Phi-3 has no pipeline parallelism: every rank holds both ends."""
+    phi = plan.family.trtllm_architecture == "Phi3ForCausalLM"
+    if not phi or not any("trtllm" in plan.targets(fmt) for fmt in plan.formats):
+        return []
+    return [_Rule(lambda size: size == 1, "is not possible for Phi3ForCausalLM in TensorRT-LLM")]
 
 
 def _whole_groups(plan: Plan, fmt: QuantFormat) -> _Rule:

@@ -104,6 +104,7 @@ class Recipe(Part):
     model: str
     workdir: str
     family: str = "auto"
+    config: dict[str, Any] = {}  # keys of the model's config.json to override
     stages: tuple[str, ...] = Field(STAGES, min_length=1)
     parallel: Parallel = Parallel()
     quantize: Quantize = Quantize()

@@ -27,6 +27,21 @@ class Tensor:
     dtype: str
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        UserError: no JSON, or no object.
+    """
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is not JSON with an object in it")
+    return config
+
+
 def header(path: Path) -> dict[str, Any]:
     """The JSON header of a safetensors file, with the file's length checked against it."""
     size = path.stat().st_size
@@ -85,20 +100,31 @@ def _files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def list_tensors(folder: Path, aliases: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
+def list_tensors(
+    folder: Path, aliases: Sequence[tuple[str, str]], parts: Sequence[str] = ("",)
+) -> dict[str, Tensor]:
     """Published name -> place on disk, for every tensor of a checkpoint; reads headers only.
+
+    Args:
+        folder: the model folder.
+        aliases: (pattern, replacement) that bring any vintage's name to the published one.
+        parts: sub-folders that hold a checkpoint each, "" for the folder itself; names in a
+            sub-folder are PART/NAME.
 
     Raises:
         UserError: no folder, no safetensors, a pickle, a truncated shard, a bad index, or two
             tensors that bear the same published name.
     """
     found: dict[str, Tensor] = {}
-    for path in _files(folder):
-        for disk_name, entry in header(path).items():
-            name = canonical(disk_name, aliases)
-            if name in found:
-                raise UserError(f"{path}: {disk_name} and {found[name].disk_name} are both {name}")
-            found[name] = Tensor(path, disk_name, tuple(entry["shape"]), entry["dtype"])
+    for part in parts:
+        start = f"{part}/" if part else ""
+        for path in _files(folder / part):
+            for disk_name, entry in header(path).items():
+                name = canonical(start + disk_name, aliases)
+                if name in found:
+                    first = found[name].disk_name
+                    raise UserError(f"{path}: {disk_name} and {first} are both {name}")
+                found[name] = Tensor(path, disk_name, tuple(entry["shape"]), entry["dtype"])
     return found
 
 

@@ -119,7 +119,10 @@ class Export:
         if self.target == "trtllm":
             read = read_trtllm(self.folder / "llm", llava.FAMILY.decoder_prefix)
             return read, load_file(self.folder / "vision" / WEIGHTS)
-        read, names = read_unified(self.folder), llava.vision_shapes(read_config(TINY_LLAVA))
+        read, names = (
+            read_unified(self.folder, llava.FAMILY),
+            llava.vision_shapes(read_config(TINY_LLAVA)),
+        )
         plain = {name: tensor for name, tensor in read.plain.items() if name not in names}
         vision = {name: tensor for name, tensor in read.plain.items() if name in names}
         return ReadCheckpoint(read.linears, plain), vision
@@ -154,7 +157,7 @@ def compare_with_source(read, vision):
     from nemo_vlm_ptq.source import list_tensors, open_tensors
     from nemo_vlm_ptq.verify import tensors as checks
 
-    rows, decoder = llava.ROWS, llava.decoder(read_config(models.TINY_LLAVA))
+    rows, decoder = llava.FAMILY.rows, llava.decoder(read_config(models.TINY_LLAVA))
     linears = decoder.shapes(tuple(row for row in rows if row.linear))
     found = {"coverage": checks.check_names(read, decoder.shapes(rows))}
     found["set"] = checks.check_quantized_set(read, linears)

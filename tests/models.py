@@ -139,10 +139,15 @@ def random_questions(lengths, images, seed: int) -> list[Question]:
 
 def to_samples(questions):
     """Questions as the package's samples."""
-    from nemo_vlm_ptq.families.base import Sample
+    from nemo_vlm_ptq.families.base import Pixels, Sample
 
     return [
-        Sample(f"q{index}", one.ids, one.ids == IMAGE_ID, one.pixels)
+        Sample(
+            f"q{index}",
+            one.ids,
+            one.ids == IMAGE_ID,
+            None if one.pixels is None else Pixels(one.pixels),
+        )
         for index, one in enumerate(questions)
     ]
 

@@ -12,7 +12,7 @@ import torch
 
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.evaluate import answer, compare, gqa, sight
-from nemo_vlm_ptq.families.base import Sample
+from nemo_vlm_ptq.families.base import Pixels, Sample
 from nemo_vlm_ptq.questions import SUFFIX, Question, Questions
 
 IMAGES, TOKENS = 5, 3  # images of the fake data; image tokens of each
@@ -38,14 +38,16 @@ class Fake:
         assert question.endswith(SUFFIX)
         if isinstance(image, PIL.Image.Image):
             self.did["processed"] += 1
-            image = torch.full((1, 3, 2, 2), float(image.getpixel((0, 0))))
+            image = Pixels(torch.full((1, 3, 2, 2), float(image.getpixel((0, 0)))))
+        else:
+            assert image.views.is_meta  # values are not kept
         words = len(question) - len(SUFFIX)
         ids = torch.tensor([0] * TOKENS + [1] * words)
         return Sample(name, ids, ids == 0, image)
 
     def encode(self, pixels):
-        self.did["encoded"] += len(pixels)
-        return pixels[:, 0, :1, :1].expand(-1, self.tokens, 4)
+        self.did["encoded"] += len(pixels.views)
+        return pixels.views[:, 0, 0, :1].expand(self.tokens, 4)
 
     def generate(self, samples, features, max_new_tokens):
         assert max_new_tokens >= 8

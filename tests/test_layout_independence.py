@@ -9,6 +9,7 @@ error that they make is. Last: an export is the same however inference cuts it.
 import itertools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import models
@@ -22,8 +23,8 @@ from nemo_vlm_ptq.calibrate.statistics import InputStatistics, layer_file, load_
 from nemo_vlm_ptq.errors import ProofError
 from nemo_vlm_ptq.export import trtllm
 from nemo_vlm_ptq.export.stream import stream_ends, stream_layer
-from nemo_vlm_ptq.families.base import Decoder
-from nemo_vlm_ptq.families.llava import FAMILY
+from nemo_vlm_ptq.families import FAMILIES
+from nemo_vlm_ptq.families.base import Decoder, LongRope
 from nemo_vlm_ptq.formats import FORMATS
 from nemo_vlm_ptq.mapping.layouts import Sizes, take
 from nemo_vlm_ptq.mapping.rows import expand
@@ -150,24 +151,29 @@ def test_every_sample_is_seen_by_one_data_rank(works, layout):
     assert len(together) == 12 and sorted(together) == sorted(alone)
 
 
+ROPE = LongRope((1.0,) * 16, (2.0,) * 16, 128, 1.1)
 DECODER = Decoder(256, 512, 2, 8, 4, 32, 500, 1e-5, 1e4, 256)
-PREFIX, GROUP = FAMILY.decoder_prefix, 32
+DECODERS = {"llava": DECODER, "phi": replace(DECODER, long_rope=ROPE)}
+GROUP = 32
 CUTS = [(1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (2, 2)]  # tensor x pipeline; 8 repeats KV heads
+CUT_FAMILIES = [
+    (name, cut) for name in DECODERS for cut in CUTS if name == "llava" or cut[1] == 1
+]  # TensorRT-LLM's Phi-3 has no pipeline parallelism
 
 
-def random_weight(row):
+def random_weight(family, row):
     """Megatron's whole tensor of a row."""
-    shapes = [DECODER.shapes(FAMILY.rows)[name] for name in row.hf]
+    shapes = [DECODER.shapes(family.rows)[name] for name in row.hf]
     parts = [torch.randn(shape, dtype=torch.bfloat16) for shape in shapes]
     sizes = Sizes(DECODER.heads, DECODER.kv_heads, DECODER.head_dim, DECODER.vocab, 512)
     return take(row.layout, parts, sizes, 0, 1)
 
 
-def random_stream(fmt):
+def random_stream(fmt, family):
     """(layers, ends) of a random model as the exporters are given them."""
     torch.manual_seed(0)
-    rows = expand(FAMILY.rows, range(DECODER.layers))
-    whole = {row.megatron: random_weight(row) for row in rows}
+    rows = expand(family.rows, range(DECODER.layers))
+    whole = {row.megatron: random_weight(family, row) for row in rows}
     scales = {}
     for row in (row for row in rows if row.linear):
         width = whole[row.megatron].shape[1]
@@ -181,38 +187,56 @@ def random_stream(fmt):
     layers = []
     for index in range(DECODER.layers):
         own = {linear: scales[name] for linear, name in weight_names(index).items()}
-        layers.append(stream_layer(FAMILY.rows, index, read, own, fmt, DECODER))
-    return layers, stream_ends(FAMILY.rows, read, DECODER)
+        layers.append(stream_layer(family.rows, index, read, own, fmt, DECODER))
+    return layers, stream_ends(family.rows, read, DECODER)
 
 
-def write(folder, fmt, stream, cut):
+def by_name(stream):
+    """Hugging Face name -> Packed or tensor; parts that share a name above each other."""
+    layers, ends = stream
+    found = {}
+    for piece in (piece for pieces in (*layers, ends) for piece in pieces.values()):
+        parts = list(piece.parts)
+        if piece.row.fused and isinstance(parts[0], torch.Tensor):
+            parts = [torch.cat(parts)]
+        elif piece.row.fused:
+            codes = torch.cat([part.codes.view(torch.int8) for part in parts])
+            scale = parts[0].scale
+            scale = torch.cat([part.scale for part in parts]) if scale.dim() else scale
+            parts = [replace(parts[0], codes=codes.view(parts[0].codes.dtype), scale=scale)]
+        found |= dict(zip(piece.row.hf, parts, strict=True))
+    return found
+
+
+def write(folder, fmt, stream, cut, name="llava"):
     """rank files and config.json of one cut."""
     layers, ends = stream
+    decoder, architecture = DECODERS[name], FAMILIES[name].trtllm_architecture
     (T, P), dtype = cut, torch.bfloat16
     folder.mkdir()
     for p, t in itertools.product(range(P), range(T)):
-        tensors = trtllm.end_tensors(ends, PREFIX, DECODER, (t, T, p, P), dtype)
-        for local, index in enumerate(trtllm.layers_of(DECODER, p, P)):
-            prefix = f"{PREFIX}model.layers.{index}."
-            own = trtllm.layer_tensors(layers[index], prefix, DECODER, (t, T), dtype)
+        tensors = trtllm.end_tensors(ends, architecture, decoder, (t, T, p, P), dtype)
+        for local, index in enumerate(trtllm.layers_of(decoder, p, P)):
+            own = trtllm.layer_tensors(layers[index], architecture, decoder, (t, T), dtype)
             tensors |= {f"transformer.layers.{local}.{name}": one for name, one in own.items()}
         save_tensors(tensors, folder / f"rank{p * T + t}.safetensors")
-    config = trtllm.config("LlamaForCausalLM", DECODER, fmt, GROUP, "bfloat16", cut)
+    config = trtllm.config(architecture, decoder, fmt, GROUP, "bfloat16", cut)
     (folder / "config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize(("family", "cut"), CUT_FAMILIES)
 @pytest.mark.parametrize("name", FORMATS)
-def test_an_export_reads_back_the_same_however_inference_cuts_it(tmp_path, name, cut):
+def test_an_export_reads_back_the_same_however_inference_cuts_it(tmp_path, name, family, cut):
     fmt = FORMATS[name]
-    layers, ends = random_stream(fmt)
-    write(tmp_path / "cut", fmt, (layers, ends), cut)
+    stream = random_stream(fmt, FAMILIES[family])
+    write(tmp_path / "cut", fmt, stream, cut, family)
     assert check_contract(tmp_path / "cut") == []
-    found = read_trtllm(tmp_path / "cut", PREFIX)
-    plain = ends | layers[0].plain | layers[1].plain
+    found = read_trtllm(tmp_path / "cut", FAMILIES[family].decoder_prefix)
+    whole = by_name(stream)
+    plain = {key: one for key, one in whole.items() if isinstance(one, torch.Tensor)}
     assert set(found.plain) == set(plain)
     assert all(torch.equal(found.plain[key], tensor) for key, tensor in plain.items())
-    packed = layers[0].linears | layers[1].linears
+    packed = {key.removesuffix(".weight"): whole[key] for key in set(whole) - set(plain)}
     assert set(found.linears) == set(packed)
     for key, one in packed.items():
         read = found.linears[key]
@@ -230,12 +254,9 @@ def test_an_export_reads_back_the_same_however_inference_cuts_it(tmp_path, name,
 
 def test_kv_heads_are_repeated_where_there_are_fewer_than_ranks(tmp_path):
     fmt, T = FORMATS["fp8"], 8
-    layers, ends = random_stream(fmt)
+    layers, ends = random_stream(fmt, FAMILIES["llava"])
     write(tmp_path / "cut", fmt, (layers, ends), (T, 1))
-    codes = [
-        layers[1].linears[f"{PREFIX}model.layers.1.self_attn.{part}_proj"].codes.view(torch.uint8)
-        for part in "qkv"
-    ]
+    codes = [part.codes.view(torch.uint8) for part in layers[1]["linear_qkv"].parts]
     for t in range(T):
         own = load_file(tmp_path / "cut" / f"rank{t}.safetensors")
         fused = own["transformer.layers.1.attention.qkv.weight"].view(torch.uint8)
@@ -246,10 +267,10 @@ def test_kv_heads_are_repeated_where_there_are_fewer_than_ranks(tmp_path):
 
 def test_repeated_kv_heads_that_differ_are_found(tmp_path):
     fmt = FORMATS["fp8"]
-    write(tmp_path / "cut", fmt, random_stream(fmt), (8, 1))
+    write(tmp_path / "cut", fmt, random_stream(fmt, FAMILIES["llava"]), (8, 1))
     path = tmp_path / "cut" / "rank3.safetensors"
     tensors = load_file(path)
     tensors["transformer.layers.1.attention.qkv.weight"].view(torch.uint8)[-1, 0] ^= 0x40
     save_tensors(tensors, path)
     with pytest.raises(ProofError):
-        read_trtllm(tmp_path / "cut", PREFIX)
+        read_trtllm(tmp_path / "cut", FAMILIES["llava"].decoder_prefix)

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from nemo_vlm_ptq.errors import UserError
-from nemo_vlm_ptq.families.base import Prepare, Sample
+from nemo_vlm_ptq.families.base import Pixels, Prepare, Sample
 from nemo_vlm_ptq.questions import SUFFIX, Questions
 
 MAX_NEW_TOKENS = 16  # longer than any GQA answer: what is cut off could not have matched
@@ -21,8 +21,8 @@ MAX_NEW_TOKENS = 16  # longer than any GQA answer: what is cut off could not hav
 class Runtime(Protocol):
     """An exported checkpoint that can be run; it moves tensors to its own device and dtype."""
 
-    def encode(self, pixels: torch.Tensor, /) -> torch.Tensor:
-        """Pixels [n,3,h,w] -> features [n,tokens,H]."""
+    def encode(self, pixels: Pixels, /) -> torch.Tensor:
+        """Images -> features [image tokens,H]."""
         ...
 
     def generate(
@@ -38,9 +38,9 @@ class Runtime(Protocol):
 
 @dataclass(frozen=True)
 class Seen:
-    """One image: pixels [images,3,h,w] as prepared, features [image tokens,H] as encoded."""
+    """One image: what was prepared, without its values, and features [image tokens,H]."""
 
-    pixels: torch.Tensor | None
+    pixels: Pixels | None
     features: torch.Tensor | None
 
 
@@ -101,15 +101,18 @@ def _prepare_all(model: Model, questions: Questions, shown: Mapping[str, str]) -
             sample = model.prepare(item.id, text, model.seen[name].pixels)
         else:
             sample = model.prepare(item.id, text, questions.image(name))
-            model.seen[name] = Seen(sample.pixels, _encode(model.runtime, sample.pixels))
+            model.seen[name] = _look(model.runtime, sample.pixels)
         _check(sample, name, model.seen[name].features)
         samples.append(sample)
     return samples
 
 
-def _encode(runtime: Runtime, pixels: torch.Tensor | None) -> torch.Tensor | None:
-    """Features [image tokens,H], one image at a time: they do not depend on the others asked."""
-    return None if pixels is None else runtime.encode(pixels).flatten(0, 1)
+def _look(runtime: Runtime, pixels: Pixels | None) -> Seen:
+    """One image at a time: its features do not depend on the others asked; values are let go."""
+    if pixels is None:
+        return Seen(None, None)
+    nothing = torch.device("meta")
+    return Seen(pixels.to(nothing, pixels.views.dtype), runtime.encode(pixels))
 
 
 def _check(sample: Sample, image: str, features: torch.Tensor | None) -> None:

@@ -5,17 +5,44 @@ Tower, projector, embeddings, norms and head stay as they are and are listed as 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from nemo_vlm_ptq.export.stream import Packed
+from nemo_vlm_ptq.export.stream import Packed, Piece
 from nemo_vlm_ptq.export.trtllm import pack_rows
 from nemo_vlm_ptq.formats import QuantFormat
 
 
-def tensors_of(packed: Packed, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Tensors of one quantized linear, by full name; prequant scales in `dtype`."""
+def tensors_of(piece: Piece, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Tensors of one row by full name; plain ones and prequant scales in `dtype`.
+
+    Parts that Hugging Face keeps in one tensor are joined again.
+    """
+    parts: list[Any] = list(piece.parts)
+    if isinstance(parts[0], torch.Tensor):
+        joined = [torch.cat(parts)] if piece.row.fused else parts
+        named = zip(piece.row.hf, joined, strict=True)
+        return {name: tensor.to(dtype) for name, tensor in named}
+    if piece.row.fused:
+        parts = [_fuse(parts)]
+    tensors: dict[str, torch.Tensor] = {}
+    for name, packed in zip(piece.row.hf, parts, strict=True):
+        start = name.removesuffix("weight")
+        tensors |= {start + key: value for key, value in _packed_tensors(packed, dtype).items()}
+    return tensors
+
+
+def _fuse(parts: list[Packed]) -> Packed:
+    """One linear of parts that lie above each other; what is not per output they share."""
+    first = parts[0]
+    codes = torch.cat([part.codes.view(torch.int8) for part in parts]).view(first.codes.dtype)
+    scale = torch.cat([part.scale for part in parts]) if first.scale.dim() else first.scale
+    return replace(first, codes=codes, scale=scale)
+
+
+def _packed_tensors(packed: Packed, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     weight = packed.codes
     if packed.scale.dim() == 2:
         weight = pack_rows(packed.codes).view(torch.uint8)
@@ -25,8 +52,7 @@ def tensors_of(packed: Packed, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         "input_scale": packed.input_scale,
         "pre_quant_scale": None if packed.prequant is None else packed.prequant.to(dtype),
     }
-    tensors |= {key: value for key, value in optional.items() if value is not None}
-    return {f"{packed.name}.{key}": value for key, value in tensors.items()}
+    return tensors | {key: value for key, value in optional.items() if value is not None}
 
 
 def quantization_config(fmt: QuantFormat, group: int, excluded: list[str]) -> dict[str, Any]:

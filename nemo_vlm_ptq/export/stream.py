@@ -1,7 +1,8 @@
-"""The stream every export target is written from: Hugging Face names, codes and scales.
+"""The stream every export target is written from: rows, codes and scales.
 
 A layer is read whole from the quantized checkpoint, encoded, and taken apart by its rows; targets
-put the parts together in their own way. There is no shorter way when the layouts agree.
+put the parts together in their own way, under their own names. There is no shorter way when the
+layouts agree.
 """
 
 from __future__ import annotations
@@ -23,13 +24,12 @@ ReadTensors = Callable[[Iterable[str]], Mapping[str, torch.Tensor]]
 
 @dataclass(frozen=True)
 class Packed:
-    """One quantized linear under its Hugging Face name, without `.weight`.
+    """One part of a quantized linear: q, k, v, gate or up by itself, or a whole other linear.
 
     codes [O,K] float8_e4m3fn or int8 (int4 not packed yet); scale [], [O] or [O,G] float32;
     scale_2 [] (W4A8), input_scale [], prequant [K]; None where the format has none.
     """
 
-    name: str
     codes: torch.Tensor
     scale: torch.Tensor
     scale_2: torch.Tensor | None
@@ -38,17 +38,20 @@ class Packed:
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One decoder layer: its quantized linears and its plain tensors, by Hugging Face name."""
+class Piece:
+    """One row of a layer (or of the ends): its parts in the row's order, packed or plain."""
 
-    linears: dict[str, Packed]
-    plain: dict[str, torch.Tensor]
+    row: Row
+    parts: tuple[Packed, ...] | tuple[torch.Tensor, ...]
+
+
+Layer = dict[str, Piece]  # by Megatron's name without its prefix: linear_qkv, input_layernorm, ...
 
 
 def pack_row(
     row: Row, weight: torch.Tensor, scales: Any, fmt: QuantFormat, decoder: Decoder
-) -> list[Packed]:
-    """The Hugging Face linears of one row, from Megatron's whole weight and its scales."""
+) -> tuple[Packed, ...]:
+    """The parts of one row, from Megatron's whole weight and its scales."""
     scale = scale_of(scales.weight_amax, fmt.weight)
     codes = encode(weight, scales.weight_amax, fmt.weight)
     sizes = decoder.sizes(1)
@@ -60,17 +63,10 @@ def pack_row(
     if fmt.weight_second is not None:
         second = scale_of(scales.weight_amax_2, fmt.weight_second)
     given = None if fmt.activation is None else scale_of(scales.input_amax, fmt.activation)
-    return [
-        Packed(
-            name.removesuffix(".weight"),
-            part.view(codes.dtype),
-            part_scale,
-            second,
-            given,
-            scales.prequant,
-        )
-        for name, part, part_scale in zip(row.hf, whole_codes, whole_scale, strict=True)
-    ]
+    return tuple(
+        Packed(part.view(codes.dtype), part_scale, second, given, scales.prequant)
+        for part, part_scale in zip(whole_codes, whole_scale, strict=True)
+    )
 
 
 def stream_layer(
@@ -81,7 +77,7 @@ def stream_layer(
     fmt: QuantFormat | None,
     decoder: Decoder,
 ) -> Layer:
-    """One layer in Hugging Face names.
+    """One layer, row by row.
 
     Args:
         rows: the family's rows.
@@ -91,27 +87,22 @@ def stream_layer(
         fmt: the format, or None for 16 bit.
         decoder: facts.
     """
-    linears: dict[str, Packed] = {}
-    plain: dict[str, torch.Tensor] = {}
+    pieces: Layer = {}
     for row in (row.at(layer) for row in rows if row.layered):
         (weight,) = read([row.megatron]).values()
         if fmt is not None and row.linear:
-            entry = scales[row.megatron.split(".")[-2]]
-            for packed in pack_row(row, weight, entry, fmt, decoder):
-                linears[packed.name] = packed
+            parts: Any = pack_row(row, weight, scales[row.short], fmt, decoder)
         else:
             parts = give(row.layout, weight, decoder.sizes(1))
-            plain.update(zip(row.hf, parts, strict=True))
-    return Layer(linears, plain)
+        pieces[row.short] = Piece(row, parts)
+    return pieces
 
 
-def stream_ends(
-    rows: Iterable[Row], read: ReadTensors, decoder: Decoder
-) -> dict[str, torch.Tensor]:
-    """Tensors outside the layers (embedding, last norm, head) in Hugging Face names."""
-    ends: dict[str, torch.Tensor] = {}
+def stream_ends(rows: Iterable[Row], read: ReadTensors, decoder: Decoder) -> Layer:
+    """Embedding, last norm and head."""
+    pieces: Layer = {}
     for row in rows:
         if not row.layered:
             (tensor,) = read([row.megatron]).values()
-            ends.update(zip(row.hf, give(row.layout, tensor, decoder.sizes(1)), strict=True))
-    return ends
+            pieces[row.short] = Piece(row, give(row.layout, tensor, decoder.sizes(1)))
+    return pieces

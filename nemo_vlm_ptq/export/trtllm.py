@@ -7,7 +7,7 @@ and layers are counted from 0 within a pipeline stage.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,22 +17,29 @@ from nemo_vlm_ptq.families.base import Decoder
 from nemo_vlm_ptq.formats import QuantFormat
 from nemo_vlm_ptq.mapping.layouts import take
 
-# TensorRT-LLM module -> (Hugging Face parts in order, the axis that tensor parallelism cuts)
-LINEARS: dict[str, tuple[tuple[str, ...], int]] = {
-    "attention.qkv": (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), 0),
-    "attention.dense": (("self_attn.o_proj",), 1),
-    "mlp.fc": (("mlp.gate_proj",), 0),
-    "mlp.gate": (("mlp.up_proj",), 0),
-    "mlp.proj": (("mlp.down_proj",), 1),
+# TensorRT-LLM module -> (Megatron's linear, its parts in order, the axis that tensor ranks cut)
+ATTENTION = {
+    "attention.qkv": ("linear_qkv", (0, 1, 2), 0),
+    "attention.dense": ("linear_proj", (0,), 1),
 }
-NORMS = {
-    "input_layernorm.weight": "input_layernorm.weight",
-    "post_layernorm.weight": "post_attention_layernorm.weight",
+LINEARS: dict[str, dict[str, tuple[str, tuple[int, ...], int]]] = {
+    "LlamaForCausalLM": {
+        **ATTENTION,
+        "mlp.fc": ("linear_fc1", (0,), 0),
+        "mlp.gate": ("linear_fc1", (1,), 0),
+        "mlp.proj": ("linear_fc2", (0,), 1),
+    },
+    "Phi3ForCausalLM": {  # fc of a rank is its rows of up, then its rows of gate
+        **ATTENTION,
+        "mlp.fc": ("linear_fc1", (1, 0), 0),
+        "mlp.proj": ("linear_fc2", (0,), 1),
+    },
 }
+NORMS = {"input_layernorm": "input_layernorm", "post_layernorm": "pre_mlp_layernorm"}
 ENDS = {
-    "transformer.vocab_embedding.weight": "model.embed_tokens.weight",
-    "transformer.ln_f.weight": "model.norm.weight",
-    "lm_head.weight": "lm_head.weight",
+    "transformer.vocab_embedding.weight": "word_embeddings",
+    "transformer.ln_f.weight": "final_layernorm",
+    "lm_head.weight": "output_layer",
 }
 
 
@@ -71,11 +78,11 @@ def config(
         "head_size": decoder.head_dim,
         "vocab_size": decoder.vocab,
         "norm_epsilon": decoder.norm_eps,
-        "hidden_act": "silu",
-        "position_embedding_type": "rope_gpt_neox",
+        "hidden_act": "swiglu" if architecture == "Phi3ForCausalLM" else "silu",
         "max_position_embeddings": decoder.max_positions,
         "rotary_base": decoder.rope_theta,
         "rotary_scaling": None,
+        **_positions(decoder),
         "use_parallel_embedding": True,
         "embedding_sharding_dim": 0,
         "mapping": {"world_size": tensor * pipeline, "tp_size": tensor, "pp_size": pipeline},
@@ -83,9 +90,22 @@ def config(
     }
 
 
+def _positions(decoder: Decoder) -> dict[str, Any]:
+    rope = decoder.long_rope
+    if rope is None:
+        return {"position_embedding_type": "rope_gpt_neox"}
+    return {
+        "position_embedding_type": "long_rope",
+        "rotary_pct": 1.0,
+        "original_max_position_embeddings": rope.original,
+        "longrope_scaling_short_factors": list(rope.short),
+        "longrope_scaling_long_factors": list(rope.long),
+    }
+
+
 def layer_tensors(
     layer: Layer,
-    prefix: str,
+    architecture: str,
     decoder: Decoder,
     shard: tuple[int, int],
     dtype: torch.dtype,
@@ -94,41 +114,39 @@ def layer_tensors(
 
     Args:
         layer: from the stream.
-        prefix: Hugging Face prefix of the layer.
+        architecture: TensorRT-LLM's name of the decoder.
         decoder: facts.
         shard: (t, T).
         dtype: of everything that is not codes or float32 scales.
     """
     out: dict[str, torch.Tensor] = {}
     for name, source in NORMS.items():
-        out[name] = layer.plain[prefix + source].to(dtype)
-    for module, (parts, axis) in LINEARS.items():
-        names = [prefix + part for part in parts]
-        if names[0] in layer.linears:
-            packed = [layer.linears[name] for name in names]
-            tensors = _quantized(packed, axis, decoder, shard, dtype)
+        out[f"{name}.weight"] = layer[source].parts[0].to(dtype)  # type: ignore[union-attr]
+    for module, (linear, order, axis) in LINEARS[architecture].items():
+        parts: list[Any] = [layer[linear].parts[index] for index in order]
+        if isinstance(parts[0], Packed):
+            tensors = _quantized(parts, axis, decoder, shard, dtype)
         else:
-            weights = [layer.plain[f"{name}.weight"] for name in names]
-            tensors = {"weight": _join(weights, axis, decoder, shard).to(dtype)}
+            tensors = {"weight": _join(parts, axis, decoder, shard).to(dtype)}
         out.update({f"{module}.{suffix}": tensor for suffix, tensor in tensors.items()})
     return out
 
 
 def end_tensors(
-    ends: Mapping[str, torch.Tensor],
-    prefix: str,
+    ends: Layer,
+    architecture: str,
     decoder: Decoder,
     place: tuple[int, int, int, int],
     dtype: torch.dtype,
 ) -> dict[str, torch.Tensor]:
     """Embedding, last norm and head of one rank; place is (t, T, p, P)."""
     t, T, p, P = place
+    assert P == 1 or architecture == "LlamaForCausalLM", architecture
     out = {}
     for name, source in ENDS.items():
-        first = name == "transformer.vocab_embedding.weight"
-        if p != (0 if first else P - 1):
+        if p != (0 if source == "word_embeddings" else P - 1):
             continue
-        tensor = ends[prefix + source]
+        tensor: Any = ends[source].parts[0]
         if tensor.dim() == 2:
             tensor = take("vocab", [tensor], decoder.sizes(T), t, T)
         out[name] = tensor.to(dtype)
@@ -145,7 +163,7 @@ def _heads_of_shard(part: torch.Tensor, heads: int, head_dim: int, t: int, T: in
 def _join(
     parts: list[torch.Tensor], axis: int, decoder: Decoder, shard: tuple[int, int]
 ) -> torch.Tensor:
-    """One module's tensor of a rank from whole Hugging Face tensors cut along `axis`."""
+    """One module's tensor of a rank from whole parts cut along `axis`, part after part."""
     t, T = shard
     if len(parts) == 3:
         heads = (decoder.heads, decoder.kv_heads, decoder.kv_heads)
@@ -154,8 +172,8 @@ def _join(
             for part, count in zip(parts, heads, strict=True)
         ]
         return torch.cat(own)
-    (part,) = parts
-    return part.chunk(T, dim=axis)[t] if part.dim() > axis else part
+    own = [part.chunk(T, dim=axis)[t] if part.dim() > axis else part for part in parts]
+    return torch.cat(own) if own[1:] else own[0]
 
 
 def _quantized(
@@ -172,7 +190,7 @@ def _quantized(
     if first.scale.dim():
         out["weights_scaling_factor"] = _join([p.scale for p in packed], axis, decoder, shard)
     else:
-        assert all(torch.equal(p.scale, first.scale) for p in packed), first.name
+        assert all(torch.equal(p.scale, first.scale) for p in packed), "parts share one scale"
         out["weights_scaling_factor"] = first.scale.reshape(1)
     if first.scale.dim() == 2:
         out["weight"] = pack_rows(out["weight"])

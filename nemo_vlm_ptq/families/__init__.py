@@ -1,18 +1,22 @@
-"""Model families: facts, one file each."""
+"""Model families: facts, one file each; a file that defines FAMILY is one."""
 
 from __future__ import annotations
 
-import json
+import pkgutil
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from nemo_vlm_ptq.errors import UserError
-from nemo_vlm_ptq.families import llava
 from nemo_vlm_ptq.families.base import Decoder, ModelFamily
+from nemo_vlm_ptq.source import read_object
 
 __all__ = ["FAMILIES", "Decoder", "ModelFamily", "find_family", "read_config"]
 
-FAMILIES: dict[str, ModelFamily] = {row.name: row for row in (llava.FAMILY,)}
+_MODULES = [import_module(f"{__name__}.{entry.name}") for entry in pkgutil.iter_modules(__path__)]
+FAMILIES: dict[str, ModelFamily] = {
+    module.FAMILY.name: module.FAMILY for module in _MODULES if hasattr(module, "FAMILY")
+}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -26,13 +30,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} has no config.json; is it a Hugging Face model folder?")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is not JSON with an object in it")
-    return config
+    return read_object(path)
 
 
 def find_family(config: dict[str, Any], name: str = "auto") -> ModelFamily:

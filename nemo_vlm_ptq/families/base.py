@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -15,6 +15,19 @@ if TYPE_CHECKING:
     import torch
 
 IMAGE, TEXT = 2, 1  # values of a modality mask; 0 is padding
+
+
+@dataclass(frozen=True)
+class LongRope:
+    """Rotary frequencies divided by one list of factors, by another in sequences over `original`.
+
+    short, long: [head_dim / 2]; scale multiplies cosine and sine at every length.
+    """
+
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    original: int
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -31,6 +44,7 @@ class Decoder:
     norm_eps: float
     rope_theta: float
     max_positions: int
+    long_rope: LongRope | None = None
 
     def sizes(self, vocab_multiple: int) -> Sizes:
         """What the layouts need, with the vocabulary padded to a multiple."""
@@ -50,10 +64,33 @@ class Decoder:
         for row in rows:
             width = query if "attention" in row.megatron else self.ffn
             parts = by_layout.get(row.layout, ((self.hidden, width),))
+            if row.fused:
+                parts = ((sum(part[0] for part in parts), self.hidden),)
             for name, shape in zip(row.hf, parts, strict=True):
                 for layer in range(self.layers if row.layered else 1):
                     shapes[name.replace("{i}", str(layer))] = shape
         return shapes
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Images as the family's Hugging Face processor gives them.
+
+    views: [images,3,h,w], or [images,views,3,h,w] where an image is cut into several;
+    sizes: [images,2] int64 height and width, for families whose images differ in tokens.
+    """
+
+    views: torch.Tensor
+    sizes: torch.Tensor | None = None
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Pixels:
+        """Views on a device in a dtype; sizes stay where they are, they are only counted with."""
+        return Pixels(self.views.to(device, dtype), self.sizes)
+
+    def part(self, start: int, stop: int | None = None) -> Pixels:
+        """Images from `start` to `stop`."""
+        sizes = None if self.sizes is None else self.sizes[start:stop]
+        return Pixels(self.views[start:stop], sizes)
 
 
 @dataclass(frozen=True)
@@ -62,26 +99,45 @@ class Sample:
 
     input_ids: [S] int64, image positions already expanded to one id per image token;
     is_image: [S] bool, True where an image feature stands;
-    pixels: what the vision path takes, [images, ...], or None for text only.
+    pixels: the images, in the order of their tokens, or None for text only.
     """
 
     id: str
     input_ids: torch.Tensor
     is_image: torch.Tensor
-    pixels: torch.Tensor | None
+    pixels: Pixels | None
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Where images stand in published ids.
+
+    is_image: [S] bool; repeat: image tokens that one such id becomes; images: how many they are.
+    """
+
+    is_image: torch.Tensor
+    repeat: int
+    images: int
 
 
 class Prepare(Protocol):
-    """(id, question, picture or pixels or None, answer) -> Sample in the family's prompt."""
+    """(id, question, picture or pixels or None, answer) -> Sample in the family's prompt.
+
+    Pixels are those of an earlier sample of the same picture.
+    """
 
     def __call__(
         self,
         name: str,
         question: str,
-        image: PIL.Image.Image | torch.Tensor | None = None,
+        image: PIL.Image.Image | Pixels | None = None,
         answer: str = "",
     ) -> Sample:
         """One sample."""
+
+
+Config = Mapping[str, Any]
+Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -96,12 +152,38 @@ class ModelFamily:
     decoder_prefix: str  # what stands before `model.` and `lm_head.` in published names
     trtllm_architecture: Literal["LlamaForCausalLM", "Phi3ForCausalLM"]
     rows: tuple[Row, ...]
-    aliases: tuple[tuple[str, str], ...]
+    aliases: tuple[tuple[str, str], ...]  # (pattern, replacement): other vintages' names
     drops: tuple[Drop, ...]
-    decoder: Callable[[Mapping[str, Any]], Decoder]
-    text_config: Callable[[Mapping[str, Any]], Any]  # transformers config of the decoder alone
-    vision_shapes: Callable[[Mapping[str, Any]], dict[str, tuple[int, ...]]]
-    build_vision: Callable[..., Any]  # (config, tensors) -> module: pixels -> [images, tokens, H]
-    preparer: Callable[[Path, Mapping[str, Any]], Prepare]
-    image_tokens: Callable[[Mapping[str, Any]], tuple[int, int]]  # (id, tokens of one image)
-    tokenizer: Callable[[Path], Any]
+    decoder: Callable[[Config], Decoder]
+    text_config: Callable[[Config], Any]  # transformers config of the decoder alone
+    vision_shapes: Callable[[Config], Shapes]
+    build_vision: Callable[..., Any]  # (config, tensors) -> module: Pixels -> [tokens, H]
+    preparer: Callable[[Path, Config], Prepare]
+    # (config, ids [S] as published, pixels of the images left) -> where images stand
+    expand: Callable[[Config, Any, Pixels | None], Marks]
+    parts: tuple[str, ...] = ("",)  # sub-folders that hold a checkpoint each: names are PART/NAME
+    # config.json of the folder with what its parts' own say; may refuse
+    complete: Callable[[Path, dict[str, Any]], dict[str, Any]] = lambda _, config: config
+
+    @property
+    def decoder_part(self) -> str:
+        """The sub-folder of the decoder, "" for the model folder itself."""
+        return self.decoder_prefix.rpartition("/")[0]
+
+    def decoder_config(self, config: Config) -> dict[str, Any]:
+        """The config.json that lies beside the decoder: the whole one, or its part's."""
+        return dict(config[f"{self.decoder_part}_cfg"] if self.decoder_part else config)
+
+
+def place_images(
+    ids: Sequence[int], mark: int, counts: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids [S] with the k-th `mark` repeated counts[k] times, and where those stand [S] bool."""
+    import torch
+
+    left = iter(counts)
+    out: list[int] = []
+    for token in ids:
+        out += [token] * (next(left) if token == mark else 1)
+    input_ids = torch.tensor(out, dtype=torch.int64)
+    return input_ids, input_ids == mark

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
 
 Kind = Literal["replicate", "column", "row", "gated", "qkv", "vocab"]
+PARTS: dict[str, int] = {"gated": 2, "qkv": 3}  # layouts of several HF tensors, or of one fused
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,37 @@ class Sizes:
         return self.heads // self.kv_heads
 
 
+@dataclass(frozen=True)
+class Window:
+    """Rows `start` to `start + rows` of anything that can be sliced, itself sliced as lazily."""
+
+    whole: Any
+    start: int
+    rows: int
+
+    def get_shape(self) -> list[int]:
+        """[rows, ...]."""
+        return [self.rows, *_shape(self.whole)[1:]]
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        """Rows of the window."""
+        start, stop, _ = rows.indices(self.rows)
+        return self.whole[self.start + start : self.start + stop]
+
+
+def unfuse(kind: Kind, fused: Any, sizes: Sizes) -> list[Window]:
+    """The parts of a fused tensor, [Q|K|V] or [gate|up] along its first axis."""
+    shares = (1, 1) if kind == "gated" else (sizes.heads, sizes.kv_heads, sizes.kv_heads)
+    unit = _shape(fused)[0] // sum(shares)
+    ends = list(accumulate(share * unit for share in shares))
+    starts = [0, *ends[:-1]]
+    return [Window(fused, start, end - start) for start, end in zip(starts, ends, strict=True)]
+
+
 def take(kind: Kind, parts: Sequence[Any], sizes: Sizes, t: int, T: int) -> torch.Tensor:
     """Megatron's shard `t` of `T` from the HF tensors of one row; vocab rows are zero-padded."""
+    if len(parts) < PARTS.get(kind, 1):
+        parts = unfuse(kind, parts[0], sizes)
     if kind == "qkv":
         return _take_qkv(parts, sizes, t, T)
     if kind == "gated":

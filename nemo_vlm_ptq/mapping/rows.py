@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from nemo_vlm_ptq.errors import UserError
-from nemo_vlm_ptq.mapping.layouts import Kind
+from nemo_vlm_ptq.mapping.layouts import PARTS, Kind
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,16 @@ class Row:
         )
 
     @property
+    def fused(self) -> bool:
+        """Hugging Face keeps in one tensor, part after part, what others keep in several."""
+        return self.layout in PARTS and len(self.hf) == 1
+
+    @property
+    def short(self) -> str:
+        """Megatron's name of the module alone: linear_qkv, input_layernorm, word_embeddings."""
+        return self.megatron.split(".")[-2]
+
+    @property
     def layered(self) -> bool:
         """The row stands for one tensor in each layer."""
         return "{i}" in self.megatron
@@ -40,10 +50,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Drop:
-    """Source tensors that have no place in the result, and why."""
+    """Source tensors that nothing here uses, and why.
+
+    carried: they go with the tower into every export; others are left out.
+    """
 
     pattern: str
     reason: str
+    carried: bool = False
 
 
 def expand(rows: Iterable[Row], layers: Iterable[int]) -> list[Row]:
@@ -58,6 +72,15 @@ def canonical(name: str, aliases: Sequence[tuple[str, str]]) -> str:
     for pattern, replacement in aliases:
         name = re.sub(pattern, replacement, name)
     return name
+
+
+def carried_along(found: Iterable[str], drops: Sequence[Drop]) -> list[str]:
+    """Names of unused tensors that go into every export beside the tower."""
+    return [
+        name
+        for name in found
+        if any(drop.carried and re.fullmatch(drop.pattern, name) for drop in drops)
+    ]
 
 
 def check_coverage(

@@ -10,6 +10,7 @@ from megatron.core.transformer import TransformerConfig
 
 from nemo_vlm_ptq.families.base import Decoder
 from nemo_vlm_ptq.megatron.attention import SdpaCoreAttention
+from nemo_vlm_ptq.megatron.rotary import use_long_rope
 from nemo_vlm_ptq.megatron.session import Session
 from nemo_vlm_ptq.plan import VOCAB_MULTIPLE
 
@@ -64,4 +65,6 @@ def build_decoder(decoder: Decoder, session: Session, dtype: torch.dtype) -> GPT
         position_embedding_type="rope",
         rotary_base=decoder.rope_theta,
     )
+    if decoder.long_rope is not None:
+        use_long_rope(model, decoder, decoder.long_rope)
     return model.to(session.device, dtype).eval().requires_grad_(False)

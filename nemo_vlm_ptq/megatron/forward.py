@@ -73,7 +73,7 @@ def encode_images(
         if sample.pixels is None:
             features.append(None)
         elif i % T == session.tensor:
-            features.append(vision(sample.pixels.to(session.device, dtype)).flatten(0, 1))
+            features.append(vision(sample.pixels.to(session.device, dtype)))
         else:
             tokens = int(sample.is_image.sum())
             features.append(torch.empty(tokens, hidden, dtype=dtype, device=session.device))

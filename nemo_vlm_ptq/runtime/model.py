@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from nemo_vlm_ptq.errors import ProofError
-from nemo_vlm_ptq.families.base import ModelFamily, Sample
+from nemo_vlm_ptq.families.base import ModelFamily, Pixels, Sample
 from nemo_vlm_ptq.runtime.checkpoint import ReadCheckpoint, ReadLinear
 
 
@@ -66,8 +66,8 @@ class Runtime:
                 module.rounds = rounds
 
     @torch.no_grad()
-    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels [n,3,h,w] -> features [n,tokens,H]."""
+    def encode(self, pixels: Pixels) -> torch.Tensor:
+        """Images -> features [image tokens,H]."""
         return self.vision(pixels.to(self.device, self.dtype))
 
     def _embed(

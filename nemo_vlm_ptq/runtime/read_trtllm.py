@@ -12,12 +12,7 @@ from safetensors.torch import load_file
 from nemo_vlm_ptq.errors import ProofError
 from nemo_vlm_ptq.runtime.checkpoint import ReadCheckpoint, ReadLinear, dequantize
 
-MODULES = {
-    "attention.dense": ("self_attn.o_proj", 1),
-    "mlp.fc": ("mlp.gate_proj", 0),
-    "mlp.gate": ("mlp.up_proj", 0),
-    "mlp.proj": ("mlp.down_proj", 1),
-}
+MODULES = {"attention.dense": ("self_attn.o_proj", 1), "mlp.proj": ("mlp.down_proj", 1)}
 SUFFIXES = {
     "weight": "weight",
     "weights_scaling_factor": "scale",
@@ -73,12 +68,7 @@ def read_trtllm(folder: Path, prefix: str) -> ReadCheckpoint:
         target = f"{prefix}model.layers.{layer}."
         for name, norm in NORMS.items():
             plain[f"{target}{norm}.weight"] = _replicated(own, f"{source}{name}.weight")
-        modules = {
-            f"{target}{hf}": _merge(own, source + module, axis)
-            for module, (hf, axis) in MODULES.items()
-        }
-        modules |= _split_qkv(own, source + "attention.qkv", target, config)
-        for name, tensors in modules.items():
+        for name, tensors in _modules(own, source, target, config).items():
             if algorithm is None:
                 plain[f"{name}.weight"] = tensors["weight"]
             else:
@@ -136,35 +126,69 @@ def _merge(ranks: list[dict[str, torch.Tensor]], module: str, axis: int) -> dict
     return whole
 
 
-def _split_qkv(
-    ranks: list[dict[str, torch.Tensor]], module: str, target: str, config: dict[str, Any]
+def _modules(
+    ranks: list[dict[str, torch.Tensor]], source: str, target: str, config: dict[str, Any]
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """q, k and v from each rank's [q|k|v] rows; repeated KV heads are taken once."""
-    tp, dim = len(ranks), config["head_size"]
-    kv = config["num_key_value_heads"]
-    own_q, own_kv = config["num_attention_heads"] // tp, max(1, kv // tp)
-    copies = max(1, tp // kv)
-    out: dict[str, dict[str, list[torch.Tensor]]] = {part: {} for part in "qkv"}
-    shards = [_shard(rank, module) for rank in ranks]
-    for index, shard in enumerate(shards):
-        for key, tensor in shard.items():
-            rows = [own_q * dim, own_kv * dim, own_kv * dim]
-            packed = key == "weight" and tensor.shape[0] * 2 == sum(rows)
-            if key in ("weight", "scale") and tensor.dim() and tensor.shape[0] > 1:
-                pieces = tensor.split([r // 2 for r in rows] if packed else rows)
-            else:
-                pieces = (tensor, tensor, tensor)
-            for part, piece in zip("qkv", pieces, strict=True):
-                taken = out[part].setdefault(key, [])
-                if part == "q" or index % copies == 0:
-                    taken.append(piece)
-                elif not torch.equal(piece, taken[-1]):
-                    raise ProofError(f"{module}: copies of a {part} head differ in {key}")
+    """Hugging Face linear -> its whole tensors, for one layer."""
+    found = {hf: _merge(ranks, source + module, axis) for module, (hf, axis) in MODULES.items()}
+    q, k, v = _split_qkv(ranks, source + "attention.qkv", config)
+    if config["architecture"] == "Phi3ForCausalLM":
+        half = config["intermediate_size"] // len(ranks)
+        halves = [_cut_rows(_shard(rank, f"{source}mlp.fc"), [half, half]) for rank in ranks]
+        up, gate = (_stack([rank[index] for rank in halves]) for index in range(2))
+        found["self_attn.qkv_proj"] = _stack([q, k, v])
+        found["mlp.gate_up_proj"] = _stack([gate, up])
+    else:
+        found |= {f"self_attn.{part}_proj": t for part, t in zip("qkv", (q, k, v), strict=True)}
+        found["mlp.gate_proj"] = _merge(ranks, f"{source}mlp.fc", 0)
+        found["mlp.up_proj"] = _merge(ranks, f"{source}mlp.gate", 0)
+    return {target + name: tensors for name, tensors in found.items()}
+
+
+def _by_rows(key: str, tensor: torch.Tensor) -> bool:
+    """The tensor has a row, or half a byte's row, for each output."""
+    return key in ("weight", "scale") and tensor.dim() > 0 and tensor.shape[0] > 1
+
+
+def _cut_rows(shard: dict[str, torch.Tensor], rows: list[int]) -> list[dict[str, torch.Tensor]]:
+    """The parts of a fused module that lie above each other; what has no rows they share."""
+    parts: list[dict[str, torch.Tensor]] = [{} for _ in rows]
+    for key, tensor in shard.items():
+        packed = key == "weight" and tensor.shape[0] * 2 == sum(rows)
+        counts = [count // 2 for count in rows] if packed else rows
+        pieces = tensor.split(counts) if _by_rows(key, tensor) else [tensor] * len(rows)
+        for part, piece in zip(parts, pieces, strict=True):
+            part[key] = piece
+    return parts
+
+
+def _stack(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Parts put above each other; what has no rows must be the same in all."""
     return {
-        f"{target}self_attn.{part}_proj": {
-            key: torch.cat(parts) if key in ("weight", "scale") and parts[0].numel() > 1
-            else _replicated([{key: piece} for piece in parts], key)
-            for key, parts in tensors.items()
-        }
-        for part, tensors in out.items()
-    }  # fmt: skip
+        key: torch.cat([part[key] for part in parts])
+        if _by_rows(key, first)
+        else _replicated([{key: part[key]} for part in parts], key)
+        for key, first in parts[0].items()
+    }
+
+
+def _split_qkv(
+    ranks: list[dict[str, torch.Tensor]], module: str, config: dict[str, Any]
+) -> list[dict[str, torch.Tensor]]:
+    """q, k and v, whole, from each rank's [q|k|v] rows; repeated KV heads are taken once."""
+    tp, dim, kv = len(ranks), config["head_size"], config["num_key_value_heads"]
+    own_q, own_kv = config["num_attention_heads"] // tp, max(1, kv // tp)
+    rows = [own_q * dim, own_kv * dim, own_kv * dim]
+    copies = max(1, tp // kv)
+    whole = []
+    cut = [_cut_rows(_shard(rank, module), rows) for rank in ranks]
+    for index, part in enumerate("qkv"):
+        shards = [rank[index] for rank in cut]
+        if part != "q":
+            for rank, shard in enumerate(shards):
+                first = shards[rank - rank % copies]
+                if shard is not first and not all(torch.equal(shard[k], first[k]) for k in first):
+                    raise ProofError(f"{module}: copies of a {part} head differ")
+            shards = shards[::copies]
+        whole.append(_stack(shards))
+    return whole

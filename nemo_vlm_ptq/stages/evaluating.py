@@ -14,6 +14,7 @@ from nemo_vlm_ptq import store
 from nemo_vlm_ptq.errors import ProofError
 from nemo_vlm_ptq.evaluate import compare, gqa, sight
 from nemo_vlm_ptq.evaluate.answer import Model, answer_all
+from nemo_vlm_ptq.families.decoders import load_tokenizer
 from nemo_vlm_ptq.formats import QuantFormat
 from nemo_vlm_ptq.job import Job, Written, run_stage
 from nemo_vlm_ptq.parallel import split_evenly
@@ -82,7 +83,7 @@ def _model(job: Job, fmt: QuantFormat | None) -> Model:
     """The export (or the source), read back by the independent runtime, in its own dtype."""
     plan = job.plan
     form = "hf_source" if fmt is None else plan.targets(fmt)[0]
-    tokens = plan.family.tokenizer(plan.folder)
+    tokens = load_tokenizer(plan.folder / plan.family.decoder_part)
 
     def decode(ids: list[int]) -> str:
         return tokens.decode(ids, skip_special_tokens=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from nemo_vlm_ptq import store
 from nemo_vlm_ptq.calibrate.solve import load_scales
 from nemo_vlm_ptq.export import hf, trtllm
-from nemo_vlm_ptq.export.stream import Layer, stream_ends, stream_layer
+from nemo_vlm_ptq.export.stream import Layer, Piece, stream_ends, stream_layer
 from nemo_vlm_ptq.formats import QuantFormat
 from nemo_vlm_ptq.job import Job, Written, run_stage
 from nemo_vlm_ptq.megatron.checkpoint import LayerReader
@@ -49,7 +50,7 @@ def export(job: Job) -> None:
 
 
 class _Stream:
-    """Layers of a quantized checkpoint in Hugging Face names."""
+    """Layers of a quantized checkpoint."""
 
     def __init__(self, job: Job, fmt: QuantFormat) -> None:
         self.plan, self.fmt = job.plan, fmt
@@ -62,7 +63,7 @@ class _Stream:
         rows, decoder = self.plan.family.rows, self.plan.decoder
         return stream_layer(rows, index, self.reader.read, scales, self.fmt, decoder)
 
-    def ends(self) -> dict[str, torch.Tensor]:
+    def ends(self) -> Layer:
         """Embedding, last norm, head."""
         return stream_ends(self.plan.family.rows, self.reader.read, self.plan.decoder)
 
@@ -71,6 +72,7 @@ def _write_trtllm(job: Job, fmt: QuantFormat, folder: Path) -> Written:
     """llm/ with one file per inference rank, vision/ with what its engine is built from."""
     plan, session = job.plan, job.session
     T, P = plan.recipe.export.tensor, plan.recipe.export.pipeline
+    architecture = plan.family.trtllm_architecture
     files = []
     for name in ("llm", "vision"):
         (folder / name).mkdir(exist_ok=True)
@@ -82,23 +84,19 @@ def _write_trtllm(job: Job, fmt: QuantFormat, folder: Path) -> Written:
         label = f"export {fmt.name} trtllm"
         for local, index in enumerate(progress_bar(label, "layer", session.rank, layers)):
             layer = stream.layer(index)
-            prefix = f"{plan.family.decoder_prefix}model.layers.{index}."
             for t, tensors in shards.items():
-                own = trtllm.layer_tensors(layer, prefix, plan.decoder, (t, T), job.dtype)
+                own = trtllm.layer_tensors(layer, architecture, plan.decoder, (t, T), job.dtype)
                 start = f"transformer.layers.{local}."
                 tensors.update({start + name: value for name, value in own.items()})
         ends = stream.ends()
         for t, tensors in shards.items():
             place = (t, T, p, P)
-            prefix = plan.family.decoder_prefix
-            tensors.update(trtllm.end_tensors(ends, prefix, plan.decoder, place, job.dtype))
+            tensors.update(trtllm.end_tensors(ends, architecture, plan.decoder, place, job.dtype))
             files.append(f"llm/rank{p * T + t}.safetensors")
             store.save_tensors(tensors, folder / files[-1])
     if session.rank == 0:
         group = plan.recipe.quantize.group_size
-        config = trtllm.config(
-            plan.family.trtllm_architecture, plan.decoder, fmt, group, plan.dtype, (T, P)
-        )
+        config = trtllm.config(architecture, plan.decoder, fmt, group, plan.dtype, (T, P))
         store.write_json(folder / "llm" / "config.json", config)
         files += ["llm/config.json", *_copy_vision(job, folder / "vision", "vision")]
     return Written(files)
@@ -107,36 +105,61 @@ def _write_trtllm(job: Job, fmt: QuantFormat, folder: Path) -> Written:
 def _copy_vision(job: Job, folder: Path, prefix: str) -> list[str]:
     """Tower and projector with the files that describe and feed them."""
     shutil.copy(job.folder("megatron", VISION), folder / "model.safetensors")
-    names = ["model.safetensors"]
-    for name in ("config.json", "preprocessor_config.json", "processor_config.json"):
-        if (job.plan.folder / name).is_file():
-            shutil.copy(job.plan.folder / name, folder / name)
-            names.append(name)
+    store.write_json(folder / "config.json", job.plan.config)
+    names = ["model.safetensors", "config.json"]
+    own = ("config.json", "preprocessor_config.json", "processor_config.json")
+    for part in ("", *job.plan.family.parts):
+        if part and part == job.plan.family.decoder_part:
+            continue
+        names += _copy_new(job.plan.folder, folder, part, lambda path: path.name in own)
     return [f"{prefix}/{name}" for name in names]
 
 
+def _copy_new(source: Path, folder: Path, part: str, wanted: Callable[[Path], bool]) -> list[str]:
+    """Copy wanted files of a sub-folder that are not there yet; their names from `folder`."""
+    names = []
+    for path in sorted((source / part).iterdir()):
+        target = folder / part / path.name
+        if path.is_file() and wanted(path) and not target.exists():
+            target.parent.mkdir(exist_ok=True)
+            shutil.copy(path, target)
+            names.append(str(target.relative_to(folder)))
+    return names
+
+
 def _write_hf(job: Job, fmt: QuantFormat, folder: Path) -> Written:
-    """Published names in files of whole layers, the tower and all ends in the last one."""
+    """Published names in files of whole layers, the tower and all ends in the last one.
+
+    A family of several folders keeps them: its quantized decoder is a checkpoint of its own.
+    """
     plan, session = job.plan, job.session
-    stream = _Stream(job, fmt)
-    count = _hf_files(job)
-    files: list[str] = []
+    stream, count, home = _Stream(job, fmt), _hf_files(job), plan.family.decoder_part
+    for part in plan.family.parts:
+        (folder / part).mkdir(exist_ok=True)
     index: dict[str, str] = {}
     for number in deal(range(count), session.layout.world, session.rank):
-        tensors: dict[str, torch.Tensor] = {}
+        pieces: list[Piece] = []
         for layer in split_evenly(range(plan.decoder.layers), count, number):
-            content = stream.layer(layer)
-            tensors |= {name: t.to(job.dtype) for name, t in content.plain.items()}
-            for packed in content.linears.values():
-                tensors |= hf.tensors_of(packed, job.dtype)
+            pieces += stream.layer(layer).values()
         if number == count - 1:
-            tensors |= {name: t.to(job.dtype) for name, t in stream.ends().items()}
+            pieces += stream.ends().values()
+        tensors: dict[str, torch.Tensor] = {}
+        for piece in pieces:
+            tensors |= hf.tensors_of(piece, job.dtype)
+        if number == count - 1:
             tensors |= load_file(job.folder("megatron", VISION))
-        name = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-        store.save_tensors(tensors, folder / name)
-        index |= {key: name for key in tensors}
-        files.append(name)
+        for part in {name.rpartition("/")[0] for name in tensors}:
+            start = f"{part}/" if part else ""
+            own = {
+                name.removeprefix(start): tensor
+                for name, tensor in tensors.items()
+                if name.rpartition("/")[0] == part
+            }
+            file = f"model-{number + 1:05d}-of-{count:05d}" if part == home else "model"
+            store.save_tensors(own, folder / part / f"{file}.safetensors")
+            index |= {start + name: f"{start}{file}.safetensors" for name in own}
     gathered = session.gather(index)
+    files = sorted(set(index.values()))
     if session.rank == 0:
         whole = {key: name for part in gathered for key, name in part.items()}
         files += _hf_sidecars(job, fmt, folder, whole)
@@ -151,23 +174,37 @@ def _hf_files(job: Job) -> int:
 
 def _hf_sidecars(job: Job, fmt: QuantFormat, folder: Path, index: dict[str, str]) -> list[str]:
     """Config, quantization config, index, and the source's tokenizer and processor files."""
-    plan = job.plan
-    quantized = {name.removesuffix(".weight_scale") for name in index if name.endswith("_scale")}
+    plan, home = job.plan, job.plan.family.decoder_part
+    start = f"{home}/" if home else ""
+    own = {
+        name.removeprefix(start): file.removeprefix(start)
+        for name, file in sorted(index.items())
+        if name.startswith(start)
+    }
+    quantized = {name.removesuffix(".weight_scale") for name in own if name.endswith("_scale")}
     excluded = sorted(
         name.removesuffix(".weight")
-        for name in index
+        for name in own
         if name.endswith(".weight") and name.removesuffix(".weight") not in quantized
     )
-    contents = hf.config_files(plan.config, fmt, plan.recipe.quantize.group_size, excluded)
-    contents["model.safetensors.index.json"] = {
-        "metadata": {},
-        "weight_map": dict(sorted(index.items())),
+    contents: dict[str, Any] = {
+        start + name: content
+        for name, content in hf.config_files(
+            plan.family.decoder_config(plan.config),
+            fmt,
+            plan.recipe.quantize.group_size,
+            excluded,
+        ).items()
     }
-    for name, content in contents.items():
+    contents[f"{start}model.safetensors.index.json"] = {"metadata": {}, "weight_map": own}
+    for name, content in ({"config.json": plan.config} | contents).items():
         store.write_json(folder / name, content)
-    names = list(contents)
-    for path in sorted(plan.folder.iterdir()):
-        if path.suffix in (".json", ".model", ".txt") and path.name not in contents:
-            shutil.copy(path, folder / path.name)
-            names.append(path.name)
+    names = sorted({"config.json", *contents})
+
+    def describes(path: Path) -> bool:
+        kept = path.suffix in (".json", ".model", ".txt")
+        return kept and path.name != "model.safetensors.index.json"
+
+    for part in {"", *plan.family.parts}:
+        names += _copy_new(plan.folder, folder, part, describes)
     return names

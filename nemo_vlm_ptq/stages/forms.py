@@ -68,15 +68,15 @@ def read_form(
         UserError: unknown form.
     """
     plan = job.plan
-    names = plan.family.vision_shapes(plan.config)
+    names = plan.vision
     if form == "hf_source":
-        read = read_source(plan.folder, plan.family)
+        read = read_source(plan.tensors)
     elif form == "trtllm" and fmt is not None:
         folder = job.folder(fmt.name, "trtllm")
         read = read_trtllm(folder / "llm", plan.family.decoder_prefix)
         return read, load_file(folder / "vision" / "model.safetensors")
     elif form == "hf" and fmt is not None:
-        read = read_unified(job.folder(fmt.name, "hf"))
+        read = read_unified(job.folder(fmt.name, "hf"), plan.family)
     else:
         raise UserError(f"from={form} is not known; known: hf_source, megatron, quantized, "
                         "trtllm, hf")  # fmt: skip
@@ -100,7 +100,7 @@ def runtime_logits(
     for sample, mask in zip(samples, masks or [None] * len(samples), strict=True):
         feature = None
         if sample.pixels is not None:
-            feature = runtime.encode(sample.pixels).flatten(0, 1)
+            feature = runtime.encode(sample.pixels)
         out.append(runtime.logits(sample, feature, mask).cpu())
     return out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 from nemo_vlm_ptq.job import Job, Written, run_stage
@@ -16,16 +17,16 @@ VISION = "vision.safetensors"
 
 
 def source_identity(plan: Plan) -> str:
-    """sha256 over config.json and name, size and time of every weight file."""
-    digest = hashlib.sha256((plan.folder / "config.json").read_bytes())
+    """sha256 over the config and name, size and time of every weight file."""
+    digest = hashlib.sha256(json.dumps(plan.config, sort_keys=True).encode())
     for path in sorted({tensor.file for tensor in plan.tensors.values()}):
-        status = path.stat()
-        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+        name, status = path.relative_to(plan.folder), path.stat()
+        digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 
 def import_model(job: Job) -> None:
-    """Every rank reads the slices it holds; tower and projector are kept beside, bit for bit."""
+    """Every rank reads the slices it holds; tower and projector are kept beside."""
     plan, session, folder = job.plan, job.session, job.folder("megatron")
     settings = {
         "model": str(plan.folder),
@@ -40,8 +41,8 @@ def import_model(job: Job) -> None:
             read = fill_from_source(model, session, plan.family.rows, plan.decoder, reader)
             save_model(model, folder)
             if session.rank == 0:
-                vision = plan.family.vision_shapes(plan.config)
-                save_tensors({name: reader.whole(name) for name in vision}, folder / VISION)
+                vision = {name: reader.whole(name).to(job.dtype) for name in plan.vision}
+                save_tensors(vision, folder / VISION)
         names = own_files(folder, session.rank)
         return Written(names, {"bytes_read": [read], "tensors": len(plan.tensors)})
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch.nn.utils.rnn import pad_sequence
 
 from nemo_vlm_ptq import store
 from nemo_vlm_ptq.errors import UserError
-from nemo_vlm_ptq.families.base import Sample
+from nemo_vlm_ptq.families.base import Pixels, Sample
 from nemo_vlm_ptq.formats import QuantFormat
 from nemo_vlm_ptq.job import Job
 from nemo_vlm_ptq.stages.forms import megatron_logits, runtime_logits, runtime_of
@@ -20,10 +21,12 @@ DTYPES = ("float32", "bfloat16")
 
 
 def write_logits(job: Job, options: Mapping[str, str]) -> None:
-    """Logits [B,S,V] of one form for `inputs`, into `output` (safetensors).
+    """Logits [B,S',V] of one form for `inputs`, into `output` (safetensors).
 
-    Inputs: input_ids [B,S] int64, optional attention_mask [B,S], pixel_values as the family's
-    Hugging Face processor gives them, images in the order of the rows they stand in.
+    Inputs: input_ids [B,S] int64, optional attention_mask [B,S], pixel_values and, for families
+    that cut images up, image_sizes [images,2], as the family's Hugging Face processor gives them,
+    images in the order of the rows they stand in. S' counts every image token; rows that end up
+    shorter than others are padded with zeros.
 
     Raises:
         UserError: a missing option, an unknown form, or inputs that do not fit together.
@@ -36,7 +39,7 @@ def write_logits(job: Job, options: Mapping[str, str]) -> None:
     elif job.session.rank == 0:
         logits = runtime_logits(runtime_of(job, form, fmt, dtype), samples, masks)
     if job.session.rank == 0:
-        store.save_tensors({"logits": torch.stack(logits)}, output)
+        store.save_tensors({"logits": pad_sequence(logits, batch_first=True)}, output)
     job.session.barrier()
 
 
@@ -72,20 +75,26 @@ def _samples(
     """Rows as samples, each with its images, and their attention masks."""
     if "input_ids" not in tensors:
         raise UserError("inputs must hold input_ids [B,S]")
-    ids, pixels = tensors["input_ids"], tensors.get("pixel_values")
-    image_id, per_image = job.plan.family.image_tokens(job.plan.config)
-    samples, used = [], 0
-    for row, row_ids in enumerate(ids):
-        is_image = row_ids == image_id
-        count, rest = divmod(int(is_image.sum()), per_image)
-        have = 0 if pixels is None else len(pixels)
-        if rest or used + count > have:
-            raise UserError(
-                f"row {row} of input_ids has {int(is_image.sum())} image tokens and "
-                f"{have - used} images are left; each image takes {per_image}"
-            )
-        own = None if pixels is None or not count else pixels[used : used + count]
-        used += count
-        samples.append(Sample(f"row {row}", row_ids, is_image, own))
+    left = None
+    if "pixel_values" in tensors:
+        left = Pixels(tensors["pixel_values"], tensors.get("image_sizes"))
     masks = tensors.get("attention_mask")
-    return samples, [None] * len(ids) if masks is None else list(masks)
+    samples: list[Sample] = []
+    expanded: list[torch.Tensor | None] = []
+    for row, ids in enumerate(tensors["input_ids"]):
+        try:
+            marks = job.plan.family.expand(job.plan.config, ids, left)
+        except UserError as error:
+            raise UserError(f"row {row} of input_ids: {error}") from None
+        have = 0 if left is None else len(left.views)
+        if marks.images > have:
+            raise UserError(
+                f"row {row} of input_ids: it has {marks.images} images and {have} are left"
+            )
+        repeats = torch.where(marks.is_image, marks.repeat, 1)
+        own = left.part(0, marks.images) if left is not None and marks.images else None
+        left = None if left is None else left.part(marks.images)
+        input_ids, is_image = (x.repeat_interleave(repeats) for x in (ids, marks.is_image))
+        samples.append(Sample(f"row {row}", input_ids, is_image, own))
+        expanded.append(None if masks is None else masks[row].repeat_interleave(repeats))
+    return samples, expanded

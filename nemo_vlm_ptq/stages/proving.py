@@ -134,7 +134,8 @@ def _check_configs(job: Job, fmt: QuantFormat, target: str) -> list[str]:
     group = plan.recipe.quantize.group_size
     if target == "trtllm":
         return check_trtllm_config(folder / "llm", plan.decoder, fmt, group, plan.dtype)
-    return check_hf_configs(folder, plan.config, fmt, group)
+    home = folder / plan.family.decoder_part
+    return check_hf_configs(home, plan.family.decoder_config(plan.config), fmt, group)
 
 
 def _check_files(folder: Path) -> list[str]:
@@ -161,7 +162,7 @@ def _check_content(
     with open_tensors(plan.tensors) as source:
         problems = checks.check_untouched(read.plain, source, job.dtype)
         problems += checks.check_untouched(vision, source, job.dtype)
-        missing = set(plan.family.vision_shapes(plan.config)) - set(vision)
+        missing = set(plan.vision) - set(vision)
         problems += [f"{name} is missing" for name in sorted(missing)]
         note("untouched", problems, f"{len(read.plain) + len(vision)} tensors bit-equal")
         problems, worst = checks.check_linears(read.linears, source, job.dtype)

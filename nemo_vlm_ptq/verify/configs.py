@@ -33,6 +33,16 @@ def check_trtllm_config(
         "position_embedding_type": "rope_gpt_neox",
         "dtype": dtype,
     }
+    rope = decoder.long_rope
+    if config["architecture"] == "Phi3ForCausalLM":
+        expected["hidden_act"] = "swiglu"
+    if rope is not None:
+        expected |= {
+            "position_embedding_type": "long_rope",
+            "original_max_position_embeddings": rope.original,
+            "longrope_scaling_short_factors": list(rope.short),
+            "longrope_scaling_long_factors": list(rope.long),
+        }
     return _differences("config.json", config, expected) + _quantization(
         "config.json", config["quantization"], fmt, group
     )

@@ -26,6 +26,11 @@ QUANTIZATION_KEYS = {
 }  # fmt: skip
 MAPPING_KEYS = {"world_size", "tp_size", "pp_size"}
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+ARCHITECTURES = ("LlamaForCausalLM", "Phi3ForCausalLM")
+LONG_ROPE_KEYS = (
+    "original_max_position_embeddings", "longrope_scaling_short_factors",
+    "longrope_scaling_long_factors",
+)  # fmt: skip
 ALGORITHMS = (None, "FP8", "W8A8_SQ_PER_CHANNEL", "W4A16_AWQ", "W4A8_AWQ")
 
 
@@ -73,7 +78,7 @@ def _check_words(config: dict[str, Any]) -> list[str]:
         problems.append(f"config.json: quant_algo {quantization.get('quant_algo')!r} is not known")
     if config["dtype"] not in DTYPES:
         problems.append(f"config.json: dtype {config['dtype']!r} is not known")
-    if config["architecture"] != "LlamaForCausalLM":
+    if config["architecture"] not in ARCHITECTURES:
         problems.append(f"config.json: architecture {config['architecture']!r} is not known")
     return problems
 
@@ -88,6 +93,8 @@ def _check_numbers(config: dict[str, Any]) -> list[str]:
         problems.append("config.json: pp_size does not divide num_hidden_layers")
     if config["num_attention_heads"] % mapping["tp_size"]:
         problems.append("config.json: tp_size does not divide num_attention_heads")
+    if config["architecture"] == "Phi3ForCausalLM":
+        problems += _check_phi(config)
     algorithm = quantization["quant_algo"]
     if algorithm and quantization.get("exclude_modules") != ["lm_head"]:
         problems.append("config.json: exclude_modules must be ['lm_head']")
@@ -96,6 +103,23 @@ def _check_numbers(config: dict[str, Any]) -> list[str]:
             problems.append("config.json: pre_quant_scale must be true, or scales are dropped")
         if not quantization.get("group_size"):
             problems.append("config.json: group_size is missing")
+    return problems
+
+
+def _check_phi(config: dict[str, Any]) -> list[str]:
+    """What TensorRT-LLM's Phi-3 asks for besides."""
+    problems = []
+    if config["mapping"]["pp_size"] != 1:
+        problems.append("config.json: Phi3ForCausalLM has no pipeline parallelism")
+    if config["hidden_act"] != "swiglu":
+        problems.append("config.json: hidden_act of Phi3ForCausalLM must be swiglu")
+    if config["position_embedding_type"] == "long_rope":
+        half = config["head_size"] // 2
+        for key in LONG_ROPE_KEYS:
+            if key not in config:
+                problems.append(f"config.json: {key} is missing")
+            elif key.endswith("factors") and len(config[key]) != half:
+                problems.append(f"config.json: {key} must hold {half} factors")
     return problems
 
 
@@ -125,14 +149,16 @@ def expected_tensors(config: dict[str, Any], rank: int) -> Expected:
     dim, heads, kv = (
         config["head_size"], config["num_attention_heads"], config["num_key_value_heads"],
     )  # fmt: skip
-    ffn = config["intermediate_size"] // tp
+    ffn, phi = config["intermediate_size"] // tp, config["architecture"] == "Phi3ForCausalLM"
     linears = {
         "attention.qkv": ((heads // tp + 2 * -(-kv // tp)) * dim, hidden),
         "attention.dense": (hidden, heads * dim // tp),
-        "mlp.fc": (ffn, hidden),
+        "mlp.fc": (2 * ffn if phi else ffn, hidden),
         "mlp.gate": (ffn, hidden),
         "mlp.proj": (hidden, ffn),
     }
+    if phi:
+        del linears["mlp.gate"]
     expected: Expected = {}
     for layer in range(config["num_hidden_layers"] // pp):
         prefix = f"transformer.layers.{layer}."

@@ -1,0 +1,159 @@
+"""LLaVA-NeXT (LLaVA-1.6): LLaVA-1.5's parts, and images cut into tiles of the tower's size.
+
+The decoder is Vicuna's Llama or Mistral. Names are those of the published llava-v1.6-*-hf folders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_vlm_ptq.errors import UserError
+from nemo_vlm_ptq.families import llava
+from nemo_vlm_ptq.families.base import (
+    Config,
+    Decoder,
+    Marks,
+    ModelFamily,
+    Pixels,
+    Prepare,
+    Sample,
+    Shapes,
+    place_images,
+)
+from nemo_vlm_ptq.families.decoders import (
+    llama_facts,
+    llama_rows,
+    load_tokenizer,
+    need_file,
+)
+
+ALIASES = (*llava.ALIASES, (r"^model\.image_newline$", "image_newline"))
+PROMPTS = {
+    "llama": "USER: {mark}{question} ASSISTANT:",
+    "mistral": "[INST] {mark}{question} [/INST]",
+}
+
+
+def full_config(config: Config) -> Any:
+    """transformers' LlavaNextConfig, with every default that the JSON leaves out."""
+    from transformers import LlavaNextConfig
+
+    return LlavaNextConfig.from_dict(dict(config))
+
+
+def text_config(config: Config) -> Any:
+    """transformers' config of the decoder."""
+    return full_config(config).text_config
+
+
+def decoder(config: Config) -> Decoder:
+    """Facts of the decoder.
+
+    Raises:
+        UserError: the config asks for something this family's rows do not hold.
+    """
+    whole = full_config(config)
+    llava.check_clip(FAMILY.name, whole)
+    kind = whole.text_config.model_type
+    if kind not in PROMPTS:
+        raise UserError(
+            f"{FAMILY.name}: text_config.model_type is {kind!r}; supported: {', '.join(PROMPTS)}"
+        )
+    return llama_facts(FAMILY.name, whole.text_config)
+
+
+def vision_shapes(config: Config) -> Shapes:
+    """Published name -> shape of tower, projector and newline."""
+    from nemo_vlm_ptq.vision.llava_next import LlavaNextVision
+    from nemo_vlm_ptq.vision.towers import shapes_of
+
+    return shapes_of(LlavaNextVision, full_config(config))
+
+
+def build_vision(config: Config, tensors: Mapping[str, Any]) -> Any:
+    """Tower and projector: Pixels -> features [image tokens, hidden]."""
+    from nemo_vlm_ptq.vision.llava_next import LlavaNextVision
+    from nemo_vlm_ptq.vision.towers import fill
+
+    return fill(LlavaNextVision(full_config(config)), tensors)
+
+
+def token_counts(config: Config, sizes: Any) -> list[int]:
+    """Tokens of each image of `sizes` [images,2], counted with features that take no memory."""
+    import torch
+
+    from nemo_vlm_ptq.vision.llava_next import pack, view_counts
+
+    whole = full_config(config)
+    grid = whole.vision_config.image_size // whole.vision_config.patch_size
+    views = [
+        torch.empty(count, grid * grid, 1, device="meta") for count in view_counts(whole, sizes)
+    ]
+    owner = type("Owner", (), {"config": whole})
+    newline = torch.empty(1, device="meta")
+    return [len(tokens) for tokens in pack(owner, views, sizes, newline)]
+
+
+def expand(config: Config, ids: Any, pixels: Pixels | None) -> Marks:
+    """Published ids have one id for each image token already.
+
+    Raises:
+        UserError: their number is not that of whole images.
+    """
+    is_image = ids == full_config(config).image_token_index
+    wanted, images = int(is_image.sum()), 0
+    if pixels is not None and pixels.sizes is None:
+        raise UserError("inputs must hold image_sizes [images,2], height and width")
+    counts = [] if pixels is None else token_counts(config, pixels.sizes)
+    total = wanted
+    while wanted > 0 and images < len(counts):
+        wanted -= counts[images]
+        images += 1
+    if wanted:
+        raise UserError(f"{total} image tokens; the images left take {counts}")
+    return Marks(is_image, 1, images)
+
+
+def preparer(folder: Path, config: Config) -> Prepare:
+    """A function (id, question, image, answer) -> Sample in the prompt of the decoder."""
+    from transformers.models.llava_next.image_processing_pil_llava_next import (
+        LlavaNextImageProcessorPil,
+    )
+
+    tokens = load_tokenizer(folder)
+    need_file(folder, "preprocessor_config.json")
+    images = LlavaNextImageProcessorPil.from_pretrained(folder)
+    whole = full_config(config)
+    prompt = PROMPTS[whole.text_config.model_type]
+
+    def prepare(name: str, question: str, image: Any = None, answer: str = "") -> Sample:
+        if image is not None and not isinstance(image, Pixels):
+            made = images(image.convert("RGB"), return_tensors="pt")
+            image = Pixels(made["pixel_values"], made["image_sizes"])
+        mark = "<image>\n" if image is not None else ""
+        text = prompt.format(mark=mark, question=question) + (f" {answer}" if answer else "")
+        counts = [] if image is None else token_counts(config, image.sizes)
+        ids = tokens(text)["input_ids"]
+        input_ids, is_image = place_images(ids, whole.image_token_index, counts)
+        return Sample(name, input_ids, is_image, image)
+
+    return prepare
+
+
+FAMILY = ModelFamily(
+    name="llava_next",
+    architectures=("LlavaNextForConditionalGeneration",),
+    decoder_prefix=llava.LM,
+    trtllm_architecture="LlamaForCausalLM",
+    rows=llama_rows(llava.LM),
+    aliases=ALIASES,
+    drops=llava.DROPS,
+    decoder=decoder,
+    text_config=text_config,
+    vision_shapes=vision_shapes,
+    build_vision=build_vision,
+    preparer=preparer,
+    expand=expand,
+)

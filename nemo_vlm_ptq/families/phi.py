@@ -1,0 +1,230 @@
+"""Phi-3-vision and Phi-3.5-vision: CLIP-L over crops of an image (HD transform), a Phi-3 decoder.
+
+q, k and v are one tensor, gate and up another; rotary frequencies change after 4,096 positions.
+The config says nothing of CLIP's sizes: they are those of CLIP-L/14-336, unless
+img_processor.vision_config names others.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nemo_vlm_ptq.errors import UserError
+from nemo_vlm_ptq.families.base import (
+    Config,
+    Decoder,
+    LongRope,
+    Marks,
+    ModelFamily,
+    Pixels,
+    Prepare,
+    Sample,
+    Shapes,
+)
+from nemo_vlm_ptq.families.decoders import (
+    COMPUTED,
+    llama_rows,
+    load_tokenizer,
+    need,
+    need_file,
+    sized_facts,
+)
+from nemo_vlm_ptq.mapping.rows import Drop
+from nemo_vlm_ptq.source import read_object
+
+CLIP_L = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+LAYER = -2  # hidden state of CLIP that is looked at
+STOPS = (32000, 32001, 32007)  # <|endoftext|>, <|assistant|>, <|end|> of the published tokenizer
+PUBLISHED_VOCAB = 32064
+MARK = re.compile(r"<\|image_\d+\|>")
+ROPE_KEYS = {"type", "rope_type", "short_factor", "long_factor", "rope_theta"}
+ROPE_KEYS |= {"original_max_position_embeddings", "partial_rotary_factor"}
+DROPS = (
+    COMPUTED,
+    Drop(r".*\.embeddings\.position_ids", "counts up from 0"),
+    Drop(r"model\.vision_embed_tokens\.wte\.weight", "the same tensor as model.embed_tokens"),
+)
+
+
+def text_config(config: Config) -> Any:
+    """transformers' Phi3Config of the decoder."""
+    from transformers import Phi3Config
+
+    foreign = ("model_type", "architectures", "auto_map", "embd_layer", "img_processor")
+    own = {key: value for key, value in config.items() if key not in foreign}
+    own = {key: value for key, value in own.items() if not key.startswith("_")}
+    eos = own.get("eos_token_id", 32000)
+    stops = dict.fromkeys(eos if isinstance(eos, list) else [eos])
+    if own.get("vocab_size", PUBLISHED_VOCAB) == PUBLISHED_VOCAB:
+        stops |= dict.fromkeys(STOPS)
+    return Phi3Config.from_dict(own | {"eos_token_id": list(stops)})
+
+
+def decoder(config: Config) -> Decoder:
+    """Facts of the decoder.
+
+    Raises:
+        UserError: the config asks for something that Phi-3-vision does not do.
+    """
+    text = text_config(config)
+    embed, images = config.get("embd_layer") or {}, config.get("img_processor") or {}
+    need(
+        "phi",
+        {
+            "tie_word_embeddings": (text.tie_word_embeddings, False),
+            "hidden_act": (text.hidden_act, "silu"),
+            "embd_layer.use_hd_transform": (embed.get("use_hd_transform"), True),
+            "embd_layer.hd_transform_order": (embed.get("hd_transform_order"), "sub_glb"),
+            "embd_layer.with_learnable_separator": (embed.get("with_learnable_separator"), True),
+            "embd_layer.projection_cls": (embed.get("projection_cls"), "mlp"),
+            "img_processor.name": (images.get("name"), "clip_vision_model"),
+            "img_processor.layer_idx": (images.get("layer_idx", LAYER), LAYER),
+            "img_processor.type_feature": (images.get("type_feature", "patch"), "patch"),
+            "img_processor.image_dim_out": (
+                images.get("image_dim_out"),
+                tower_config(config)["hidden_size"],
+            ),
+        },
+    )
+    facts = sized_facts("phi", text, text.rope_parameters.get("rope_theta", 10000.0))
+    return replace(facts, long_rope=_long_rope(config, facts))
+
+
+def _long_rope(config: Config, facts: Decoder) -> LongRope | None:
+    """Factors of the rotary frequencies, or None where the config has none.
+
+    Raises:
+        UserError: another kind of scaling than su / longrope, or settings it does not have.
+    """
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    kind = rope.get("type") or rope.get("rope_type") or "default"
+    if kind == "default":
+        return None
+    if kind not in ("su", "longrope"):
+        raise UserError(f"phi: rope type is {kind!r}; supported: su, longrope, or none")
+    if unknown := sorted(set(rope) - ROPE_KEYS):
+        raise UserError(f"phi: rope_scaling.{unknown[0]} is not known")
+    need("phi", {"partial_rotary_factor": (rope.get("partial_rotary_factor", 1.0), 1.0)})
+    half, lists = facts.head_dim // 2, (rope["short_factor"], rope["long_factor"])
+    for factors in lists:
+        if len(factors) != half:
+            raise UserError(f"phi: {len(factors)} rotary factors; the heads need {half}")
+    original = config.get("original_max_position_embeddings", 4096)
+    ratio = facts.max_positions / original
+    scale = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
+    return LongRope(tuple(lists[0]), tuple(lists[1]), original, scale)
+
+
+def tower_config(config: Config) -> dict[str, Any]:
+    """Sizes of CLIP."""
+    given = (config.get("img_processor") or {}).get("vision_config")
+    return dict(given or CLIP_L)
+
+
+def _vision_args(config: Config) -> tuple[Any, ...]:
+    return tower_config(config), config.get("hidden_size", 3072), LAYER
+
+
+def vision_shapes(config: Config) -> Shapes:
+    """Published name -> shape of tower, separators and projector."""
+    from nemo_vlm_ptq.vision.phi import PhiVision
+    from nemo_vlm_ptq.vision.towers import shapes_of
+
+    return shapes_of(PhiVision, *_vision_args(config))
+
+
+def build_vision(config: Config, tensors: Mapping[str, Any]) -> Any:
+    """Tower, separators and projector: Pixels -> features [image tokens, hidden]."""
+    from nemo_vlm_ptq.vision.phi import PhiVision
+    from nemo_vlm_ptq.vision.towers import fill
+
+    return fill(PhiVision(*_vision_args(config)), tensors)
+
+
+def token_counts(config: Config, sizes: Any) -> list[int]:
+    """Tokens of each image of `sizes` [images,2], padded heights and widths."""
+    from nemo_vlm_ptq.vision.phi import token_count
+
+    tower = tower_config(config)
+    side = tower["image_size"]
+    m = side // tower["patch_size"] // 2
+    return [token_count(int(height), int(width), side, m) for height, width in sizes]
+
+
+def expand(config: Config, ids: Any, pixels: Pixels | None) -> Marks:
+    """Published ids have -i for each token of image i of the row.
+
+    Raises:
+        UserError: their number is not that of the images.
+    """
+    images = max(0, -int(ids.min()))
+    sizes = None if pixels is None else pixels.sizes
+    if images and sizes is None:
+        raise UserError("inputs must hold pixel_values and image_sizes [images,2], padded")
+    counts = [] if sizes is None else token_counts(config, sizes[:images])
+    found = [int((ids == -1 - index).sum()) for index in range(images)]
+    if found != counts:
+        raise UserError(f"{found} image tokens; the images left take {counts}")
+    return Marks(ids < 0, 1, images)
+
+
+def preparer(folder: Path, config: Config) -> Prepare:
+    """A function (id, question, image, answer) -> Sample in Phi-3-vision's prompt.
+
+    Pieces of the prompt beside an image are tokenized apart, each with a <s> of its own, as the
+    published processor does.
+    """
+    import torch
+
+    from nemo_vlm_ptq.vision.phi import cut
+
+    tokens = load_tokenizer(folder)
+    settings = read_object(need_file(folder, "preprocessor_config.json"))
+    crops, side = settings["num_crops"], tower_config(config)["image_size"]
+    mean, std = settings["image_mean"], settings["image_std"]
+
+    def prepare(name: str, question: str, image: Any = None, answer: str = "") -> Sample:
+        if image is not None and not isinstance(image, Pixels):
+            views, size = cut(image, crops, side, mean, std)
+            image = Pixels(views[None], torch.tensor([size]))
+        mark = "<|image_1|>\n" if image is not None else ""
+        text = f"<|user|>\n{mark}{question}<|end|>\n<|assistant|>\n{answer}"
+        counts = iter([] if image is None else token_counts(config, image.sizes))
+        ids: list[int] = []
+        for index, chunk in enumerate(MARK.split(text)):
+            ids += [-index] * next(counts) if index else []
+            ids += tokens(chunk)["input_ids"]
+        input_ids = torch.tensor(ids)
+        return Sample(name, input_ids, input_ids < 0, image)
+
+    return prepare
+
+
+FAMILY = ModelFamily(
+    name="phi",
+    architectures=("Phi3VForCausalLM",),
+    decoder_prefix="",
+    trtllm_architecture="Phi3ForCausalLM",
+    rows=llama_rows("", ("self_attn.qkv_proj.weight",), ("mlp.gate_up_proj.weight",)),
+    aliases=(),
+    drops=DROPS,
+    decoder=decoder,
+    text_config=text_config,
+    vision_shapes=vision_shapes,
+    build_vision=build_vision,
+    preparer=preparer,
+    expand=expand,
+)
