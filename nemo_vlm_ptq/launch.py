@@ -36,7 +36,7 @@ def start(command: str, recipe_name: str, overrides: list[str]) -> int:
         UserError: the recipe cannot work.
         ProofError: a proof failed on a rank.
     """
-    from nemo_vlm_ptq.plan import check_data, describe, make_plan
+    from nemo_vlm_ptq.plan import check_data, make_plan
     from nemo_vlm_ptq.recipe import load_recipe
 
     own = [word for word in overrides if word.split("=")[0] in LOGITS_KEYS]
@@ -49,6 +49,8 @@ def start(command: str, recipe_name: str, overrides: list[str]) -> int:
         if command != "logits" or not equals:
             raise UserError(f"{key} is an option of logits; write logits RECIPE {key}=...")
     if command == "plan":
+        from nemo_vlm_ptq.forecast import describe
+
         print(describe(plan))
         return 0
     if not inside_ranks():

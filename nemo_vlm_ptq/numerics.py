@@ -10,6 +10,8 @@ import torch
 
 from nemo_vlm_ptq.formats import LARGEST, LOWEST, Granularity, Kind
 
+TIE = 2.0**-20  # relative; some float32 roundings, far less than a step of 16 bit weights
+
 
 def weight_amax(weight_OK: torch.Tensor, granularity: Granularity, group: int) -> torch.Tensor:
     """Largest magnitude per tensor [], per output channel [O], or per group of inputs [O,G]."""
@@ -46,6 +48,23 @@ def encode(weight_OK: torch.Tensor, amax: torch.Tensor, kind: Kind) -> torch.Ten
     if kind == "fp8":
         return exact.clamp(LOWEST[kind], LARGEST[kind]).to(torch.float8_e4m3fn)
     return exact.round().clamp(LOWEST[kind], LARGEST[kind]).to(torch.int8)
+
+
+def off_ties(weight_OK: torch.Tensor, amax: torch.Tensor, kind: Kind) -> torch.Tensor:
+    """The weight, its values half way between two codes moved a little towards the one they get.
+
+    largest / amax and the product are rounded in float32, by some readers in other ways than by
+    others (modelopt's own fp8 on a CPU and on a GPU differ); off the ties all find the same codes.
+    A move is one step of a 16 bit weight, or 2^-11 of the distance between codes.
+    """
+    codes = encode(weight_OK, amax, kind)
+    low, high = (encode(weight_OK, amax * (1 + shift), kind) for shift in (-TIE, TIE))
+    value = decode(codes, scale_of(amax, kind)).to(weight_OK.dtype)
+    if weight_OK.dtype == torch.float32:
+        moved = torch.lerp(weight_OK, value, 2.0**-10)
+    else:
+        moved = torch.nextafter(weight_OK, value)
+    return torch.where(low.float() == high.float(), weight_OK, moved)
 
 
 def decode(codes_OK: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

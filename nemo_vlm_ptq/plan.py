@@ -5,7 +5,6 @@ Reads config.json and the headers of the checkpoint, no weights, and asks for no
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from nemo_vlm_ptq.formats import QuantFormat, find_format
 from nemo_vlm_ptq.mapping.rows import carried_along, check_coverage
 from nemo_vlm_ptq.questions import questions_file
 from nemo_vlm_ptq.recipe import Recipe
-from nemo_vlm_ptq.source import Tensor, list_tensors, total_bytes
+from nemo_vlm_ptq.source import Tensor, list_tensors
 
 SIZES = (1, 2, 4, 8, 16)
 VOCAB_MULTIPLE = 64  # Megatron's padding; fixed, so that checkpoints do not depend on the layout
@@ -150,27 +149,46 @@ def _require(key: str, size: int, rules: list[_Rule]) -> None:
 def _check_layouts(plan: Plan) -> None:
     decoder, parallel, export = plan.decoder, plan.recipe.parallel, plan.recipe.export
     heads, kv_heads, ffn = decoder.heads, decoder.kv_heads, decoder.ffn
-    rows = decoder.sizes(VOCAB_MULTIPLE).vocab_rows
-    wide = f"does not divide {heads} heads, {kv_heads} KV heads and {ffn} MLP features"
-
-    def calibrates(tensor: int) -> bool:
-        return all(part % tensor == 0 for part in (heads, kv_heads, ffn, rows))
 
     def serves(tensor: int) -> bool:  # KV heads may be repeated, so that each rank has one
         shared = kv_heads % tensor == 0 or tensor % kv_heads == 0
         return heads % tensor == 0 and ffn % tensor == 0 and shared
 
-    grouped = [fmt for fmt in plan.formats if fmt.granularity == "group"]
-    read = [fmt for fmt in grouped if "trtllm" in plan.targets(fmt)]
-    whole = [_whole_groups(plan, fmt) for fmt in grouped]
-    tiles = [_whole_tiles(plan, fmt) for fmt in read]
+    read = [fmt for fmt in plan.formats if "trtllm" in plan.targets(fmt)]
+    tiles = [_whole_tiles(plan, fmt) for fmt in read if fmt.granularity == "group"]
     stages = _Rule(
         lambda size: decoder.layers % size == 0, f"does not divide {decoder.layers} layers"
     )
-    _require("parallel.tensor", parallel.tensor, [_Rule(calibrates, wide), *whole])
+    _require("parallel.tensor", parallel.tensor, _calibrating(plan))
     _require("parallel.pipeline", parallel.pipeline, [stages])
-    _require("export.tensor", export.tensor, [_Rule(serves, wide), *tiles])
+    _require("export.tensor", export.tensor, [_Rule(serves, _wide(decoder)), *tiles])
     _require("export.pipeline", export.pipeline, [stages, *_serving_stages(plan)])
+
+
+def _wide(decoder: Decoder) -> str:
+    return (
+        f"does not divide {decoder.heads} heads, {decoder.kv_heads} KV heads "
+        f"and {decoder.ffn} MLP features"
+    )
+
+
+def _calibrating(plan: Plan) -> list[_Rule]:
+    """What a tensor size must satisfy for import, observe and solve."""
+    decoder = plan.decoder
+    rows = decoder.sizes(VOCAB_MULTIPLE).vocab_rows
+
+    def fits(tensor: int) -> bool:
+        return all(
+            part % tensor == 0 for part in (decoder.heads, decoder.kv_heads, decoder.ffn, rows)
+        )
+
+    grouped = [fmt for fmt in plan.formats if fmt.granularity == "group"]
+    return [_Rule(fits, _wide(decoder)), *(_whole_groups(plan, fmt) for fmt in grouped)]
+
+
+def calibrating_sizes(plan: Plan) -> list[int]:
+    """Tensor sizes that calibrate with every format of the recipe."""
+    return [size for size in SIZES if all(rule.fits(size) for rule in _calibrating(plan))]
 
 
 def _serving_stages(plan: Plan) -> list[_Rule]:
@@ -216,41 +234,3 @@ def _check_format(plan: Plan, fmt: QuantFormat) -> None:
     if fmt.weight_second is not None and recipe.quantize.group_size != 128:
         group = recipe.quantize.group_size
         raise UserError(f"format {fmt.name} needs quantize.group_size=128, got {group}")
-
-
-def describe(plan: Plan) -> str:
-    """The plan as text: what would be read, held per rank, and written."""
-    recipe, decoder = plan.recipe, plan.decoder
-    tensor, pipeline = recipe.parallel.tensor, recipe.parallel.pipeline
-    linear = _linear_parameters(plan)
-    total = sum(math.prod(t.shape) for t in plan.tensors.values())
-    rest = total - linear
-    lines = [
-        f"model      {plan.folder}  ({plan.family.name}, {total / 1e6:,.1f} M parameters, "
-        f"{total_bytes(plan.tensors) / 1e6:,.1f} MB, {plan.dtype})",
-        f"decoder    {decoder.layers} layers, hidden {decoder.hidden}, {decoder.heads} heads, "
-        f"{decoder.kv_heads} KV heads, MLP {decoder.ffn}, vocabulary {decoder.vocab}",
-        f"calibrate  TP {tensor} x PP {pipeline} x DP {recipe.parallel.data}: about "
-        f"{2 * total / tensor / pipeline / 1e6:,.1f} MB of weights a rank",
-    ]
-    if any(fmt.second_moments for fmt in plan.formats):
-        widths = (decoder.hidden, decoder.heads * decoder.head_dim, decoder.hidden, decoder.ffn)
-        moments = decoder.layers * sum(width**2 for width in widths) * 2
-        lines.append(
-            f"           second moments: {8 * moments / tensor / pipeline / 1e6:,.1f} MB a rank, "
-            f"{4 * moments / 1e6:,.1f} MB on disk"
-        )
-    export = recipe.export
-    for fmt in plan.formats:
-        size = linear * fmt.bits / 8 + 2 * rest
-        lines.append(
-            f"{fmt.name:10} -> {', '.join(plan.targets(fmt))}: about {size / 1e6:,.1f} MB, "
-            f"{size / (2 * total):.2f} of 16 bit; TensorRT-LLM ranks: "
-            f"TP {export.tensor} x PP {export.pipeline}"
-        )
-    return "\n".join(lines)
-
-
-def _linear_parameters(plan: Plan) -> int:
-    shapes = plan.decoder.shapes(tuple(row for row in plan.family.rows if row.linear))
-    return sum(math.prod(shape) for shape in shapes.values())

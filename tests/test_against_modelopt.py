@@ -134,7 +134,7 @@ def quantize_with_ours(subject, name):
     """(layer, linear) -> module, with modelopt's quantizers filled from our scales."""
     model, solved = subject.fresh(), solve(subject, name)
     quantizers.insert_quantizers(model, FORMATS[name], GROUP)
-    quantizers.divide_weights(model, lambda *at: solved[at])
+    quantizers.prepare_weights(model, FORMATS[name], lambda *at: solved[at])
     quantizers.fill_quantizers(model, FORMATS[name], lambda *at: solved[at])
     return linears(model)
 

@@ -15,7 +15,7 @@ from bad_models import (
     write_recipe,
 )
 
-from nemo_vlm_ptq import plan, source
+from nemo_vlm_ptq import forecast, plan, source
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.formats import FORMATS
 from nemo_vlm_ptq.parallel import data_axis
@@ -60,7 +60,7 @@ def test_groups_of_a_real_model_limit_its_tensor_ranks(tmp_path, llava_7b):
         "parallel.tensor=4 cuts a group of 128 of format int4_awq; these work: 1, 2"
     )
     recipe = load_recipe(str(write_recipe(tmp_path, llava_7b)), ["parallel.tensor=8"])
-    assert "TP 8 x PP 1" in plan.describe(plan.make_plan(recipe))
+    assert "TP 8 x PP 1" in forecast.describe(plan.make_plan(recipe))
 
 
 @pytest.mark.parametrize("format", ["fp8", "int4_awq"])
@@ -169,7 +169,7 @@ def test_plan_prints_every_format_and_reads_no_weights(tmp_path, monkeypatch, ca
     path.write_bytes(path.read_bytes()[:head].ljust(path.stat().st_size, b"\xff"))  # all NaN
     monkeypatch.setattr(source.Reader, "slices", lambda self, name: pytest.fail(f"read {name}"))
     words = [f"model={folder}", f"workdir={tmp_path / 'work'}"]
-    text = plan.describe(plan.make_plan(load_recipe("quickstart", words)))
+    text = forecast.describe(plan.make_plan(load_recipe("quickstart", words)))
     lines = dict(line.split(maxsplit=1) for line in text.splitlines())
     assert "4.5 M parameters, 9.1 MB, bfloat16" in lines["model"]
     assert lines["decoder"].startswith("4 layers, hidden 256, 8 heads, 4 KV heads, MLP 768")

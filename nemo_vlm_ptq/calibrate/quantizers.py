@@ -23,6 +23,7 @@ from nemo_vlm_ptq.calibrate.scales import LinearScales, divide
 from nemo_vlm_ptq.calibrate.statistics import LINEARS
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.formats import QuantFormat
+from nemo_vlm_ptq.numerics import off_ties
 
 ScalesOf = Callable[[int, str], LinearScales]
 
@@ -70,13 +71,13 @@ def fill_quantizers(model: GPTModel, row: QuantFormat, scales_of: ScalesOf) -> N
         )
 
 
-def divide_weights(model: GPTModel, scales_of: ScalesOf) -> None:
-    """Divide each weight by its prequant scale, in place."""
+def prepare_weights(model: GPTModel, row: QuantFormat, scales_of: ScalesOf) -> None:
+    """Divide each weight by its prequant scale, and move it off ties, in place."""
     for layer, name, module in _linears(model):
-        prequant = scales_of(layer, name).prequant
-        if prequant is not None:
-            weight = module.weight.data
-            weight.copy_(divide(weight, prequant.to(weight.device)))
+        scales, weight = scales_of(layer, name), module.weight.data
+        if scales.prequant is not None:
+            weight.copy_(divide(weight, scales.prequant.to(weight.device)))
+        weight.copy_(off_ties(weight, scales.weight_amax.to(weight.device), row.weight))
 
 
 def stop_rounding_activations(model: GPTModel) -> None:

@@ -121,7 +121,9 @@ def sized_facts(family: str, text: Any, rope_theta: float) -> Decoder:
     )
 
 
-def check_feature_layer(family: str, layers: int | list[int], depth: int) -> None:
+def check_feature_layer(
+    family: str, layers: int | list[int], depth: int, key: str = "vision_feature_layer"
+) -> None:
     """Refuse a feature layer that the tower does not have.
 
     Raises:
@@ -129,9 +131,7 @@ def check_feature_layer(family: str, layers: int | list[int], depth: int) -> Non
     """
     for layer in [layers] if isinstance(layers, int) else layers:
         if not -depth - 1 <= layer <= depth:
-            raise UserError(
-                f"{family}: vision_feature_layer {layer} is outside of a tower of {depth} layers"
-            )
+            raise UserError(f"{family}: {key} {layer} is outside of a tower of {depth} layers")
 
 
 def load_tokenizer(folder: Any) -> Any:

@@ -31,7 +31,9 @@ from nemo_vlm_ptq.families.decoders import (
 
 ALIASES = (*llava.ALIASES, (r"^model\.image_newline$", "image_newline"))
 PROMPTS = {
-    "llama": "USER: {mark}{question} ASSISTANT:",
+    "llama": "A chat between a curious human and an artificial intelligence assistant. The "
+    "assistant gives helpful, detailed, and polite answers to the human's questions. "
+    "USER: {mark}{question} ASSISTANT:",
     "mistral": "[INST] {mark}{question} [/INST]",
 }
 

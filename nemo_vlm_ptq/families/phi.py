@@ -7,6 +7,7 @@ img_processor.vision_config names others.
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Mapping
@@ -50,7 +51,9 @@ LAYER = -2  # hidden state of CLIP that is looked at
 STOPS = (32000, 32001, 32007)  # <|endoftext|>, <|assistant|>, <|end|> of the published tokenizer
 PUBLISHED_VOCAB = 32064
 MARK = re.compile(r"<\|image_\d+\|>")
-ROPE_KEYS = {"type", "rope_type", "short_factor", "long_factor", "rope_theta"}
+LONG = ("su", "longrope")  # two names of one kind of rotary scaling
+FACTORS = ("short_factor", "long_factor")
+ROPE_KEYS = {"type", "rope_type", "rope_theta", "factor", *FACTORS}
 ROPE_KEYS |= {"original_max_position_embeddings", "partial_rotary_factor"}
 DROPS = (
     COMPUTED,
@@ -65,12 +68,34 @@ def text_config(config: Config) -> Any:
 
     foreign = ("model_type", "architectures", "auto_map", "embd_layer", "img_processor")
     own = {key: value for key, value in config.items() if key not in foreign}
-    own = {key: value for key, value in own.items() if not key.startswith("_")}
+    own = copy.deepcopy({key: value for key, value in own.items() if key[0] != "_"})
     eos = own.get("eos_token_id", 32000)
     stops = dict.fromkeys(eos if isinstance(eos, list) else [eos])
     if own.get("vocab_size", PUBLISHED_VOCAB) == PUBLISHED_VOCAB:
         stops |= dict.fromkeys(STOPS)
-    return Phi3Config.from_dict(own | {"eos_token_id": list(stops)})
+    own |= {"eos_token_id": list(stops), "pad_token_id": own.get("pad_token_id")}
+    for key in ("rope_scaling", "rope_parameters"):
+        if rope := own.get(key):  # transformers 5 has other names for the same
+            rope["rope_type"] = "longrope" if rope_kind(rope) in LONG else rope_kind(rope)
+            rope.pop("type", None)
+            rope.setdefault("original_max_position_embeddings", original_positions(config))
+            rope["factor"] = position_ratio(config)
+    return Phi3Config.from_dict(own)
+
+
+def rope_kind(rope: Mapping[str, Any]) -> str:
+    """The kind of rotary scaling under any of its names."""
+    return str(rope.get("rope_type") or rope.get("type") or "default")
+
+
+def original_positions(config: Config) -> int:
+    """Positions up to which the short factors hold."""
+    return int(config.get("original_max_position_embeddings", 4096))
+
+
+def position_ratio(config: Config) -> float:
+    """Positions of the long context over those of the short one."""
+    return float(config.get("max_position_embeddings", 4096) / original_positions(config))
 
 
 def decoder(config: Config) -> Decoder:
@@ -79,6 +104,8 @@ def decoder(config: Config) -> Decoder:
     Raises:
         UserError: the config asks for something that Phi-3-vision does not do.
     """
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    _check_rope(config, rope)
     text = text_config(config)
     embed, images = config.get("embd_layer") or {}, config.get("img_processor") or {}
     need(
@@ -86,6 +113,7 @@ def decoder(config: Config) -> Decoder:
         {
             "tie_word_embeddings": (text.tie_word_embeddings, False),
             "hidden_act": (text.hidden_act, "silu"),
+            "partial_rotary_factor": (text.rope_parameters.get("partial_rotary_factor", 1.0), 1.0),
             "embd_layer.use_hd_transform": (embed.get("use_hd_transform"), True),
             "embd_layer.hd_transform_order": (embed.get("hd_transform_order"), "sub_glb"),
             "embd_layer.with_learnable_separator": (embed.get("with_learnable_separator"), True),
@@ -100,32 +128,30 @@ def decoder(config: Config) -> Decoder:
         },
     )
     facts = sized_facts("phi", text, text.rope_parameters.get("rope_theta", 10000.0))
-    return replace(facts, long_rope=_long_rope(config, facts))
+    if rope_kind(rope) not in LONG:
+        return facts
+    original, ratio = original_positions(config), position_ratio(config)
+    scale = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
+    short, long = (tuple(rope[key]) for key in FACTORS)
+    return replace(facts, long_rope=LongRope(short, long, original, scale))
 
 
-def _long_rope(config: Config, facts: Decoder) -> LongRope | None:
-    """Factors of the rotary frequencies, or None where the config has none.
+def _check_rope(config: Config, rope: Mapping[str, Any]) -> None:
+    """Refuse rotary scaling that is not su / longrope as published, before transformers does.
 
     Raises:
-        UserError: another kind of scaling than su / longrope, or settings it does not have.
+        UserError: another kind, unknown settings, or factors that do not fit the heads.
     """
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    kind = rope.get("type") or rope.get("rope_type") or "default"
-    if kind == "default":
-        return None
-    if kind not in ("su", "longrope"):
-        raise UserError(f"phi: rope type is {kind!r}; supported: su, longrope, or none")
+    kind = rope_kind(rope)
+    if kind not in ("default", *LONG):
+        raise UserError(f"phi: rope type is {kind!r}; supported: {', '.join(LONG)}, or none")
     if unknown := sorted(set(rope) - ROPE_KEYS):
         raise UserError(f"phi: rope_scaling.{unknown[0]} is not known")
-    need("phi", {"partial_rotary_factor": (rope.get("partial_rotary_factor", 1.0), 1.0)})
-    half, lists = facts.head_dim // 2, (rope["short_factor"], rope["long_factor"])
-    for factors in lists:
-        if len(factors) != half:
-            raise UserError(f"phi: {len(factors)} rotary factors; the heads need {half}")
-    original = config.get("original_max_position_embeddings", 4096)
-    ratio = facts.max_positions / original
-    scale = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
-    return LongRope(tuple(lists[0]), tuple(lists[1]), original, scale)
+    half = config.get("hidden_size", 3072) // config.get("num_attention_heads", 32) // 2
+    for key in FACTORS if kind in LONG else ():
+        count = len(rope.get(key) or ())
+        if count != half:
+            raise UserError(f"phi: rope_scaling.{key} has {count} factors; the heads need {half}")
 
 
 def tower_config(config: Config) -> dict[str, Any]:
@@ -134,7 +160,8 @@ def tower_config(config: Config) -> dict[str, Any]:
     return dict(given or CLIP_L)
 
 
-def _vision_args(config: Config) -> tuple[Any, ...]:
+def vision_args(config: Config) -> tuple[Any, ...]:
+    """Arguments of the vision module."""
     return tower_config(config), config.get("hidden_size", 3072), LAYER
 
 
@@ -143,7 +170,7 @@ def vision_shapes(config: Config) -> Shapes:
     from nemo_vlm_ptq.vision.phi import PhiVision
     from nemo_vlm_ptq.vision.towers import shapes_of
 
-    return shapes_of(PhiVision, *_vision_args(config))
+    return shapes_of(PhiVision, *vision_args(config))
 
 
 def build_vision(config: Config, tensors: Mapping[str, Any]) -> Any:
@@ -151,7 +178,7 @@ def build_vision(config: Config, tensors: Mapping[str, Any]) -> Any:
     from nemo_vlm_ptq.vision.phi import PhiVision
     from nemo_vlm_ptq.vision.towers import fill
 
-    return fill(PhiVision(*_vision_args(config)), tensors)
+    return fill(PhiVision(*vision_args(config)), tensors)
 
 
 def token_counts(config: Config, sizes: Any) -> list[int]:

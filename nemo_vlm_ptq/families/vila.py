@@ -110,7 +110,8 @@ def decoder(config: Config) -> Decoder:
             "mm_use_im_patch_token": (bool(config.get("mm_use_im_patch_token")), False),
         },
     )
-    check_feature_layer("vila", feature_layer(config), tower.get("num_hidden_layers", 12))
+    depth = tower.get("num_hidden_layers", 12)
+    check_feature_layer("vila", feature_layer(config), depth, "mm_vision_select_layer")
     return llama_facts("vila", text_config(config), "llm_cfg")
 
 
@@ -124,7 +125,8 @@ def feature_layer(config: Config) -> int:
     return int(config.get("mm_vision_select_layer", -2))
 
 
-def _vision_args(config: Config) -> tuple[Any, ...]:
+def vision_args(config: Config) -> tuple[Any, ...]:
+    """Arguments of the vision module."""
     hidden = text_config(config).hidden_size
     return config["vision_tower_cfg"], hidden, feature_layer(config), token_order(config)
 
@@ -134,7 +136,7 @@ def vision_shapes(config: Config) -> Shapes:
     from nemo_vlm_ptq.vision.towers import shapes_of
     from nemo_vlm_ptq.vision.vila import VilaVision
 
-    return shapes_of(VilaVision, *_vision_args(config))
+    return shapes_of(VilaVision, *vision_args(config))
 
 
 def build_vision(config: Config, tensors: Mapping[str, Any]) -> Any:
@@ -142,7 +144,7 @@ def build_vision(config: Config, tensors: Mapping[str, Any]) -> Any:
     from nemo_vlm_ptq.vision.towers import fill
     from nemo_vlm_ptq.vision.vila import VilaVision
 
-    return fill(VilaVision(*_vision_args(config)), tensors)
+    return fill(VilaVision(*vision_args(config)), tensors)
 
 
 def image_tokens(config: Config) -> int:

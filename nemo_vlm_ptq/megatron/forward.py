@@ -14,7 +14,9 @@ import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 
+from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.base import IMAGE, TEXT, Sample
+from nemo_vlm_ptq.megatron.rotary import LongRotaryEmbedding
 from nemo_vlm_ptq.megatron.session import Session
 
 
@@ -106,6 +108,7 @@ def forward(
 ) -> torch.Tensor | None:
     """One micro-batch through this rank's stage: logits [B,S,V] on the last one, else None."""
     B, S = batch.input_ids.shape
+    check_lengths(model, batch)
     decoder_input = None
     if session.first_stage:
         decoder_input = embed(model, batch, features, session.device)
@@ -122,6 +125,25 @@ def forward(
         return out
     dist.send(out.contiguous().to(session.wire), session.peer(1))
     return None
+
+
+def check_lengths(model: GPTModel, batch: Batch) -> None:
+    """Samples of one batch take the same rotary factors.
+
+    Raises:
+        UserError: some are longer than where the factors change, and some are not.
+    """
+    rotary = model.rotary_pos_emb
+    if not isinstance(rotary, LongRotaryEmbedding):
+        return
+    lengths = (batch.modality != 0).sum(dim=1)
+    original = rotary.long_rope.original
+    if int(lengths.min()) <= original < int(lengths.max()):
+        raise UserError(
+            f"samples of {int(lengths.min())} and {int(lengths.max())} tokens are in one "
+            f"micro-batch, and rotary factors change after {original}; "
+            "set calibration.micro_batch=1"
+        )
 
 
 def gather_logits(

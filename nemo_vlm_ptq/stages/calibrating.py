@@ -127,7 +127,7 @@ def _quantize_format(job: Job, fmt: QuantFormat) -> None:
         model = build_decoder(plan.decoder, session, job.dtype)
         load_model(model, job.folder("megatron"))
         quantizers.insert_quantizers(model, fmt, plan.recipe.quantize.group_size)
-        quantizers.divide_weights(model, scales_of)
+        quantizers.prepare_weights(model, fmt, scales_of)
         quantizers.fill_quantizers(model, fmt, scales_of)
         save_model(model, folder)
         quantizers.save_modelopt_state(model, folder)

@@ -42,31 +42,31 @@ class PhiVision(nn.Module):
     @torch.no_grad()
     def forward(self, pixels: Any) -> torch.Tensor:
         """Features of all images, one after the other."""
-        return torch.cat(
-            [
-                self._image(views, int(height) // self.side, int(width) // self.side)
-                for views, (height, width) in zip(pixels.views, pixels.sizes, strict=True)
-            ]
-        )
+        found = []
+        for views, (height, width) in zip(pixels.views, pixels.sizes, strict=True):
+            rows, columns = int(height) // self.side, int(width) // self.side
+            found.append(self.project(views[None, : rows * columns + 1], rows, columns)[0])
+        return torch.cat(found)
 
-    def _image(self, views: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-        """[tokens,H] of one image of rows x columns crops."""
-        x = hidden_states(self.vision_tower, views[: rows * columns + 1], self.layer)[:, 1:]
+    def project(self, views: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+        """[n,1+rows*columns,3,S,S] -> [n,tokens,H]: crops, a separator, the whole image."""
+        n = len(views)
+        x = hidden_states(self.vision_tower, views.flatten(0, 1), self.layer)[:, 1:]
         side = round(x.shape[1] ** 0.5)
-        blocks = merge_blocks(x.reshape(len(x), side, side, -1))
-        m = blocks.shape[1]
-        crops = blocks[1:].reshape(rows, columns, m, m, -1).transpose(1, 2)
+        blocks = merge_blocks(x.unflatten(1, (side, side))).unflatten(0, (n, -1))
+        m = blocks.shape[2]
+        crops = blocks[:, 1:].unflatten(1, (rows, columns)).transpose(2, 3)
         parts = [
-            self._lines(crops.reshape(rows * m, columns * m, -1)),
-            self.glb_GN[0],
-            self._lines(blocks[0]),
+            self._lines(crops.reshape(n, rows * m, columns * m, -1)),
+            self.glb_GN.expand(n, 1, -1),
+            self._lines(blocks[:, 0]),
         ]
-        return self.img_projection(torch.cat(parts))
+        return self.img_projection(torch.cat(parts, dim=1))
 
     def _lines(self, grid: torch.Tensor) -> torch.Tensor:
-        """[rows,columns,4C] read along its rows, a separator after each."""
-        ends = self.sub_GN[0].expand(len(grid), 1, -1)
-        return torch.cat([grid, ends], dim=1).flatten(0, 1)
+        """[n,rows,columns,4C] read along its rows, a separator after each."""
+        ends = self.sub_GN.expand(*grid.shape[:2], 1, -1)
+        return torch.cat([grid, ends], dim=2).flatten(1, 2)
 
     def published(self) -> dict[str, torch.Tensor]:
         """Parameters by their published names."""

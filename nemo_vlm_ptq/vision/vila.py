@@ -38,9 +38,13 @@ class VilaVision(nn.Module):
     @torch.no_grad()
     def forward(self, pixels: Any) -> torch.Tensor:
         """Features of all images, one after the other."""
-        x = downsample(hidden_states(self.vision_tower, pixels.views, self.layer), self.order)
+        return self.project(pixels.views).flatten(0, 1)
+
+    def project(self, views: torch.Tensor) -> torch.Tensor:
+        """Features [n,tokens,H] of each image."""
+        x = downsample(hidden_states(self.vision_tower, views, self.layer), self.order)
         norm, first, second = self.mm_projector.values()
-        return second(functional.gelu(first(norm(x)))).flatten(0, 1)
+        return second(functional.gelu(first(norm(x))))
 
     def published(self) -> dict[str, torch.Tensor]:
         """Parameters by their published names."""

@@ -1,0 +1,347 @@
+"""Trains a tiny model of `assets/` on the synthetic scenes: llava, vila or phi.
+
+The ten questions of a scene are trained in one packed sequence: the image once, then the questions
+in blocks of equal width that see the image and themselves. The loss is on answer tokens only.
+Towers and projectors are the package's own modules, decoders are transformers'. The folder's JSON
+is written by hand but for tokenizer.json; the script writes that and the weights.
+"""
+
+import argparse
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Resampling
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from nemo_vlm_ptq import scenes
+from nemo_vlm_ptq.evaluate import gqa, sight
+from nemo_vlm_ptq.evaluate.answer import Model, answer_all
+from nemo_vlm_ptq.families import FAMILIES, llava, phi, read_config, vila
+from nemo_vlm_ptq.families.decoders import load_tokenizer
+from nemo_vlm_ptq.questions import SUFFIX, load_questions
+from nemo_vlm_ptq.runtime.checkpoint import ReadCheckpoint
+from nemo_vlm_ptq.runtime.model import Runtime
+from nemo_vlm_ptq.runtime.read_hf import read_source
+from nemo_vlm_ptq.source import list_tensors, read_object
+from nemo_vlm_ptq.vision.llava import LlavaVision
+from nemo_vlm_ptq.vision.phi import PhiVision
+from nemo_vlm_ptq.vision.vila import VilaVision
+
+SLOTS = 10  # questions of a scene, at most
+HERE = Path(__file__).resolve().parent
+SPECIALS = ("<s>", "</s>", "<pad>")
+ASK = "\n{question}" + SUFFIX
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is particular to a family here.
+
+    after: the prompt behind the image, answer included; start: a <s> stands before it too; end:
+    the token that ends an answer; width: tokens of a question's block; specials: tokens besides
+    <s>, </s> and <pad>; size: side of the image; pixels: sub-folder of the image processor.
+    """
+
+    after: str
+    end: str
+    width: int
+    vision: Callable[[dict[str, Any]], Any]
+    specials: tuple[str, ...] = ()
+    start: bool = False
+    size: int = scenes.SIZE
+    pixels: str = ""
+
+
+KINDS = {
+    "llava": Kind(
+        ASK + " ASSISTANT: {answer}",
+        "</s>",
+        34,
+        lambda config: LlavaVision(llava.full_config(config)),
+        specials=("<image>",),
+    ),
+    "vila": Kind(
+        ASK + " ASSISTANT: {answer}",
+        "</s>",
+        34,
+        lambda config: VilaVision(*vila.vision_args(config)),
+        size=72,
+        pixels="vision_tower",
+    ),
+    "phi": Kind(
+        ASK + "<|end|>\n<|assistant|>\n{answer}",
+        "<|end|>",
+        38,
+        lambda config: PhiVision(*phi.vision_args(config)),
+        specials=("<|user|>", "<|end|>", "<|assistant|>"),
+        start=True,
+    ),
+}
+
+
+class Net(nn.Module):
+    """Tower and projector as the package has them, and transformers' decoder, in float32."""
+
+    def __init__(self, name: str, config: dict[str, Any], pixels: dict[str, Any]) -> None:
+        super().__init__()
+        self.vision = KINDS[name].vision(config)
+        self.decoder = AutoModelForCausalLM.from_config(FAMILIES[name].text_config(config))
+        for text, parameter in self.vision.named_parameters():
+            if text.endswith("GN"):
+                nn.init.normal_(parameter, std=0.02)
+        self.register_buffer("mean", 255 * torch.tensor(pixels["image_mean"]))
+        self.register_buffer("std", 255 * torch.tensor(pixels["image_std"]))
+        self.float()
+
+    def features(self, images: Tensor) -> Tensor:
+        """[B,side,side,3] uint8 -> image tokens [B,N,H]."""
+        pixels = ((images - self.mean) / self.std).permute(0, 3, 1, 2)
+        if not isinstance(self.vision, PhiVision):
+            return self.vision.project(pixels)
+        side = self.vision.side
+        rows = pixels.shape[-1] // side
+        whole = functional.interpolate(pixels, size=(side, side), mode="bicubic")
+        tiles = pixels.unflatten(3, (rows, side)).unflatten(2, (rows, side))
+        tiles = tiles.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+        return self.vision.project(torch.cat([whole[:, None], tiles], 1), rows, rows)
+
+
+class Fixed(nn.Module):
+    """Rotary cosines and sines of positions that never change."""
+
+    def __init__(self, rotary: nn.Module, positions: Tensor) -> None:
+        super().__init__()
+        cos, sin = rotary(torch.zeros(1, device=positions.device), positions)
+        self.register_buffer("cos", cos)
+        self.register_buffer("sin", sin)
+
+    def forward(self, x: Tensor, position_ids: Any = None, **_: Any) -> tuple[Tensor, Tensor]:
+        """Cosines and sines in the dtype of x."""
+        return self.cos.to(x.dtype), self.sin.to(x.dtype)
+
+
+def make_tokenizer(name: str, config: dict[str, Any]) -> Tokenizer:
+    """A byte-level BPE tokenizer of the scenes' words that puts <s> before every text."""
+    kind = KINDS[name]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    asked = scenes.questions("train", 3000).values()
+    before = {"llava": "USER: ", "vila": vila.VICUNA.partition("{mark}")[0], "phi": ""}[name]
+    texts = [before + kind.after.format(question=q["question"], answer=q["answer"]) for q in asked]
+    trainer = trainers.BpeTrainer(
+        vocab_size=FAMILIES[name].text_config(config).vocab_size,
+        special_tokens=[*SPECIALS, *kind.specials],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 0)]
+    )
+    return tokenizer
+
+
+def encode_scenes(ids: range, name: str, split: str, tokenizer: Tokenizer) -> tuple[Any, ...]:
+    """Images [N,side,side,3], question blocks [N,SLOTS,width], where answers start and what they
+    and their ends are [N,SLOTS,2]."""
+    kind = KINDS[name]
+    end = tokenizer.token_to_id(kind.end)
+    images = np.zeros((len(ids), kind.size, kind.size, 3), np.uint8)
+    blocks = np.full((len(ids), SLOTS, kind.width), 2, np.int16)
+    starts = np.ones((len(ids), SLOTS), np.int16)
+    labels = np.full((len(ids), SLOTS, 2), -100, np.int16)
+    for row, index in enumerate(ids):
+        picture = scenes.draw(f"{split}-{index:06d}")
+        images[row] = picture.resize((kind.size, kind.size), Resampling.BICUBIC)
+        for slot, q in enumerate(scenes.questions(split, 1, index).values()):
+            text = kind.after.format(question=q["question"], answer=q["answer"])
+            tokens = [*tokenizer.encode(text, add_special_tokens=kind.start).ids, end]
+            blocks[row, slot, : len(tokens)] = tokens
+            starts[row, slot] = len(tokens) - 2  # every answer is one token, then its end
+            labels[row, slot] = tokens[-2:]
+    return images, blocks, starts, labels
+
+
+def load_scenes(name: str, split: str, count: int, tokenizer: Any, device: str) -> list[Tensor]:
+    """`encode_scenes` of a split's first scenes, made by all cores, on the device."""
+    chunks = [range(i, min(i + 500, count)) for i in range(0, count, 500)]
+    encode = partial(encode_scenes, name=name, split=split, tokenizer=tokenizer)
+    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+        parts = pool.map(encode, chunks, chunksize=1)
+    return [torch.from_numpy(np.concatenate(part)).to(device) for part in zip(*parts, strict=True)]
+
+
+class Packed:
+    """The fixed layout of packed sequences: ids before the questions, attention, positions."""
+
+    def __init__(self, name: str, folder: Path, config: dict[str, Any], device: str) -> None:
+        prepare = FAMILIES[name].preparer(folder, config)
+        sample = prepare("", "Q", scenes.draw("train-000000"))
+        stop = int(sample.is_image.nonzero()[-1]) + 1
+        self.ids = sample.input_ids[:stop].clamp(min=0).to(device)
+        self.is_image = sample.is_image[:stop].to(device)
+        width = KINDS[name].width
+        place = torch.arange(stop + SLOTS * width, device=device)
+        slot = torch.where(place < stop, -1, (place - stop) // width)
+        self.positions = torch.where(slot < 0, place, stop + (place - stop) % width)[None]
+        seen = (slot[None] == slot[:, None]) | (slot[None] < 0)
+        self.mask = (seen & (place[None] <= place[:, None]))[None, None]  # [1,1,T,T]
+        self.shared, self.width = stop, width
+
+
+def answer_logits(net: Net, packed: Packed, images: Tensor, blocks: Tensor, starts: Tensor) -> Any:
+    """Logits [B,SLOTS,2,V] of the answer and the end after it, of B scenes."""
+    features = net.features(images)
+    table = net.decoder.get_input_embeddings()
+    head = table(packed.ids).to(features.dtype).expand(len(images), -1, -1).clone()
+    head[:, packed.is_image] = features
+    asked = table(blocks.flatten(1).int()).to(features.dtype)
+    hidden = net.decoder.model(
+        inputs_embeds=torch.cat([head, asked], 1),
+        attention_mask=packed.mask,
+        position_ids=packed.positions,
+        use_cache=False,
+    ).last_hidden_state
+    hidden = hidden[:, packed.shared :].unflatten(1, (SLOTS, packed.width))
+    where = starts.long()[..., None] + torch.arange(-1, 1, device=starts.device)
+    chosen = hidden.gather(2, where[..., None].expand(-1, -1, -1, hidden.shape[-1]))
+    return net.decoder.lm_head(chosen)
+
+
+def quick_accuracy(net: Net, packed: Packed, data: list[Tensor], shift: int) -> float:
+    """The share of answers right, each scene's questions asked of the image `shift` scenes on."""
+    images, blocks, starts, labels = data
+    with torch.inference_mode():
+        logits = answer_logits(net, packed, images.roll(-shift, 0), blocks, starts)
+    right = (logits.argmax(-1) == labels).all(-1)
+    return right[labels[..., 0] >= 0].float().mean().item()
+
+
+def train(net: Net, packed: Packed, options: Any, data: list[Tensor], test: list[Tensor]) -> None:
+    """AdamW with warm-up and a cosine over the time allowed; saves at the end."""
+    images, blocks, starts, labels = data
+    device = images.device
+    matrices = [p for p in net.parameters() if p.ndim > 1]
+    others = [p for p in net.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=device.type == "cuda")
+    forward = torch.compile(answer_logits) if options.compile else answer_logits
+    begun = time.monotonic()
+    step, done = 0, 0.0
+    while done < 1:
+        done = max((time.monotonic() - begun) / (60 * options.minutes), step / options.steps)
+        wave = 0.01 + 0.99 * (1 + math.cos(math.pi * min(1, done))) / 2
+        rate = options.rate * wave * min(1, (step + 1) / 400)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        pick = torch.randint(len(images), (options.batch,), device=device)
+        with torch.autocast(device.type, torch.bfloat16):
+            logits = forward(net, packed, images[pick], blocks[pick], starts[pick])
+        loss = functional.cross_entropy(logits.float().flatten(0, 2), labels[pick].long().flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        if step % options.report == 0:
+            with torch.autocast(device.type, torch.bfloat16):
+                right, swapped = (quick_accuracy(net, packed, test, shift) for shift in (0, 1))
+            seconds = time.monotonic() - begun
+            print(
+                f"step {step} {seconds:.0f} s {step * options.batch / seconds:.0f} scenes/s "
+                f"loss {loss.item():.4f} test {right:.4f} swapped {swapped:.4f}",
+                flush=True,
+            )
+
+
+def save_weights(name: str, net: Net, folder: Path) -> None:
+    """Writes model.safetensors in bf16 under the published names, a file a sub-folder."""
+    prefix = FAMILIES[name].decoder_prefix
+    state = {prefix + key: tensor for key, tensor in net.decoder.state_dict().items()}
+    state |= net.vision.published()
+    for part in FAMILIES[name].parts:
+        start = f"{part}/" if part else ""
+        own = {
+            key.removeprefix(start): tensor.detach().bfloat16().cpu().contiguous()
+            for key, tensor in state.items()
+            if key.rpartition("/")[0] == part
+        }
+        save_file(own, folder / part / "model.safetensors", metadata={"format": "pt"})
+
+
+def evaluate(name: str, folder: Path, device: str) -> None:
+    """Prints GQA accuracy of the saved folder, bf16 greedy, with right and swapped images."""
+    family = FAMILIES[name]
+    config = family.complete(folder, read_config(folder))
+    read = read_source(list_tensors(folder, family.aliases, family.parts))
+    shapes = family.vision_shapes(config)
+    tower = {key: tensor for key, tensor in read.plain.items() if key in shapes}
+    plain = {key: tensor for key, tensor in read.plain.items() if key not in shapes}
+    place = torch.device(device)
+    runtime = Runtime(family, config, ReadCheckpoint({}, plain), tower, torch.bfloat16, place)
+    tokens = load_tokenizer(folder / family.decoder_part)
+    decode = partial(tokens.decode, skip_special_tokens=True)
+    model = Model(runtime, family.preparer(folder, config), decode)
+    asked = load_questions("scenes", "test", None)
+    print(f"{sum(t.numel() for t in read.plain.values())} parameters, {len(asked.items)} questions")
+    for what, images in (("right", None), ("swapped", sight.swap(asked.items))):
+        found = gqa.score(asked, answer_all(model, asked, images, batch=256))
+        print(f"{what} images: {found.accuracy:.2f} %")
+        for kind, value in sorted(found.by_kind.items()):
+            print(f"  {kind} {value}")
+
+
+def main() -> None:
+    """Reads the options, trains, saves, and evaluates."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("family", choices=sorted(KINDS))
+    parser.add_argument("--minutes", type=float, default=6.0, help="time to train for, at most")
+    parser.add_argument("--steps", type=int, default=10**9, help="steps to train for, at most")
+    parser.add_argument("--scenes", type=int, default=400_000, help="training scenes")
+    parser.add_argument("--batch", type=int, default=256, help="scenes a step")
+    parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--report", type=int, default=500, help="steps between reports")
+    parser.add_argument("--compile", action="store_true", help="use torch.compile")
+    parser.add_argument("--evaluate-only", action="store_true")
+    parser.add_argument("--test-scenes", type=int, default=250)
+    options = parser.parse_args()
+    name, kind = options.family, KINDS[options.family]
+    folder = HERE / f"tiny-{name}"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not options.evaluate_only:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        torch.manual_seed(0)
+        config = FAMILIES[name].complete(folder, read_config(folder))
+        tokenizer = make_tokenizer(name, config)
+        tokenizer.save(str(folder / FAMILIES[name].decoder_part / "tokenizer.json"))
+        begun = time.monotonic()
+        data = load_scenes(name, "train", options.scenes, tokenizer, device)
+        test = load_scenes(name, "test", options.test_scenes, tokenizer, device)
+        print(f"{options.scenes} scenes drawn in {time.monotonic() - begun:.0f} s", flush=True)
+        pixels = read_object(folder / kind.pixels / "preprocessor_config.json")
+        net = Net(name, config, pixels).to(device)
+        packed = Packed(name, folder, config, device)
+        inner = net.decoder.model
+        rotary, inner.rotary_emb = inner.rotary_emb, Fixed(inner.rotary_emb, packed.positions)
+        train(net, packed, options, data, test)
+        inner.rotary_emb = rotary
+        save_weights(name, net, folder)
+    evaluate(name, folder, device)
+
+
+if __name__ == "__main__":
+    main()

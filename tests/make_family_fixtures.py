@@ -1,0 +1,269 @@
+"""Writes tests/families/NAME.json: configs of full-size models, and the shapes of their tensors.
+
+Shapes are those of transformers' own model classes, built without memory and given the published
+names; nothing here knows of the package. Configs leave out what the published ones leave out.
+
+    python tests/make_family_fixtures.py [FOLDER]
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from models import published
+
+FOLDER = Path(__file__).resolve().parent / "families"
+LAYER = re.compile(r"\.layers\.(\d+)\.")
+FLAT_LIST = re.compile(r"\[[^][{}]+\]")
+MERGED = 4  # patches that VILA and Phi make one token of
+
+CLIP_L = {
+    "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096,
+    "model_type": "clip_vision_model", "num_attention_heads": 16, "num_hidden_layers": 24,
+    "patch_size": 14, "projection_dim": 768, "vocab_size": 32000,
+}  # fmt: skip
+VICUNA_7B = {  # its sizes are the defaults of LlamaConfig
+    "_name_or_path": "lmsys/vicuna-7b-v1.5", "architectures": ["LlamaForCausalLM"],
+    "max_position_embeddings": 4096, "model_type": "llama", "rms_norm_eps": 1e-05,
+    "torch_dtype": "float16", "vocab_size": 32064,
+}  # fmt: skip
+LLAMA_13B = {
+    "hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40,
+    "num_hidden_layers": 40, "num_key_value_heads": 40,
+}  # fmt: skip
+VICUNA_13B = VICUNA_7B | {"_name_or_path": "lmsys/vicuna-13b-v1.5"} | LLAMA_13B
+MISTRAL_7B = VICUNA_7B | {
+    "_name_or_path": "mistralai/Mistral-7B-Instruct-v0.2", "architectures": ["MistralForCausalLM"],
+    "intermediate_size": 14336, "max_position_embeddings": 32768, "model_type": "mistral",
+    "num_key_value_heads": 8, "rope_theta": 1000000.0, "sliding_window": None,
+    "torch_dtype": "bfloat16",
+}  # fmt: skip
+SHEARED_LLAMA = {
+    "hidden_size": 2560, "intermediate_size": 6912, "num_attention_heads": 20,
+    "num_key_value_heads": 20,
+}  # fmt: skip
+LLAMA_3 = {
+    "hidden_size": 4096, "intermediate_size": 14336, "max_position_embeddings": 8192,
+    "model_max_length": 8192, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "rope_theta": 500000.0, "tokenizer_model_max_length": 8192, "vocab_size": 128256,
+}  # fmt: skip
+
+
+def llava(text):
+    """config.json of llava-1.5-*-hf."""
+    return {
+        "architectures": ["LlavaForConditionalGeneration"], "ignore_index": -100,
+        "image_token_index": 32000, "model_type": "llava", "pad_token_id": 32001,
+        "projector_hidden_act": "gelu", "text_config": text, "tie_word_embeddings": False,
+        "torch_dtype": "float16", "transformers_version": "4.36.0.dev0", "vision_config": CLIP_L,
+        "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
+        "vocab_size": 32064,
+    }  # fmt: skip
+
+
+def llava_next(text):
+    """config.json of llava-v1.6-*-hf."""
+    pinpoints = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+    return {
+        "architectures": ["LlavaNextForConditionalGeneration"], "ignore_index": -100,
+        "image_grid_pinpoints": pinpoints, "image_token_index": 32000, "model_type": "llava_next",
+        "projector_hidden_act": "gelu", "text_config": text, "tie_word_embeddings": False,
+        "torch_dtype": "float16", "transformers_version": "4.39.0.dev0",
+        "use_image_newline_parameter": True, "vision_config": CLIP_L, "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default", "vocab_size": 32064,
+    }  # fmt: skip
+
+
+def vila(name, llm):
+    """config.json of a VILA1.5; its paths are those of the machine of its training."""
+    text = {
+        "_name_or_path": "./llm", "architectures": ["LlamaForCausalLM"], "attention_bias": False,
+        "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+        "initializer_range": 0.02, "max_position_embeddings": 4096, "model_max_length": 4096,
+        "model_type": "llama", "num_hidden_layers": 32, "pad_token_id": 0, "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 10000.0,
+        "tie_word_embeddings": False, "tokenizer_model_max_length": 4096,
+        "tokenizer_padding_side": "right", "torch_dtype": "bfloat16",
+        "transformers_version": "4.36.2", "use_cache": True, "vocab_size": 32000,
+    } | llm  # fmt: skip
+    tower = {
+        "_name_or_path": "./vision_tower", "architectures": ["SiglipVisionModel"],
+        "attention_dropout": 0.0, "hidden_act": "gelu_pytorch_tanh", "hidden_size": 1152,
+        "image_size": 384, "intermediate_size": 4304, "layer_norm_eps": 1e-06,
+        "model_type": "siglip_vision_model", "num_attention_heads": 16, "num_channels": 3,
+        "num_hidden_layers": 27, "patch_size": 14, "torch_dtype": "bfloat16",
+        "transformers_version": "4.36.2",
+    }  # fmt: skip
+    projector = {
+        "_name_or_path": "./mm_projector", "architectures": ["MultimodalProjector"],
+        "mm_projector_type": "mlp_downsample", "model_type": "v2l_projector",
+        "torch_dtype": "bfloat16", "transformers_version": "4.36.2",
+    }  # fmt: skip
+    return {
+        "_name_or_path": f"Efficient-Large-Model/{name}", "architectures": ["LlavaLlamaModel"],
+        "drop_path_rate": 0.0, "hidden_size": text["hidden_size"], "image_aspect_ratio": "resize",
+        "interpolate_mode": "linear", "llm_cfg": text, "mm_hidden_size": 1152,
+        "mm_projector_cfg": projector, "mm_projector_lr": None, "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False, "mm_vision_select_feature": "cls_patch",
+        "mm_vision_select_layer": -2, "model_dtype": "torch.bfloat16",
+        "model_type": "llava_llama", "num_video_frames": 8, "resume_path": "./vlm", "s2": False,
+        "s2_max_split_size": 336, "s2_scales": "336,672,1008", "transformers_version": "4.36.2",
+        "tune_language_model": True, "tune_mm_projector": True, "tune_vision_tower": True,
+        "vision_resolution": -1, "vision_tower_cfg": tower,
+    }  # fmt: skip
+
+
+def phi(name, kind, window):
+    """config.json of a Phi-3-vision, with rotary factors made up: two plain rising lists."""
+    return {
+        "_attn_implementation": "flash_attention_2", "_name_or_path": name,
+        "architectures": ["Phi3VForCausalLM"], "attention_dropout": 0.0,
+        "auto_map": {
+            "AutoConfig": "configuration_phi3_v.Phi3VConfig",
+            "AutoModelForCausalLM": "modeling_phi3_v.Phi3VForCausalLM",
+        },
+        "bos_token_id": 1,
+        "embd_layer": {
+            "embedding_cls": "image", "hd_transform_order": "sub_glb", "projection_cls": "mlp",
+            "use_hd_transform": True, "with_learnable_separator": True,
+        },
+        "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 3072,
+        "img_processor": {
+            "image_dim_out": 1024, "model_name": "openai/clip-vit-large-patch14-336",
+            "name": "clip_vision_model", "num_img_tokens": 144,
+        },
+        "initializer_range": 0.02, "intermediate_size": 8192, "max_position_embeddings": 131072,
+        "model_type": "phi3_v", "num_attention_heads": 32, "num_hidden_layers": 32,
+        "num_key_value_heads": 32, "original_max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "long_factor": [round(1.0 + 1.3 * i, 1) for i in range(48)],
+            "short_factor": [round(1.0 + 0.04 * i, 2) for i in range(48)],
+            "type": kind,
+        },
+        "rope_theta": 10000.0, "sliding_window": window, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "transformers_version": "4.38.1", "use_cache": True,
+        "vocab_size": 32064,
+    }  # fmt: skip
+
+
+def build(model, config, values):
+    """Name -> shape of a model of transformers that takes no memory."""
+    import transformers
+
+    with torch.device("meta"):
+        made = getattr(transformers, model)(getattr(transformers, config).from_dict(values))
+    return {name: list(tensor.shape) for name, tensor in made.named_parameters()}
+
+
+def tower_tensors(kind, prefix, config):
+    """A tower under a prefix; transformers 5 leaves `vision_model.` out of CLIP's names."""
+    shapes = build(f"{kind}VisionModel", f"{kind}VisionConfig", config)
+    bare = {name.removeprefix("vision_model."): shape for name, shape in shapes.items()}
+    return {f"{prefix}vision_model.{name}": shape for name, shape in bare.items()}
+
+
+def llava_tensors(config):
+    """All of a LLaVA or LLaVA-NeXT."""
+    kind = config["architectures"][0]
+    shapes = build(kind, kind.replace("ForConditionalGeneration", "Config"), config)
+    return {published(name): shape for name, shape in shapes.items()}
+
+
+def vila_tensors(config):
+    """PART/NAME; the projector is in no model of transformers, so it is written by hand."""
+    llm = build("LlamaForCausalLM", "LlamaConfig", config["llm_cfg"])
+    width, hidden = MERGED * config["mm_hidden_size"], config["hidden_size"]
+    projector = {
+        "1.weight": [width], "1.bias": [width], "2.weight": [hidden, width], "2.bias": [hidden],
+        "4.weight": [hidden, hidden], "4.bias": [hidden],
+    }  # fmt: skip
+    return {
+        **{f"llm/{name}": shape for name, shape in llm.items()},
+        **tower_tensors("Siglip", "vision_tower/", config["vision_tower_cfg"]),
+        **{f"mm_projector/layers.{name}": shape for name, shape in projector.items()},
+    }
+
+
+def phi_tensors(config):
+    """Separators and projector are in no model of transformers, so they are written by hand.
+
+    Phi3Config is given the sizes alone: it would refuse the published rope type.
+    """
+    sizes = {key: config[key] for key in config if key.endswith(("_size", "_layers", "_heads"))}
+    width, hidden = MERGED * CLIP_L["hidden_size"], config["hidden_size"]
+    embed = "model.vision_embed_tokens."
+    joint = {
+        "glb_GN": [1, 1, width], "sub_GN": [1, 1, 1, width],
+        "img_projection.0.weight": [hidden, width], "img_projection.0.bias": [hidden],
+        "img_projection.2.weight": [hidden, hidden], "img_projection.2.bias": [hidden],
+    }  # fmt: skip
+    return {
+        **build("Phi3ForCausalLM", "Phi3Config", sizes),
+        **tower_tensors("CLIP", embed + "img_processor.", CLIP_L),
+        **{embed + name: shape for name, shape in joint.items()},
+    }
+
+
+MODELS = {
+    "llava": (llava_tensors, {
+        "llava-1.5-7b-hf": llava(VICUNA_7B),
+        "llava-1.5-13b-hf": llava(VICUNA_13B),
+    }),
+    "llava_next": (llava_tensors, {
+        "llava-v1.6-vicuna-7b-hf": llava_next(VICUNA_7B),
+        "llava-v1.6-mistral-7b-hf": llava_next(MISTRAL_7B),
+    }),
+    "phi": (phi_tensors, {
+        "Phi-3-vision-128k-instruct": phi("Phi-3-vision-128k-instruct", "su", 131072),
+        "Phi-3.5-vision-instruct": phi("Phi-3.5-vision-instruct", "longrope", 262144),
+    }),
+    "vila": (vila_tensors, {
+        "VILA1.5-3b": vila("VILA1.5-3b", SHEARED_LLAMA),
+        "Llama-3-VILA1.5-8b": vila("Llama-3-VILA1.5-8b", LLAMA_3),
+        "VILA1.5-13b": vila("VILA1.5-13b", LLAMA_13B),
+    }),
+}  # fmt: skip
+
+
+def fold(tensors):
+    """The table with `.layers.0.` to `.layers.31.` as one line, `.layers.{0..31}.`."""
+    shapes, numbers = defaultdict(list), defaultdict(list)
+    for name, shape in tensors.items():
+        found = LAYER.search(name)
+        line = LAYER.sub(".layers.{}.", name)
+        shapes[line].append(shape)
+        numbers[line].append(int(found[1]) if found else 0)
+    for line, alike in shapes.items():
+        assert sorted(numbers[line]) == list(range(len(alike))), line
+        assert all(shape == alike[0] for shape in alike), line
+    return {
+        line.replace("{}", f"{{0..{len(shapes[line]) - 1}}}"): shapes[line][0]
+        for line in sorted(shapes)
+    }
+
+
+def on_one_line(found):
+    """A list of numbers or words as short as it gets."""
+    return json.dumps(json.loads(found[0]))
+
+
+def main(folder=FOLDER):
+    """Write the file of every family."""
+    folder.mkdir(exist_ok=True)
+    for family, (tensors, configs) in MODELS.items():
+        models = {
+            name: {"config": config, "tensors": fold(tensors(config))}
+            for name, config in configs.items()
+        }
+        text = json.dumps({"models": models}, indent=1)
+        (folder / f"{family}.json").write_text(FLAT_LIST.sub(on_one_line, text) + "\n")
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
