@@ -47,6 +47,7 @@ class LlavaNext:
             tie_word_embeddings=False,
             architectures=["LlavaNextForConditionalGeneration"],
         )
+        torch.manual_seed(seed)  # transformers draws the newline when it builds the model
         self.model = shake(LlavaNextForConditionalGeneration(config), seed)
 
     @torch.no_grad()

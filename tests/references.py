@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 VOCAB = 500
-TEXT = {  # 4 KV heads let TP be 4, 2 layers PP be 2; 500 is not 64 * n
-    "hidden_size": 128,
+TEXT = {  # TP 4, PP 2, and groups of 128 at TP 2 fit; 500 is not 64 * n
+    "hidden_size": 256,
     "intermediate_size": 512,
     "num_hidden_layers": 2,
     "num_attention_heads": 8,

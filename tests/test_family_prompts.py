@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processors import PHI_MARKS, llava_next_images, phi_images, vila_images
 from reference_llava_next import CLIP as NEXT_CLIP
-from reference_llava_next import GRIDS, IMAGE, SIDE, TEXTS
+from reference_llava_next import GRIDS, IMAGE, TEXTS
 from reference_phi import PUBLISHED, image_tokens
 from reference_phi import SIDE as CROP
 from reference_vila import LLAMA, PROJECTOR, SIGLIP
@@ -35,7 +36,6 @@ PROMPTS = {
     "USER: <image>\n{} ASSISTANT:",
     "mistral": "[INST] <image>\n{} [/INST]",
 }
-CROP_MEAN, CROP_STD = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
 
 
 def picture(width, height):
@@ -61,15 +61,7 @@ def check(sample, ids, mark, looks=True):
 
 
 def vila_preparer(folder):
-    settings = {
-        "image_processor_type": "SiglipImageProcessor",
-        "size": {"height": 28, "width": 28},
-        "resample": 3,
-        "rescale_factor": 1 / 255,
-        "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3,
-    }
-    write(folder / "vision_tower", "preprocessor_config.json", settings)
+    vila_images(folder)
     parts = zip(vila.PARTS, (LLAMA, SIGLIP, PROJECTOR), strict=True)
     for part, config in parts:
         write(folder / part, "config.json", config)
@@ -112,11 +104,9 @@ def test_vila_squeezes_a_picture_into_a_square(tmp_path):
 
 @pytest.mark.parametrize("kind", ["LlamaTokenizer", "PreTrainedTokenizerFast"])
 def test_phi_begins_again_after_its_image(tmp_path, kind):
-    marks = ("<|endoftext|>", "<|assistant|>", "<|end|>", "<|user|>")
-    tokens = write_llama(tmp_path, marks, kind)
+    tokens = write_llama(tmp_path, PHI_MARKS, kind)
     write(tmp_path, "config.json", PUBLISHED)
-    settings = {"num_crops": 4, "image_mean": CROP_MEAN, "image_std": CROP_STD}
-    write(tmp_path, "preprocessor_config.json", settings)
+    phi_images(tmp_path, 4)
     prepare = phi.preparer(tmp_path, PUBLISHED)
     user, space, line = (tokens.token_to_id(token) for token in ("<|user|>", "▁", "<0x0A>"))
     start = [1, user, space, line]
@@ -140,9 +130,7 @@ def test_llava_next_asks_as_its_processor_does(tmp_path, text, size):
     )
 
     write_llama(tmp_path, ["<image>"])
-    square = {"height": SIDE, "width": SIDE}
-    settings = {"size": {"shortest_edge": SIDE}, "crop_size": square, "image_grid_pinpoints": GRIDS}
-    write(tmp_path, "preprocessor_config.json", settings)
+    llava_next_images(tmp_path)
     config = LlavaNextConfig(
         text_config=TEXTS[text],
         vision_config=NEXT_CLIP,

@@ -1,0 +1,46 @@
+"""Ranks of test_family_line: random models through the line, and asked in their forms."""
+
+import sys
+from pathlib import Path
+
+from models import each_layout
+
+from nemo_vlm_ptq.formats import FORMATS
+from nemo_vlm_ptq.job import Job
+from nemo_vlm_ptq.plan import make_plan
+from nemo_vlm_ptq.recipe import Recipe
+from nemo_vlm_ptq.stages import run_stages
+from nemo_vlm_ptq.stages.logits import write_logits
+
+STAGES = ("import", "observe", "solve", "export", "verify")
+FORMS = ("hf_source", "megatron", "quantized", "trtllm", "hf")
+
+
+def job(own, home, formats):
+    """A model folder's job: in bfloat16, for two inference ranks."""
+    recipe = Recipe(
+        model=str(home / "model"),
+        workdir=str(home / "work"),
+        parallel=vars(own.layout),
+        quantize={"format": formats},
+        calibration={"data": "scenes", "samples": 8, "micro_batch": 2},
+        export={"targets": ("trtllm", "hf"), "tensor": 2, "dtype": "bfloat16"},
+    )
+    return Job(make_plan(recipe), own)
+
+
+def main():
+    """HOME, with a folder for each family: model/ and inputs.safetensors."""
+    for own in each_layout([(2, 1, 1)]):
+        for home in sorted(Path(sys.argv[1]).iterdir()):
+            run_stages(job(own, home, tuple(FORMATS)), STAGES)
+            ask(own, home)
+
+
+def ask(own, home):
+    """The model's logits in each of its forms."""
+    inputs = str(home / "inputs.safetensors")
+    for form in FORMS:
+        output = str(home / f"{form}.safetensors")
+        options = {"from": form, "inputs": inputs, "output": output}
+        write_logits(job(own, home, ("fp8",)), options)
