@@ -33,7 +33,7 @@ STD = 0.02
 
 def published_config(model: str) -> dict[str, Any]:
     """config.json of a published model; names the known ones when it is not one."""
-    known = {}
+    known: dict[str, Any] = {}
     for path in FIXTURES:
         known |= read_json(path)["models"]
     if model not in known:
@@ -103,7 +103,7 @@ def _write_weights(folder: Path, family: ModelFamily, shapes: Shapes) -> None:
         start = f"{part}/" if part else ""
         own = {name.removeprefix(start): shapes[name] for name in shapes if name.startswith(start)}
         files = list(_cut(own))
-        index = {}
+        index: dict[str, str] = {}
         for number, names in enumerate(files, 1):
             file = "model.safetensors"
             if len(files) > 1:

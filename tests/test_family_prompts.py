@@ -12,6 +12,7 @@ from reference_llava_next import GRIDS, IMAGE, TEXTS
 from reference_phi import PUBLISHED, image_tokens
 from reference_phi import SIDE as CROP
 from reference_vila import LLAMA, PROJECTOR, SIGLIP
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tiny_tokenizers import write_llama, write_llama_3
 
 from nemo_vlm_ptq.families import llava_next, phi, vila
@@ -81,6 +82,27 @@ def test_vila_splits_its_prompt_at_the_image_and_begins_once(tmp_path, kind):
     check(again, [1, *before, *image, *ids], vila.IMAGE_ID)
     words = spell(tokens, VICUNA.replace("<image>\n", "").format(QUESTION))
     check(prepare("q", QUESTION), [1, *words], vila.IMAGE_ID, looks=False)
+
+
+def test_vila_reads_a_tokenizer_that_is_sentencepiece_alone(tmp_path):
+    (tmp_path / "llm").mkdir()
+    words = [VICUNA.format(f"{QUESTION} {index}") for index in range(100)]
+    with (tmp_path / "llm" / "tokenizer.model").open("wb") as file:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(words),
+            model_writer=file,
+            vocab_size=400,
+            model_type="bpe",
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            minloglevel=2,
+        )
+    write(tmp_path / "llm", "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"})
+    model = SentencePieceProcessor(model_file=str(tmp_path / "llm" / "tokenizer.model"))
+    before, after = (model.encode(part) for part in VICUNA.format(QUESTION).split("<image>"))
+    ids = [1, *before, *[vila.IMAGE_ID] * VILA_TOKENS, *after]
+    check(vila_preparer(tmp_path)("q", QUESTION, picture(50, 30)), ids, vila.IMAGE_ID)
 
 
 def test_vila_asks_in_the_words_of_llama_3_where_its_tokenizer_knows_them(tmp_path):

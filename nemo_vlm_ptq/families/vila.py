@@ -178,7 +178,8 @@ def preparer(folder: Path, config: Config) -> Prepare:
         tokens.unk_token_id,
     )
     prompt, count = LLAMA_3 if llama_3 else VICUNA, image_tokens(config)
-    first = [token for token in tokens("")["input_ids"] if token == tokens.bos_token_id]
+    begin = tokens.bos_token_id
+    first = [begin] if not llama_3 or tokens("")["input_ids"][:1] == [begin] else []
 
     def piece(text: str) -> list[int]:
         return tokens(text, add_special_tokens=False)["input_ids"]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import resource
 from pathlib import Path
+
+import torch
 
 from nemo_vlm_ptq.job import Job, Written, run_stage
 from nemo_vlm_ptq.megatron.build import build_decoder
@@ -36,6 +39,7 @@ def import_model(job: Job) -> None:
     }
 
     def body() -> Written:
+        before = peak_resident()
         model = build_decoder(plan.decoder, session, job.dtype)
         with open_tensors(plan.tensors) as reader:
             read = fill_from_source(model, session, plan.family.rows, plan.decoder, reader)
@@ -44,9 +48,25 @@ def import_model(job: Job) -> None:
                 vision = {name: reader.whole(name).to(job.dtype) for name in plan.vision}
                 save_tensors(vision, folder / VISION)
         names = own_files(folder, session.rank)
-        return Written(names, {"bytes_read": [read], "tensors": len(plan.tensors)})
+        memory = {
+            "before": before,
+            "peak": peak_resident(),
+            "gpu": torch.cuda.max_memory_allocated(),
+            "pinned": torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0),
+        }
+        facts = {"bytes_read": [read], "memory": [memory], "tensors": len(plan.tensors)}
+        return Written(names, facts)
 
     run_stage(job, "import", folder, settings, body)
+
+
+def peak_resident() -> int:
+    """Bytes: the most that this process has had in memory so far, pages of mapped files included.
+
+    The manifest's `memory` has it for every rank before and after the import, and of the same time
+    the most held on the GPU (`gpu`) and in page-locked host memory (`pinned`), in bytes.
+    """
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def own_files(folder: Path, rank: int) -> list[str]:
