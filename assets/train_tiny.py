@@ -11,7 +11,6 @@ import math
 import multiprocessing
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,16 +28,14 @@ from transformers import AutoModelForCausalLM
 from nemo_vlm_ptq import scenes
 from nemo_vlm_ptq.evaluate import gqa, sight
 from nemo_vlm_ptq.evaluate.answer import Model, answer_all
-from nemo_vlm_ptq.families import FAMILIES, llava, phi, read_config, vila
+from nemo_vlm_ptq.families import FAMILIES, read_config, vila
 from nemo_vlm_ptq.families.decoders import load_tokenizer
 from nemo_vlm_ptq.questions import SUFFIX, load_questions
 from nemo_vlm_ptq.runtime.checkpoint import ReadCheckpoint
 from nemo_vlm_ptq.runtime.model import Runtime
 from nemo_vlm_ptq.runtime.read_hf import read_source
 from nemo_vlm_ptq.source import list_tensors, read_object
-from nemo_vlm_ptq.vision.llava import LlavaVision
 from nemo_vlm_ptq.vision.phi import PhiVision
-from nemo_vlm_ptq.vision.vila import VilaVision
 
 SLOTS = 10  # questions of a scene, at most
 HERE = Path(__file__).resolve().parent
@@ -58,7 +55,6 @@ class Kind:
     after: str
     end: str
     width: int
-    vision: Callable[[dict[str, Any]], Any]
     specials: tuple[str, ...] = ()
     start: bool = False
     size: int = scenes.SIZE
@@ -70,14 +66,12 @@ KINDS = {
         ASK + " ASSISTANT: {answer}",
         "</s>",
         34,
-        lambda config: LlavaVision(llava.full_config(config)),
         specials=("<image>",),
     ),
     "vila": Kind(
         ASK + " ASSISTANT: {answer}",
         "</s>",
         34,
-        lambda config: VilaVision(*vila.vision_args(config)),
         size=72,
         pixels="vision_tower",
     ),
@@ -85,7 +79,6 @@ KINDS = {
         ASK + "<|end|>\n<|assistant|>\n{answer}",
         "<|end|>",
         38,
-        lambda config: PhiVision(*phi.vision_args(config)),
         specials=("<|user|>", "<|end|>", "<|assistant|>"),
         start=True,
     ),
@@ -97,7 +90,7 @@ class Net(nn.Module):
 
     def __init__(self, name: str, config: dict[str, Any], pixels: dict[str, Any]) -> None:
         super().__init__()
-        self.vision = KINDS[name].vision(config)
+        self.vision = FAMILIES[name].vision(config)
         self.decoder = AutoModelForCausalLM.from_config(FAMILIES[name].text_config(config))
         for text, parameter in self.vision.named_parameters():
             if text.endswith("GN"):

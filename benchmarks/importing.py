@@ -35,6 +35,7 @@ from nemo_vlm_ptq.store import read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PAUSE = 0.05  # seconds between two looks at the ranks
+COLD = 0.1  # share of a file that may be cached still
 PROBES = 200  # pages of a file that are looked for in the cache
 HEAD = {
     "model": "",
@@ -131,12 +132,12 @@ def cached(files: Sequence[Path]) -> float:
 def prepare_cache(files: Sequence[Path]) -> str:
     """Make the source cold, or, where the kernel does not let go of it, warm; says which."""
     drop_cache(files)
-    share = cached(files)
-    if share < 0.1:
-        return f"cold ({100 * share:.0f} % cached)"
+    if cached(files) < COLD:
+        return "cold"
     for path in files:
         subprocess.run(["cat", path], stdout=subprocess.DEVNULL, check=True)
-    return f"warm ({100 * cached(files):.0f} % cached)"
+    share = cached(files)
+    return "warm" if share > 1 - COLD else f"{100 * share:.0f} % warm"
 
 
 def copy_seconds(files: Sequence[Path], folder: Path) -> float:
@@ -172,7 +173,7 @@ def measure(model: Path, tensor: int, scratch: Path) -> dict[str, str]:
     again = prepare_cache(files)
     seconds, ranks = run_import(recipe, work)
     facts = read_json(work / "megatron" / "manifest.json")["facts"]
-    cache = cache if cache == again else f"copy {cache}, import {again}"
+    cache = cache if cache == again else f"{again}, for the copy {cache}"
     size = sum(path.stat().st_size for path in files)
     return row(plan, ranks, facts, seconds) | {
         "model": model.name,

@@ -121,7 +121,7 @@ class Export:
             return read, load_file(self.folder / "vision" / WEIGHTS)
         read, names = (
             read_unified(self.folder, llava.FAMILY),
-            llava.vision_shapes(read_config(TINY_LLAVA)),
+            llava.FAMILY.vision_shapes(read_config(TINY_LLAVA)),
         )
         plain = {name: tensor for name, tensor in read.plain.items() if name not in names}
         vision = {name: tensor for name, tensor in read.plain.items() if name in names}

@@ -137,7 +137,6 @@ class Prepare(Protocol):
 
 
 Config = Mapping[str, Any]
-Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -156,8 +155,7 @@ class ModelFamily:
     drops: tuple[Drop, ...]
     decoder: Callable[[Config], Decoder]
     text_config: Callable[[Config], Any]  # transformers config of the decoder alone
-    vision_shapes: Callable[[Config], Shapes]
-    build_vision: Callable[..., Any]  # (config, tensors) -> module: Pixels -> [tokens, H]
+    vision: Callable[[Config], Any]  # module without weights: Pixels -> features [tokens,H]
     preparer: Callable[[Path, Config], Prepare]
     # (config, ids [S] as published, pixels of the images left) -> where images stand
     expand: Callable[[Config, Any, Pixels | None], Marks]
@@ -169,6 +167,22 @@ class ModelFamily:
     def decoder_part(self) -> str:
         """The sub-folder of the decoder, "" for the model folder itself."""
         return self.decoder_prefix.rpartition("/")[0]
+
+    def vision_shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
+        """Published name -> shape of tower, projector and the like."""
+        import torch
+
+        with torch.device("meta"):
+            module = self.vision(config)
+        return {name: tuple(tensor.shape) for name, tensor in module.published().items()}
+
+    def build_vision(self, config: Config, tensors: Mapping[str, torch.Tensor]) -> Any:
+        """The vision module with published tensors in it, in their dtype; others are left."""
+        module = self.vision(config)
+        module.to(next(iter(tensors.values())).dtype).eval().requires_grad_(False)
+        for name, parameter in module.published().items():
+            parameter.data.copy_(tensors[name])
+        return module
 
     def decoder_config(self, config: Config) -> dict[str, Any]:
         """The config.json that lies beside the decoder: the whole one, or its part's."""

@@ -6,7 +6,6 @@ Names are those of the published llava-hf checkpoints. `aliases` brings the othe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from nemo_vlm_ptq.families.base import (
     Pixels,
     Prepare,
     Sample,
-    Shapes,
     place_images,
 )
 from nemo_vlm_ptq.families.decoders import (
@@ -90,20 +88,11 @@ def check_clip(family: str, whole: Any) -> None:
     check_feature_layer(family, whole.vision_feature_layer, depth)
 
 
-def vision_shapes(config: Config) -> Shapes:
-    """Published name -> shape of tower and projector."""
+def vision(config: Config) -> Any:
+    """Tower and projector, unfilled."""
     from nemo_vlm_ptq.vision.llava import LlavaVision
-    from nemo_vlm_ptq.vision.towers import shapes_of
 
-    return shapes_of(LlavaVision, full_config(config))
-
-
-def build_vision(config: Config, tensors: Mapping[str, Any]) -> Any:
-    """Tower and projector: Pixels -> features [image tokens, hidden]."""
-    from nemo_vlm_ptq.vision.llava import LlavaVision
-    from nemo_vlm_ptq.vision.towers import fill
-
-    return fill(LlavaVision(full_config(config)), tensors)
+    return LlavaVision(full_config(config))
 
 
 def image_tokens(config: Config) -> tuple[int, int]:
@@ -157,8 +146,7 @@ FAMILY = ModelFamily(
     drops=DROPS,
     decoder=decoder,
     text_config=text_config,
-    vision_shapes=vision_shapes,
-    build_vision=build_vision,
+    vision=vision,
     preparer=preparer,
     expand=expand,
 )

@@ -5,7 +5,6 @@ The decoder is Vicuna's Llama or Mistral. Names are those of the published llava
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from nemo_vlm_ptq.families.base import (
     Pixels,
     Prepare,
     Sample,
-    Shapes,
     place_images,
 )
 from nemo_vlm_ptq.families.decoders import (
@@ -66,20 +64,11 @@ def decoder(config: Config) -> Decoder:
     return llama_facts(FAMILY.name, whole.text_config)
 
 
-def vision_shapes(config: Config) -> Shapes:
-    """Published name -> shape of tower, projector and newline."""
+def vision(config: Config) -> Any:
+    """Tower, projector and newline, unfilled."""
     from nemo_vlm_ptq.vision.llava_next import LlavaNextVision
-    from nemo_vlm_ptq.vision.towers import shapes_of
 
-    return shapes_of(LlavaNextVision, full_config(config))
-
-
-def build_vision(config: Config, tensors: Mapping[str, Any]) -> Any:
-    """Tower and projector: Pixels -> features [image tokens, hidden]."""
-    from nemo_vlm_ptq.vision.llava_next import LlavaNextVision
-    from nemo_vlm_ptq.vision.towers import fill
-
-    return fill(LlavaNextVision(full_config(config)), tensors)
+    return LlavaNextVision(full_config(config))
 
 
 def token_counts(config: Config, sizes: Any) -> list[int]:
@@ -154,8 +143,7 @@ FAMILY = ModelFamily(
     drops=llava.DROPS,
     decoder=decoder,
     text_config=text_config,
-    vision_shapes=vision_shapes,
-    build_vision=build_vision,
+    vision=vision,
     preparer=preparer,
     expand=expand,
 )

@@ -25,7 +25,6 @@ from nemo_vlm_ptq.families.base import (
     Pixels,
     Prepare,
     Sample,
-    Shapes,
 )
 from nemo_vlm_ptq.families.decoders import (
     COMPUTED,
@@ -160,25 +159,11 @@ def tower_config(config: Config) -> dict[str, Any]:
     return dict(given or CLIP_L)
 
 
-def vision_args(config: Config) -> tuple[Any, ...]:
-    """Arguments of the vision module."""
-    return tower_config(config), config.get("hidden_size", 3072), LAYER
-
-
-def vision_shapes(config: Config) -> Shapes:
-    """Published name -> shape of tower, separators and projector."""
+def vision(config: Config) -> Any:
+    """Tower, separators and projector, unfilled."""
     from nemo_vlm_ptq.vision.phi import PhiVision
-    from nemo_vlm_ptq.vision.towers import shapes_of
 
-    return shapes_of(PhiVision, *vision_args(config))
-
-
-def build_vision(config: Config, tensors: Mapping[str, Any]) -> Any:
-    """Tower, separators and projector: Pixels -> features [image tokens, hidden]."""
-    from nemo_vlm_ptq.vision.phi import PhiVision
-    from nemo_vlm_ptq.vision.towers import fill
-
-    return fill(PhiVision(*vision_args(config)), tensors)
+    return PhiVision(tower_config(config), config.get("hidden_size", 3072), LAYER)
 
 
 def token_counts(config: Config, sizes: Any) -> list[int]:
@@ -250,8 +235,7 @@ FAMILY = ModelFamily(
     drops=DROPS,
     decoder=decoder,
     text_config=text_config,
-    vision_shapes=vision_shapes,
-    build_vision=build_vision,
+    vision=vision,
     preparer=preparer,
     expand=expand,
 )

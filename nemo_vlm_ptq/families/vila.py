@@ -6,7 +6,6 @@ config.json of the whole says otherwise (it names paths of the machine of its tr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from nemo_vlm_ptq.families.base import (
     Pixels,
     Prepare,
     Sample,
-    Shapes,
     place_images,
 )
 from nemo_vlm_ptq.families.decoders import (
@@ -125,26 +123,13 @@ def feature_layer(config: Config) -> int:
     return int(config.get("mm_vision_select_layer", -2))
 
 
-def vision_args(config: Config) -> tuple[Any, ...]:
-    """Arguments of the vision module."""
+def vision(config: Config) -> Any:
+    """Tower and projector, unfilled."""
+    from nemo_vlm_ptq.vision.vila import VilaVision
+
     hidden = text_config(config).hidden_size
-    return config["vision_tower_cfg"], hidden, feature_layer(config), token_order(config)
-
-
-def vision_shapes(config: Config) -> Shapes:
-    """Published name -> shape of tower and projector."""
-    from nemo_vlm_ptq.vision.towers import shapes_of
-    from nemo_vlm_ptq.vision.vila import VilaVision
-
-    return shapes_of(VilaVision, *vision_args(config))
-
-
-def build_vision(config: Config, tensors: Mapping[str, Any]) -> Any:
-    """Tower and projector: Pixels -> features [image tokens, hidden]."""
-    from nemo_vlm_ptq.vision.towers import fill
-    from nemo_vlm_ptq.vision.vila import VilaVision
-
-    return fill(VilaVision(*vision_args(config)), tensors)
+    tower, layer = config["vision_tower_cfg"], feature_layer(config)
+    return VilaVision(tower, hidden, layer, token_order(config))
 
 
 def image_tokens(config: Config) -> int:
@@ -212,8 +197,7 @@ FAMILY = ModelFamily(
     drops=DROPS,
     decoder=decoder,
     text_config=text_config,
-    vision_shapes=vision_shapes,
-    build_vision=build_vision,
+    vision=vision,
     preparer=preparer,
     expand=expand,
     parts=PARTS,

@@ -1,11 +1,11 @@
-"""What the vision paths share: published names of towers, hidden states, weights put in.
+"""What the vision paths share: published names of towers, hidden states, blocks of patches.
 
 Legend: C channels of the tower, g patches along a side, m = g/2, H hidden size of the decoder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,22 +24,6 @@ def hidden_states(tower: nn.Module, pixels: torch.Tensor, layers: int | Sequence
     """[n,3,h,w] -> [n,tokens,C], or several layers side by side in the last axis."""
     hidden = tower(pixels, output_hidden_states=True).hidden_states
     return torch.cat([hidden[i] for i in ([layers] if isinstance(layers, int) else layers)], dim=-1)
-
-
-def fill(module: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """A module whose `published()` parameters hold the tensors, in their dtype; others are left."""
-    first = next(iter(tensors.values()))
-    module.to(first.dtype).eval().requires_grad_(False)
-    for name, parameter in module.published().items():
-        parameter.data.copy_(tensors[name])
-    return module
-
-
-def shapes_of(build: Any, *args: Any) -> dict[str, tuple[int, ...]]:
-    """Published name -> shape of a module, built without memory."""
-    with torch.device("meta"):
-        module = build(*args)
-    return {name: tuple(tensor.shape) for name, tensor in module.published().items()}
 
 
 def merge_blocks(grid: torch.Tensor) -> torch.Tensor:
