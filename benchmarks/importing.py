@@ -36,7 +36,8 @@ from nemo_vlm_ptq.store import read_json, write_json
 ROOT = Path(__file__).resolve().parent.parent
 PAUSE = 0.05  # seconds between two looks at the ranks
 COLD = 0.1  # share of a file that may be cached still
-PROBES = 200  # pages of a file that are looked for in the cache
+PROBES = 1000  # pages that are looked for in the cache
+TRIES = 5  # it does not always let go of pages that were written a moment ago
 HEAD = {
     "model": "",
     "cache": "of the source files before import and copy",
@@ -116,10 +117,10 @@ def drop_cache(files: Sequence[Path]) -> None:
 def cached(files: Sequence[Path]) -> float:
     """Share of some files that is in the kernel's cache, from a sample of their pages."""
     hits = total = 0
+    step = max(1, sum(path.stat().st_size for path in files) // mmap.PAGESIZE // PROBES)
     for path in files:
         with path.open("rb") as file:
-            pages = -(-path.stat().st_size // mmap.PAGESIZE)
-            for page in range(0, pages, max(1, pages // PROBES)):
+            for page in range(0, -(-path.stat().st_size // mmap.PAGESIZE), step):
                 total += 1
                 try:
                     place = page * mmap.PAGESIZE
@@ -131,9 +132,11 @@ def cached(files: Sequence[Path]) -> float:
 
 def prepare_cache(files: Sequence[Path]) -> str:
     """Make the source cold, or, where the kernel does not let go of it, warm; says which."""
-    drop_cache(files)
-    if cached(files) < COLD:
-        return "cold"
+    for _ in range(TRIES):
+        drop_cache(files)
+        if cached(files) < COLD:
+            return "cold"
+        time.sleep(1)
     for path in files:
         subprocess.run(["cat", path], stdout=subprocess.DEVNULL, check=True)
     share = cached(files)

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 from nemo_vlm_ptq.families import ModelFamily, find_family
-from nemo_vlm_ptq.families.base import Shapes
 from nemo_vlm_ptq.store import read_json, save_tensors, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +28,8 @@ TINY = {"llava": "tiny-llava", "llava_next": "tiny-llava", "phi": "tiny-phi", "v
 FILE_BYTES = 5e9  # transformers' rule, by which the published folders were cut
 PHI_CROPS = 16  # as published
 STD = 0.02
+
+Shapes = Mapping[str, tuple[int, ...]]  # published name -> shape
 
 
 def published_config(model: str) -> dict[str, Any]:

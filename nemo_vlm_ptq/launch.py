@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,7 +72,7 @@ def _ranks_wanted(parallel: object) -> int:
 
 
 def _start_ranks(count: int, words: list[str]) -> int:
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -86,23 +87,25 @@ def _start_ranks(count: int, words: list[str]) -> int:
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
     os.environ.update({key: os.environ.get(key, value) for key, value in quiet.items()})
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=count,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        run_id=f"nemo-vlm-ptq-{os.getpid()}",
-        max_restarts=0,
-        monitor_interval=0.2,
-    )
-    try:
-        elastic_launch(config, sys.executable)("-m", "nemo_vlm_ptq", *words)
-    except ChildFailedError as error:
-        return _explain(error)
-    except SignalException as stop:
-        print(f"nemo-vlm-ptq: stopped by {stop.sigval.name}", file=sys.stderr)
-        return 128 + stop.sigval
+    with tempfile.TemporaryDirectory(prefix="nemo-vlm-ptq-") as logs:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=count,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            run_id=f"nemo-vlm-ptq-{os.getpid()}",
+            max_restarts=0,
+            monitor_interval=0.2,
+            logs_specs=DefaultLogsSpecs(log_dir=logs),
+        )
+        try:
+            elastic_launch(config, sys.executable)("-m", "nemo_vlm_ptq", *words)
+        except ChildFailedError as error:
+            return _explain(error)
+        except SignalException as stop:
+            print(f"nemo-vlm-ptq: stopped by {stop.sigval.name}", file=sys.stderr)
+            return 128 + stop.sigval
     return 0
 
 
