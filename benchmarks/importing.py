@@ -6,7 +6,9 @@ FOLDER is a model folder, or a name that random_model.py knows: then it is made 
 folder first, weights only, with --layers decoder layers. Work folder and copy go into the scratch
 folder too, which should be on the disk of the models (default: the folder that holds the first).
 Prints a markdown table. Nothing is subtracted but where "over start" says so: from a rank's peak,
-what it held when the import began (Python, torch, megatron-core). 1 GB is 10^9 bytes.
+what it held when the import began (Python, torch, megatron-core). 1 GB is 10^9 bytes. The tower
+goes from file to file through mapped pages, which "held" does not count: where the first rank's
+shard has a tower, the ratio of the second says more.
 """
 
 from __future__ import annotations
