@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.models.gpt import GPTModel
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -19,7 +21,7 @@ from nemo_vlm_ptq.mapping.rows import Row, expand
 from nemo_vlm_ptq.megatron.session import Session
 from nemo_vlm_ptq.plan import VOCAB_MULTIPLE
 from nemo_vlm_ptq.progress import progress_bar
-from nemo_vlm_ptq.source import Reader, finite
+from nemo_vlm_ptq.source import Reader, all_finite, finite
 
 LAYERS = "decoder.layers."
 # A norm is stored under the linear that follows it, so that fused and local layers agree.
@@ -64,7 +66,7 @@ def fill_from_source(
         row = table[name]
         parts = [reader.slices(part) for part in row.hf]
         shard = take(row.layout, parts, sizes, session.tensor, session.layout.tensor)
-        if not bool(shard.isfinite().all()):
+        if not all_finite(shard):
             for part, source in zip(parts, row.hf, strict=True):
                 finite(part[:], source)  # names the one that is not
         assert shard.shape == parameter.shape, (name, shard.shape, parameter.shape)
@@ -75,7 +77,12 @@ def fill_from_source(
 
 def save_model(model: GPTModel, folder: Path) -> None:
     """Write a torch_dist checkpoint, every rank its own shards (collective)."""
-    dist_checkpointing.save(model.sharded_state_dict(), str(folder))
+    state = model.sharded_state_dict()
+    apply_factories(state)  # a gated linear comes apart into halves, views of one parameter
+    for shard in nested_values(state):
+        if isinstance(shard, ShardedTensor) and shard.data is not None and shard.data.is_cpu:
+            shard.data = torch.from_dlpack(shard.data)  # no view: the writer would copy views
+    dist_checkpointing.save(state, str(folder))
 
 
 def load_model(model: GPTModel, folder: Path) -> None:
