@@ -81,3 +81,11 @@ def test_a_tensor_under_two_names_is_refused(llava, tmp_path):
     models.save_file(again, folder / "more.safetensors")
     with pytest.raises(UserError, match=r"are both language_model\.lm_head\.weight"):
         list_tensors(folder, ALIASES)
+
+
+def test_the_little_trained_model_loads_in_transformers_as_it_is():
+    from transformers import LlavaForConditionalGeneration
+
+    folder = models.TINY_LLAVA
+    _, report = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report

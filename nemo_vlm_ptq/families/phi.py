@@ -26,7 +26,7 @@ from nemo_vlm_ptq.families.base import (
     Prepare,
     Sample,
 )
-from nemo_vlm_ptq.families.decoders import (
+from nemo_vlm_ptq.families.shared import (
     COMPUTED,
     llama_rows,
     load_tokenizer,

@@ -20,7 +20,7 @@ from nemo_vlm_ptq.families.base import (
     Sample,
     place_images,
 )
-from nemo_vlm_ptq.families.decoders import (
+from nemo_vlm_ptq.families.shared import (
     COMPUTED,
     check_feature_layer,
     llama_facts,

@@ -14,7 +14,7 @@ from nemo_vlm_ptq import store
 from nemo_vlm_ptq.errors import ProofError
 from nemo_vlm_ptq.evaluate import compare, gqa, sight
 from nemo_vlm_ptq.evaluate.answer import Model, answer_all
-from nemo_vlm_ptq.families.decoders import load_tokenizer
+from nemo_vlm_ptq.families.shared import load_tokenizer
 from nemo_vlm_ptq.formats import QuantFormat
 from nemo_vlm_ptq.job import Job, Written, run_stage
 from nemo_vlm_ptq.parallel import split_evenly

@@ -96,12 +96,19 @@ def cut(
     array = np.asarray(padded, dtype=np.float32).transpose(2, 0, 1) / 255
     pixels = torch.from_numpy(array)
     pixels = (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
-    whole = functional.interpolate(pixels[None], size=(side, side), mode="bicubic")
-    rows, columns = padded.height // side, padded.width // side
-    tiles = pixels.reshape(3, rows, side, columns, side).permute(1, 3, 0, 2, 4)
+    own = whole_and_crops(pixels[None], side)[0]
     views = torch.zeros(crops + 1, 3, side, side)
-    views[: 1 + rows * columns] = torch.cat([whole, tiles.reshape(-1, 3, side, side)])
+    views[: len(own)] = own
     return views, (padded.height, padded.width)
+
+
+def whole_and_crops(pixels: torch.Tensor, side: int) -> torch.Tensor:
+    """[n,3,h,w] of whole squares -> [n,1+crops,3,S,S]: all of it made small, and its squares."""
+    whole = functional.interpolate(pixels, size=(side, side), mode="bicubic")
+    rows, columns = pixels.shape[2] // side, pixels.shape[3] // side
+    crops = pixels.unflatten(3, (columns, side)).unflatten(2, (rows, side))
+    crops = crops.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+    return torch.cat([whole[:, None], crops], dim=1)
 
 
 def _fit(image: PIL.Image.Image, crops: int, side: int) -> PIL.Image.Image:

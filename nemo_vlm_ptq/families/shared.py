@@ -1,8 +1,9 @@
-"""What families share: the rows of Llama-like decoders, and facts from transformers' configs."""
+"""What families share: rows of Llama-like decoders, facts and refusals, files of a model folder."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from nemo_vlm_ptq.errors import UserError
@@ -134,7 +135,7 @@ def check_feature_layer(
             raise UserError(f"{family}: {key} {layer} is outside of a tower of {depth} layers")
 
 
-def load_tokenizer(folder: Any) -> Any:
+def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a folder; never runs remote code.
 
     Raises:
@@ -147,7 +148,7 @@ def load_tokenizer(folder: Any) -> Any:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def need_file(folder: Any, name: str) -> Any:
+def need_file(folder: Path, name: str) -> Path:
     """The path of a file of a model folder.
 
     Raises:
