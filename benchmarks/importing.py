@@ -51,8 +51,6 @@ HEAD = {
     "over start": "(held - held at the start of the import) / shard: the aim is 1.3",
     "resident": "peak GB of the rank as the kernel counts it, with pages of mapped files",
     "resident over start": "the same over what it was at the start, / shard",
-    "GPU": "peak GB of tensors on the GPU, / shard in brackets",
-    "pinned": "peak GB of page-locked host memory",
     "import GB/s": "bytes read by all ranks / seconds of the stage, which also writes them",
     "copy GB/s": "bytes of the source files / seconds of cp and sync",
 }
@@ -203,9 +201,6 @@ def row(plan: Plan, ranks: Sequence[Rank], facts: dict[str, Any], seconds: float
         "over start": _ratios([rank.peak - rank.before for rank in ranks], shards),
         "resident": _gigabytes([one["peak"] for one in said]),
         "resident over start": _ratios([one["peak"] - one["before"] for one in said], shards),
-        "GPU": _gigabytes([one["gpu"] for one in said])
-        + f" ({_ratios([one['gpu'] for one in said], shards)})",
-        "pinned": _gigabytes([one["pinned"] for one in said]),
         "import GB/s": f"{sum(read) / facts['seconds'] / 1e9:.2f}",
     }
 
@@ -244,6 +239,8 @@ def main() -> None:
     chosen = parser.parse_args()
     first = Path(chosen.models[0])
     home = chosen.scratch or (first.resolve().parent if first.is_dir() else None)
+    if home is not None:
+        home.mkdir(parents=True, exist_ok=True)
     print("| " + " | ".join(HEAD) + " |\n|" + " --- |" * len(HEAD))
     for name in chosen.models:
         with (

@@ -25,7 +25,7 @@ from nemo_vlm_ptq.runtime.model import Runtime
 from nemo_vlm_ptq.runtime.read_hf import read_source
 from nemo_vlm_ptq.source import list_tensors
 
-LAYOUTS = ("1x1", "2x1", "1x2", "4x1", "2x2")  # TP x PP; what is left of the ranks is data
+LAYOUTS = ("1x1", "2x1", "1x2", "4x1", "2x2", "4x2")  # TP x PP; other ranks of 8 are data
 FAMILIES = {
     "vila": (write_vila, vila_cases),
     "phi": (write_phi, phi_cases),
@@ -47,12 +47,12 @@ def write_home(home, family, **options):
 
 @pytest.fixture(scope="module")
 def homes(tmp_path_factory):
-    """(folder, family -> expected): one rank in this process, the others in one launch of 4."""
+    """(folder, family -> expected): one rank in this process, the others in one launch of 8."""
     out = tmp_path_factory.mktemp("families")
     expected = {family: write_home(out / family, family) for family in FAMILIES}
     with models.alone() as own:
         run(own, out)
-    code, _, err = models.launch([*models.main_of("rank_family_parity"), out, *LAYOUTS[1:]], 4)
+    code, _, err = models.launch([*models.main_of("rank_family_parity"), out, *LAYOUTS[1:]], 8)
     assert code == 0, err[-3000:]
     return out, expected
 

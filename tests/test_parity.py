@@ -9,19 +9,19 @@ from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.llava import ALIASES
 from nemo_vlm_ptq.source import list_tensors
 
-LAYOUTS = ("1x1", "2x1", "1x2", "4x1", "2x2")  # TP x PP; what is left of the ranks is data
+LAYOUTS = ("1x1", "2x1", "1x2", "4x1", "2x2", "4x2")  # TP x PP; other ranks of 8 are data
 CASES = ("images", "text", "padded")
 TOLERANCE = 1e-4  # float32; logits are of the order of 1
 
 
 @pytest.fixture(scope="module")
 def asked(tiny, tmp_path_factory):
-    """Folder of logits and checkpoints: one rank in this process, the others in one launch of 4."""
+    """Folder of logits and checkpoints: one rank in this process, the others in one launch of 8."""
     out = tmp_path_factory.mktemp("parity")
     with models.alone() as own:
         run(own, tiny.float32, tiny.cases, out)
     words = [*models.main_of("rank_parity"), tiny.float32, tiny.cases, out, *LAYOUTS[1:]]
-    code, _, err = models.launch(words, 4)
+    code, _, err = models.launch(words, 8)
     assert code == 0, err[-3000:]
     return out
 

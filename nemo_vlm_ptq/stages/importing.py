@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import resource
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,7 +30,10 @@ def source_identity(plan: Plan) -> str:
 
 
 def import_model(job: Job) -> None:
-    """Every rank reads the slices it holds; tower and projector are kept beside."""
+    """Every rank reads the slices it holds, on the host; tower and projector are kept beside.
+
+    A model on a GPU would be written from page-locked copies, rounded up to powers of two.
+    """
     plan, session, folder = job.plan, job.session, job.folder("megatron")
     settings = {
         "model": str(plan.folder),
@@ -40,7 +44,8 @@ def import_model(job: Job) -> None:
 
     def body() -> Written:
         before = peak_resident()
-        model = build_decoder(plan.decoder, session, job.dtype)
+        host = replace(session, device=torch.device("cpu"))  # where they are written from
+        model = build_decoder(plan.decoder, host, job.dtype)
         with open_tensors(plan.tensors) as reader:
             read = fill_from_source(model, session, plan.family.rows, plan.decoder, reader)
             save_model(model, folder)
@@ -48,12 +53,7 @@ def import_model(job: Job) -> None:
                 vision = {name: reader.whole(name).to(job.dtype) for name in plan.vision}
                 save_tensors(vision, folder / VISION)
         names = own_files(folder, session.rank)
-        memory = {
-            "before": before,
-            "peak": peak_resident(),
-            "gpu": torch.cuda.max_memory_allocated(),
-            "pinned": torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0),
-        }
+        memory = {"before": before, "peak": peak_resident()}
         facts = {"bytes_read": [read], "memory": [memory], "tensors": len(plan.tensors)}
         return Written(names, facts)
 
@@ -63,8 +63,7 @@ def import_model(job: Job) -> None:
 def peak_resident() -> int:
     """Bytes: the most that this process has had in memory so far, pages of mapped files included.
 
-    The manifest's `memory` has it for every rank before and after the import, and of the same time
-    the most held on the GPU (`gpu`) and in page-locked host memory (`pinned`), in bytes.
+    The manifest's `memory` has it for every rank before and after the import.
     """
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
