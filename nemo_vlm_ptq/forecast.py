@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from nemo_vlm_ptq.parallel import strip_entries
 from nemo_vlm_ptq.plan import VOCAB_MULTIPLE, Plan, calibrating_sizes
 from nemo_vlm_ptq.source import total_bytes
 
@@ -77,8 +78,12 @@ def _ranks(plan: Plan) -> list[str]:
 
 
 def _moments(plan: Plan) -> str:
+    """What a rank holds if all its layers are observed in one pass, and what is written."""
     decoder, parallel = plan.decoder, plan.recipe.parallel
     widths = (decoder.hidden, decoder.heads * decoder.head_dim, decoder.hidden, decoder.ffn)
-    moments = decoder.layers * sum(width**2 for width in widths) * 2
-    own, disk = 8 * moments / parallel.tensor / parallel.pipeline, 4 * moments
-    return f"           second moments: {own / 1e6:,.1f} MB a rank, {disk / 1e6:,.1f} MB on disk"
+    own = sum(strip_entries(width, 0, parallel.tensor) for width in widths)
+    disk = sum(strip_entries(width, 0, 1) for width in widths)
+    return (
+        f"           second moments: {2 * 8 * decoder.layers * own / parallel.pipeline / 1e6:,.1f} "
+        f"MB a rank, or several passes; {2 * 4 * decoder.layers * disk / 1e6:,.1f} MB on disk"
+    )

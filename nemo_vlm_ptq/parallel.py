@@ -12,6 +12,8 @@ from typing import TypeVar
 from nemo_vlm_ptq.errors import UserError
 
 Item = TypeVar("Item")
+STRIPS = 8  # that a second moment is cut into
+NARROWEST = 64  # rows of a strip
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,26 @@ def split_evenly(items: Sequence[Item], parts: int, index: int) -> Sequence[Item
 def deal(items: Sequence[Item], parts: int, index: int) -> Sequence[Item]:
     """Every `parts`-th item from `index`: shares are disjoint and their union is all items."""
     return items[index::parts]
+
+
+def strips(width: int) -> list[slice]:
+    """Rows of each strip of a symmetric [K,K]; one strip where eight would be narrow."""
+    height, left = divmod(width, STRIPS)
+    if left or height < NARROWEST:
+        return [slice(0, width)]
+    return [slice(start, start + height) for start in range(0, width, height)]
+
+
+def strip_owner(index: int, T: int) -> int:
+    """Tensor rank of T that keeps a strip: dealt to and fro, long ones go with short ones."""
+    turn, place = divmod(index, T)
+    return place if turn % 2 == 0 else T - 1 - place
+
+
+def strip_entries(width: int, t: int, T: int) -> int:
+    """Numbers that tensor rank t of T keeps of a symmetric [K,K]: its strips from the diagonal."""
+    own = [rows for i, rows in enumerate(strips(width)) if strip_owner(i, T) == t]
+    return sum((rows.stop - rows.start) * (width - rows.start) for rows in own)
 
 
 def data_axis(tensor: int, pipeline: int, world: int, data: int | None) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
 
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.formats import TARGETS, find_format
@@ -63,6 +63,7 @@ class Calibration(Part):
     micro_batch: int = Field(1, ge=1)
     seed: int = 0
     modality: Literal["image_text", "text"] = "image_text"
+    max_statistics_memory: ByteSize | None = Field(None, gt=0)  # a rank; None: most of what is free
 
 
 class Export(Part):

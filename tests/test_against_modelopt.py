@@ -16,7 +16,8 @@ import torch
 from rank_parity import import_llava
 
 from nemo_vlm_ptq.calibrate import quantizers
-from nemo_vlm_ptq.calibrate.observe import observe, reduce_and_save
+from nemo_vlm_ptq.calibrate.collect import reduce_and_save
+from nemo_vlm_ptq.calibrate.observe import observe
 from nemo_vlm_ptq.calibrate.solve import solve_layer
 from nemo_vlm_ptq.calibrate.statistics import LINEARS, load_layer
 from nemo_vlm_ptq.families import find_family, read_config
@@ -61,7 +62,8 @@ def prepare(own, folder, dtype, out):
     chunks = scene_chunks(config, family) if trained else random_chunks()
     model, vision = import_llava(own, folder, dtype)
     vision.to(dtype)
-    reduce_and_save(observe(model, vision, own, chunks, list, moments=True), own, out)
+    layers = range(len(model.decoder.layers))
+    reduce_and_save(observe(model, vision, own, chunks, list, layers, moments=True), own, out)
     features = [encode_images(vision, own, chunk, model.config.hidden_size) for chunk in chunks]
 
     def run(any_model):

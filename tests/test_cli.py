@@ -229,7 +229,7 @@ def test_nan_in_an_activation_is_told_with_its_layer_and_sample(started):
     (first, *_) = load_questions("scenes", "calibration", 3).items
     found = re.fullmatch(
         rf"{PREFIX}activation holds NaN or Inf: layer (\d), input of (\w+), "
-        rf"(?:text|image) tokens of sample {first.id}",
+        rf"(?:text|image|text and image) tokens of sample {first.id}",
         lines[-1],
     )
     assert found and found.groups() == ("2", "linear_qkv"), lines[-1]  # what layer 1 gave

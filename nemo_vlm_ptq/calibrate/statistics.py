@@ -5,7 +5,8 @@ For every linear of a layer, per modality (row 0 text, row 1 image), over all ca
     amax    [2,K] float32   largest |x| of each input channel
     sum     [2,K] int64     sum of |x|, in units of 2**-24: integers, so order does not matter
     tokens  [2]   int64     tokens seen
-    moment  [2,K,K] float32 sum of x x^T, accumulated in float64, kept when a format needs it
+    moment.I [2,b,K-I b] float32 sum of x x^T, strip I of its upper triangle (moments.py), when a
+                              format needs it; products in float32, summed in units of 2**-20
 
 and for the attention of a layer `key.amax` and `value.amax`, [1] float32. A layer is one
 safetensors file; its bytes do not depend on how many ranks observed it.
@@ -19,6 +20,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from nemo_vlm_ptq.calibrate.moments import whole
+from nemo_vlm_ptq.parallel import strips
 from nemo_vlm_ptq.store import save_tensors
 
 UNIT = 2.0**-24
@@ -64,10 +67,13 @@ def load_layer(folder: Path, layer: int, device: torch.device) -> dict[str, Inpu
 def _together(tensors: dict[str, torch.Tensor], name: str) -> InputStatistics:
     tokens = int(tensors[f"{name}.tokens"].sum())
     total = tensors[f"{name}.sum"].sum(dim=0)
-    moment = tensors.get(f"{name}.moment")
+    moment = None
+    if f"{name}.moment.0" in tensors:
+        parts = [tensors[f"{name}.moment.{i}"] for i in range(len(strips(len(total))))]
+        moment = whole([(part.double().sum(dim=0) / tokens).float() for part in parts])
     return InputStatistics(
         amax=tensors[f"{name}.amax"].amax(dim=0),
         mean=(total.double() * UNIT / tokens).float(),
         tokens=tokens,
-        moment=None if moment is None else (moment.double().sum(dim=0) / tokens).float(),
+        moment=moment,
     )

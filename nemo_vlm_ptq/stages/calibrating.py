@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 
 from nemo_vlm_ptq import store
-from nemo_vlm_ptq.calibrate.observe import MODALITY_NAMES, Chunk, reduce_and_save
+from nemo_vlm_ptq.calibrate.collect import observe_in_passes
+from nemo_vlm_ptq.calibrate.observe import MODALITY_NAMES, Chunk, Observer
 from nemo_vlm_ptq.calibrate.observe import observe as observe_model
 from nemo_vlm_ptq.calibrate.scales import LinearScales, cut_scales
 from nemo_vlm_ptq.calibrate.solve import load_scales, save_scales, solve_layer, weight_names
@@ -62,7 +63,8 @@ def observe(job: Job) -> None:
     moments = any(fmt.second_moments for fmt in plan.formats)
     if before is not None:  # more statistics than asked for serve as well
         moments = moments or before["settings"]["moments"]
-    settings = plan.recipe.calibration.model_dump() | {
+    wanted = plan.recipe.calibration
+    settings = wanted.model_dump(exclude={"max_statistics_memory"}) | {
         "moments": moments,
         "input": store.hash_manifest(megatron),
     }
@@ -74,12 +76,17 @@ def observe(job: Job) -> None:
         vision.to(session.device, job.dtype)
         chunks, prepare = calibration_chunks(plan)
         mine = deal(chunks, session.layout.data, session.data)
-        seen = observe_model(model, vision, session, mine, prepare, moments=moments)
-        facts: dict[str, Any] = {"samples": plan.recipe.calibration.samples}
+
+        def run(layers: Sequence[int]) -> Observer:
+            return observe_model(model, vision, session, mine, prepare, layers, moments=moments)
+
+        limit = wanted.max_statistics_memory if moments else 0
+        files, seen = observe_in_passes(model, session, folder, limit, run)
+        facts: dict[str, Any] = {"samples": wanted.samples}
         if session.tensor == 0 and session.pipeline == 0:
             facts["ids_per_rank"] = [[item.id for chunk in mine for item in chunk]]
             facts["tokens"] = {MODALITY_NAMES[key]: count for key, count in seen.tokens.items()}
-        return Written(reduce_and_save(seen, session, folder), facts)
+        return Written(files, facts)
 
     run_stage(job, "observe", folder, settings, body)
 
