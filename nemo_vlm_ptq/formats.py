@@ -11,12 +11,16 @@ from typing import Literal
 
 from nemo_vlm_ptq.errors import UserError
 
-Kind = Literal["fp8", "int8", "int4"]
+Kind = Literal["fp8", "int8", "int4", "nvfp4", "nf4"]
 Granularity = Literal["tensor", "channel", "group"]
+# Rounding of a linear's input: static and per tensor; per token as it comes; in blocks of 16 with
+# dynamic e4m3 scales under a static one.
+Input = Literal["fp8", "int8", "fp8_token", "nvfp4"]
 
 # Largest code of each kind of number; scale = amax / largest.
-LARGEST: dict[str, float] = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}
+LARGEST: dict[str, float] = {"fp8": 448.0, "int8": 127.0, "int4": 7.0, "nvfp4": 6.0, "nf4": 1.0}
 LOWEST: dict[str, float] = {"fp8": -448.0, "int8": -128.0, "int4": -8.0}
+NVFP4_BLOCK, NF4_BLOCK = 16, 64  # inputs that share a scale
 
 
 @dataclass(frozen=True)
@@ -25,15 +29,17 @@ class QuantFormat:
 
     name: str
     weight: Kind
-    granularity: Granularity  # one weight scale per tensor, per output channel, per group of K
-    activation: Kind | None  # static, per tensor; None keeps 16 bit
+    granularity: Granularity  # one solved amax per tensor, per output channel, per group of K
+    activation: Input | None  # None keeps 16 bit
     algorithm: Literal["max", "smoothquant", "awq"]
-    weight_second: Kind | None  # second, per-tensor rounding of the dequantized weight (W4A8)
-    trtllm_algo: str  # quantization.quant_algo in TensorRT-LLM's config.json
-    modelopt_preset: str  # name of the preset in modelopt.torch.quantization
+    quant_algo: str  # in TensorRT-LLM's config.json and modelopt's hf_quant_config.json
+    modelopt_preset: str  # name of the preset in modelopt.torch.quantization; "" when it has none
     targets: tuple[str, ...]
-    bits: int
+    bits: float  # of a weight, its scales included where they are many
     about: str
+    weight_second: Kind | None = None  # second, per-tensor rounding of the dequantized weight
+    block: int | None = None  # inputs of a block where the format fixes it, else recipe.group_size
+    low_rank: int = 0  # rank of the 16 bit branch beside the rounded weight (SVDQuant)
 
     @property
     def prequant(self) -> bool:
@@ -41,38 +47,103 @@ class QuantFormat:
         return self.algorithm != "max"
 
     @property
-    def second_moments(self) -> bool:
-        """The algorithm needs sum x x^T of every linear input."""
-        return self.algorithm == "awq"
+    def grouped(self) -> bool:
+        """Groups of inputs share a weight scale, and no shard may cut one."""
+        return self.granularity == "group" or self.block is not None
+
+    def group(self, group_size: int) -> int:
+        """Inputs that share a weight scale, given the recipe's group size."""
+        return self.block or group_size
 
 
 FORMATS: dict[str, QuantFormat] = {
     row.name: row
     for row in (
         QuantFormat(
-            "fp8", "fp8", "tensor", "fp8", "max", None, "FP8", "FP8_DEFAULT_CFG",
+            "fp8", "fp8", "tensor", "fp8", "max", "FP8", "FP8_DEFAULT_CFG",
             ("trtllm", "hf"), 8, "weights and activations e4m3, one scale a tensor",
         ),
         QuantFormat(
-            "int8_sq", "int8", "channel", "int8", "smoothquant", None, "W8A8_SQ_PER_CHANNEL",
+            "fp8_pc_pt", "fp8", "channel", "fp8_token", "max", "FP8_PER_CHANNEL_PER_TOKEN",
+            "FP8_PER_CHANNEL_PER_TOKEN_CFG", ("hf",), 8,
+            "weights e4m3 per channel, activations e4m3 per token as they come",
+        ),
+        QuantFormat(
+            "int8_sq", "int8", "channel", "int8", "smoothquant", "W8A8_SQ_PER_CHANNEL",
             "INT8_SMOOTHQUANT_CFG", ("trtllm",), 8,
             "weights int8 per channel, activations int8, SmoothQuant",
         ),
         QuantFormat(
-            "int4_awq", "int4", "group", None, "awq", None, "W4A16_AWQ", "INT4_AWQ_CFG",
+            "int4_awq", "int4", "group", None, "awq", "W4A16_AWQ", "INT4_AWQ_CFG",
             ("trtllm", "hf"), 4, "weights int4 in groups, activations 16 bit, AWQ",
         ),
         QuantFormat(
-            "w4a8_awq", "int4", "group", "fp8", "awq", "fp8", "W4A8_AWQ", "W4A8_AWQ_BETA_CFG",
+            "w4a8_awq", "int4", "group", "fp8", "awq", "W4A8_AWQ", "W4A8_AWQ_BETA_CFG",
             ("trtllm", "hf"), 4, "weights int4 in groups, activations e4m3, AWQ",
+            weight_second="fp8",
+        ),
+        QuantFormat(
+            "nvfp4", "nvfp4", "tensor", "nvfp4", "max", "NVFP4", "NVFP4_DEFAULT_CFG",
+            ("trtllm", "hf"), 4.5, "weights and activations e2m1 in blocks of 16 with e4m3 scales",
+            block=NVFP4_BLOCK,
+        ),
+        QuantFormat(
+            "nvfp4_awq", "nvfp4", "tensor", "nvfp4", "awq", "NVFP4_AWQ", "NVFP4_AWQ_LITE_CFG",
+            ("hf",), 4.5, "nvfp4 with AWQ's scales in front of the linears",
+            block=NVFP4_BLOCK,
+        ),
+        QuantFormat(
+            "nvfp4_svdquant", "nvfp4", "tensor", "nvfp4", "awq", "NVFP4_SVD",
+            "NVFP4_SVDQUANT_DEFAULT_CFG", ("hf",), 4.5,
+            "nvfp4_awq of what a 16 bit branch of rank 32 leaves over (SVDQuant)",
+            block=NVFP4_BLOCK, low_rank=32,
+        ),
+        QuantFormat(
+            "int8_wo", "int8", "channel", None, "max", "W8A16", "INT8_WEIGHT_ONLY_CFG",
+            ("hf",), 8, "weights int8 per channel, activations 16 bit",
+        ),
+        QuantFormat(
+            "int4_wo", "int4", "group", None, "max", "W4A16", "INT4_BLOCKWISE_WEIGHT_ONLY_CFG",
+            ("hf",), 4, "weights int4 in groups, activations 16 bit",
+        ),
+        QuantFormat(
+            "nf4", "nf4", "group", None, "max", "NF4", "",
+            ("hf",), 4.13, "weights NF4 in blocks of 64, double quantization, as bitsandbytes has it",
+            block=NF4_BLOCK,
         ),
     )
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class KvFormat:
+    """Numbers of a KV cache, one static scale for all keys of a layer and one for all values."""
+
+    name: str
+    kind: Kind
+    quant_algo: str  # kv_cache_quant_algo in TensorRT-LLM's and modelopt's config files
+    targets: tuple[str, ...]
+
+
+KV_CACHES: dict[str, KvFormat] = {
+    row.name: row
+    for row in (
+        KvFormat("fp8", "fp8", "FP8", ("trtllm", "hf")),
+        KvFormat("int8", "int8", "INT8", ("trtllm",)),
+        KvFormat("nvfp4", "nvfp4", "NVFP4", ("hf",)),
+    )
+}
 
 ALIASES = {
     "int8_smoothquant": "int8_sq",
     "w4a8_awq_beta": "w4a8_awq",
     "fp8_default": "fp8",
+    "nvfp4_default": "nvfp4",
+    "nvfp4_awq_lite": "nvfp4_awq",
+    "nvfp4_svdquant_default": "nvfp4_svdquant",
+    "fp8_per_channel_per_token": "fp8_pc_pt",
+    "int8_weight_only": "int8_wo",
+    "int4_blockwise_weight_only": "int4_wo",
 }
 
 TARGETS = ("trtllm", "hf")

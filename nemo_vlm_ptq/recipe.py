@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
@@ -37,11 +37,18 @@ class Parallel(Part):
 
 
 class Quantize(Part):
-    """What is quantized and how; several formats share one observe."""
+    """What is quantized and how; several formats share one observe.
+
+    smoothquant_alpha: exponent of int8_sq, or searched per linear. image_share: weight of image
+    tokens against text tokens in AWQ's statistics, 0 to 1; None: as many as there were; searched
+    per linear.
+    """
 
     format: tuple[str, ...] = Field(("fp8",), min_length=1)
-    kv_cache: Literal["none"] = "none"
+    kv_cache: Literal["none", "fp8", "int8", "nvfp4"] = "none"
     group_size: int = Field(128, ge=16)
+    smoothquant_alpha: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = 1.0
+    image_share: Annotated[float, Field(ge=0, le=1)] | Literal["search"] | None = None
 
     @field_validator("format", mode="before")
     @classmethod

@@ -15,6 +15,7 @@ from nemo_vlm_ptq.calibrate.statistics import ROW_PARALLEL, InputStatistics
 from nemo_vlm_ptq.formats import QuantFormat
 from nemo_vlm_ptq.numerics import round_trip, weight_amax
 
+FIELDS = ("weight_amax", "weight_amax_2", "input_amax", "prequant", "low_rank_a", "low_rank_b")
 SMOOTHQUANT_ALPHA = 1.0  # modelopt's default for INT8_SMOOTHQUANT_CFG
 
 
@@ -22,8 +23,10 @@ SMOOTHQUANT_ALPHA = 1.0  # modelopt's default for INT8_SMOOTHQUANT_CFG
 class LinearScales:
     """What solve says of one linear.
 
-    weight_amax: [] or [O] or [O,G]; weight_amax_2: [] or None; input_amax: [] or None;
-    prequant: [K] or None; alpha: chosen exponent or None;
+    weight_amax: [] or [O] or [O,G] (nvfp4: [], its blocks follow from the weight; nf4: [O,G], after
+    double quantization); weight_amax_2: [] or None; input_amax: [] or None; prequant: [K] or None;
+    low_rank_a [r,K] and low_rank_b [O,r] in the model's dtype or None: the 16 bit branch b a that
+    was taken off the weight after its division by prequant; alpha: chosen exponent or None;
     error: relative error of the output through the weights, sqrt(tr(dW H dW^T) / tr(W H W^T)),
     or None without second moments.
     """
@@ -32,13 +35,14 @@ class LinearScales:
     weight_amax_2: torch.Tensor | None = None
     input_amax: torch.Tensor | None = None
     prequant: torch.Tensor | None = None
+    low_rank_a: torch.Tensor | None = None
+    low_rank_b: torch.Tensor | None = None
     alpha: float | None = None
     error: float | None = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors by field name."""
-        fields = ("weight_amax", "weight_amax_2", "input_amax", "prequant")
-        return {name: t for name in fields if (t := getattr(self, name)) is not None}
+        return {name: t for name in FIELDS if (t := getattr(self, name)) is not None}
 
 
 def stored(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -87,8 +91,12 @@ def output_error(
 
 
 def weighted_norm(matrix_OK: torch.Tensor, moment_KK: torch.Tensor) -> torch.Tensor:
-    """tr(A H A^T): the mean over tokens of |A x|^2."""
-    return ((matrix_OK @ moment_KK) * matrix_OK).sum(dtype=torch.float64)
+    """tr(A H A^T): the mean over tokens of |A x|^2; its product may take TF32 on a GPU."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    product = matrix_OK @ moment_KK
+    torch.set_float32_matmul_precision(before)
+    return (product * matrix_OK).sum(dtype=torch.float64)
 
 
 def finish(

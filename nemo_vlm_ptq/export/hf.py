@@ -58,7 +58,7 @@ def _packed_tensors(packed: Packed, dtype: torch.dtype) -> dict[str, torch.Tenso
 def quantization_config(fmt: QuantFormat, group: int, excluded: list[str]) -> dict[str, Any]:
     """The `quantization` block of hf_quant_config.json."""
     block: dict[str, Any] = {
-        "quant_algo": fmt.trtllm_algo,
+        "quant_algo": fmt.quant_algo,
         "kv_cache_quant_algo": None,
         "exclude_modules": excluded,
     }

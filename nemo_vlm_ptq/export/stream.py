@@ -26,8 +26,9 @@ ReadTensors = Callable[[Iterable[str]], Mapping[str, torch.Tensor]]
 class Packed:
     """One part of a quantized linear: q, k, v, gate or up by itself, or a whole other linear.
 
-    codes [O,K] float8_e4m3fn or int8 (int4 not packed yet); scale [], [O] or [O,G] float32;
-    scale_2 [] (W4A8), input_scale [], prequant [K]; None where the format has none.
+    codes [O,K] float8_e4m3fn or int8 (int4 not packed yet) or uint8 nibbles (nvfp4, nf4, not packed
+    yet); scale [], [O] or [O,G], float32 or, for nvfp4, float8_e4m3fn; scale_2 [] (W4A8, nvfp4),
+    input_scale [], prequant [K], low_rank_a [r,K], low_rank_b [O,r]; None where the format has none.
     """
 
     codes: torch.Tensor
@@ -35,6 +36,8 @@ class Packed:
     scale_2: torch.Tensor | None
     input_scale: torch.Tensor | None
     prequant: torch.Tensor | None
+    low_rank_a: torch.Tensor | None = None
+    low_rank_b: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

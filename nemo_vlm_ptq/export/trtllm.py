@@ -54,7 +54,7 @@ def config(
     """config.json for `tensor x pipeline` inference ranks; fmt None is 16 bit."""
     tensor, pipeline = mapping
     quantization: dict[str, Any] = {
-        "quant_algo": None if fmt is None else fmt.trtllm_algo,
+        "quant_algo": None if fmt is None else fmt.quant_algo,
         "kv_cache_quant_algo": None,
     }
     if fmt is not None:

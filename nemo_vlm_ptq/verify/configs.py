@@ -71,7 +71,7 @@ def check_hf_configs(
 
 
 def _quantization(where: str, block: Mapping[str, Any], fmt: QuantFormat, group: int) -> list[str]:
-    expected: dict[str, Any] = {"quant_algo": fmt.trtllm_algo, "kv_cache_quant_algo": None}
+    expected: dict[str, Any] = {"quant_algo": fmt.quant_algo, "kv_cache_quant_algo": None}
     if fmt.granularity == "group":
         expected |= {"group_size": group, "has_zero_point": False, "pre_quant_scale": True}
     return _differences(where, block, expected)
