@@ -95,7 +95,7 @@ def run_stage(
         if session.rank == 0:
             session.log(f"{stage}: {folder} is done")
         return
-    on_first_rank(session, lambda: store.begin(folder))
+    on_first_rank(session, lambda: store.begin(folder, settings))
     start = time.monotonic()
     written = body()
     session.barrier()

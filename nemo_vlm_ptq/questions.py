@@ -18,7 +18,7 @@ SUFFIX = "\nAnswer the question using a single word or phrase."  # LLaVA's, VILA
 
 @dataclass(frozen=True)
 class Question:
-    """One question; `kind` is GQA's types.detailed."""
+    """One question; `kind` is GQA's types.detailed, `image` is empty when it has none."""
 
     id: str
     image: str
@@ -57,7 +57,7 @@ def load_questions(data: str, split: str, limit: int | None, seed: int = 0) -> Q
         raw, image = _read_folder(Path(data))
     try:
         items = [
-            Question(name, str(q["imageId"]), q["question"], q["answer"], _kind(q))
+            Question(name, str(q.get("imageId", "")), q["question"], q["answer"], _kind(q))
             for name, q in raw.items()
             if q.get("isBalanced", True)
         ]

@@ -19,6 +19,7 @@ from typing import Any
 from nemo_vlm_ptq.errors import UserError
 
 MANIFEST = "manifest.json"
+PROGRESS = "progress.json"
 PACKAGES = ("nemo_vlm_ptq", "torch", "transformers", "megatron-core", "nvidia-modelopt")
 
 
@@ -82,13 +83,30 @@ def is_done(folder: Path, settings: Mapping[str, Any]) -> bool:
     return False
 
 
-def begin(folder: Path) -> None:
-    """An empty folder with the marker beside it; what an interrupted run left is removed."""
+def begin(folder: Path, settings: Mapping[str, Any]) -> None:
+    """A folder with the marker beside it.
+
+    What an interrupted run left is removed, unless it recorded its progress with these settings.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     marker(folder).touch()
-    if folder.exists():
+    if folder.exists() and read_progress(folder, settings) is None:
         shutil.rmtree(folder)
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
+
+
+def read_progress(folder: Path, settings: Mapping[str, Any]) -> Any:
+    """What an unfinished stage recorded of its progress with just these settings, or None."""
+    path = folder / PROGRESS
+    if not path.is_file():
+        return None
+    saved = read_json(path)
+    return saved["record"] if saved["settings"] == json.loads(json.dumps(settings)) else None
+
+
+def write_progress(folder: Path, settings: Mapping[str, Any], record: Any) -> None:
+    """Record the progress of an unfinished stage; it counts until the stage is finished."""
+    write_json(folder / PROGRESS, {"settings": dict(settings), "record": record})
 
 
 def hash_file(path: Path) -> str:
@@ -151,6 +169,7 @@ def finish(
     }
     write_json(folder / MANIFEST, manifest)
     marker(folder).unlink()
+    (folder / PROGRESS).unlink(missing_ok=True)
 
 
 def save_tensors(tensors: Mapping[str, Any], path: Path) -> None:

@@ -6,8 +6,7 @@ import torch
 from bad_models import write_recipe
 
 from nemo_vlm_ptq.calibrate import moments
-from nemo_vlm_ptq.calibrate.collect import observe_in_passes
-from nemo_vlm_ptq.calibrate.observe import observe
+from nemo_vlm_ptq.calibrate.observe import Limits, Work, observe
 from nemo_vlm_ptq.calibrate.statistics import layer_file, load_layer
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.parallel import strip_entries, strip_owner, strips
@@ -60,22 +59,16 @@ def test_the_order_of_micro_batches_leaves_no_trace():
     assert torch.equal(gathered(batches, 512), gathered(batches[::-1], 512))
 
 
-def one_line(own, tiny, folder, limit, seen=None):
-    """Statistics of the tiny random model, observed with room for `limit` bytes of moments."""
+def one_line(own, tiny, folder, limit):
+    """(passes, hashes) of the tiny random model's statistics, with room for `limit` bytes."""
     from rank_parity import import_llava
 
     folder.mkdir()
     model, vision = import_llava(own, tiny.float32)
     samples = models.to_samples(models.random_questions([40] * 4, (0, 2), seed=5))
-    chunks = [samples[:2], samples[2:]]
-
-    def run(layers):
-        if seen is not None:
-            seen.append(list(layers))
-        return observe(model, vision, own, chunks, list, layers, moments=limit != 0)
-
-    files, _ = observe_in_passes(model, own, folder, limit, run)
-    return {name: hash_file(folder / name) for name in files}
+    work, chunks = Work(model, vision, own, list), [samples[:2], samples[2:]]
+    run = observe(work, chunks, folder, Limits(limit != 0, limit), {})
+    return len(run.passes), {name: hash_file(folder / name) for name in run.files}
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +78,10 @@ def layer_bytes():
 
 
 def test_passes_over_fewer_layers_leave_the_same_bytes(tiny, tmp_path, layer_bytes):
-    passes = []
     with models.alone() as own:
-        whole = one_line(own, tiny, tmp_path / "whole", None)
-        cut = one_line(own, tiny, tmp_path / "cut", 3 * layer_bytes, passes)
-    assert passes == [[0, 1], [2, 3]]
+        once, whole = one_line(own, tiny, tmp_path / "whole", None)
+        twice, cut = one_line(own, tiny, tmp_path / "cut", 3 * layer_bytes)
+    assert (once, twice) == (1, 2)
     assert cut == whole and set(whole) == {layer_file(layer) for layer in range(4)}
 
 

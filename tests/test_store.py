@@ -17,7 +17,7 @@ SETTINGS = {"model": "a", "targets": ("trtllm", "hf"), "moments": True}
 
 def write(folder, text="whole", settings=SETTINGS):
     """A finished folder with one file."""
-    store.begin(folder)
+    store.begin(folder, SETTINGS)
     (folder / "part").write_text(text)
     files = store.describe(folder, ["part"])
     store.finish(folder, stage="import", settings=settings, files=files, facts={"layers": 4})
@@ -35,7 +35,7 @@ def refusal(action, *arguments) -> str:
 def test_a_folder_is_done_once_its_manifest_is_there_and_not_before(tmp_path):
     folder = tmp_path / "work" / "megatron"
     assert not store.is_done(folder, SETTINGS)
-    store.begin(folder)
+    store.begin(folder, SETTINGS)
     assert store.marker(folder).is_file() and folder.is_dir()
     (folder / "part").write_text("half")
     assert store.read_manifest(folder) is None
@@ -48,11 +48,11 @@ def test_a_folder_is_done_once_its_manifest_is_there_and_not_before(tmp_path):
 
 def test_an_interrupted_folder_is_emptied_and_redone(tmp_path):
     folder = tmp_path / "megatron"
-    store.begin(folder)
+    store.begin(folder, SETTINGS)
     (folder / "left").mkdir()
     (folder / "left" / "over").write_text("half")
     assert not store.is_done(folder, SETTINGS)
-    store.begin(folder)
+    store.begin(folder, SETTINGS)
     assert list(folder.iterdir()) == []
     write(folder)
     assert store.is_done(folder, SETTINGS)
@@ -117,7 +117,7 @@ def test_a_file_where_a_folder_should_go_is_refused_by_name(tmp_path):
 
         def open_folder(folder=folder):
             if not store.is_done(folder, SETTINGS):
-                store.begin(folder)
+                store.begin(folder, SETTINGS)
 
         assert str(place) in refusal(open_folder)
     assert place.read_text() == "a file"
@@ -127,7 +127,7 @@ def test_a_stage_before_that_has_not_finished_is_named(tmp_path):
     folder = tmp_path / "megatron"
     said = f"{folder} is not finished; run the stage 'import' first"
     assert refusal(store.need_manifest, folder, "import") == said
-    store.begin(folder)
+    store.begin(folder, SETTINGS)
     (folder / "part").write_text("half")
     assert refusal(store.need_manifest, folder, "import") == said
     write(folder)

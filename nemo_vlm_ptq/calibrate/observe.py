@@ -1,200 +1,240 @@
 """Observe: run the model over calibration data and keep sufficient statistics, no more.
 
-Every statistic is a maximum or a sum of integers over micro-batches, and micro-batches are formed
-by sample ids, so the result does not depend on how data or layers are spread over ranks. Under
-tensor parallelism the input of a row-parallel linear is gathered for its second moment, and each
-rank keeps some strips of every moment.
+Layers are taken in as many passes as the memory of their second moments asks for. What has been
+gathered is saved now and then with the samples that it contains: a run that was stopped goes on
+from there, on any number of ranks, and ends with the same bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
-from torch.linalg import vector_norm
 
-from nemo_vlm_ptq.calibrate.moments import add, empty
-from nemo_vlm_ptq.calibrate.statistics import LINEARS, ROW_PARALLEL, UNIT
+from nemo_vlm_ptq.calibrate.collect import load_exact, reduce_and_save
+from nemo_vlm_ptq.calibrate.observer import Observer
+from nemo_vlm_ptq.calibrate.resume import Progress, read_progress, write_progress
+from nemo_vlm_ptq.calibrate.statistics import LINEARS, ROW_PARALLEL, layer_file
 from nemo_vlm_ptq.errors import UserError
-from nemo_vlm_ptq.families.base import IMAGE, TEXT, Sample
-from nemo_vlm_ptq.megatron.forward import Batch, collate, encode_images, forward
-from nemo_vlm_ptq.megatron.session import Session
-from nemo_vlm_ptq.parallel import strip_owner, strips
+from nemo_vlm_ptq.families.base import Sample
+from nemo_vlm_ptq.megatron.forward import collate, encode_images, forward
+from nemo_vlm_ptq.megatron.session import Session, local_world
+from nemo_vlm_ptq.parallel import deal, split_evenly, strip_entries
 from nemo_vlm_ptq.progress import progress_bar
 
-Chunk = Sequence[Any]  # the questions of one micro-batch
-MODALITIES = (TEXT, IMAGE)
-MODALITY_NAMES = {TEXT: "text", IMAGE: "image"}
+Chunk = Sequence[Any]  # the questions of one micro-batch; each has an `id`
+SHARE = 0.8  # of the free memory that second moments take unless the recipe says how much
+WINDOW = 8  # micro-batches a tensor rank whose images are looked at together
 
 
-class Observer:
-    """Hooks on the linears of some of this rank's layers, and what they have seen.
+@dataclass(frozen=True)
+class Work:
+    """A model on this rank, and how samples are made for it.
 
-    `amax` float32 and `sum` int64 are [2, N]: all inputs of all linears on this rank, side by side;
-    `places` says which are whose. `moments` holds this rank's strips, [modality][strip].
+    vision: pixels -> features, used on the first pipeline stage; prepare: makes the samples of a
+    micro-batch when their turn comes.
     """
 
-    def __init__(
-        self, model: GPTModel, session: Session, layers: Sequence[int], moments: bool
-    ) -> None:
-        self.session, self._decoder = session, model.decoder
-        blocks = {block.layer_number - 1: block for block in model.decoder.layers}
-        self.blocks = {layer: blocks[layer] for layer in layers}
-        self.places: dict[tuple[int, str], slice] = {}
-        self.moments: dict[tuple[int, str], list[dict[int, torch.Tensor]]] = {}
-        end, device = 0, session.device
-        for layer, block in self.blocks.items():
-            for name, path in LINEARS.items():
-                width = block.get_submodule(path).weight.shape[1]
-                self.places[layer, name] = slice(end, end := end + width)
-                if moments:
-                    self.moments[layer, name] = self._strips(self.full_width(name, width))
-        self.amax = torch.zeros(2, end, device=device)
-        self.sum = torch.zeros(2, end, dtype=torch.int64, device=device)
-        self.attention = torch.zeros(len(layers), 2, device=device)
-        self.tokens = dict.fromkeys(MODALITIES, 0)
-        self._seen = torch.zeros(2, 2, end, device=device)  # amax and sum of one micro-batch
-        self._picks: list[tuple[int, torch.Tensor]] = []  # (row of modality, its tokens)
-        self._batch: Batch | None = None
+    model: GPTModel
+    vision: Any
+    session: Session
+    prepare: Callable[[Chunk], list[Sample]]
 
-    def full_width(self, name: str, width: int) -> int:
-        """Inputs of the whole linear."""
-        return width * self.session.layout.tensor if name in ROW_PARALLEL else width
+    @property
+    def layers(self) -> list[int]:
+        """This rank's layers, counted over the whole model."""
+        return [block.layer_number - 1 for block in self.model.decoder.layers]
 
-    def _strips(self, width: int) -> list[dict[int, torch.Tensor]]:
-        T, t = self.session.layout.tensor, self.session.tensor
-        own = [i for i in range(len(strips(width))) if strip_owner(i, T) == t]
-        return [{i: empty(width, i, self.session.device) for i in own} for _ in MODALITIES]
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Hooks are in place inside this block."""
-        handles = [self._decoder.register_forward_hook(self._take_in)]
-        for index, (layer, block) in enumerate(self.blocks.items()):
-            for name, path in LINEARS.items():
-                hook = self._hook(layer, name)
-                handles.append(block.get_submodule(path).register_forward_pre_hook(hook))
-            block.self_attention.core_attention.watch = self._watch(self.attention[index])
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for block in self.blocks.values():
-                block.self_attention.core_attention.watch = None
+@dataclass(frozen=True)
+class Limits:
+    """What is gathered, and how.
 
-    def expect(self, batch: Batch) -> None:
-        """The next forward is of this micro-batch."""
-        kinds = batch.modality.T.flatten()  # in the order of tokens in [S,B]
-        self._batch, self._picks = batch, []
-        self._seen.zero_()
-        for index, modality in enumerate(MODALITIES):
-            pick = (kinds == modality).nonzero().flatten()
-            self.tokens[modality] += len(pick)
-            if len(pick):
-                self._picks.append((index, pick.to(self.session.device)))
+    moments: second moments are wanted; memory: bytes of them on a rank, None: what is free;
+    save_every: micro-batches of a rank between two saves.
+    """
 
-    def _take_in(self, _: Any, __: Any, out_SBH: torch.Tensor) -> None:
-        """What a micro-batch showed, once it has left this rank's layers and before it is sent on.
+    moments: bool
+    memory: int | None = None
+    save_every: int = 64
 
-        Raises:
-            UserError: NaN or Inf in an activation.
-        """
-        amax, total = self._seen
-        if not bool(amax.isfinite().all()):
-            self._refuse(amax, out_SBH)
-        torch.maximum(self.amax, amax, out=self.amax)
-        self.sum += total.double().mul_(1 / UNIT).round_().long()
 
-    def _hook(self, layer: int, name: str) -> Any:
-        place, kept = self.places[layer, name], self.moments.get((layer, name))
+@dataclass
+class Run:
+    """What this rank has done in this run: files it answers for, and samples it ran, by pass."""
 
-        def hook(_: Any, args: tuple[torch.Tensor, ...]) -> None:
-            x_TK = args[0].detach().flatten(0, 1)
-            for modality, pick in self._picks:
-                own = x_TK.index_select(0, pick)
-                for norm, seen in zip((torch.inf, 1), self._seen, strict=True):
-                    out = seen[modality, place]
-                    vector_norm(own, norm, dim=0, dtype=torch.float32, out=out)
-                if kept is not None:
-                    full = self._gather(own) if name in ROW_PARALLEL else own
-                    for index, moment in kept[modality].items():
-                        add(moment, index, full)
-
-        return hook
-
-    def _gather(self, x_TK: torch.Tensor) -> torch.Tensor:
-        count = self.session.layout.tensor
-        if count == 1:
-            return x_TK
-        shards = [torch.empty_like(x_TK) for _ in range(count)]
-        dist.all_gather(shards, x_TK, group=self.session.tensor_group)
-        return torch.cat(shards, dim=1)
-
-    def _watch(self, seen: torch.Tensor) -> Any:
-        def watch(key: torch.Tensor, value: torch.Tensor) -> None:
-            real = torch.cat([pick for _, pick in self._picks])
-            for index, x in enumerate((key, value)):
-                own = x.flatten(0, 1).index_select(0, real)
-                amax = vector_norm(own, torch.inf, dtype=torch.float32)
-                torch.maximum(seen[index], amax, out=seen[index])
-
-        return watch
-
-    def _refuse(self, amax: torch.Tensor, out_SBH: torch.Tensor) -> None:
-        """Name the first linear, in the order of the forward, that saw NaN or Inf."""
-        assert self._batch is not None
-        real = (self._batch.modality != 0).to(out_SBH.device)
-        samples = (~out_SBH.isfinite().all(dim=2).T & real).any(dim=1).nonzero().flatten()
-        sample = self._batch.ids[int(samples[0]) if len(samples) else 0]
-        for (layer, name), place in self.places.items():
-            bad = ~amax[:, place].isfinite().all(dim=1)
-            if bool(bad.any()):
-                kinds = [MODALITY_NAMES[m] for m, one in zip(MODALITIES, bad, strict=True) if one]
-                raise UserError(
-                    f"activation holds NaN or Inf: layer {layer}, input of {name}, "
-                    f"{' and '.join(kinds)} tokens of sample {sample}"
-                )
+    files: list[str] = field(default_factory=list)
+    passes: list[list[str]] = field(default_factory=list)
 
 
 def observe(
-    model: GPTModel,
-    vision: Any,
-    session: Session,
-    chunks: Sequence[Chunk],
-    prepare: Callable[[Chunk], list[Sample]],
-    layers: Sequence[int],
-    *,
-    moments: bool,
-) -> Observer:
-    """Run micro-batches through the model and collect statistics of some layers.
+    work: Work, chunks: Sequence[Chunk], folder: Path, limits: Limits, settings: Mapping[str, Any]
+) -> Run:
+    """Statistics of every layer into a folder, going on from what lies there (collective).
 
     Args:
-        model: this rank's part of the decoder.
-        vision: pixels -> features; used on the first pipeline stage.
-        session: this rank's place.
-        chunks: this data rank's micro-batches, not prepared yet.
-        prepare: makes the samples of a micro-batch, when their turn comes.
-        layers: those of this rank's layers that are observed, counted over the whole model.
-        moments: second moments are wanted.
+        work: this rank's model.
+        chunks: all micro-batches, the same on every rank.
+        folder: the stage's folder.
+        limits: what is gathered, in how much memory, and how often it is saved.
+        settings: what the statistics depend on; saved ones of other settings are not used.
 
     Raises:
-        UserError: NaN or Inf in an activation; names layer, linear, modality and sample.
+        UserError: NaN or Inf in an activation (names layer, linear, modality and sample); less
+            memory than one layer takes; activations too large for exact sums.
     """
-    observer = Observer(model, session, layers, moments)
-    window = 8 * session.layout.tensor  # micro-batches whose images are looked at together
+    session, progress, run = work.session, read_progress(folder, settings), Run()
+    if session.rank == 0:
+        run.files += [layer_file(layer) for layer in progress.finished]
+    left = [layer for layer in work.layers if layer not in progress.finished]
+    for share in range(passes := max(session.gather(_passes(work, len(left), limits)))):
+        observer = Observer(work.model, session, split_evenly(left, passes, share), limits.moments)
+        progress = _one_pass(work, observer, chunks, folder, limits.save_every, progress, run)
+    return run
+
+
+def _one_pass(
+    work: Work,
+    observer: Observer,
+    chunks: Sequence[Chunk],
+    folder: Path,
+    save_every: int,
+    progress: Progress,
+    run: Run,
+) -> Progress:
+    """The data once through the model for the layers of an observer, saved on the way."""
+    session = work.session
+    load_exact(observer, folder, progress.held)
+    together = [layer for part in session.gather(list(observer.blocks)) for layer in part]
+    todo = [c for c in chunks if any(_ids(c) - progress.ids(layer) for layer in together)]
+    mine: list[Chunk | None] = [*deal(todo, session.layout.data, session.data)]
+    mine += [None] * (-(-len(todo) // session.layout.data) - len(mine))  # all ranks save together
+    done: list[str] = []
+    run.passes.append(done)
+    for step in run_chunks(work, observer, mine, done, progress.ids):
+        if step % save_every == 0 and step < len(mine):
+            place = f"save-{progress.saves + 1}"
+            _fresh(folder / place, session)
+            reduce_and_save(observer, session, folder / place, exact=True)
+            seen = frozenset(name for part in session.gather(done) for name in part)
+            progress = progress.with_held(together, place, seen)
+            _settle(folder, session, progress)
+    run.files += reduce_and_save(observer, session, folder, exact=False)
+    progress = progress.with_finished(together)
+    session.barrier()
+    _settle(folder, session, progress)
+    return progress
+
+
+def run_chunks(
+    work: Work,
+    observer: Observer,
+    chunks: Sequence[Chunk | None],
+    done: list[str],
+    ids: Callable[[int], frozenset[str]],
+) -> Iterator[int]:
+    """Run this data rank's micro-batches; yields how many are through after each.
+
+    Args:
+        work: this rank's model.
+        observer: of some of its layers.
+        chunks: not prepared yet; None keeps step with ranks that have one more.
+        done: ids of samples are added to it.
+        ids: layer -> samples that it contains already.
+    """
+    model, session, hidden = work.model, work.session, work.model.config.hidden_size
+    window = WINDOW * session.layout.tensor
+    prepared = _ahead(work.prepare, [chunk for chunk in chunks if chunk is not None], window)
+    features: Iterator[Any] = iter(())
+    batches: deque[list[Sample]] = deque()
     with observer.watching(), progress_bar("observe", "batch", session.rank, len(chunks)) as bar:
-        for start in range(0, len(chunks), window):
-            batches = [prepare(chunk) for chunk in chunks[start : start + window]]
-            flat = [sample for batch in batches for sample in batch]
-            features = iter(encode_images(vision, session, flat, model.config.hidden_size))
-            for samples in batches:
+        for step, chunk in enumerate(chunks, 1):
+            if chunk is not None:
+                if not batches:
+                    batches.extend(next(prepared))
+                    flat = [sample for batch in batches for sample in batch]
+                    features = iter(encode_images(work.vision, session, flat, hidden))
+                samples, own = batches.popleft(), _ids(chunk)
                 batch = collate(samples)
-                observer.expect(batch)
+                observer.expect(batch, {layer for layer in observer.blocks if own - ids(layer)})
                 forward(model, session, batch, [next(features) for _ in samples])
-                bar.update()
-    return observer
+                done += sorted(own)
+            bar.update()
+            yield step
+
+
+def _ahead(
+    prepare: Callable[[Chunk], list[Sample]], chunks: Sequence[Chunk], window: int
+) -> Iterator[list[list[Sample]]]:
+    """Windows of prepared micro-batches; the next is made by another thread meanwhile."""
+    windows = [chunks[start : start + window] for start in range(0, len(chunks), window)]
+
+    def prepare_all(part: Sequence[Chunk]) -> list[list[Sample]]:
+        return [prepare(chunk) for chunk in part]
+
+    with ThreadPoolExecutor(1) as thread:  # tokenizers are not for two at a time
+        waiting: deque[Future[list[list[Sample]]]] = deque()
+        for part in windows:
+            waiting.append(thread.submit(prepare_all, part))
+            if len(waiting) > 1:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _ids(chunk: Iterable[Any]) -> frozenset[str]:
+    return frozenset(item.id for item in chunk)
+
+
+def _fresh(place: Path, session: Session) -> None:
+    """An empty folder for all ranks; there may be one that an interrupted save left."""
+    if session.rank == 0:
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+    session.barrier()
+
+
+def _settle(folder: Path, session: Session, progress: Progress) -> None:
+    """What was written by all ranks counts from now on."""
+    session.barrier()
+    if session.rank == 0:
+        write_progress(folder, progress)
+
+
+def _passes(work: Work, layers: int, limits: Limits) -> int:
+    """Times that the data runs through this rank for so many layers.
+
+    Raises:
+        UserError: there is less memory than one layer takes.
+    """
+    if not limits.moments or not layers:
+        return min(1, layers)
+    T, t = work.session.layout.tensor, work.session.tensor
+    block, layer = work.model.decoder.layers[0], 0
+    for name, path in LINEARS.items():
+        width = block.get_submodule(path).weight.shape[1] * (T if name in ROW_PARALLEL else 1)
+        layer += 2 * 8 * strip_entries(width, t, T)
+    room = _free(work.session.device) if limits.memory is None else limits.memory
+    fitting = int(room // layer)
+    if not fitting:
+        raise UserError(
+            f"second moments of one layer take {layer / 1e6:,.1f} MB on a rank, and there is room "
+            f"for {room / 1e6:,.1f} MB; raise calibration.max_statistics_memory or parallel.tensor"
+        )
+    return -(-layers // fitting)
+
+
+def _free(device: torch.device) -> int:
+    """Bytes that second moments may take on a rank."""
+    if device.type == "cuda":
+        sharing = -(-local_world() // torch.cuda.device_count())
+        return int(SHARE * torch.cuda.mem_get_info(device)[0] / sharing)
+    return int(SHARE * psutil.virtual_memory().available / local_world())

@@ -1,0 +1,174 @@
+"""Hooks on the linears of some layers, and the sufficient statistics they have gathered.
+
+Every statistic is a maximum or a sum of multiples of one unit over micro-batches, and micro-batches
+are formed by sample ids, so the result does not depend on how data or layers are spread over
+ranks. Under tensor parallelism the input of a row-parallel linear is gathered for its second
+moment, and each rank keeps some strips of every moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from torch.linalg import vector_norm
+
+from nemo_vlm_ptq.calibrate.moments import add, empty
+from nemo_vlm_ptq.calibrate.statistics import LINEARS, ROW_PARALLEL, UNIT
+from nemo_vlm_ptq.errors import UserError
+from nemo_vlm_ptq.families.base import IMAGE, TEXT
+from nemo_vlm_ptq.megatron.forward import Batch
+from nemo_vlm_ptq.megatron.session import Session
+from nemo_vlm_ptq.parallel import strip_owner, strips
+
+MODALITIES = (TEXT, IMAGE)
+MODALITY_NAMES = {TEXT: "text", IMAGE: "image"}
+
+
+class Observer:
+    """Watches some of this rank's layers.
+
+    `amax` float32 and `sum` int64 are [2, N]: all inputs of all linears on this rank, side by side;
+    `places` says which are whose. `moments` holds this rank's strips, [modality][strip].
+    `attention` [L,2] has the maxima of K and V, `tokens` [L,2] int64 the tokens of each modality.
+    """
+
+    def __init__(
+        self, model: GPTModel, session: Session, layers: Sequence[int], moments: bool
+    ) -> None:
+        self.session, self._decoder = session, model.decoder
+        blocks = {block.layer_number - 1: block for block in model.decoder.layers}
+        self.blocks = {layer: blocks[layer] for layer in layers}
+        self.places: dict[tuple[int, str], slice] = {}
+        self.moments: dict[tuple[int, str], list[dict[int, torch.Tensor]]] = {}
+        end, device = 0, session.device
+        for layer, block in self.blocks.items():
+            for name, path in LINEARS.items():
+                width = block.get_submodule(path).weight.shape[1]
+                self.places[layer, name] = slice(end, end := end + width)
+                if moments:
+                    self.moments[layer, name] = self._strips(self.full_width(name, width))
+        self.amax = torch.zeros(2, end, device=device)
+        self.sum = torch.zeros(2, end, dtype=torch.int64, device=device)
+        self.attention = torch.zeros(len(layers), 2, device=device)
+        self.tokens = torch.zeros(len(layers), 2, dtype=torch.int64, device=device)
+        self._seen = torch.zeros(2, 2, end, device=device)  # amax and sum of one micro-batch
+        self._picks: list[tuple[int, torch.Tensor | slice]] = []  # (row of modality, its tokens)
+        self._real: torch.Tensor | slice = slice(None)
+        self._batch: Batch | None = None
+        self._wanted: Collection[int] = ()
+
+    def full_width(self, name: str, width: int) -> int:
+        """Inputs of the whole linear."""
+        return width * self.session.layout.tensor if name in ROW_PARALLEL else width
+
+    def _strips(self, width: int) -> list[dict[int, torch.Tensor]]:
+        T, t = self.session.layout.tensor, self.session.tensor
+        own = [i for i in range(len(strips(width))) if strip_owner(i, T) == t]
+        return [{i: empty(width, i, self.session.device) for i in own} for _ in MODALITIES]
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Hooks are in place inside this block."""
+        handles = [self._decoder.register_forward_hook(self._take_in)]
+        for index, (layer, block) in enumerate(self.blocks.items()):
+            for name, path in LINEARS.items():
+                hook = self._hook(layer, name)
+                handles.append(block.get_submodule(path).register_forward_pre_hook(hook))
+            block.self_attention.core_attention.watch = self._watch(layer, self.attention[index])
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for block in self.blocks.values():
+                block.self_attention.core_attention.watch = None
+
+    def expect(self, batch: Batch, wanted: Collection[int]) -> None:
+        """The next forward is of this micro-batch, and these layers do not contain it yet."""
+        kinds = batch.modality.T.flatten()  # in the order of tokens in [S,B]
+        self._batch, self._picks, self._wanted = batch, [], wanted
+        self._real = self._places_of(kinds != 0)
+        self._seen.zero_()
+        counts = []
+        for index, modality in enumerate(MODALITIES):
+            mask = kinds == modality
+            counts.append(int(mask.sum()))
+            if counts[-1]:
+                self._picks.append((index, self._places_of(mask)))
+        rows = [row for row, layer in enumerate(self.blocks) if layer in wanted]
+        self.tokens[rows] += torch.tensor(counts, device=self.tokens.device)
+
+    def _places_of(self, mask: torch.Tensor) -> torch.Tensor | slice:
+        if bool(mask.all()):
+            return slice(None)  # nothing has to be copied
+        return mask.nonzero().flatten().to(self.session.device)
+
+    def _take_in(self, _: Any, __: Any, out_SBH: torch.Tensor) -> None:
+        """What a micro-batch showed, once it has left this rank's layers and before it is sent on.
+
+        Raises:
+            UserError: NaN or Inf in an activation.
+        """
+        amax, total = self._seen
+        if not bool(amax.isfinite().all()):
+            self._refuse(amax, out_SBH)
+        torch.maximum(self.amax, amax, out=self.amax)
+        self.sum += total.double().mul_(1 / UNIT).round_().long()
+
+    def _hook(self, layer: int, name: str) -> Any:
+        place, kept = self.places[layer, name], self.moments.get((layer, name))
+
+        def hook(_: Any, args: tuple[torch.Tensor, ...]) -> None:
+            if layer not in self._wanted:
+                return
+            x_TK = args[0].detach().flatten(0, 1)
+            for modality, pick in self._picks:
+                own = x_TK[pick]
+                for norm, seen in zip((torch.inf, 1), self._seen, strict=True):
+                    out = seen[modality, place]
+                    vector_norm(own, norm, dim=0, dtype=torch.float32, out=out)
+                if kept is not None:
+                    full = self._gather(own) if name in ROW_PARALLEL else own
+                    for index, moment in kept[modality].items():
+                        add(moment, index, full)
+
+        return hook
+
+    def _gather(self, x_TK: torch.Tensor) -> torch.Tensor:
+        count = self.session.layout.tensor
+        if count == 1:
+            return x_TK
+        shards = [torch.empty_like(x_TK) for _ in range(count)]
+        dist.all_gather(shards, x_TK.contiguous(), group=self.session.tensor_group)
+        return torch.cat(shards, dim=1)
+
+    def _watch(self, layer: int, seen: torch.Tensor) -> Any:
+        def watch(key: torch.Tensor, value: torch.Tensor) -> None:
+            if layer not in self._wanted:
+                return
+            for index, x in enumerate((key, value)):
+                own = x.flatten(0, 1)[self._real]
+                amax = vector_norm(own, torch.inf, dtype=torch.float32)
+                torch.maximum(seen[index], amax, out=seen[index])
+
+        return watch
+
+    def _refuse(self, amax: torch.Tensor, out_SBH: torch.Tensor) -> None:
+        """Name the first linear, in the order of the forward, that saw NaN or Inf."""
+        assert self._batch is not None
+        real = (self._batch.modality != 0).to(out_SBH.device)
+        samples = (~out_SBH.isfinite().all(dim=2).T & real).any(dim=1).nonzero().flatten()
+        sample = self._batch.ids[int(samples[0]) if len(samples) else 0]
+        for (layer, name), place in self.places.items():
+            bad = ~amax[:, place].isfinite().all(dim=1)
+            if bool(bad.any()):
+                kinds = [MODALITY_NAMES[m] for m, one in zip(MODALITIES, bad, strict=True) if one]
+                raise UserError(
+                    f"activation holds NaN or Inf: layer {layer}, input of {name}, "
+                    f"{' and '.join(kinds)} tokens of sample {sample}"
+                )

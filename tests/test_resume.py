@@ -1,0 +1,139 @@
+"""An observe that was stopped goes on, on other ranks, and ends with an unbroken one's bytes."""
+
+import contextlib
+import sys
+from pathlib import Path
+from unittest import mock
+
+import models
+import pytest
+from safetensors import safe_open
+
+from nemo_vlm_ptq import store
+from nemo_vlm_ptq.calibrate import observe as observing
+from nemo_vlm_ptq.calibrate.observe import Limits, Work
+from nemo_vlm_ptq.calibrate.resume import read_progress
+from nemo_vlm_ptq.calibrate.statistics import layer_file
+from nemo_vlm_ptq.megatron.forward import collate
+from nemo_vlm_ptq.parallel import strip_entries
+
+LAYERS, SAMPLES = 4, 12
+SETTINGS = {"data": "random"}
+LAYER = 2 * 8 * sum(strip_entries(width, 0, 1) for width in (256, 256, 256, 512))
+# (name, [(layout, forwards of a rank after which it stops or None, layers in memory or None)])
+STORIES = {
+    "data-then-pipeline": [((1, 1, 2), 3, None), ((1, 2, 1), None, None)],
+    "pipeline-then-data": [((1, 2, 1), 5, None), ((1, 1, 2), None, None)],
+    "twice": [((1, 1, 2), 3, None), ((1, 2, 1), 3, None), ((1, 1, 2), None, None)],
+    "second-pass": [((1, 1, 2), 8, 2), ((1, 2, 1), None, None)],
+    "tensor": [((2, 1, 1), 5, None), ((2, 1, 1), None, None)],
+    "tensor-unbroken": [((2, 1, 1), None, None)],
+}
+
+
+class StoppedError(Exception):
+    """What a test does to a rank."""
+
+
+def observed(own, model_folder, folder, stop, room):
+    """Observe until a rank has run `stop` micro-batches, saving after every two of them."""
+    from rank_parity import import_llava
+
+    model, vision = import_llava(own, model_folder)
+    samples = models.to_samples(models.random_questions([40] * SAMPLES, range(0, 12, 3), seed=5))
+    ran = []
+
+    def count(samples):
+        if len(ran) == stop:
+            raise StoppedError
+        ran.append(1)
+        return collate(samples)
+
+    memory = None if room is None else room * LAYER + 1
+    work, chunks = Work(model, vision, own, list), [[sample] for sample in samples]
+    with mock.patch.object(observing, "collate", count), contextlib.suppress(StoppedError):
+        observing.observe(work, chunks, folder, Limits(True, memory, save_every=2), SETTINGS)
+    return len(ran)
+
+
+def main():
+    """Ranks: MODEL FOLDER STORY ..."""
+    model, folder, names = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+    acts = [(name, act) for name in names for act in STORIES[name]]
+    for (name, act), own in zip(acts, models.each_layout([act[0] for _, act in acts]), strict=True):
+        if own.rank == 0:
+            (folder / name).mkdir(exist_ok=True)
+        own.barrier()
+        ran = own.gather(observed(own, model, folder / name, *act[1:]))
+        if own.rank == 0:
+            with (folder / f"{name}.ran").open("a") as file:
+                file.write(f"{ran}\n")
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """Statistics of an unbroken run on one rank."""
+    folder = tmp_path_factory.mktemp("whole")
+    with models.alone() as own:
+        observed(own, tiny.float32, folder, None, None)
+    return digests(folder)
+
+
+@pytest.fixture(scope="module")
+def stories(tiny, tmp_path_factory):
+    """Folder of every story; two ranks, few launches (each has ports for six sessions)."""
+    folder = tmp_path_factory.mktemp("stories")
+    names = list(STORIES)
+    for part in (names[:2], names[2:4], names[4:]):
+        words = [*models.main_of("test_resume"), tiny.float32, folder, *part]
+        code, _, err = models.launch(words, 2)
+        assert code == 0, err[-3000:]
+    return folder
+
+
+def digests(folder):
+    return {name: store.hash_file(folder / name) for name in map(layer_file, range(LAYERS))}
+
+
+@pytest.mark.parametrize("name", [name for name in STORIES if "tensor" not in name])
+def test_a_stopped_run_ends_with_the_bytes_of_an_unbroken_one_on_one_rank(stories, whole, name):
+    assert digests(stories / name) == whole
+
+
+def test_tensor_ranks_go_on_with_their_shares(stories):
+    assert digests(stories / "tensor") == digests(stories / "tensor-unbroken")
+
+
+def test_what_was_saved_is_not_run_again(stories):
+    first, second = (stories / "data-then-pipeline.ran").read_text().split("\n")[:2]
+    assert first == "[3, 3]"  # saved after two of each
+    assert second == "[8, 8]"  # 12 samples less the four saved
+
+
+def test_nothing_is_left_of_the_saves(stories):
+    for name in STORIES:
+        assert not list((stories / name).glob("save-*"))
+
+
+def test_progress_of_other_settings_is_thrown_away(tmp_path):
+    folder = tmp_path / "statistics"
+    folder.mkdir()
+    (folder / "old").touch()
+    store.write_progress(folder, SETTINGS, {"finished": [0], "held": {}, "saves": 1})
+    assert read_progress(folder, SETTINGS).finished == {0}
+    assert read_progress(folder, {"data": "others"}).finished == set()
+    store.begin(folder, SETTINGS)
+    assert (folder / "old").exists()
+    store.begin(folder, {"data": "others"})
+    assert not list(folder.iterdir())
+
+
+def test_saved_layers_say_which_samples_they_contain(tiny, tmp_path):
+    with models.alone() as own:
+        observed(own, tiny.float32, tmp_path, 7, None)
+    progress = read_progress(tmp_path, SETTINGS)
+    assert {layer: sorted(progress.ids(layer)) for layer in range(LAYERS)} == {
+        layer: sorted(f"q{index}" for index in range(6)) for layer in range(LAYERS)
+    }
+    with safe_open(tmp_path / progress.held[3].folder / layer_file(3), framework="pt") as file:
+        assert int(file.get_tensor("linear_qkv.tokens").sum()) == 6 * 40
