@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from nemo_vlm_ptq.errors import UserError
 
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
+HASHERS = 4
 PACKAGES = ("nemo_vlm_ptq", "torch", "transformers", "megatron-core", "nvidia-modelopt")
 
 
@@ -136,9 +138,12 @@ def versions() -> dict[str, str]:
 
 def describe(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Relative name -> bytes and sha256, for files that this rank wrote."""
+    ordered = sorted(names)
+    with ThreadPoolExecutor(HASHERS) as hashers:  # hashing lets other threads run
+        digests = list(hashers.map(lambda name: hash_file(folder / name), ordered))
     return {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": hash_file(folder / name)}
-        for name in sorted(names)
+        name: {"bytes": (folder / name).stat().st_size, "sha256": digest}
+        for name, digest in zip(ordered, digests, strict=True)
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -16,6 +17,8 @@ from nemo_vlm_ptq.calibrate.statistics import LINEARS, ROW_PARALLEL, UNIT, layer
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.megatron.session import Session
 from nemo_vlm_ptq.parallel import strip_owner, strips
+
+WRITERS = 4  # files at a time
 
 
 def reduce_and_save(
@@ -43,21 +46,23 @@ def reduce_and_save(
     dist.all_reduce(observer.tokens, group=session.data_group)
     for group in (session.data_group, session.tensor_group):
         dist.all_reduce(observer.attention, dist.ReduceOp.MAX, group=group)
-    written = []
-    for position, layer in enumerate(observer.blocks):
-        holder = _holder(position, session)
-        writes = session.tensor == 0 and holder == session.data
-        tensors = _layer(observer, layer, session, exact)
-        if writes:
-            key, value = observer.attention[position].split(1)
-            tensors |= {"key.amax": key, "value.amax": value}
-            tensors |= {f"{name}.tokens": observer.tokens[position] for name in LINEARS}
-            written.append(save_layer(folder, layer, tensors))
-        if holder != session.data:
-            observer.tokens[position] = 0
-            for name in LINEARS:
-                observer.sum[:, observer.places[layer, name]] = 0
-    return written
+    written: list[Future[str]] = []
+    with ThreadPoolExecutor(WRITERS) as writers:
+        for position, layer in enumerate(observer.blocks):
+            holder = _holder(position, session)
+            tensors = _layer(observer, layer, session, exact)
+            if session.tensor == 0 and holder == session.data:
+                key, value = observer.attention[position].split(1)
+                tensors |= {"key.amax": key, "value.amax": value}
+                tensors |= {f"{name}.tokens": observer.tokens[position] for name in LINEARS}
+                if len(written) >= WRITERS:
+                    written[-WRITERS].result()  # no more layers on the host than writers
+                written.append(writers.submit(save_layer, folder, layer, tensors))
+            if holder != session.data:
+                observer.tokens[position] = 0
+                for name in LINEARS:
+                    observer.sum[:, observer.places[layer, name]] = 0
+    return [file.result() for file in written]
 
 
 def _holder(position: int, session: Session) -> int:
