@@ -11,6 +11,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from nemo_vlm_ptq.calibrate.statistics import LINEARS, ROW_PARALLEL, layer_file
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.base import Sample
 from nemo_vlm_ptq.megatron.forward import collate, encode_images, forward
+from nemo_vlm_ptq.megatron.row_sums import row_sums_in_float32
 from nemo_vlm_ptq.megatron.session import Session, local_world
 from nemo_vlm_ptq.parallel import deal, split_evenly, strip_entries
 from nemo_vlm_ptq.progress import progress_bar
@@ -155,7 +157,9 @@ def run_chunks(
     prepared = _ahead(work.prepare, [chunk for chunk in chunks if chunk is not None], window)
     features: Iterator[Any] = iter(())
     batches: deque[list[Sample]] = deque()
-    with observer.watching(), progress_bar("observe", "batch", session.rank, len(chunks)) as bar:
+    exact = nullcontext() if session.layout.tensor == 1 else row_sums_in_float32(model)
+    bar = progress_bar("observe", "batch", session.rank, len(chunks))
+    with observer.watching(), exact, bar:
         for step, chunk in enumerate(chunks, 1):
             if chunk is not None:
                 if not batches:
