@@ -8,9 +8,19 @@ from nemo_vlm_ptq.parallel import strip_entries
 from nemo_vlm_ptq.plan import VOCAB_MULTIPLE, Plan, calibrating_sizes
 from nemo_vlm_ptq.source import total_bytes
 
+SAMPLE = 3072  # tokens, at most, of a sample: LLaVA-NeXT's images take 2,880
+# as calibrate/observe.py has them, which is slow to import
+WINDOW = 8  # micro-batches a tensor rank whose image features lie ready
+FREE_SHARE = 0.8  # of the memory left free that second moments may take
 
-def describe(plan: Plan) -> str:
-    """The plan as text: what would be read, held per rank, and written."""
+
+def describe(plan: Plan, why: str = "") -> str:
+    """The plan as text: what would be read, held per rank, and written.
+
+    Args:
+        plan: its layout is in numbers, data parallel apart.
+        why: said behind the layout.
+    """
     recipe, decoder = plan.recipe, plan.decoder
     total = sum(math.prod(plan.tensors[name].shape) for name in used_names(plan))
     lines = [
@@ -19,10 +29,10 @@ def describe(plan: Plan) -> str:
         f"decoder    {decoder.layers} layers, hidden {decoder.hidden}, {decoder.heads} heads, "
         f"{decoder.kv_heads} KV heads, MLP {decoder.ffn}, vocabulary {decoder.vocab}",
         f"calibrate  TP {recipe.parallel.tensor} x PP {recipe.parallel.pipeline} x "
-        f"DP {recipe.parallel.data}",
+        f"DP {recipe.parallel.data}{': ' + why if why else ''}",
         *_ranks(plan),
     ]
-    if any(fmt.second_moments for fmt in plan.formats):
+    if plan.second_moments:
         lines.append(_moments(plan))
     linear = linear_parameters(plan)
     export = recipe.export
@@ -41,20 +51,47 @@ def used_names(plan: Plan) -> list[str]:
     return [*plan.decoder.shapes(plan.family.rows), *plan.vision]
 
 
-def rank_parameters(plan: Plan, tensor: int) -> int:
-    """Parameters of the decoder on one of `tensor` ranks, the vocabulary padded as Megatron does.
+def rank_parameters(plan: Plan, tensor: int, pipeline: int = 1) -> int:
+    """Parameters of the decoder of the fullest stage, the vocabulary padded as Megatron does.
 
-    Norms are whole on every rank; everything else is cut.
+    Norms are whole on every tensor rank; everything else is cut.
     """
     decoder = plan.decoder
     padding = decoder.sizes(VOCAB_MULTIPLE).vocab_rows - decoder.vocab
-    count = 0
+    layers, first, last = 0, 0, 0
     for row in plan.family.rows:
         whole = sum(math.prod(shape) for shape in decoder.shapes((row,)).values())
         if row.layout == "vocab":
             whole += padding * decoder.hidden
-        count += whole if row.layout == "replicate" else whole // tensor
-    return count
+        own = whole if row.layout == "replicate" else whole // tensor
+        if row.layered:
+            layers += own // pipeline
+        elif row.short == "word_embeddings":
+            first += own
+        else:
+            last += own
+    return layers + (first + last if pipeline == 1 else max(first, last))
+
+
+def observe_bytes(plan: Plan, tensor: int, pipeline: int = 1) -> int:
+    """About what a rank holds at the height of observe, on the stage that holds most.
+
+    Weights, tower and projector, a micro-batch of long samples inside one layer and as logits,
+    image features that lie ready, and the second moments of one layer where a format needs them.
+    """
+    decoder, width = plan.decoder, 4 if plan.dtype == "float32" else 2
+    query, batch = decoder.heads * decoder.head_dim, plan.recipe.calibration.micro_batch
+    weights = rank_parameters(plan, tensor, pipeline) + beside_parameters(plan)
+    inside = 6 * decoder.hidden + 3 * (decoder.ffn + query) // tensor
+    logits = decoder.vocab + (decoder.vocab // tensor if tensor > 1 else 0)  # whole on each rank
+    ready = WINDOW * tensor * decoder.hidden
+    moments = _layer_moments(plan, tensor) / FREE_SHARE if plan.second_moments else 0
+    return int(width * (weights + SAMPLE * batch * (inside + logits + ready)) + moments)
+
+
+def beside_parameters(plan: Plan) -> int:
+    """Parameters of tower and projector, which every rank holds whole."""
+    return sum(math.prod(plan.tensors[name].shape) for name in plan.vision)
 
 
 def linear_parameters(plan: Plan) -> int:
@@ -65,25 +102,32 @@ def linear_parameters(plan: Plan) -> int:
 
 def _ranks(plan: Plan) -> list[str]:
     """A line for each tensor size that works: what one rank holds, at one pipeline stage."""
-    beside = sum(math.prod(plan.tensors[name].shape) for name in plan.vision)
+    beside = beside_parameters(plan)
     width = 4 if plan.dtype == "float32" else 2
     lines = []
     for tensor in calibrating_sizes(plan):
         own = rank_parameters(plan, tensor)
         lines.append(
             f"           TP {tensor:<2} {own / 1e6:>9,.1f} M parameters a rank, "
-            f"{own * width / 1e6:>9,.1f} MB; tower and projector {beside * width / 1e6:,.1f} MB"
+            f"{own * width / 1e6:>9,.1f} MB; tower and projector {beside * width / 1e6:,.1f} MB; "
+            f"observe {observe_bytes(plan, tensor) / 1e9:,.1f} GB"
         )
     return lines
 
 
+def _layer_moments(plan: Plan, tensor: int) -> int:
+    """Bytes of one layer's second moments while they are summed, on tensor rank 0."""
+    decoder = plan.decoder
+    widths = (decoder.hidden, decoder.heads * decoder.head_dim, decoder.hidden, decoder.ffn)
+    return 2 * 8 * sum(strip_entries(width, 0, tensor) for width in widths)
+
+
 def _moments(plan: Plan) -> str:
     """What a rank holds if all its layers are observed in one pass, and what is written."""
-    decoder, parallel = plan.decoder, plan.recipe.parallel
-    widths = (decoder.hidden, decoder.heads * decoder.head_dim, decoder.hidden, decoder.ffn)
-    own = sum(strip_entries(width, 0, parallel.tensor) for width in widths)
-    disk = sum(strip_entries(width, 0, 1) for width in widths)
+    parallel, layers = plan.recipe.parallel, plan.decoder.layers
+    own = layers * _layer_moments(plan, int(parallel.tensor)) / int(parallel.pipeline)
+    disk = layers * _layer_moments(plan, 1) / 2  # as float32
     return (
-        f"           second moments: {2 * 8 * decoder.layers * own / parallel.pipeline / 1e6:,.1f} "
-        f"MB a rank, or several passes; {2 * 4 * decoder.layers * disk / 1e6:,.1f} MB on disk"
+        f"           second moments: {own / 1e6:,.1f} MB a rank, or several passes; "
+        f"{disk / 1e6:,.1f} MB on disk"
     )

@@ -10,17 +10,26 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nemo_vlm_ptq.errors import ProofError, UserError
 from nemo_vlm_ptq.names import GROUPS, LOGITS_KEYS
+from nemo_vlm_ptq.store import marker
 
 if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.multiprocessing.errors import (
+        ChildFailedError,
+        ProcessFailure,
+    )
+
+    from nemo_vlm_ptq.plan import Plan
+    from nemo_vlm_ptq.recipe import Parallel
 
 PARENT = "NEMO_VLM_PTQ_PARENT"  # set for ranks that this command started itself
 
@@ -37,6 +46,7 @@ def start(command: str, recipe_name: str, overrides: list[str]) -> int:
         UserError: the recipe cannot work.
         ProofError: a proof failed on a rank.
     """
+    from nemo_vlm_ptq.autolayout import lay_out, this_machine
     from nemo_vlm_ptq.plan import check_data, make_plan
     from nemo_vlm_ptq.recipe import load_recipe
 
@@ -49,33 +59,50 @@ def start(command: str, recipe_name: str, overrides: list[str]) -> int:
     for key, equals, _ in options:
         if command != "logits" or not equals:
             raise UserError(f"{key} is an option of logits; write logits RECIPE {key}=...")
+    plan, why = lay_out(plan, this_machine)
     if command == "plan":
         from nemo_vlm_ptq.forecast import describe
 
-        print(describe(plan))
+        print(describe(plan, why))
         return 0
     if not inside_ranks():
-        return _start_ranks(_ranks_wanted(recipe.parallel), sys.argv[1:])
+        return _start_ranks(plan, sys.argv[1:])
+    return _be_a_rank(command, plan, {key: value for key, _, value in options})
+
+
+def _be_a_rank(command: str, plan: Plan, options: Mapping[str, str]) -> int:
+    """Run the command on this rank; a bug is noted for the launcher in one line."""
     from nemo_vlm_ptq.ranks import run_rank
 
-    return run_rank(command, plan, {key: value for key, _, value in options})
+    try:
+        return run_rank(command, plan, options)
+    except (UserError, ProofError):
+        raise
+    except Exception as error:
+        if not _lost_a_peer(error):
+            first = (str(error).strip().splitlines() or [""])[0]
+            _leave_note(f"{type(error).__name__}: {first}", 1)
+        raise
 
 
-def _ranks_wanted(parallel: object) -> int:
-    """Ranks of the recipe; data=auto takes all GPUs of this machine, and one without GPUs."""
-    tensor, pipeline, data = parallel.tensor, parallel.pipeline, parallel.data  # type: ignore[attr-defined]
-    if data == "auto":
-        import torch
+def _ranks_wanted(parallel: Parallel) -> int:
+    """Ranks of the layout; data=auto takes all GPUs of this machine, and one without GPUs."""
+    model = int(parallel.tensor) * int(parallel.pipeline)
+    if parallel.data != "auto":
+        return model * parallel.data
+    import torch
 
-        data = max(1, torch.cuda.device_count() // (tensor * pipeline))
-    return tensor * pipeline * data
+    return model * max(1, torch.cuda.device_count() // model)
 
 
-def _start_ranks(count: int, words: list[str]) -> int:
+def _start_ranks(plan: Plan, words: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    parallel = plan.recipe.parallel
+    chosen = [f"parallel.tensor={parallel.tensor}", f"parallel.pipeline={parallel.pipeline}"]
+    count = _ranks_wanted(parallel)
     # torchrun's own account of a failure; ours names the cause in one line
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     threads = max(1, len(os.sched_getaffinity(0)) // count)
@@ -87,6 +114,8 @@ def _start_ranks(count: int, words: list[str]) -> int:
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
     os.environ.update({key: os.environ.get(key, value) for key, value in quiet.items()})
+    work = Path(plan.recipe.workdir)
+    before = _being_written(work)
     with tempfile.TemporaryDirectory(prefix="nemo-vlm-ptq-") as logs:
         config = LaunchConfig(
             min_nodes=1,
@@ -100,44 +129,88 @@ def _start_ranks(count: int, words: list[str]) -> int:
             logs_specs=DefaultLogsSpecs(log_dir=logs),
         )
         try:
-            elastic_launch(config, sys.executable)("-m", "nemo_vlm_ptq", *words)
+            elastic_launch(config, sys.executable)("-m", "nemo_vlm_ptq", *words, *chosen)
         except ChildFailedError as error:
-            return _explain(error)
+            now = [item for item in _being_written(work).items() if item not in before.items()]
+            folders = [folder for folder, _ in sorted(now, key=lambda item: item[1])]
+            return _explain(error, folders[-1] if folders else None)
         except SignalException as stop:
             print(f"nemo-vlm-ptq: stopped by {stop.sigval.name}", file=sys.stderr)
             return 128 + stop.sigval
     return 0
 
 
-def _explain(error: ChildFailedError) -> int:
-    """The cause of the first rank that failed, as this command's own failure."""
+def _being_written(work: Path) -> dict[Path, int]:
+    """Folders of stages that are not finished -> when they were begun, by the file system."""
+    name = marker(work / "*").name
+    found = [*work.glob(name), *work.glob(f"*/{name}")]
+    start, end = name.split("*")
+    return {
+        path.with_name(path.name.removeprefix(start).removesuffix(end)): path.stat().st_mtime_ns
+        for path in found
+    }
+
+
+def _explain(error: ChildFailedError, folder: Path | None) -> int:
+    """The cause of the first rank that failed, as this command's own failure.
+
+    Ranks that lost their peer may fail in the same second; the one that tells most counts.
+    SIGTERM tells nothing: the launcher ends the rest with it.
+    """
     rank, failure = error.get_first_failure()
     for other, candidate in sorted(error.failures.items()):
-        if candidate.exitcode in (2, 3) and failure.exitcode not in (2, 3):
+        if _tells(candidate) > _tells(failure) and (
+            candidate.exitcode in (2, 3) or candidate.timestamp == failure.timestamp
+        ):
             rank, failure = other, candidate
-    message = failure.message
-    if isinstance(message, dict):
-        message = message["message"]
+    noted: Any = failure.message  # torch's stub calls it a str
+    message = f"exit code {failure.exitcode}, see above"
+    if isinstance(noted, dict):
+        message = noted["message"]
     if failure.exitcode == 2:
         raise UserError(message) from None
     if failure.exitcode == 3:
         raise ProofError(message) from None
-    print(f"nemo-vlm-ptq: rank {rank} failed, see its traceback above", file=sys.stderr)
+    if failure.exitcode < 0:
+        hint = " (out of memory?)" if failure.exitcode == -signal.SIGKILL else ""
+        cause = f"was ended by signal {failure.signal_name()}{hint}"
+    else:
+        cause = f"failed: {message}"
+    place = f" while {folder} was being written" if folder else ""
+    print(f"nemo-vlm-ptq: error: rank {rank} {cause}{place}", file=sys.stderr)
     return 1
+
+
+def _tells(failure: ProcessFailure) -> int:
+    """How much the end of a rank says about the cause."""
+    if failure.exitcode in (2, 3):
+        return 3
+    if failure.exitcode == -signal.SIGTERM:
+        return 0
+    return 2 if failure.exitcode < 0 or isinstance(failure.message, dict) else 1
+
+
+def _lost_a_peer(error: Exception) -> bool:
+    return isinstance(error, RuntimeError) and "by peer" in str(error)
 
 
 def wait_for_end(error: RuntimeError) -> None:
     """A rank whose peer has gone gives the launcher time to end it: the peer tells the reason."""
-    if inside_ranks() and "by peer" in str(error):
+    if inside_ranks() and _lost_a_peer(error):
         time.sleep(15)
 
 
 def report_failure(message: str, code: int) -> None:
     """One line on stderr, or, on a rank that this command started, a note for the parent."""
+    _leave_note(message, code)
+    if not (inside_ranks() and PARENT in os.environ):
+        sys.stderr.write(f"nemo-vlm-ptq: error: {message}\n")  # at once: ranks share the stream
+
+
+def _leave_note(message: str, code: int) -> None:
+    """Tell the launcher of this rank why it ends; torchrun prints it, our own makes it a line."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if inside_ranks() and path:
         extra = {"timestamp": str(int(time.time())), "exit_code": code}
         note = {"message": {"message": message, "extraInfo": extra}}
         Path(path).write_text(json.dumps(note))
-    if not (inside_ranks() and PARENT in os.environ):
-        sys.stderr.write(f"nemo-vlm-ptq: error: {message}\n")  # at once: ranks share the stream

@@ -22,16 +22,19 @@ class Part(BaseModel):
 
 
 class Parallel(Part):
-    """Ranks that import, observe and solve run on; `data: auto` takes what is left of the ranks."""
+    """Ranks that import, observe and solve run on.
 
-    tensor: int = Field(1, ge=1)
-    pipeline: int = Field(1, ge=1)
+    tensor, pipeline: auto takes the smallest that fits a GPU; data: auto takes the other ranks.
+    """
+
+    tensor: int | Literal["auto"] = "auto"
+    pipeline: int | Literal["auto"] = 1
     data: int | Literal["auto"] = "auto"
 
-    @field_validator("data", mode="before")
+    @field_validator("tensor", "pipeline", "data", mode="before")
     @classmethod
     def _positive(cls, value: Any) -> Any:
-        if value != "auto" and not (isinstance(value, int) and value >= 1):
+        if value != "auto" and not (type(value) is int and value >= 1):
             raise ValueError("Input should be a positive number of ranks or 'auto'")
         return value
 
@@ -67,10 +70,11 @@ class Calibration(Part):
 
     data: str = "scenes"
     samples: int = Field(512, ge=1)
-    micro_batch: int = Field(1, ge=1)
+    micro_batch: int = Field(8, ge=1)
     seed: int = 0
     modality: Literal["image_text", "text"] = "image_text"
     max_statistics_memory: ByteSize | None = Field(None, gt=0)  # a rank; None: most of what is free
+    save_every: int = Field(64, ge=1)  # micro-batches of a rank
 
 
 class Export(Part):

@@ -27,6 +27,7 @@ from nemo_vlm_ptq.families import FAMILIES
 from nemo_vlm_ptq.formats import FORMATS
 from nemo_vlm_ptq.names import STAGES
 from nemo_vlm_ptq.questions import load_questions
+from nemo_vlm_ptq.store import marker
 
 HEAVY = ("torch", "transformers", "megatron", "modelopt", "numpy", "pydantic")
 DOWN = "language_model.model.layers.{}.mlp.down_proj.weight"
@@ -158,13 +159,66 @@ def test_the_rank_that_knows_the_reason_is_the_one_that_is_told(
     ended = [(1, None), (1, None)]
     ended[rank] = (code, "layer 3 holds NaN")
     with pytest.raises(kind, match=r"^layer 3 holds NaN$"):
-        launch._explain(failures(tmp_path, monkeypatch, *ended))
+        launch._explain(failures(tmp_path, monkeypatch, *ended), None)
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_bug_on_a_rank_ends_with_1(tmp_path, monkeypatch, capsys):
-    assert launch._explain(failures(tmp_path, monkeypatch, (0, None), (1, None))) == 1
-    assert "failed, see its traceback above" in capsys.readouterr().err
+KILLED = "rank {} was ended by signal SIGKILL (out of memory?)"
+
+
+@pytest.mark.parametrize(
+    ("ended", "said"),
+    [
+        ([(0, None), (-9, None)], KILLED.format(1)),
+        ([(-9, None), (-15, None)], KILLED.format(0)),  # SIGTERM: ended by the launcher
+        ([(-15, None), (-9, None)], KILLED.format(1)),
+        ([(1, None), (-9, None)], KILLED.format(1)),  # lost its peer in the same second
+        ([(-11, None), (-15, None)], "rank 0 was ended by signal SIGSEGV"),
+        ([(-15, None), (1, "KeyError: 'x'")], "rank 1 failed: KeyError: 'x'"),
+        ([(1, None), (1, None)], "rank 0 failed: exit code 1, see above"),
+    ],
+)
+def test_the_end_of_a_rank_is_told_in_a_line(tmp_path, monkeypatch, capsys, ended, said):
+    assert launch._explain(failures(tmp_path, monkeypatch, *ended), None) == 1
+    assert capsys.readouterr() == ("", f"{PREFIX}{said}\n")
+    assert launch._explain(failures(tmp_path, monkeypatch, *ended), tmp_path / "fp8") == 1
+    line = f"{PREFIX}{said} while {tmp_path / 'fp8'} was being written\n"
+    assert capsys.readouterr() == ("", line)
+
+
+def test_the_folder_that_is_being_written_is_found_by_its_marker(tmp_path):
+    for parts in (("statistics",), ("fp8", "scales")):
+        folder = tmp_path.joinpath(*parts)
+        folder.parent.mkdir(exist_ok=True)
+        marker(folder).touch()
+    (tmp_path / "megatron").mkdir()
+    found = launch._being_written(tmp_path)
+    assert set(found) == {tmp_path / "statistics", tmp_path / "fp8" / "scales"}
+    assert launch._being_written(tmp_path / "none") == {}
+
+
+@pytest.mark.parametrize(
+    ("error", "noted"),
+    [
+        (KeyError("x"), "KeyError: 'x'"),
+        (ValueError("one\ntwo"), "ValueError: one"),
+        (RuntimeError("Connection closed by peer [127.0.0.1]:1"), None),
+        (UserError("of the user"), None),  # told elsewhere
+    ],
+)
+def test_a_rank_notes_its_own_bug_and_not_that_a_peer_has_gone(tmp_path, monkeypatch, error, noted):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("nemo_vlm_ptq.ranks.run_rank", fail)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    path = tmp_path / "note"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+    with pytest.raises(type(error)):
+        launch._be_a_rank("run", None, {})
+    found = json.loads(path.read_text())["message"]["message"] if path.exists() else None
+    assert found == noted
 
 
 @pytest.mark.parametrize("word", ["from", "inputs", "dtype"])

@@ -5,9 +5,10 @@ from bad_models import ROOT, write_recipe
 from pydantic import ValidationError
 
 from nemo_vlm_ptq.errors import UserError
+from nemo_vlm_ptq.formats import FORMATS
 from nemo_vlm_ptq.recipe import load_recipe, recipe_file
 
-FORMATS = "fp8, int8_sq, int4_awq, w4a8_awq"
+KNOWN = ", ".join(FORMATS)
 STAGES = "import, observe, solve, export, verify, evaluate, report"
 
 
@@ -52,14 +53,14 @@ def test_a_missing_key_is_named(tmp_path, key):
 @pytest.mark.parametrize(
     ("word", "said"),
     [
-        ("quantize.format=nvfp4", f"'quantize.format': unknown format 'nvfp4'; known: {FORMATS}"),
-        ("quantize.format=[fp8, x]", f"'quantize.format': unknown format 'x'; known: {FORMATS}"),
+        ("quantize.format=nvfp5", f"'quantize.format': unknown format 'nvfp5'; known: {KNOWN}"),
+        ("quantize.format=[fp8, x]", f"'quantize.format': unknown format 'x'; known: {KNOWN}"),
         ("export.targets=[vllm]", "'export.targets': unknown target 'vllm'; known: trtllm, hf"),
         ("stages=[imports]", f"'stages': unknown stage 'imports'; known: {STAGES}"),
         ("evaluate.tasks=[vqa]", "'evaluate.tasks': Input should be 'gqa' or 'sight'"),
         ("export.dtype=int8", "'export.dtype': Input should be 'auto', 'bfloat16' or 'float16'"),
         ("calibration.modality=video", "'calibration.modality': Input should be 'image_text' or "),
-        ("quantize.kv_cache=fp8", "'quantize.kv_cache': Input should be 'none'"),
+        ("quantize.kv_cache=fp4", "'quantize.kv_cache': Input should be 'none', 'fp8', "),
     ],
 )
 def test_an_unknown_name_is_refused_with_the_known_ones(recipe, word, said):
@@ -69,10 +70,10 @@ def test_an_unknown_name_is_refused_with_the_known_ones(recipe, word, said):
 @pytest.mark.parametrize(
     ("word", "said"),
     [
-        ("parallel.tensor=0", "'parallel.tensor': Input should be greater than or equal to 1"),
-        ("parallel.tensor=two", "'parallel.tensor': Input should be a valid integer"),
-        ("parallel.tensor=1.5", "'parallel.tensor': Input should be a valid integer"),
-        ("parallel.pipeline=-1", "'parallel.pipeline': Input should be greater than or equal"),
+        ("parallel.tensor=0", "'parallel.tensor': Input should be a positive number of ranks or"),
+        ("parallel.tensor=two", "'parallel.tensor': Input should be a positive number of ranks or"),
+        ("parallel.tensor=1.5", "'parallel.tensor': Input should be a positive number of ranks or"),
+        ("parallel.pipeline=-1", "'parallel.pipeline': Input should be a positive number of ranks"),
         ("calibration.samples=0", "'calibration.samples': Input should be greater than or equal"),
         ("quantize.group_size=8", "'quantize.group_size': Input should be greater than or equal"),
         ("evaluate.limit=0", "'evaluate.limit': Input should be greater than or equal to 1"),
@@ -100,10 +101,15 @@ def test_an_empty_list_that_would_do_nothing_is_refused(recipe, key):
     assert f"recipe key {key!r}" in refusal(recipe, f"{key}=[]")
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "many"])
-def test_data_ranks_are_a_positive_number_or_auto(recipe, value):
-    line = refusal(recipe, f"parallel.data={value}")
-    assert line.startswith("recipe key 'parallel.data': ") and value in line
+@pytest.mark.parametrize("axis", ["tensor", "pipeline", "data"])
+@pytest.mark.parametrize("value", ["0", "-1", "many", "1.0", "true", "[2]", "null"])
+def test_an_axis_is_a_positive_number_of_ranks_or_auto(recipe, axis, value):
+    line = refusal(recipe, f"parallel.{axis}={value}")
+    said = "Input should be a positive number of ranks or 'auto'"
+    assert line.startswith(f"recipe key 'parallel.{axis}': {said} (got ")
+    for right in ("auto", "2"):
+        made = load_recipe(str(recipe), [f"parallel.{axis}={right}"])
+        assert str(getattr(made.parallel, axis)) == right
 
 
 def test_a_gate_that_no_result_can_pass_is_refused(recipe):

@@ -2,11 +2,13 @@
 
 import re
 from html.parser import HTMLParser
+from unittest import mock
 
 import PIL.Image
 import pytest
 
-from nemo_vlm_ptq.report import page, table
+from nemo_vlm_ptq.formats import FORMATS
+from nemo_vlm_ptq.report import page, plots, table
 
 LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
@@ -35,7 +37,10 @@ def make_format(name, *, sees=True, passed=True, error=0.01):
             "logits": {"kl": 0.00123456},
         },
         "layers": [
-            {"layer": layer, "linear": linear, "error": error * (layer + 1), "alpha": None}
+            {
+                "layer": layer, "linear": linear, "error": error * (layer + 1), "alpha": None,
+                "image_share": 0.25 * layer, "error_text": 3 * error, "error_image": error / 2,
+            }
             for layer in range(3)
             for linear in LINEARS
         ],
@@ -97,10 +102,11 @@ def report(tmp_path_factory):
 def test_table_lines_up_within_100_columns():
     rows = [
         {
-            "format": "int8_smoothquant", "gqa_16bit": 100.0, "gqa": 0.0, "sees": False,
-            "bytes": 999_400_000_000, "bytes_16bit": 10_000_000_000, "verify": False,
+            "format": "int8_smoothquant", "gqa": 100.0, "change": -100.0, "p_value": 1e-30,
+            "interval": (-100.0, -100.0), "sees": False, "ratio": 99.94, "verify": False,
         },
         {"format": "fp8"},
+        {"format": "16 bit", "baseline": True},
     ]  # fmt: skip
     lines = table.render(rows).splitlines()
     assert max(map(len, lines)) <= 100
@@ -108,16 +114,18 @@ def test_table_lines_up_within_100_columns():
     assert len(bounds) == len(table.HEADER)
     worst = [lines[2][start:end].strip() for start, end in bounds]
     assert worst == [
-        "int8_smoothquant", "100.00 %", "0.00 %", "-100.00", "no longer looks", "999.40 GB",
-        "99.94x", "FAILED",
+        "int8_smoothquant", "100.00 %", "-100.00", "-100.00 to -100.00", "<0.001",
+        "no longer looks", "99.94x", "FAILED",
     ]  # fmt: skip
     assert [lines[3][start:end].strip() for start, end in bounds] == ["fp8"] + ["not run"] * 7
+    assert lines[4].split() == ["16", "bit", "not", "run"]
 
 
 def test_table_rows_come_from_the_facts():
-    (row,) = table.summarize(make_facts(make_format("fp8")))
+    first, row = table.summarize(make_facts(make_format("fp8")))
+    assert table.cells(first) == ("16 bit", "81.00 %", "", "", "", "", "", "")
     assert table.cells(row) == (
-        "fp8", "81.00 %", "77.00 %", "-4.00", "sees", "54.32 kB", "0.54x", "passed",
+        "fp8", "77.00 %", "-4.00", "-9.00 to +1.00", "0.620", "sees", "0.54x", "passed",
     )  # fmt: skip
 
 
@@ -154,7 +162,7 @@ def test_page_puts_problems_first(report):
     text = read(report).text
     assert "int4_awq: no longer looks: not a lot." in text
     assert "fp8: loses 4.00 points, its gate allows 0.5." in text
-    assert text.index("no longer looks: not a lot") < text.index("GQA 16 bit")
+    assert text.index("no longer looks: not a lot") < text.index("95 % interval")
 
 
 def test_broken_errors_and_failed_proofs_are_problems(tmp_path):
@@ -173,3 +181,70 @@ def test_what_was_not_run_is_said_and_old_plots_go(tmp_path):
     for text in ("GQA: not run", "fp8: not run", "Calibration: not run", "Export: not run"):
         assert text in found.text
     assert "No problem was found, but not all was run: fp8." in found.text
+
+
+def test_page_holds_the_error_of_every_linear(report):
+    found = read(report)
+    assert "details" in found.tags
+    for layer in range(3):  # of int4_awq
+        line = "\n".join([str(layer), *[f"{0.1 * (layer + 1):.4f}"] * 4])
+        assert line in found.text
+    assert "fp8: 12 linears" in found.text and "int4_awq: 12 linears" in found.text
+    worst = found.text.index("The 3 linears with the largest error")
+    assert worst < found.text.index("Every linear")
+
+
+def test_all_layers_are_there_once_whatever_their_number(tmp_path):
+    layers = [
+        {"layer": layer, "linear": linear, "error": layer + 0.5, "alpha": None}
+        for layer in range(33)
+        for linear in LINEARS
+    ]
+    item = make_format("fp8") | {"layers": layers[:-1]}  # the last linear has no error
+    page.write_report(tmp_path, make_facts(item))
+    text = read(tmp_path / "index.html").text.split("Every linear")[1].split("Verification")[0]
+    shown = re.findall(r"^(\d+\.\d{4})$", text, flags=re.MULTILINE)
+    assert sorted(map(float, shown)) == sorted(entry["error"] for entry in layers[:-1])
+    assert "32\n" + "32.5000\n" * 3 + "none" in text
+
+
+def test_modalities_are_compared_where_both_were_seen(report, tmp_path):
+    text = read(report).text.split("What the modality balance buys")[1].split("Medians")[0]
+    assert text.split() == [
+        "format", "linears", "image", "share", "error,", "text", "tokens", "error,", "image",
+        "tokens", "fp8", "12", "0.25", "0.0300", "0.0050", "int4_awq", "12", "0.25", "0.3000",
+        "0.0500",
+    ]  # fmt: skip
+    item = make_format("fp8")
+    for entry in item["layers"]:
+        entry["error_image"] = None
+    text = read(page.write_report(tmp_path, make_facts(item))).text
+    assert "modality balance" not in text
+
+
+@pytest.mark.parametrize("cache", ["none", "fp8"])
+def test_a_kv_cache_is_named(tmp_path, cache):
+    facts = make_facts(make_format("fp8")) | {"kv_cache": cache}
+    text = read(page.write_report(tmp_path, facts)).text
+    assert ("KV cache: fp8, in every format." in text) == (cache == "fp8")
+
+
+@pytest.mark.parametrize("images", [0, 6912])
+def test_calibration_on_text_alone_is_said(tmp_path, images):
+    facts = make_facts(make_format("fp8"))
+    facts["calibration"]["tokens"] = {"text": 300, "image": images}
+    text = read(page.write_report(tmp_path, facts)).text
+    assert f"image tokens\n{images:,}\n" in text.replace("\n\n", "\n")
+    assert ("No image tokens: calibrated on text only." in text) == (images == 0)
+
+
+def test_many_formats_are_told_apart_in_the_plot(tmp_path):
+    from matplotlib.axes import Axes
+
+    names = list(FORMATS)
+    drawn = []
+    with mock.patch.object(Axes, "plot", lambda *_, **style: drawn.append(style)):
+        plots.plot_layers({"formats": [make_format(name) for name in names]}, tmp_path / "x.png")
+    styles = {(s["label"], s["color"], s["marker"], s["linestyle"]) for s in drawn}
+    assert sorted(style[0] for style in styles) == sorted(names)
+    assert len({style[1:] for style in styles}) == len(names) > len(plots.SERIES)

@@ -125,12 +125,15 @@ def session(parallel: Mapping[str, Any]) -> Iterator[Session]:
     device, wire = _choose_device(local)
     _start_group(rank, world, "gloo" if wire.type == "cpu" else "cpu:gloo,cuda:nccl")
     parallel_state.initialize_model_parallel(tensor, pipeline)
+    whole = False
     try:
         t, p, d = layout.coordinates(rank)
         yield Session(layout, rank, t, p, d, device, wire)
+        whole = True
     finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+        if whole or world == 1:  # NCCL's shutdown waits for peers, and they for a rank that failed
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
 
 
 def local_world() -> int:

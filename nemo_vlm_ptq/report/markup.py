@@ -9,7 +9,7 @@ from typing import Any
 CSS = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, "Segoe UI", "Liberation Sans", sans-serif; color: #1d2329;
-  background: #fff; max-width: 960px; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
+  background: #fff; max-width: 1080px; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
 h1 { font-size: 1.6rem; margin: 0 0 .25rem; }
 h2 { font-size: 1.15rem; margin: 2.5rem 0 .6rem; padding-top: .6rem;
   border-top: 1px solid #dde2e7; }
@@ -32,6 +32,10 @@ td:last-child { overflow-wrap: break-word; min-width: 5rem; max-width: 40rem; }
 .alarm { border-left: 4px solid #a3260b; background: #fdf1ee; padding: .5rem .9rem; }
 .calm { border-left: 4px solid #00664b; background: #eef7f4; padding: .5rem .9rem; }
 .open { border-left: 4px solid #8a949e; background: #f3f5f7; padding: .5rem .9rem; }
+.compact { display: flex; flex-wrap: wrap; gap: 0 2.5rem; }
+.compact table { font-size: .8rem; }
+.compact th, .compact td { padding: .1rem .35rem; min-width: 0; }
+summary { cursor: pointer; padding: .15rem 0; }
 img { display: block; max-width: 100%; height: auto; margin: .6rem 0; }
 code { font: .9em/1.4 ui-monospace, "DejaVu Sans Mono", monospace; }
 """
@@ -68,6 +72,16 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Sequenc
 def picture(file: str, about: str) -> str:
     """An image that lies beside the page."""
     return f'<img src="{html.escape(file)}" alt="{html.escape(about)}">'
+
+
+def compact(parts: Iterable[str]) -> str:
+    """Tables in small letters, side by side where the page is wide enough."""
+    return f'<div class="compact">{"".join(parts)}</div>'
+
+
+def folded(title: str, part: str) -> str:
+    """A part that shows when its title is clicked on."""
+    return f"<details><summary>{html.escape(title)}</summary>{part}</details>"
 
 
 def missing(what: str, why: str = "not run") -> str:

@@ -5,17 +5,16 @@ It draws on plain facts only and looks nothing up, so the same facts give the sa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nemo_vlm_ptq.report import plots
-from nemo_vlm_ptq.report.markup import document, element, flatten, missing, picture, table
+from nemo_vlm_ptq.report.layers import finite, layer_parts
+from nemo_vlm_ptq.report.markup import compact, document, element, flatten, missing, picture, table
 from nemo_vlm_ptq.report.table import HEADER, cells, choose, percent, summarize
 
 FIRST_IDS = 4  # sample ids shown per rank
-WORST = 3  # linears shown per format
 
 Facts = Mapping[str, Any]
 
@@ -29,7 +28,8 @@ def write_report(folder: Path, facts: dict[str, Any]) -> Path:
             formats: [{name, about, targets, bytes, accuracy, swapped: evaluate.gqa.Score as a dict,
             comparison: evaluate.compare.Comparison as a dict, which may also hold
             gate: {limit, passed}, sees, verdict, verify: {passed, checks: [{name, passed, detail}],
-            logits: {name: number}}, layers: [{layer, linear, error, alpha}]}];
+            logits: {name: number}}, layers: [{layer, linear, error, alpha, image_share, error_text,
+            error_image}]}]; kv_cache: "none" or its numbers;
             baseline: {accuracy, swapped, bytes}; calibration: {samples, tokens: {image, text},
             ids_per_rank, data, seconds}; timings: [{stage, seconds}]. Only title and each format's
             name are needed: what is missing or None is shown as not run.
@@ -43,7 +43,7 @@ def write_report(folder: Path, facts: dict[str, Any]) -> Path:
         *_summary(facts),
         *_accuracy(facts, folder),
         *_bytes(facts, folder),
-        *_layers(facts, folder),
+        *layer_parts(facts, folder),
         *_verification(facts),
         *_calibration(facts),
         *_settings(facts),
@@ -75,15 +75,17 @@ def _summary(facts: Facts) -> list[str]:
         verdict = [element("p", "Every checkpoint passed verification and still sees.", "calm")]
     rows = [cells(row) for row in summarize(facts)]
     about = [(f["name"], f.get("about", ""), ", ".join(f.get("targets") or ())) for f in formats]
+    cache = facts.get("kv_cache") or "none"
+    kv = [] if cache == "none" else [element("p", f"KV cache: {cache}, in every format.")]
+    note = (
+        "GQA is read back from the exported checkpoint; change is in points against 16 bit, p is "
+        "McNemar's, of no change at all; ratio is of the bytes of the whole checkpoint."
+    )
     return [
         *verdict,
-        table(HEADER, rows, numbers=(1, 2, 3, 5, 6)),
-        element(
-            "p",
-            "GQA now is read back from the exported checkpoint; differences are in points; "
-            "bytes and ratio are of the whole checkpoint.",
-            "note",
-        ),
+        table(HEADER, rows, numbers=range(1, 5)),
+        element("p", note, "note"),
+        *kv,
         table(("format", "what it is", "written for"), about),
     ]
 
@@ -95,7 +97,7 @@ def _problems(item: Facts) -> list[str]:
         found.append(f"{item['name']}: verification FAILED; do not use this checkpoint.")
     if item.get("sees") is False:
         found.append(f"{item['name']}: {item.get('verdict') or 'no longer looks'}.")
-    broken = sum(not _finite(entry["error"]) for entry in item.get("layers") or ())
+    broken = sum(not finite(entry["error"]) for entry in item.get("layers") or ())
     if broken:
         found.append(f"{item['name']}: the output error of {broken} linears is not a number.")
     pair = item.get("comparison") or {}
@@ -169,7 +171,7 @@ def _kinds(facts: Facts) -> list[str]:
     header = ("kind", "questions", *(name for name, _ in found))
     return [
         element("h3", "By kind of question"),
-        table(header, rows, numbers=range(1, len(header))),
+        compact([table(header, rows, numbers=range(1, len(header)))]),
     ]
 
 
@@ -178,29 +180,6 @@ def _bytes(facts: Facts, folder: Path) -> list[str]:
     if not plots.plot_bytes(facts, folder / "bytes.png"):
         return [*parts, missing("Export")]
     return [*parts, picture("bytes.png", "Checkpoint bytes of each format beside 16 bit")]
-
-
-def _layers(facts: Facts, folder: Path) -> list[str]:
-    """Where the error arises, and the linears that a mixed precision would spare first."""
-    parts = [element("h2", "Error by layer")]
-    if plots.plot_layers(facts, folder / "layers.png"):
-        about = "Relative output error of every linear, over the layers"
-        parts.append(picture("layers.png", about))
-    rows = []
-    for item in facts["formats"]:
-        known = [entry for entry in item.get("layers") or () if entry["error"] is not None]
-        known.sort(key=lambda e: e["error"] if _finite(e["error"]) else math.inf, reverse=True)
-        for entry in known[:WORST]:
-            alpha = entry.get("alpha")
-            rows.append((
-                item["name"], entry["layer"], entry["linear"], f"{entry['error']:.4g}",
-                "none" if alpha is None else f"{alpha:.2f}",
-            ))  # fmt: skip
-    if not rows:
-        return [*parts, missing("Error by layer")]
-    header = ("format", "layer", "linear", "relative output error", "alpha")
-    title = element("h3", f"The {WORST} linears with the largest error")
-    return [*parts, title, table(header, rows, numbers=(1, 3, 4))]
 
 
 def _verification(facts: Facts) -> list[str]:
@@ -236,6 +215,8 @@ def _calibration(facts: Facts) -> list[str]:
         ("time", "unknown" if seconds is None else f"{seconds:,.1f} s"),
     ]
     parts.append(table(("what", "value"), rows))
+    if tokens.get("image") == 0:
+        parts.append(element("p", "No image tokens: calibrated on text only.", "bad"))
     if ranks:
         shares = []
         for rank, ids in enumerate(ranks):
@@ -259,10 +240,6 @@ def _settings(facts: Facts) -> list[str]:
         parts.append(element("h2", title))
         parts.append(table((key, "value"), rows) if rows else missing(title, "not recorded"))
     return parts
-
-
-def _finite(value: float | None) -> bool:
-    return value is None or math.isfinite(value)
 
 
 def _number(value: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#6B6B6B"
-SERIES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"))
+SERIES = (
+    ("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"),
+    ("#56B4E9", "P"), ("#000000", "X"), ("#6B6B6B", "<"),
+)  # fmt: skip
+DASHES = ("-", "--", ":")  # of the first, second and third round of colours
 LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 STYLE: Any = {
     "font.size": 10,
@@ -27,6 +31,8 @@ STYLE: Any = {
     "legend.frameon": False,
 }
 DPI = 150
+UPRIGHT = 7  # names that stand side by side
+LEGEND = 5  # names in a row of a legend
 WIDTH = 9.2  # inches, of every figure, so that their letters are of one size on the page
 
 
@@ -49,7 +55,9 @@ def plot_accuracy(facts: Mapping[str, Any], path: Path) -> bool:
         axes = figure.add_subplot()
         _score_points(axes, [item.get("accuracy") for _, item in groups], -0.1, "own image")
         _score_points(axes, [item.get("swapped") for _, item in groups], 0.1, "swapped image")
-        axes.set_xticks(range(len(groups)), [name for name, _ in groups])
+        slanted: Any = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
+        names = [name for name, _ in groups]
+        axes.set_xticks(range(len(groups)), names, **(slanted if len(groups) > UPRIGHT else {}))
         axes.set_xlim(-0.5, len(groups) - 0.35)
         axes.set_ylim(*_score_limits([item for _, item in groups]))
         axes.set_ylabel("GQA accuracy, %")
@@ -98,8 +106,7 @@ def plot_layers(facts: Mapping[str, Any], path: Path) -> bool:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     formats = [item for item in facts.get("formats") or () if item.get("layers")]
-    found = {entry["linear"] for item in formats for entry in item["layers"]}
-    kinds = [kind for kind in LINEARS if kind in found] + sorted(found.difference(LINEARS))
+    kinds = kinds_of(entry["linear"] for item in formats for entry in item["layers"])
     errors = [entry["error"] for item in formats for entry in item["layers"]]
     errors = [error for error in errors if _drawable(error)]
     if not errors:
@@ -108,7 +115,7 @@ def plot_layers(facts: Mapping[str, Any], path: Path) -> bool:
     steps = (1.0, 2.0, 5.0) if high / low < 1000 else (1.0,)
     rows = math.ceil(len(kinds) / 2)
     with rc_context(STYLE):
-        figure = _figure(2.5 * rows + 0.8)
+        figure = _figure(2.5 * rows + 0.6 + 0.25 * -(-len(formats) // LEGEND))
         panels = figure.subplots(rows, 2, sharex=True, sharey=True, squeeze=False)
         for axes, kind in zip(panels.flat, kinds, strict=False):
             _layer_lines(axes, formats, kind)
@@ -124,9 +131,15 @@ def plot_layers(facts: Mapping[str, Any], path: Path) -> bool:
         figure.supxlabel("layer", fontsize=10)
         figure.supylabel("relative output error", fontsize=10)
         handles, labels = panels.flat[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+        figure.legend(handles, labels, loc="outside upper center", ncols=min(LEGEND, len(labels)))
         figure.savefig(path, dpi=DPI)
     return True
+
+
+def kinds_of(linears: Iterable[str]) -> list[str]:
+    """Each kind of linear once, in the order of the forward."""
+    found = set(linears)
+    return [kind for kind in LINEARS if kind in found] + sorted(found.difference(LINEARS))
 
 
 def _figure(height: float) -> Figure:
@@ -171,14 +184,14 @@ def _score_limits(items: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
 def _layer_lines(axes: Axes, formats: Sequence[Mapping[str, Any]], kind: str) -> None:
     """The lines of one panel."""
     for i, item in enumerate(formats):
-        color, marker = SERIES[i % len(SERIES)]
+        (color, marker), dashes = SERIES[i % len(SERIES)], DASHES[i // len(SERIES) % len(DASHES)]
         entries = sorted(
             (entry["layer"], entry["error"]) for entry in item["layers"] if entry["linear"] == kind
         )
         errors = [error if _drawable(error) else math.nan for _, error in entries]
         axes.plot(
             [layer for layer, _ in entries], errors, color=color, marker=marker,
-            markersize=4, linewidth=1.4, label=item["name"],
+            markersize=4, linewidth=1.4, linestyle=dashes, label=item["name"],
         )  # fmt: skip
 
 

@@ -6,63 +6,75 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 NOT_RUN = "not run"
-HEADER = (
-    "format", "GQA 16 bit", "GQA now", "difference", "sight", "bytes", "ratio", "verify",
-)  # fmt: skip
+HEADER = ("format", "GQA", "change", "95 % interval", "p", "sight", "ratio", "verify")
+LEFT = ("format", "sight", "verify")  # columns of words
 
 
 def summarize(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the table from a report's facts (see page.write_report); None where not run."""
+    """Rows of the table from a report's facts (see page.write_report); None where not run.
+
+    The first is the 16 bit model, which nothing is compared with.
+    """
     baseline = facts.get("baseline") or {}
-    return [
-        {
+    rows = [{"format": "16 bit", "baseline": True, "gqa": _accuracy(baseline)}]
+    for item in facts.get("formats") or ():
+        pair, size, whole = item.get("comparison") or {}, item.get("bytes"), baseline.get("bytes")
+        rows.append({
             "format": item["name"],
-            "gqa_16bit": _accuracy(baseline),
             "gqa": _accuracy(item),
+            "change": pair.get("difference"),
+            "interval": pair.get("interval"),
+            "p_value": pair.get("p_value"),
             "sees": item.get("sees"),
-            "bytes": item.get("bytes"),
-            "bytes_16bit": baseline.get("bytes"),
+            "ratio": size / whole if size is not None and whole else None,
             "verify": (item.get("verify") or {}).get("passed"),
-        }
-        for item in facts.get("formats") or ()
-    ]
+        })  # fmt: skip
+    return rows
 
 
 def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     """One row as text, in the order of HEADER.
 
     Args:
-        row: format; gqa_16bit and gqa in percent; sees, verify: bool; bytes and bytes_16bit. All
-            but the format may be missing or None: not run.
+        row: format; gqa in percent; change: points against 16 bit, interval: two of them; p_value;
+            sees, verify: bool; ratio: bytes against 16 bit. All but the format may be missing or
+            None: not run. A row with `baseline` has nothing behind its gqa.
     """
-    before, now = row.get("gqa_16bit"), row.get("gqa")
-    size, whole = row.get("bytes"), row.get("bytes_16bit")
+    first = (str(row["format"]), percent(row.get("gqa")))
+    if row.get("baseline"):
+        return (*first, *[""] * (len(HEADER) - 2))
+    change, interval, ratio = (row.get(key) for key in ("change", "interval", "ratio"))
     return (
-        str(row["format"]),
-        percent(before),
-        percent(now),
-        NOT_RUN if before is None or now is None else f"{now - before:+.2f}",
+        *first,
+        NOT_RUN if change is None else f"{change:+.2f}",
+        NOT_RUN if interval is None else f"{interval[0]:+.2f} to {interval[1]:+.2f}",
+        chance(row.get("p_value")),
         choose(row.get("sees"), "sees", "no longer looks"),
-        NOT_RUN if size is None else size_text(size),
-        f"{size / whole:.2f}x" if size is not None and whole else NOT_RUN,
+        NOT_RUN if ratio is None else f"{ratio:.2f}x",
         choose(row.get("verify"), "passed", "FAILED"),
     )
 
 
 def render(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The whole table, aligned, at most 100 columns wide; differences are in points."""
+    """The whole table, aligned, at most 100 columns wide; changes are in points."""
     lines = [HEADER, *(cells(row) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
-    left = {0, HEADER.index("sight"), HEADER.index("verify")}
     texts = []
     for line in lines:
         parts = [
-            cell.ljust(width) if i in left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            cell.ljust(width) if name in LEFT else cell.rjust(width)
+            for name, cell, width in zip(HEADER, line, widths, strict=True)
         ]
         texts.append("  ".join(parts).rstrip())
     rule = "  ".join("-" * width for width in widths)
     return "\n".join([texts[0], rule, *texts[1:]])
+
+
+def chance(value: float | None) -> str:
+    """A p value, or "not run"."""
+    if value is None:
+        return NOT_RUN
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def percent(value: float | None, digits: int = 2) -> str:

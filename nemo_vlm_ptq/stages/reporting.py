@@ -37,6 +37,7 @@ def collect(job: Job) -> dict[str, Any]:
         "versions": store.versions(),
         "recipe": plan.recipe.model_dump(mode="json"),
         "layout": str(job.session.layout),
+        "kv_cache": plan.recipe.quantize.kv_cache,
         "formats": [_format_facts(job, fmt) for fmt in plan.formats],
         "baseline": baseline | {"bytes": total_bytes(plan.tensors)},
         "calibration": observed["facts"] | {"data": observed["settings"].get("data")},

@@ -1,0 +1,124 @@
+"""The layout that `auto` stands for: the smallest model parallelism whose rank fits a GPU.
+
+Data parallel ranks need no word between them, so they come first; tensor parallel only where the
+model asks for it, pipeline last. Chosen once, from shapes and the machine alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from nemo_vlm_ptq.errors import UserError
+from nemo_vlm_ptq.forecast import observe_bytes
+from nemo_vlm_ptq.parallel import divisors
+from nemo_vlm_ptq.plan import Plan, calibrating_sizes
+from nemo_vlm_ptq.recipe import Parallel
+
+SHARE = 0.9  # of a GPU's memory that a rank may take
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where ranks run.
+
+    ranks: how many run, or can be started with a GPU each; node: of them on one host; memory:
+    bytes of a GPU that a rank has at least, None without GPUs; started: they run already, and all
+    must be used.
+    """
+
+    ranks: int
+    node: int
+    memory: int | None
+    started: bool = False
+
+
+def lay_out(plan: Plan, machine: Callable[[], Machine]) -> tuple[Plan, str]:
+    """The plan with numbers for `auto`, and why these; the machine is asked for only then.
+
+    Data parallel stays as it is: `auto` there is what is left of the ranks.
+
+    Raises:
+        UserError: no layout on this machine holds the model.
+    """
+    if "auto" not in (plan.recipe.parallel.tensor, plan.recipe.parallel.pipeline):
+        return plan, ""
+    parallel, why = choose(plan, machine())
+    recipe = plan.recipe.model_copy(update={"parallel": parallel})
+    return replace(plan, recipe=recipe), why
+
+
+def choose(plan: Plan, machine: Machine) -> tuple[Parallel, str]:
+    """The first layout that fits, fewest pipeline stages first, then fewest tensor ranks.
+
+    Raises:
+        UserError: none fits; says what a rank of the best one needs.
+    """
+    wanted = plan.recipe.parallel
+    if machine.memory is None:
+        alone = {key: 1 for key in ("tensor", "pipeline") if getattr(wanted, key) == "auto"}
+        return wanted.model_copy(update=alone), "there is no GPU"
+    needs = {}
+    for tensor, pipeline in _candidates(plan, machine):
+        need = needs[tensor, pipeline] = observe_bytes(plan, tensor, pipeline)
+        if need <= SHARE * machine.memory:
+            left = machine.ranks // (tensor * pipeline)
+            data = left if wanted.data == "auto" else wanted.data
+            why = f"fits in {need / 1e9:,.1f} of {machine.memory / 1e9:,.1f} GB"
+            return Parallel(tensor=tensor, pipeline=pipeline, data=data), why
+    raise UserError(_refusal(wanted, machine, needs))
+
+
+def _candidates(plan: Plan, machine: Machine) -> Iterator[tuple[int, int]]:
+    """(tensor, pipeline) that the model and the ranks allow, in the order of preference."""
+    wanted, layers = plan.recipe.parallel, plan.decoder.layers
+    stages = divisors(layers) if wanted.pipeline == "auto" else [wanted.pipeline]
+    sizes = calibrating_sizes(plan) if wanted.tensor == "auto" else [wanted.tensor]
+    for pipeline in stages:
+        for tensor in sizes:
+            if _makes_up(wanted, machine, tensor, pipeline):
+                yield tensor, pipeline
+
+
+def _makes_up(wanted: Parallel, machine: Machine, tensor: int, pipeline: int) -> bool:
+    """There are ranks for the layout, and none that must be left out."""
+    replicas, left = divmod(machine.ranks, tensor * pipeline)
+    data = max(1, replicas) if wanted.data == "auto" else wanted.data
+    if not machine.started:
+        return data <= replicas
+    return data == replicas and not left and machine.node % tensor == 0
+
+
+def _refusal(wanted: Parallel, machine: Machine, needs: Mapping[tuple[int, int], int]) -> str:
+    if not needs:
+        return (
+            f"parallel: no tensor size that works makes up {machine.ranks} ranks with pipeline "
+            f"{wanted.pipeline} x data {wanted.data}; change their number"
+        )
+    tensor, pipeline = min(needs, key=lambda layout: needs[layout])
+    assert machine.memory is not None
+    more = "" if wanted.pipeline == "auto" else "parallel.pipeline=auto, "
+    return (
+        f"no layout of {machine.ranks} ranks fits: at TP {tensor} x PP {pipeline} one takes "
+        f"{needs[tensor, pipeline] / 1e9:,.1f} GB in observe, and {SHARE:.0%} of its GPU are "
+        f"{SHARE * machine.memory / 1e9:,.1f} GB; use {more}a smaller calibration.micro_batch or "
+        f"more GPUs, or set parallel.tensor={tensor} to try"
+    )
+
+
+def this_machine() -> Machine:
+    """The GPUs of this host, or, on a rank, what the ranks that run have."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    memory = None
+    if gpus:
+        memory = min(torch.cuda.get_device_properties(i).total_memory for i in range(gpus))
+    world = os.environ.get("WORLD_SIZE")
+    if world is None:
+        return Machine(max(1, gpus), max(1, gpus), memory)
+    node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if memory is not None:
+        memory //= -(-node // gpus)  # ranks may share a GPU
+    return Machine(int(world), node, memory, started=True)
