@@ -103,12 +103,12 @@ FORMATS: dict[str, QuantFormat] = {
             ("hf",), 8, "weights int8 per channel, activations 16 bit",
         ),
         QuantFormat(
-            "int4_wo", "int4", "group", None, "max", "W4A16", "INT4_BLOCKWISE_WEIGHT_ONLY_CFG",
+            "int4_wo", "int4", "group", None, "max", "W4A16_AWQ", "INT4_BLOCKWISE_WEIGHT_ONLY_CFG",
             ("hf",), 4, "weights int4 in groups, activations 16 bit",
         ),
         QuantFormat(
             "nf4", "nf4", "group", None, "max", "NF4", "",
-            ("hf",), 4.13, "weights NF4 in blocks of 64, double quantization, as bitsandbytes has it",
+            ("hf",), 4.13, "weights NF4 in blocks of 64, doubly quantized, as bitsandbytes has it",
             block=NF4_BLOCK,
         ),
     )

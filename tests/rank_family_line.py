@@ -16,13 +16,13 @@ STAGES = ("import", "observe", "solve", "export", "verify")
 FORMS = ("hf_source", "megatron", "quantized", "trtllm", "hf")
 
 
-def job(own, home, formats):
-    """A model folder's job: in bfloat16, for two inference ranks."""
+def job(own, home, formats, kv_cache="none"):
+    """A model folder's job: in bfloat16, for two inference ranks; a work folder a KV cache."""
     recipe = Recipe(
         model=str(home / "model"),
-        workdir=str(home / "work"),
+        workdir=str(home / ("work" if kv_cache == "none" else kv_cache)),
         parallel=vars(own.layout),
-        quantize={"format": formats},
+        quantize={"format": formats, "kv_cache": kv_cache},
         calibration={"data": "scenes", "samples": 8, "micro_batch": 2},
         export={"targets": ("trtllm", "hf"), "tensor": 2, "dtype": "bfloat16"},
     )
@@ -35,6 +35,7 @@ def main():
         for home in sorted(Path(sys.argv[1]).iterdir()):
             run_stages(job(own, home, tuple(FORMATS)), STAGES)
             ask(own, home)
+            run_stages(job(own, home, ("nvfp4",), "fp8"), STAGES)
 
 
 def ask(own, home):

@@ -24,6 +24,7 @@ REFERENCES = {
     "phi": (reference_phi.Phi(0), reference_phi),
     "vila": (reference_vila.Vila(0), reference_vila),
 }
+LONG = 900  # seconds for three families in every format
 HALF = 2.0**-5  # of logits near 1, after weights were rounded to bfloat16
 
 
@@ -45,7 +46,7 @@ def lines(tmp_path_factory):
         if asked.sizes is not None:
             tensors["image_sizes"] = asked.sizes
         save_file(tensors, home / name / "inputs.safetensors")
-    code, _, err = models.launch([*models.main_of("rank_family_line"), home], 2)
+    code, _, err = models.launch([*models.main_of("rank_family_line"), home], 2, LONG)
     assert code == 0, err[-3000:]
     return home
 
@@ -61,6 +62,14 @@ def test_every_format_of_every_family_is_verified(lines, name, fmt):
     assert result["passed"]
     done = {check["name"].split()[0] for check in result["checks"]}
     assert done == set(FORMATS[fmt].targets)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_rounded_kv_cache_of_every_family_is_verified(lines, name):
+    result = store.read_json(lines / name / "fp8" / "nvfp4" / "verify.json")
+    assert result["passed"]
+    done = [check["name"] for check in result["checks"]]
+    assert {"trtllm KV scales", "hf KV scales"} <= set(done)
 
 
 @pytest.mark.parametrize("name", WHOLE)

@@ -10,34 +10,37 @@ from pathlib import Path
 import models
 import pytest
 import torch
-from conftest import Export
 
-from nemo_vlm_ptq import store
-from nemo_vlm_ptq.errors import ProofError
 from nemo_vlm_ptq.formats import FORMATS
 from nemo_vlm_ptq.verify.contract import check_contract
 
 WRITTEN = [(name, target) for name, row in FORMATS.items() for target in row.targets]
-AWQ = [name for name, row in FORMATS.items() if row.algorithm == "awq"]
-SCALED = [name for name, row in FORMATS.items() if row.prequant]
+SCALED = [name for name, row in FORMATS.items() if row.prequant and "trtllm" in row.targets]
+AWQ = [name for name in SCALED if FORMATS[name].algorithm == "awq"]
+NIBBLES = [(name, target) for name, target in WRITTEN if FORMATS[name].weight in ("nvfp4", "nf4")]
+SECOND = [
+    (name, target)
+    for name, target in WRITTEN
+    if FORMATS[name].weight == "nvfp4" or FORMATS[name].weight_second
+]
+LOW_RANK = [name for name, row in FORMATS.items() if row.low_rank]
 LAYER = {"trtllm": "transformer.layers.1.", "hf": "language_model.model.layers.1."}
 DOWN = {"trtllm": "mlp.proj.", "hf": "mlp.down_proj."}
 SCALE = {"trtllm": "weights_scaling_factor", "hf": "weight_scale"}
 VISION = Path("vision", models.WEIGHTS)
-UNNOTICED = pytest.fail.Exception  # of pytest.raises, when nothing was
 
 each_export = pytest.mark.parametrize(("name", "target"), WRITTEN)
 
 
-def weight_of(target):
+def weight_of(name, target):
     return LAYER[target] + DOWN[target] + "weight"
 
 
-def scale_of(target):
-    return LAYER[target] + DOWN[target] + SCALE[target]
+def scale_of(name, target):
+    return LAYER[target] + DOWN[target] + ("weight.absmax" if name == "nf4" else SCALE[target])
 
 
-def norm_of(target):
+def norm_of(name, target):
     return LAYER[target] + "input_layernorm.weight"
 
 
@@ -58,7 +61,7 @@ def test_a_flipped_byte_changes_the_hash_of_its_file(export, name, target):
 @each_export
 def test_one_wrong_code_is_found_in_the_weights(export, name, target):
     def wrong(tensors):
-        tensors[weight_of(target)].view(torch.uint8)[7, 5] ^= 0x40
+        tensors[weight_of(name, target)].view(torch.uint8).view(-1)[777] ^= 0x40
 
     damaged = export(name, target)
     damaged.change(wrong)
@@ -69,9 +72,9 @@ def test_one_wrong_code_is_found_in_the_weights(export, name, target):
 @each_export
 def test_a_missing_tensor_is_found(export, name, target, lost):
     damaged = export(name, target)
-    damaged.change(lambda tensors: tensors.pop(lost(target)))
+    damaged.change(lambda tensors: tensors.pop(lost(name, target)))
     assert damaged.changed()
-    assert damaged.sign().findings() & {"contract", "coverage", "read"}
+    assert damaged.sign().findings() & {"contract", "coverage", "read", "set"}
 
 
 @each_export
@@ -85,9 +88,9 @@ def test_an_extra_tensor_is_found(export, name, target):
 @each_export
 def test_a_wrong_dtype_is_found(export, name, target, changed):
     def cast(tensors):
-        tensor = tensors[changed(target)]
+        tensor = tensors[changed(name, target)]
         wrong = torch.float32 if tensor.dtype == torch.bfloat16 else torch.bfloat16
-        tensors[changed(target)] = tensor.to(wrong)
+        tensors[changed(name, target)] = tensor.to(wrong)
 
     damaged = export(name, target)
     damaged.change(cast)
@@ -96,14 +99,14 @@ def test_a_wrong_dtype_is_found(export, name, target, changed):
     assert found and ("contract" in found or target == "hf")
 
 
-def swap_gate_and_up(tensors, target):
+def swap_gate_and_up(tensors, name, target):
     names = ("mlp.gate_proj.", "mlp.up_proj.") if target == "hf" else ("mlp.fc.", "mlp.gate.")
     for key in [key for key in tensors if key.startswith(LAYER[target] + names[0])]:
         other = key.replace(*names)
         tensors[key], tensors[other] = tensors[other], tensors[key]
 
 
-def misplace_k(tensors, target):
+def misplace_k(tensors, name, target):
     """k before q where they lie in one tensor; else k for v, which have one shape."""
     if target == "hf":
         for key in [key for key in tensors if LAYER[target] + "self_attn.k_proj" in key]:
@@ -117,29 +120,61 @@ def misplace_k(tensors, target):
             tensors[LAYER[target] + key] = torch.cat([k, *q, v]).view(tensor.dtype)
 
 
-def double_scale(tensors, target):
-    tensors[scale_of(target)] *= 2
+def double_scale(tensors, name, target):
+    key = scale_of(name, target).replace("weight.absmax", "weight.nested_absmax")
+    tensors[key] = (tensors[key].float() * 2).to(tensors[key].dtype)
 
 
-def halve_last_scale(tensors, target):
-    tensors[scale_of(target)].view(-1)[-1] /= 2
+def spoil_last_scale(tensors, name, target):
+    """Half as large; nf4 keeps an index into a table of scales."""
+    scale = tensors[scale_of(name, target)].view(-1)
+    scale[-1:] = 255 - scale[-1:] if name == "nf4" else (scale[-1:].float() / 2).to(scale.dtype)
 
 
-def exchange_layers(tensors, target):
+def exchange_layers(tensors, name, target):
     for key in [key for key in tensors if key.startswith(LAYER[target] + "mlp")]:
         other = key.replace("layers.1.", "layers.2.")
         tensors[key], tensors[other] = tensors[other], tensors[key]
 
 
 @pytest.mark.parametrize(
-    "damage", [swap_gate_and_up, misplace_k, double_scale, halve_last_scale, exchange_layers]
+    "damage", [swap_gate_and_up, misplace_k, double_scale, spoil_last_scale, exchange_layers]
 )
 @each_export
 def test_tensors_in_the_wrong_place_are_found_in_the_weights(export, name, target, damage):
     damaged = export(name, target)
-    damaged.change(lambda tensors: damage(tensors, target))
+    damaged.change(lambda tensors: damage(tensors, name, target))
     assert damaged.changed()
     assert damaged.sign().findings() == {"weights"}
+
+
+@pytest.mark.parametrize(("name", "target"), NIBBLES)
+def test_nibbles_in_the_other_order_are_found(export, name, target):
+    def swap(tensors):
+        weight = tensors[weight_of(name, target)]
+        weight[:] = (weight << 4) | (weight >> 4)
+
+    damaged = export(name, target)
+    damaged.change(swap)
+    assert damaged.sign().findings() == {"weights"}
+
+
+@pytest.mark.parametrize(("name", "target"), SECOND)
+def test_a_missing_second_scale_is_found(export, name, target):
+    damaged = export(name, target)
+    damaged.change(lambda tensors: tensors.pop(scale_of(name, target) + "_2"))
+    assert damaged.sign().findings() == ({"contract", "read"} if target == "trtllm" else {"read"})
+
+
+@pytest.mark.parametrize("part", ["svdquant_lora_a", "svdquant_lora_b"])
+@pytest.mark.parametrize("name", LOW_RANK)
+def test_a_missing_or_empty_low_rank_branch_is_found(export, name, part):
+    key = LAYER["hf"] + DOWN["hf"] + part
+    damaged = export(name, "hf")
+    damaged.change(lambda tensors: tensors[key].zero_())
+    assert damaged.sign().findings() == {"weights"}
+    damaged.change(lambda tensors: tensors.pop(key))
+    assert damaged.sign().findings() == {"read"}
 
 
 @pytest.mark.parametrize("name", SCALED)
@@ -183,7 +218,7 @@ def test_a_config_under_which_scales_are_lost_is_found(export, name, key):
     for change in (lambda block: block.pop(key), lambda block: block.update({key: False})):
         damaged = export(name)
         damaged.configure(lambda config, change=change: change(config["quantization"]))
-        assert damaged.sign().findings() == {"contract"}
+        assert "contract" in damaged.sign().findings()
         shutil.rmtree(damaged.folder)
 
 
@@ -200,77 +235,3 @@ def test_a_config_of_the_wrong_kind_is_a_finding_and_not_a_bug(export, key):
     damaged = export("fp8")
     damaged.configure(lambda config: config.update({key: None}))
     assert check_contract(damaged.folder / "llm")
-
-
-def test_the_stage_passes_every_check_of_an_undamaged_export(proving):
-    result = proving[0]()
-    assert result["passed"] and all(check["passed"] for check in result["checks"])
-    assert {check["name"].split()[0] for check in result["checks"]} == {"trtllm", "hf"}
-
-
-def test_damage_done_after_the_stage_passed_is_found_when_it_runs_again(proving):
-    run, folder = proving
-    run()
-    Export(folder / "trtllm", "trtllm").change(flip_bit, VISION)
-    with pytest.raises(ProofError, match="was changed after it was written"):
-        run()
-
-
-def test_a_doubled_activation_scale_is_found(proving):
-    run, folder = proving
-    damaged = Export(folder / "trtllm", "trtllm")
-    key = LAYER["trtllm"] + "mlp.proj.activation_scaling_factor"
-    damaged.change(lambda tensors: tensors[key].mul_(2))
-    damaged.sign()
-    with pytest.raises(ProofError):
-        run()
-
-
-def lose_vision(folder):
-    (folder / "trtllm" / VISION).unlink()
-
-
-def lose_hf_scale(folder):
-    Export(folder / "hf", "hf").change(lambda tensors: tensors.pop(scale_of("hf")))
-
-
-def add_to_hf(folder):
-    Export(folder / "hf", "hf").change(lambda tensors: tensors.update(more=torch.zeros(3)))
-
-
-def add_to_vision(folder):
-    change = {"more": torch.zeros(3)}
-    Export(folder / "trtllm", "trtllm").change(lambda tensors: tensors.update(change), VISION)
-
-
-def lose_mapping(folder):
-    Export(folder / "trtllm", "trtllm").configure(lambda config: config.pop("mapping"))
-
-
-@pytest.mark.parametrize(
-    "damage", [lose_vision, lose_hf_scale, add_to_hf, add_to_vision, lose_mapping]
-)
-def test_damage_ends_the_stage_with_a_finding_and_not_with_a_bug(proving, damage):
-    run, folder = proving
-    damage(folder)
-    with pytest.raises(ProofError):
-        run()
-    assert not store.read_json(folder / "verify.json")["passed"]
-
-
-@pytest.mark.parametrize(
-    ("name", "change"),
-    [
-        ("trtllm/llm/config.json", {"rotary_base": 500000.0}),
-        ("hf/hf_quant_config.json", {"quantization": {"quant_algo": "FP8"}}),
-        ("hf/model.safetensors.index.json", {"weight_map": {}}),
-    ],
-)
-def test_a_config_that_serves_another_model_is_found(proving, name, change):
-    run, folder = proving
-    target, _, file = name.partition("/")
-    damaged = Export(folder / target, target)
-    damaged.configure(lambda config: config.update(change), file)
-    damaged.sign()
-    with pytest.raises(ProofError):
-        run()

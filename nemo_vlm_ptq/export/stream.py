@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
+from nemo_vlm_ptq.export import nf4
 from nemo_vlm_ptq.families.base import Decoder
-from nemo_vlm_ptq.formats import QuantFormat
+from nemo_vlm_ptq.formats import Kind, KvFormat, QuantFormat
 from nemo_vlm_ptq.mapping.layouts import give
 from nemo_vlm_ptq.mapping.rows import Row
-from nemo_vlm_ptq.numerics import encode, scale_of
+from nemo_vlm_ptq.numerics import encode, nvfp4_scales, scale_of
 
 ReadTensors = Callable[[Iterable[str]], Mapping[str, torch.Tensor]]
 
@@ -26,18 +27,30 @@ ReadTensors = Callable[[Iterable[str]], Mapping[str, torch.Tensor]]
 class Packed:
     """One part of a quantized linear: q, k, v, gate or up by itself, or a whole other linear.
 
-    codes [O,K] float8_e4m3fn or int8 (int4 not packed yet) or uint8 nibbles (nvfp4, nf4, not packed
-    yet); scale [], [O] or [O,G], float32 or, for nvfp4, float8_e4m3fn; scale_2 [] (W4A8, nvfp4),
-    input_scale [], prequant [K], low_rank_a [r,K], low_rank_b [O,r]; None where the format has none.
+    (nf4: a whole Hugging Face tensor, if parts lie in one.) codes [O,K], none packed yet:
+    float8_e4m3fn, int8 (int8, int4) or uint8 nibbles (nvfp4, nf4); scale [], [O] or [O,G], float32
+    or, for nvfp4, float8_e4m3fn; scale_2 [] (W4A8, nvfp4), input_scale [], prequant [K],
+    low_rank_a [r,K], low_rank_b [O,r]; double: nf4's absmaxes as they are stored. None where the
+    format has none.
     """
 
+    kind: Kind
     codes: torch.Tensor
     scale: torch.Tensor
-    scale_2: torch.Tensor | None
-    input_scale: torch.Tensor | None
-    prequant: torch.Tensor | None
+    scale_2: torch.Tensor | None = None
+    input_scale: torch.Tensor | None = None
+    prequant: torch.Tensor | None = None
     low_rank_a: torch.Tensor | None = None
     low_rank_b: torch.Tensor | None = None
+    double: nf4.Double | None = None
+
+
+@dataclass(frozen=True)
+class KvScales:
+    """Scales [] float32 of a layer's cached keys and values."""
+
+    key: torch.Tensor
+    value: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -51,25 +64,69 @@ class Piece:
 Layer = dict[str, Piece]  # by Megatron's name without its prefix: linear_qkv, input_layernorm, ...
 
 
+def kv_scales(key_amax: torch.Tensor, value_amax: torch.Tensor, kv: KvFormat) -> KvScales:
+    """Scales from the largest |key| and |value| [] of a layer.
+
+    nvfp4's is amax / 448 like fp8's, as modelopt 0.47 exports and TensorRT-LLM 1.2 reads it: blocks
+    of 16 get their e4m3 scales in units of it.
+    """
+    kind: Kind = "fp8" if kv.kind == "nvfp4" else kv.kind
+    return KvScales(scale_of(key_amax, kind), scale_of(value_amax, kind))
+
+
+def group_settings(fmt: QuantFormat, group: int) -> dict[str, Any]:
+    """What the quantization block of a config file says about groups of inputs."""
+    if not fmt.grouped:
+        return {}
+    size: dict[str, Any] = {"group_size": fmt.group(group)}
+    if fmt.prequant or fmt.weight == "int4":
+        size |= {"has_zero_point": False, "pre_quant_scale": fmt.prequant}
+    return size
+
+
 def pack_row(
     row: Row, weight: torch.Tensor, scales: Any, fmt: QuantFormat, decoder: Decoder
 ) -> tuple[Packed, ...]:
     """The parts of one row, from Megatron's whole weight and its scales."""
-    scale = scale_of(scales.weight_amax, fmt.weight)
-    codes = encode(weight, scales.weight_amax, fmt.weight)
     sizes = decoder.sizes(1)
-    whole_codes = give(row.layout, codes.view(torch.int8), sizes)
-    whole_scale = (
-        give(row.layout, scale, sizes) if scale.dim() else tuple(scale for _ in whole_codes)
-    )
-    second = None
-    if fmt.weight_second is not None:
+    if fmt.weight == "nf4":
+        parts = give(row.layout, weight, sizes)
+        whole = (torch.cat(parts),) if row.fused else parts
+        return tuple(_pack_nf4(part) for part in whole)
+    amax = scales.weight_amax
+    codes = give(row.layout, encode(weight, amax, fmt.weight).view(torch.int8), sizes)
+    scale, second = scale_of(amax, fmt.weight), None
+    if fmt.weight == "nvfp4":
+        scale, second = nvfp4_scales(weight, amax), scale
+    elif fmt.weight_second is not None:
         second = scale_of(scales.weight_amax_2, fmt.weight_second)
-    given = None if fmt.activation is None else scale_of(scales.input_amax, fmt.activation)
+    given = None
+    if fmt.activation is not None and fmt.activation != "fp8_token":
+        given = scale_of(scales.input_amax, fmt.activation)
+    count = range(len(codes))
+    shared = [scale] * len(count) if scale.dim() == 0 else give(row.layout, scale, sizes)
+    b_parts: Any = [None for _ in count]
+    if scales.low_rank_b is not None:
+        b_parts = give(row.layout, scales.low_rank_b, sizes)
+    dtype = {"fp8": torch.float8_e4m3fn, "nvfp4": torch.uint8}.get(fmt.weight, torch.int8)
     return tuple(
-        Packed(part.view(codes.dtype), part_scale, second, given, scales.prequant)
-        for part, part_scale in zip(whole_codes, whole_scale, strict=True)
+        Packed(
+            fmt.weight,
+            codes[part].view(dtype),
+            shared[part],
+            second,
+            given,
+            scales.prequant,
+            scales.low_rank_a,
+            b_parts[part],
+        )
+        for part in count
     )
+
+
+def _pack_nf4(weight_OK: torch.Tensor) -> Packed:
+    codes, absmax, double = nf4.quantize(weight_OK)
+    return Packed("nf4", codes, absmax, double=double)
 
 
 def stream_layer(

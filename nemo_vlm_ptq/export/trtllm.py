@@ -7,14 +7,15 @@ and layers are counted from 0 within a pipeline stage.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
-from nemo_vlm_ptq.export.stream import Layer, Packed
+from nemo_vlm_ptq.export.codes import join_rows, pack_columns, pack_rows
+from nemo_vlm_ptq.export.stream import KvScales, Layer, Packed, group_settings
 from nemo_vlm_ptq.families.base import Decoder
-from nemo_vlm_ptq.formats import QuantFormat
+from nemo_vlm_ptq.formats import KvFormat, QuantFormat
 from nemo_vlm_ptq.mapping.layouts import take
 
 # TensorRT-LLM module -> (Megatron's linear, its parts in order, the axis that tensor ranks cut)
@@ -35,6 +36,10 @@ LINEARS: dict[str, dict[str, tuple[str, tuple[int, ...], int]]] = {
         "mlp.proj": ("linear_fc2", (0,), 1),
     },
 }
+PACK: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "int4": pack_rows,
+    "nvfp4": pack_columns,
+}
 NORMS = {"input_layernorm": "input_layernorm", "post_layernorm": "pre_mlp_layernorm"}
 ENDS = {
     "transformer.vocab_embedding.weight": "word_embeddings",
@@ -50,21 +55,16 @@ def config(
     group: int,
     dtype: str,
     mapping: tuple[int, int],
+    kv: KvFormat | None = None,
 ) -> dict[str, Any]:
     """config.json for `tensor x pipeline` inference ranks; fmt None is 16 bit."""
     tensor, pipeline = mapping
     quantization: dict[str, Any] = {
         "quant_algo": None if fmt is None else fmt.quant_algo,
-        "kv_cache_quant_algo": None,
+        "kv_cache_quant_algo": None if kv is None else kv.quant_algo,
     }
     if fmt is not None:
-        quantization["exclude_modules"] = ["lm_head"]
-        if fmt.granularity == "group":
-            quantization |= {
-                "group_size": group,
-                "has_zero_point": False,
-                "pre_quant_scale": True,
-            }
+        quantization |= {"exclude_modules": ["lm_head"], **group_settings(fmt, group)}
     return {
         "producer": {"name": "nemo_vlm_ptq"},
         "architecture": architecture,
@@ -132,6 +132,15 @@ def layer_tensors(
     return out
 
 
+def kv_tensors(scales: KvScales) -> dict[str, torch.Tensor]:
+    """The scale that keys and values of one layer share, without the layer's prefix.
+
+    1.x would take one for keys and one for values too, and keep the larger; 0.17 would not.
+    """
+    larger = torch.maximum(scales.key, scales.value)
+    return {"attention.kv_cache_scaling_factor": larger.reshape(1)}
+
+
 def end_tensors(
     ends: Layer,
     architecture: str,
@@ -171,9 +180,9 @@ def _join(
             _heads_of_shard(part, count, decoder.head_dim, t, T)
             for part, count in zip(parts, heads, strict=True)
         ]
-        return torch.cat(own)
+        return join_rows(own)
     own = [part.chunk(T, dim=axis)[t] if part.dim() > axis else part for part in parts]
-    return torch.cat(own) if own[1:] else own[0]
+    return join_rows(own) if own[1:] else own[0]
 
 
 def _quantized(
@@ -192,8 +201,8 @@ def _quantized(
     else:
         assert all(torch.equal(p.scale, first.scale) for p in packed), "parts share one scale"
         out["weights_scaling_factor"] = first.scale.reshape(1)
-    if first.scale.dim() == 2:
-        out["weight"] = pack_rows(out["weight"])
+    if first.kind in PACK:
+        out["weight"] = PACK[first.kind](out["weight"])
     if first.prequant is not None:
         prequant = first.prequant.chunk(shard[1])[shard[0]] if axis == 1 else first.prequant
         out["prequant_scaling_factor"] = prequant.to(dtype)
@@ -202,12 +211,6 @@ def _quantized(
     if first.scale_2 is not None:
         out["weights_scaling_factor_2"] = first.scale_2.reshape(1)
     return out
-
-
-def pack_rows(codes_OK: torch.Tensor) -> torch.Tensor:
-    """int4 codes [O,K] -> bytes [O/2,K] int8: row 2i in the low nibble, row 2i+1 in the high."""
-    low, high = codes_OK[0::2] & 15, codes_OK[1::2] & 15
-    return (low | (high << 4)).to(torch.int8)
 
 
 def layers_of(decoder: Decoder, p: int, P: int) -> Iterable[int]:

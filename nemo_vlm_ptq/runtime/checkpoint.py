@@ -2,31 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import torch
 
 from nemo_vlm_ptq.errors import ProofError
-
-Rounding = Literal["fp8", "int8"]
+from nemo_vlm_ptq.runtime.numbers import Rounding, to_fp8, unpack_e2m1, unpack_int4
 
 
 @dataclass(frozen=True)
 class ReadLinear:
-    """A quantized linear as its consumer computes it.
+    """A quantized linear as its consumer computes it: y = Q(x * prequant) W^T + branch.
 
-    weight [O,K] float32, dequantized, to be multiplied with x * prequant; step [O,K] or a shape
-    that spreads to it: the distance between neighbouring codes (fp8: at the top of the range);
-    prequant [K], input_scale [] and its rounding, or None.
+    weight [O,K] float32, dequantized; step: what multiplies a code, in a shape that spreads to
+    [O,K]; number: kind of a code (fp8, int8, int4, nvfp4, nf4); step_error: how far the step may be
+    off because it was rounded itself (nf4), or None; twice: the value was rounded once more, to
+    fp8; prequant [K], low_rank (a [r,K], b [O,r]) which x * prequant passes unrounded,
+    input_scale [] and the rounding of inputs, or None.
     """
 
     weight: torch.Tensor
     step: torch.Tensor
-    rounding_weight: str
-    prequant: torch.Tensor | None
-    input_scale: torch.Tensor | None
-    rounding: Rounding | None
+    number: str
+    step_error: torch.Tensor | None = None
+    twice: bool = False
+    prequant: torch.Tensor | None = None
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None
+    input_scale: torch.Tensor | None = None
+    rounding: Rounding | None = None
+
+
+@dataclass(frozen=True)
+class ReadKv:
+    """A rounded KV cache: scales [layers] float32 of keys and of values."""
+
+    rounding: Rounding
+    key: torch.Tensor
+    value: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -35,61 +49,123 @@ class ReadCheckpoint:
 
     linears: dict[str, ReadLinear]
     plain: dict[str, torch.Tensor]
+    kv: ReadKv | None = None
 
 
-# quant_algo -> (rounding of activations, bits of a weight code)
-ALGORITHMS: dict[str | None, tuple[Rounding | None, str]] = {
-    "FP8": ("fp8", "fp8"),
-    "W8A8_SQ_PER_CHANNEL": ("int8", "int8"),
-    "W4A16_AWQ": (None, "int4"),
-    "W4A8_AWQ": ("fp8", "int4"),
+@dataclass(frozen=True)
+class Algorithm:
+    """What a quant_algo stands for; `tensors` are there besides weight and scale."""
+
+    number: str
+    rounding: Rounding | None
+    tensors: tuple[str, ...] = ()
+
+
+ALGORITHMS = {
+    "FP8": Algorithm("fp8", "fp8", ("input_scale",)),
+    "FP8_PER_CHANNEL_PER_TOKEN": Algorithm("fp8", "fp8_token"),
+    "W8A8_SQ_PER_CHANNEL": Algorithm("int8", "int8", ("input_scale", "prequant")),
+    "W8A16": Algorithm("int8", None),
+    "W4A16_AWQ": Algorithm("int4", None, ("prequant",)),
+    "W4A8_AWQ": Algorithm("int4", "fp8", ("input_scale", "prequant", "scale_2")),
+    "NVFP4": Algorithm("nvfp4", "nvfp4", ("input_scale", "scale_2")),
+    "NVFP4_AWQ": Algorithm("nvfp4", "nvfp4", ("input_scale", "prequant", "scale_2")),
+    "NVFP4_SVD": Algorithm(
+        "nvfp4",
+        "nvfp4",
+        ("input_scale", "low_rank_a", "low_rank_b", "prequant", "scale_2"),
+    ),
 }
+KV_ALGORITHMS: dict[str, Rounding] = {"FP8": "fp8", "INT8": "int8", "NVFP4": "nvfp4"}
+UNPACK: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "int4": unpack_int4,
+    "nvfp4": unpack_e2m1,
+}
+WEIGHT_DTYPES = {"fp8": (torch.float8_e4m3fn,), "int8": (torch.int8,)}
+BYTES = (torch.int8, torch.uint8)
 
 
-def unpack_rows(packed: torch.Tensor) -> torch.Tensor:
-    """Bytes [O/2,K] -> int4 values [O,K] int8; the low nibble is the even row."""
-    raw = packed.view(torch.uint8).to(torch.int16)
-    nibbles = torch.stack([raw & 15, raw >> 4], dim=1).flatten(0, 1)
-    return torch.where(nibbles > 7, nibbles - 16, nibbles).to(torch.int8)
-
-
-def dequantize(tensors: dict[str, torch.Tensor], algorithm: str, where: str) -> ReadLinear:
-    """A linear from its tensors: weight, scale, and where the algorithm has them scale_2,
-    input_scale and prequant.
+def kv_cache(
+    algorithm: str, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
+) -> ReadKv:
+    """A rounded KV cache from the scales of its layers, in order.
 
     Raises:
-        ProofError: unknown algorithm, or a tensor the algorithm needs is not there.
+        ProofError: unknown algorithm, or scales that are not positive float32 numbers.
     """
-    if algorithm not in ALGORITHMS:
-        raise ProofError(f"{where}: quant_algo {algorithm!r} is not known")
-    rounding, bits = ALGORITHMS[algorithm]
-    needed = {"weight", "scale"}
-    needed |= {"input_scale"} if rounding else set()
-    needed |= {"prequant"} if algorithm != "FP8" else set()
-    needed |= {"scale_2"} if algorithm == "W4A8_AWQ" else set()
+    if algorithm not in KV_ALGORITHMS:
+        raise ProofError(f"kv_cache_quant_algo {algorithm!r} is not known")
+    stacked = []
+    for what, scales in (("keys", keys), ("values", values)):
+        for layer, scale in enumerate(scales):
+            if scale.dtype != torch.float32 or scale.numel() != 1 or not float(scale) > 0:
+                raise ProofError(f"layer {layer}: the scale of {what} is {scale}")
+        stacked.append(torch.stack([scale.reshape(()) for scale in scales]))
+    return ReadKv(KV_ALGORITHMS[algorithm], *stacked)
+
+
+def dequantize(
+    tensors: Mapping[str, torch.Tensor], block: Mapping[str, Any], where: str
+) -> ReadLinear:
+    """A linear from its tensors.
+
+    Args:
+        tensors: weight, scale and what the algorithm has besides.
+        block: the quantization block of a config file.
+        where: the linear, for messages.
+
+    Raises:
+        ProofError: unknown algorithm, or not just the tensors it needs, in their dtypes.
+    """
+    algorithm = ALGORITHMS.get(block["quant_algo"])
+    if algorithm is None:
+        raise ProofError(f"{where}: quant_algo {block['quant_algo']!r} is not known")
+    needed = {"weight", "scale", *algorithm.tensors}
+    if block.get("pre_quant_scale") is False:
+        needed.discard("prequant")
     if missing := sorted(needed - set(tensors)):
         raise ProofError(f"{where}: {missing[0]} is missing")
-    for name in ("scale", "scale_2", "input_scale"):
-        if name in tensors and tensors[name].dtype != torch.float32:
-            raise ProofError(f"{where}: {name} is {tensors[name].dtype}, not torch.float32")
+    if extra := sorted(set(tensors) - needed):
+        raise ProofError(f"{where}: {extra[0]} is not for {block['quant_algo']}")
+    _check_dtypes(tensors, algorithm.number, where)
     codes = tensors["weight"]
-    codes = unpack_rows(codes) if bits == "int4" else codes
-    scale = tensors["scale"].float()
-    if scale.dim() == 2:
-        scale = scale.repeat_interleave(codes.shape[1] // scale.shape[1], dim=1)
-    elif scale.numel() > 1:
-        scale = scale[:, None]
-    weight = codes.float() * scale
-    if "scale_2" in tensors:
-        second = tensors["scale_2"].float()
-        weight = (weight / second).clamp(-448, 448).to(torch.float8_e4m3fn).float() * second
-    prequant = tensors.get("prequant")
-    given = tensors.get("input_scale")
+    unpack = UNPACK.get(algorithm.number)
+    values = codes.float() if unpack is None else unpack(codes)
+    step = _spread(tensors["scale"].float(), values.shape[1])
+    twice = algorithm.number == "int4" and "scale_2" in tensors
+    if "scale_2" in tensors and not twice:
+        step = step * tensors["scale_2"]
+    weight = values * step
+    if twice:
+        weight = to_fp8(weight / tensors["scale_2"]) * tensors["scale_2"]
+    prequant, given = tensors.get("prequant"), tensors.get("input_scale")
+    low_rank = None
+    if "low_rank_a" in tensors:
+        low_rank = (tensors["low_rank_a"].float(), tensors["low_rank_b"].float())
     return ReadLinear(
         weight=weight,
-        step=scale,
-        rounding_weight=bits,
+        step=step,
+        number=algorithm.number,
+        twice=twice,
         prequant=None if prequant is None else prequant.float(),
-        input_scale=None if given is None or rounding is None else given.float().reshape(()),
-        rounding=rounding,
+        low_rank=low_rank,
+        input_scale=None if given is None else given.reshape(()),
+        rounding=algorithm.rounding,
     )
+
+
+def _spread(scale: torch.Tensor, columns: int) -> torch.Tensor:
+    """A scale in a shape that multiplies a weight [O,K]."""
+    if scale.dim() == 2:
+        return scale.repeat_interleave(columns // scale.shape[1], dim=1)
+    return scale[:, None] if scale.numel() > 1 else scale
+
+
+def _check_dtypes(tensors: Mapping[str, torch.Tensor], number: str, where: str) -> None:
+    wanted = {"scale": torch.float8_e4m3fn if number == "nvfp4" else torch.float32}
+    wanted |= dict.fromkeys(("scale_2", "input_scale"), torch.float32)
+    for name, dtype in wanted.items():
+        if name in tensors and tensors[name].dtype != dtype:
+            raise ProofError(f"{where}: {name} is {tensors[name].dtype}, not {dtype}")
+    if tensors["weight"].dtype not in WEIGHT_DTYPES.get(number, BYTES):
+        raise ProofError(f"{where}: weight is {tensors['weight'].dtype}")

@@ -13,16 +13,18 @@ from torch import nn
 
 from nemo_vlm_ptq.errors import ProofError
 from nemo_vlm_ptq.families.base import ModelFamily, Pixels, Sample
-from nemo_vlm_ptq.runtime.checkpoint import ReadCheckpoint, ReadLinear
+from nemo_vlm_ptq.runtime.checkpoint import ReadCheckpoint, ReadKv, ReadLinear
+from nemo_vlm_ptq.runtime.numbers import round_values
 
 
 class SimulatedLinear(nn.Module):
-    """x -> round(x * prequant) W^T, with the rounding of the format."""
+    """x -> round(x * prequant) W^T, with the rounding of the format, and a branch beside it."""
 
     def __init__(self, linear: ReadLinear, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.weight = nn.Parameter(linear.weight.to(device, dtype), requires_grad=False)
         self.prequant = None if linear.prequant is None else linear.prequant.to(device, dtype)
+        self.branch = [part.to(device, dtype) for part in linear.low_rank or ()]
         self.scale = None if linear.input_scale is None else linear.input_scale.to(device)
         self.rounding = linear.rounding
         self.rounds = True
@@ -31,14 +33,14 @@ class SimulatedLinear(nn.Module):
         """x [...,K] -> [...,O]."""
         if self.prequant is not None:
             x = x * self.prequant
-        if self.scale is not None and self.rounds:
-            exact = x.float() / self.scale
-            if self.rounding == "fp8":
-                codes = exact.clamp(-448, 448).to(torch.float8_e4m3fn).float()
-            else:
-                codes = exact.round().clamp(-128, 127)
-            x = (codes * self.scale).to(x.dtype)
-        return nn.functional.linear(x, self.weight)
+        seen = x
+        if self.rounding is not None and self.rounds:
+            seen = round_values(x, self.rounding, self.scale)
+        out = nn.functional.linear(seen, self.weight)
+        if self.branch:
+            down, up = self.branch
+            out = out + nn.functional.linear(nn.functional.linear(x, down), up)
+        return out
 
 
 class Runtime:
@@ -55,15 +57,29 @@ class Runtime:
     ) -> None:
         self.dtype, self.device = dtype, device
         self.decoder = _build_decoder(family, config, checkpoint, dtype, device)
+        self.kv = checkpoint.kv and _on(checkpoint.kv, device)
+        self.rounds = True
         self.vision = family.build_vision(config, vision).to(device, dtype)
         eos = self.decoder.generation_config.eos_token_id
         self.stop = set(eos if isinstance(eos, list) else [eos])
 
     def round_activations(self, rounds: bool) -> None:
-        """Round activations as the consumer does, or not: without, two readers agree exactly."""
+        """Round inputs of linears, keys and values as the consumer does, or do not.
+
+        Without, two readers agree exactly.
+        """
+        self.rounds = rounds
         for module in self.decoder.modules():
             if isinstance(module, SimulatedLinear):
                 module.rounds = rounds
+
+    def _cache(self) -> Any:
+        """A fresh cache that rounds; None leaves it to transformers."""
+        if self.kv is None or not self.rounds:
+            return None
+        from nemo_vlm_ptq.runtime.cache import RoundedCache
+
+        return RoundedCache(self.decoder.config, self.kv)
 
     @torch.no_grad()
     def encode(self, pixels: Pixels) -> torch.Tensor:
@@ -94,7 +110,10 @@ class Runtime:
         """Logits [S,V] float32 of one sample; mask [S] is 0 where attention must not look."""
         embedded, whole = self._embed([sample], [feature])
         given = whole if mask is None else mask[None].to(self.device)
-        return self.decoder(inputs_embeds=embedded, attention_mask=given).logits[0].float()
+        out = self.decoder(
+            inputs_embeds=embedded, attention_mask=given, past_key_values=self._cache()
+        )
+        return out.logits[0].float()
 
     @torch.no_grad()
     def generate(
@@ -108,11 +127,16 @@ class Runtime:
         tokens = self.decoder.generate(
             inputs_embeds=embedded,
             attention_mask=mask,
+            past_key_values=self._cache(),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=next(iter(self.stop)),
         )
         return [_until(row, self.stop) for row in tokens.tolist()]
+
+
+def _on(kv: ReadKv, device: torch.device) -> ReadKv:
+    return ReadKv(kv.rounding, kv.key.to(device), kv.value.to(device))
 
 
 def _until(tokens: list[int], stop: set[int]) -> list[int]:

@@ -1,16 +1,19 @@
-"""Reading Hugging Face checkpoints: the 16 bit source, and unified checkpoints of modelopt."""
+"""Reading Hugging Face checkpoints: the 16 bit source, modelopt's unified ones, bitsandbytes'."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors.torch import load_file
 
 from nemo_vlm_ptq.errors import ProofError
 from nemo_vlm_ptq.families.base import ModelFamily
-from nemo_vlm_ptq.runtime.checkpoint import ReadCheckpoint, dequantize
+from nemo_vlm_ptq.runtime.checkpoint import ReadCheckpoint, ReadKv, dequantize, kv_cache
+from nemo_vlm_ptq.runtime.read_bitsandbytes import take_linears
 from nemo_vlm_ptq.source import Tensor, open_tensors
 
 SUFFIXES = {
@@ -19,7 +22,10 @@ SUFFIXES = {
     "weight_scale_2": "scale_2",
     "input_scale": "input_scale",
     "pre_quant_scale": "prequant",
+    "svdquant_lora_a": "low_rank_a",
+    "svdquant_lora_b": "low_rank_b",
 }
+KV_SUFFIXES = ("k_proj.k_scale", "v_proj.v_scale")
 
 
 def read_source(places: Mapping[str, Tensor]) -> ReadCheckpoint:
@@ -29,16 +35,19 @@ def read_source(places: Mapping[str, Tensor]) -> ReadCheckpoint:
 
 
 def read_unified(folder: Path, family: ModelFamily) -> ReadCheckpoint:
-    """A unified checkpoint: quantized linears by their scales, everything else as it lies.
+    """An exported checkpoint: quantized linears by their scales, everything else as it lies.
 
     Names are PART/NAME where the family keeps its parts in sub-folders.
 
     Raises:
-        ProofError: files are missing or damaged, or a scale has no weight.
+        ProofError: files are missing or damaged, or a linear has not just its tensors.
     """
     try:
         home = folder / family.decoder_part
-        block = json.loads((home / "hf_quant_config.json").read_text())["quantization"]
+        config = json.loads((home / "config.json").read_text())["quantization_config"]
+        block = None
+        if config["quant_method"] != "bitsandbytes":
+            block = json.loads((home / "hf_quant_config.json").read_text())["quantization"]
         tensors = {}
         for part in family.parts:
             start = f"{part}/" if part else ""
@@ -46,6 +55,8 @@ def read_unified(folder: Path, family: ModelFamily) -> ReadCheckpoint:
                 tensors.update({start + name: t for name, t in load_file(path).items()})
     except Exception as error:  # safetensors raises its own types for damage of any kind
         raise ProofError(f"{folder} cannot be read: {error}") from None
+    if block is None:
+        return ReadCheckpoint(take_linears(tensors), tensors)
     names = sorted(n.removesuffix(".weight_scale") for n in tensors if n.endswith(".weight_scale"))
     linears = {}
     for name in names:
@@ -54,5 +65,24 @@ def read_unified(folder: Path, family: ModelFamily) -> ReadCheckpoint:
             for suffix, key in SUFFIXES.items()
             if f"{name}.{suffix}" in tensors
         }
-        linears[name] = dequantize(parts, block["quant_algo"], name)
-    return ReadCheckpoint(linears, tensors)
+        linears[name] = dequantize(parts, block, name)
+    return ReadCheckpoint(linears, tensors, _take_kv(tensors, block, list(linears)))
+
+
+def _take_kv(
+    tensors: dict[str, torch.Tensor], block: Mapping[str, Any], linears: list[str]
+) -> ReadKv | None:
+    """Scales of the KV cache, one of keys and one of values a layer; they leave `tensors`."""
+    algorithm = block["kv_cache_quant_algo"]
+    if algorithm is None:
+        return None
+    places = {name.rpartition(".")[0] for name in linears if ".self_attn." in name}
+    layers = sorted(places, key=lambda name: int(name.split(".")[-2]))
+    found: list[list[torch.Tensor]] = [[], []]
+    for layer in layers:
+        for scales, suffix in zip(found, KV_SUFFIXES, strict=True):
+            name = f"{layer}.{suffix}"
+            if name not in tensors:
+                raise ProofError(f"{name} is missing")
+            scales.append(tensors.pop(name))
+    return kv_cache(algorithm, *found)

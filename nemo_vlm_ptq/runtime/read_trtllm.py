@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from nemo_vlm_ptq.errors import ProofError
-from nemo_vlm_ptq.runtime.checkpoint import ReadCheckpoint, ReadLinear, dequantize
+from nemo_vlm_ptq.runtime.checkpoint import ReadCheckpoint, ReadLinear, dequantize, kv_cache
 
 MODULES = {"attention.dense": ("self_attn.o_proj", 1), "mlp.proj": ("mlp.down_proj", 1)}
 SUFFIXES = {
@@ -57,7 +57,8 @@ def read_trtllm(folder: Path, prefix: str) -> ReadCheckpoint:
     config = read_config(folder)
     tp, pp = config["mapping"]["tp_size"], config["mapping"]["pp_size"]
     ranks = read_ranks(folder, tp * pp)
-    algorithm = config["quantization"]["quant_algo"]
+    block = config["quantization"]
+    kv_algorithm, kv_scales = block["kv_cache_quant_algo"], []
     linears: dict[str, ReadLinear] = {}
     plain: dict[str, torch.Tensor] = {}
     per_stage = config["num_hidden_layers"] // pp
@@ -69,10 +70,12 @@ def read_trtllm(folder: Path, prefix: str) -> ReadCheckpoint:
         for name, norm in NORMS.items():
             plain[f"{target}{norm}.weight"] = _replicated(own, f"{source}{name}.weight")
         for name, tensors in _modules(own, source, target, config).items():
-            if algorithm is None:
+            if block["quant_algo"] is None:
                 plain[f"{name}.weight"] = tensors["weight"]
             else:
-                linears[name] = dequantize(tensors, algorithm, name)
+                linears[name] = dequantize(tensors, block, name)
+        if kv_algorithm is not None:
+            kv_scales.append(_replicated(own, f"{source}attention.kv_cache_scaling_factor"))
     for name, hf in ENDS.items():
         stage = 0 if name == "transformer.vocab_embedding.weight" else pp - 1
         own = ranks[stage * tp : (stage + 1) * tp]
@@ -81,7 +84,8 @@ def read_trtllm(folder: Path, prefix: str) -> ReadCheckpoint:
         else:
             whole = torch.cat([_get(rank, name) for rank in own])
             plain[prefix + hf] = whole[: config["vocab_size"]]
-    return ReadCheckpoint(linears, plain)
+    kv = None if kv_algorithm is None else kv_cache(kv_algorithm, kv_scales, kv_scales)
+    return ReadCheckpoint(linears, plain, kv)
 
 
 def _get(rank: dict[str, torch.Tensor], name: str) -> torch.Tensor:

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from nemo_vlm_ptq import store
-from nemo_vlm_ptq.calibrate.solve import load_scales
-from nemo_vlm_ptq.export import hf, trtllm
-from nemo_vlm_ptq.export.stream import Layer, Piece, stream_ends, stream_layer
-from nemo_vlm_ptq.formats import QuantFormat
+from nemo_vlm_ptq.calibrate.solve import load_kv, load_scales
+from nemo_vlm_ptq.export import hf, nf4, trtllm
+from nemo_vlm_ptq.export.stream import KvScales, Layer, kv_scales, stream_ends, stream_layer
+from nemo_vlm_ptq.formats import KV_CACHES, QuantFormat
 from nemo_vlm_ptq.job import Job, Written, run_stage
 from nemo_vlm_ptq.megatron.checkpoint import LayerReader
 from nemo_vlm_ptq.parallel import deal, split_evenly
@@ -35,6 +35,7 @@ def export(job: Job) -> None:
                 "format": fmt.name,
                 "input": store.hash_manifest(quantized),
                 "dtype": job.plan.dtype,
+                "kv_cache": job.plan.recipe.quantize.kv_cache,
             }
             if target == "trtllm":
                 chosen = job.plan.recipe.export
@@ -50,18 +51,31 @@ def export(job: Job) -> None:
 
 
 class _Stream:
-    """Layers of a quantized checkpoint."""
+    """Layers of a quantized checkpoint.
+
+    In nf4 that one holds rounded weights, whose blocks have lost their absmaxes; codes are made of
+    the imported weights.
+    """
 
     def __init__(self, job: Job, fmt: QuantFormat) -> None:
         self.plan, self.fmt = job.plan, fmt
+        self.kv_format = KV_CACHES.get(job.plan.recipe.quantize.kv_cache)
         self.scales = job.folder(fmt.name, "scales")
-        self.reader = LayerReader(job.folder(fmt.name, "quantized"))
+        folder = ("megatron",) if fmt.weight == "nf4" else (fmt.name, "quantized")
+        self.reader = LayerReader(job.folder(*folder))
 
     def layer(self, index: int) -> Layer:
         """One layer."""
         scales = load_scales(self.scales, index)
         rows, decoder = self.plan.family.rows, self.plan.decoder
         return stream_layer(rows, index, self.reader.read, scales, self.fmt, decoder)
+
+    def kv(self, index: int) -> KvScales | None:
+        """Scales of one layer's KV cache, if it is rounded."""
+        if self.kv_format is None:
+            return None
+        key, value = load_kv(self.scales, index)
+        return kv_scales(key, value, self.kv_format)
 
     def ends(self) -> Layer:
         """Embedding, last norm, head."""
@@ -83,9 +97,10 @@ def _write_trtllm(job: Job, fmt: QuantFormat, folder: Path) -> Written:
         layers = list(trtllm.layers_of(plan.decoder, p, P))
         label = f"export {fmt.name} trtllm"
         for local, index in enumerate(progress_bar(label, "layer", session.rank, layers)):
-            layer = stream.layer(index)
+            layer, kv = stream.layer(index), stream.kv(index)
             for t, tensors in shards.items():
                 own = trtllm.layer_tensors(layer, architecture, plan.decoder, (t, T), job.dtype)
+                own |= {} if kv is None else trtllm.kv_tensors(kv)
                 start = f"transformer.layers.{local}."
                 tensors.update({start + name: value for name, value in own.items()})
         ends = stream.ends()
@@ -96,7 +111,9 @@ def _write_trtllm(job: Job, fmt: QuantFormat, folder: Path) -> Written:
             store.save_tensors(tensors, folder / files[-1])
     if session.rank == 0:
         group = plan.recipe.quantize.group_size
-        config = trtllm.config(architecture, plan.decoder, fmt, group, plan.dtype, (T, P))
+        config = trtllm.config(
+            architecture, plan.decoder, fmt, group, plan.dtype, (T, P), stream.kv_format
+        )
         store.write_json(folder / "llm" / "config.json", config)
         files += ["llm/config.json", *_copy_vision(job, folder / "vision", "vision")]
     return Written(files)
@@ -138,15 +155,15 @@ def _write_hf(job: Job, fmt: QuantFormat, folder: Path) -> Written:
         (folder / part).mkdir(exist_ok=True)
     index: dict[str, str] = {}
     for number in deal(range(count), session.layout.world, session.rank):
-        pieces: list[Piece] = []
-        for layer in split_evenly(range(plan.decoder.layers), count, number):
-            pieces += stream.layer(layer).values()
-        if number == count - 1:
-            pieces += stream.ends().values()
         tensors: dict[str, torch.Tensor] = {}
-        for piece in pieces:
-            tensors |= hf.tensors_of(piece, job.dtype)
+        for layer in split_evenly(range(plan.decoder.layers), count, number):
+            pieces, kv = stream.layer(layer), stream.kv(layer)
+            for piece in pieces.values():
+                tensors |= hf.tensors_of(piece, job.dtype)
+            tensors |= {} if kv is None else hf.kv_tensors(pieces["linear_qkv"], kv)
         if number == count - 1:
+            for piece in stream.ends().values():
+                tensors |= hf.tensors_of(piece, job.dtype)
             tensors |= load_file(job.folder("megatron", VISION))
         for part in {name.rpartition("/")[0] for name in tensors}:
             start = f"{part}/" if part else ""
@@ -172,6 +189,28 @@ def _hf_files(job: Job) -> int:
     return max(1, -(-2 * decoder.layers * width // FILE_BYTES))
 
 
+def _describe_quantization(
+    job: Job, fmt: QuantFormat, names: list[str]
+) -> dict[str, dict[str, Any]]:
+    """Name -> JSON of the files that say how the decoder beside them is quantized."""
+    plan, home = job.plan, job.plan.family.decoder_part
+    source = plan.family.decoder_config(plan.config)
+    if fmt.weight == "nf4":
+        beside = [name for name in plan.vision if name.rpartition("/")[0] == home]
+        config = nf4.quantization_config(plan.dtype, beside)
+        return {"config.json": source | {"quantization_config": config}}
+    linears = plan.decoder.shapes(tuple(row for row in plan.family.rows if row.linear))
+    quantized = {name.removeprefix(f"{home}/") for name in linears}
+    excluded = sorted(
+        name.removesuffix(".weight")
+        for name in names
+        if name.endswith(".weight") and name not in quantized
+    )
+    kv = KV_CACHES.get(plan.recipe.quantize.kv_cache)
+    block = hf.quantization_block(fmt, plan.recipe.quantize.group_size, excluded, kv)
+    return hf.config_files(source, block)
+
+
 def _hf_sidecars(job: Job, fmt: QuantFormat, folder: Path, index: dict[str, str]) -> list[str]:
     """Config, quantization config, index, and the source's tokenizer and processor files."""
     plan, home = job.plan, job.plan.family.decoder_part
@@ -181,21 +220,8 @@ def _hf_sidecars(job: Job, fmt: QuantFormat, folder: Path, index: dict[str, str]
         for name, file in sorted(index.items())
         if name.startswith(start)
     }
-    quantized = {name.removesuffix(".weight_scale") for name in own if name.endswith("_scale")}
-    excluded = sorted(
-        name.removesuffix(".weight")
-        for name in own
-        if name.endswith(".weight") and name.removesuffix(".weight") not in quantized
-    )
-    contents: dict[str, Any] = {
-        start + name: content
-        for name, content in hf.config_files(
-            plan.family.decoder_config(plan.config),
-            fmt,
-            plan.recipe.quantize.group_size,
-            excluded,
-        ).items()
-    }
+    described = _describe_quantization(job, fmt, list(own))
+    contents: dict[str, Any] = {start + name: content for name, content in described.items()}
     contents[f"{start}model.safetensors.index.json"] = {"metadata": {}, "weight_map": own}
     for name, content in ({"config.json": plan.config} | contents).items():
         store.write_json(folder / name, content)

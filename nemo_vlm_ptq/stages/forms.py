@@ -82,7 +82,7 @@ def read_form(
                         "trtllm, hf")  # fmt: skip
     vision = {name: read.plain[name] for name in names if name in read.plain}
     plain = {name: tensor for name, tensor in read.plain.items() if name not in names}
-    return ReadCheckpoint(read.linears, plain), vision
+    return ReadCheckpoint(read.linears, plain, read.kv), vision
 
 
 def runtime_of(job: Job, form: str, fmt: QuantFormat | None, dtype: torch.dtype) -> Runtime:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from nemo_vlm_ptq import store
-from nemo_vlm_ptq.calibrate.solve import load_scales
+from nemo_vlm_ptq.calibrate.solve import load_kv, load_scales
 from nemo_vlm_ptq.errors import ProofError
 from nemo_vlm_ptq.families.base import Sample
-from nemo_vlm_ptq.formats import LARGEST, QuantFormat
+from nemo_vlm_ptq.formats import KV_CACHES, QuantFormat
 from nemo_vlm_ptq.job import Job, on_first_rank
 from nemo_vlm_ptq.parallel import deal
 from nemo_vlm_ptq.questions import SUFFIX, load_questions
@@ -20,7 +20,7 @@ from nemo_vlm_ptq.runtime.model import Runtime
 from nemo_vlm_ptq.source import open_tensors
 from nemo_vlm_ptq.stages.forms import megatron_logits, read_form, runtime_logits
 from nemo_vlm_ptq.verify import tensors as checks
-from nemo_vlm_ptq.verify.configs import check_hf_configs, check_trtllm_config
+from nemo_vlm_ptq.verify.configs import Wanted, check_hf_configs, check_trtllm_config
 from nemo_vlm_ptq.verify.contract import check_contract
 
 SAMPLES = 8
@@ -33,6 +33,9 @@ TOLERANCE_ROUNDED_TWICE = 1e-2
 # and layer by layer approach two draws of the same rounding noise; so the distance is held against
 # what the rounding itself does to the logits. The scales of activations are compared exactly.
 NOISE = 1.5
+# Largest value that a static scale stands for, in units of it; nvfp4: of its e4m3 scales of blocks.
+REACH = {"fp8": 448, "int8": 127, "nvfp4": 6 * 448}
+KV_REACH = {"fp8": 448, "int8": 127, "nvfp4": 448}
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def _expected(job: Job, fmt: QuantFormat) -> Expected:
         for item in questions.items
     ]
     exact = megatron_logits(job, fmt, samples, round_activations=False)
-    if fmt.activation is None:
+    if fmt.activation is None and plan.recipe.quantize.kv_cache == "none":
         return Expected(samples, exact, exact, exact)
     rounded = megatron_logits(job, fmt, samples)
     return Expected(samples, exact, rounded, megatron_logits(job, None, samples))
@@ -131,11 +134,12 @@ def _check_target(job: Job, fmt: QuantFormat, target: str, expected: Expected) -
 
 def _check_configs(job: Job, fmt: QuantFormat, target: str) -> list[str]:
     plan, folder = job.plan, job.folder(fmt.name, target)
-    group = plan.recipe.quantize.group_size
+    kv = KV_CACHES.get(plan.recipe.quantize.kv_cache)
+    wanted = Wanted(fmt, plan.recipe.quantize.group_size, kv)
     if target == "trtllm":
-        return check_trtllm_config(folder / "llm", plan.decoder, fmt, group, plan.dtype)
+        return check_trtllm_config(folder / "llm", plan.decoder, wanted, plan.dtype)
     home = folder / plan.family.decoder_part
-    return check_hf_configs(home, plan.family.decoder_config(plan.config), fmt, group)
+    return check_hf_configs(home, plan.family.decoder_config(plan.config), wanted)
 
 
 def _check_files(folder: Path) -> list[str]:
@@ -167,10 +171,13 @@ def _check_content(
         note("untouched", problems, f"{len(read.plain) + len(vision)} tensors bit-equal")
         problems, worst = checks.check_linears(read.linears, source, job.dtype)
         note("weights", problems, f"at most {worst:.3f} of what rounding allows")
-    if fmt.activation is not None:
+    if fmt.activation in REACH:
         wanted = _input_scales(job, fmt)
         problems = checks.check_input_scales(read.linears, wanted)
         note("input scales", problems, f"{len(wanted)} as solved")
+    if plan.recipe.quantize.kv_cache != "none":
+        pairs = _kv_scales(job, fmt, together=target == "trtllm")
+        note("KV scales", checks.check_kv_scales(read.kv, pairs), f"{len(pairs)} layers as solved")
     runtime = Runtime(plan.family, plan.config, read, vision, torch.float32, job.session.device)
     return _check_logits(fmt, runtime, expected, note)
 
@@ -185,9 +192,20 @@ def _input_scales(job: Job, fmt: QuantFormat) -> dict[str, float]:
             if row.linear:
                 amax = scales[row.megatron.split(".")[-2]].input_amax
                 assert amax is not None
-                scale = float(amax) / LARGEST[fmt.activation]
+                scale = float(amax) / REACH[fmt.activation]
                 wanted |= {name.removesuffix(".weight"): scale for name in row.at(layer).hf}
     return wanted
+
+
+def _kv_scales(job: Job, fmt: QuantFormat, *, together: bool) -> list[tuple[float, float]]:
+    """Scales of keys and of values of each layer, as solved; `together`: the larger, for both."""
+    reach = KV_REACH[job.plan.recipe.quantize.kv_cache]
+    pairs = []
+    for layer in range(job.plan.decoder.layers):
+        found = [float(amax) / reach for amax in load_kv(job.folder(fmt.name, "scales"), layer)]
+        key, value = [max(found)] * 2 if together else found
+        pairs.append((key, value))
+    return pairs
 
 
 def _check_logits(
@@ -201,7 +219,7 @@ def _check_logits(
     found = f"logits are {exact['mean']:.1e} off, {tolerance:.0e} is allowed"
     note("logits", [] if exact["mean"] <= tolerance else [found], found)
     result = exact | {"tolerance_mean": tolerance, "samples": len(expected.samples)}
-    if fmt.activation is None:
+    if fmt.activation is None and runtime.kv is None:
         return result
     runtime.round_activations(True)
     rounded = _distance(runtime_logits(runtime, expected.samples), expected.rounded)

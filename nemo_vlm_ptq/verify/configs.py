@@ -4,18 +4,35 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_vlm_ptq.families.base import Decoder
-from nemo_vlm_ptq.formats import QuantFormat
+from nemo_vlm_ptq.formats import KvFormat, QuantFormat
 from nemo_vlm_ptq.source import header
 
+BITSANDBYTES = {
+    "quant_method": "bitsandbytes",
+    "load_in_4bit": True,
+    "load_in_8bit": False,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_quant_storage": "uint8",
+}
 
-def check_trtllm_config(
-    folder: Path, decoder: Decoder, fmt: QuantFormat, group: int, dtype: str
-) -> list[str]:
+
+@dataclass(frozen=True)
+class Wanted:
+    """How a checkpoint should be quantized: format, inputs of a group, and KV cache or None."""
+
+    fmt: QuantFormat
+    group: int
+    kv: KvFormat | None
+
+
+def check_trtllm_config(folder: Path, decoder: Decoder, wanted: Wanted, dtype: str) -> list[str]:
     """config.json of a TensorRT-LLM checkpoint against the source's facts."""
     config = json.loads((folder / "config.json").read_text())
     expected = {
@@ -44,36 +61,76 @@ def check_trtllm_config(
             "longrope_scaling_long_factors": list(rope.long),
         }
     return _differences("config.json", config, expected) + _quantization(
-        "config.json", config["quantization"], fmt, group
+        "config.json", config["quantization"], wanted
     )
 
 
-def check_hf_configs(
-    folder: Path, source: Mapping[str, Any], fmt: QuantFormat, group: int
-) -> list[str]:
-    """config.json, hf_quant_config.json and the index of a unified checkpoint."""
+def check_hf_configs(folder: Path, source: Mapping[str, Any], wanted: Wanted) -> list[str]:
+    """config.json, hf_quant_config.json and the index of a Hugging Face checkpoint."""
     config = json.loads((folder / "config.json").read_text())
     problems = _differences("config.json", config, source)
-    block = json.loads((folder / "hf_quant_config.json").read_text())["quantization"]
-    problems += _quantization("hf_quant_config.json", block, fmt, group)
-    problems += _quantization("config.json", config["quantization_config"], fmt, group)
-    names = [name for path in folder.glob("*.safetensors") for name in header(path)]
-    scaled = {name.removesuffix("_scale") for name in names if name.endswith(".weight_scale")}
-    plain = [name for name in names if name.endswith(".weight") and name not in scaled]
-    untouched = sorted(name.removesuffix(".weight") for name in plain)
-    problems += _differences("hf_quant_config.json", block, {"exclude_modules": untouched})
-    problems += _differences("config.json", config["quantization_config"], {"ignore": untouched})
+    names = {name: path.name for path in folder.glob("*.safetensors") for name in header(path)}
+    if wanted.fmt.weight == "nf4":
+        own = config["quantization_config"]
+        problems += _differences("config.json", own, BITSANDBYTES)
+        problems += _check_skipped(own["llm_int8_skip_modules"], names)
+    else:
+        problems += _check_modelopt(folder, config["quantization_config"], names, wanted)
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-    held = {name: path.name for path in folder.glob("*.safetensors") for name in header(path)}
-    if index != held:
+    if index != names:
         problems.append("model.safetensors.index.json does not say where the tensors are")
     return problems
 
 
-def _quantization(where: str, block: Mapping[str, Any], fmt: QuantFormat, group: int) -> list[str]:
-    expected: dict[str, Any] = {"quant_algo": fmt.quant_algo, "kv_cache_quant_algo": None}
-    if fmt.granularity == "group":
-        expected |= {"group_size": group, "has_zero_point": False, "pre_quant_scale": True}
+def _check_modelopt(
+    folder: Path, own: Mapping[str, Any], names: Iterable[str], wanted: Wanted
+) -> list[str]:
+    """Both of modelopt's descriptions, and the modules that they leave out."""
+    block = json.loads((folder / "hf_quant_config.json").read_text())["quantization"]
+    problems = _quantization("hf_quant_config.json", block, wanted)
+    problems += _quantization("config.json", own, wanted)
+    scheme: Any = wanted.kv and wanted.kv.quant_algo
+    if scheme == "FP8":
+        scheme = {"dynamic": False, "num_bits": 8, "type": "float"}
+    problems += _differences("config.json", own, {"kv_cache_scheme": scheme})
+    scaled = {name.removesuffix("_scale") for name in names if name.endswith(".weight_scale")}
+    plain = [name for name in names if name.endswith(".weight") and name not in scaled]
+    untouched = sorted(name.removesuffix(".weight") for name in plain)
+    problems += _differences("hf_quant_config.json", block, {"exclude_modules": untouched})
+    return problems + _differences("config.json", own, {"ignore": untouched})
+
+
+def _check_skipped(skipped: Iterable[str], names: Iterable[str]) -> list[str]:
+    """The modules that transformers would take for quantized are those that are.
+
+    It skips a linear whose name starts or ends with one of `skipped`.
+    """
+    quantized = {name.removesuffix(".absmax") for name in names if name.endswith(".absmax")}
+    problems = []
+    for name in sorted(name for name in names if name.endswith("_proj.weight")):
+        module = name.removesuffix(".weight")
+        skips = any(module.startswith(one) or module.endswith(one) for one in skipped)
+        if skips == (name in quantized):
+            problems.append(f"config.json: llm_int8_skip_modules is wrong for {module}")
+    return problems
+
+
+def _quantization(where: str, block: Mapping[str, Any], wanted: Wanted) -> list[str]:
+    fmt, kv = wanted.fmt, wanted.kv
+    expected: dict[str, Any] = {
+        "quant_algo": fmt.quant_algo,
+        "kv_cache_quant_algo": None if kv is None else kv.quant_algo,
+    }
+    if fmt.weight == "int4":
+        scaled = fmt.algorithm == "awq"
+        expected |= {"group_size": wanted.group, "has_zero_point": False}
+        expected |= {"pre_quant_scale": scaled}
+    if fmt.weight == "nvfp4":
+        expected["group_size"] = 16
+        if fmt.algorithm == "awq":
+            expected |= {"has_zero_point": False, "pre_quant_scale": True}
+    if fmt.low_rank:
+        expected["lora_rank"] = fmt.low_rank
     return _differences(where, block, expected)
 
 

@@ -27,11 +27,13 @@ QUANTIZATION_KEYS = {
 MAPPING_KEYS = {"world_size", "tp_size", "pp_size"}
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 ARCHITECTURES = ("LlamaForCausalLM", "Phi3ForCausalLM")
+NVFP4_BLOCK = 16
 LONG_ROPE_KEYS = (
     "original_max_position_embeddings", "longrope_scaling_short_factors",
     "longrope_scaling_long_factors",
 )  # fmt: skip
-ALGORITHMS = (None, "FP8", "W8A8_SQ_PER_CHANNEL", "W4A16_AWQ", "W4A8_AWQ")
+ALGORITHMS = (None, "FP8", "W8A8_SQ_PER_CHANNEL", "W4A16_AWQ", "W4A8_AWQ", "NVFP4")
+KV_ALGORITHMS = (None, "FP8", "INT8")
 
 
 def check_contract(folder: Path) -> list[str]:
@@ -76,6 +78,9 @@ def _check_words(config: dict[str, Any]) -> list[str]:
         problems.append(f"config.json: mapping.{key} is missing or not portable")
     if quantization.get("quant_algo") not in ALGORITHMS:
         problems.append(f"config.json: quant_algo {quantization.get('quant_algo')!r} is not known")
+    if quantization.get("kv_cache_quant_algo") not in KV_ALGORITHMS:
+        kv = quantization["kv_cache_quant_algo"]
+        problems.append(f"config.json: kv_cache_quant_algo {kv!r} is not known")
     if config["dtype"] not in DTYPES:
         problems.append(f"config.json: dtype {config['dtype']!r} is not known")
     if config["architecture"] not in ARCHITECTURES:
@@ -103,6 +108,8 @@ def _check_numbers(config: dict[str, Any]) -> list[str]:
             problems.append("config.json: pre_quant_scale must be true, or scales are dropped")
         if not quantization.get("group_size"):
             problems.append("config.json: group_size is missing")
+    if algorithm == "NVFP4" and quantization.get("group_size") != NVFP4_BLOCK:
+        problems.append(f"config.json: group_size must be {NVFP4_BLOCK}")
     return problems
 
 
@@ -164,6 +171,8 @@ def expected_tensors(config: dict[str, Any], rank: int) -> Expected:
         prefix = f"transformer.layers.{layer}."
         expected[prefix + "input_layernorm.weight"] = ((hidden,), dtype)
         expected[prefix + "post_layernorm.weight"] = ((hidden,), dtype)
+        if config["quantization"].get("kv_cache_quant_algo") is not None:
+            expected[prefix + "attention.kv_cache_scaling_factor"] = ((1,), "F32")
         for name, (out, columns) in linears.items():
             for suffix, entry in _linear(config, out, columns).items():
                 expected[f"{prefix}{name}.{suffix}"] = entry
@@ -193,6 +202,13 @@ def _linear(config: dict[str, Any], out: int, columns: int) -> Expected:
             "weights_scaling_factor": ((out,), "F32"),
             "activation_scaling_factor": ((1,), "F32"),
             "prequant_scaling_factor": ((columns,), dtype),
+        }
+    if algorithm == "NVFP4":
+        return {
+            "weight": ((out, columns // 2), "U8"),
+            "weights_scaling_factor": ((out, columns // NVFP4_BLOCK), "F8_E4M3"),
+            "weights_scaling_factor_2": ((1,), "F32"),
+            "activation_scaling_factor": ((1,), "F32"),
         }
     group = config["quantization"]["group_size"]
     expected: Expected = {

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
 from nemo_vlm_ptq.progress import progress_bar
-from nemo_vlm_ptq.runtime.checkpoint import ReadCheckpoint, ReadLinear
+from nemo_vlm_ptq.runtime.checkpoint import ReadCheckpoint, ReadKv, ReadLinear
+from nemo_vlm_ptq.runtime.numbers import E2M1, NF4
 from nemo_vlm_ptq.source import Reader
 
 ROUNDING = 2.0**-8  # of a 16 bit weight after division by its prequant scale
+FP8_HALF_STEP = 2.0**-4  # relative
+# Codes that do not lie evenly.
+CODES = {"nvfp4": (*(-x for x in reversed(E2M1)), *E2M1[1:]), "nf4": NF4}
 
 
 def check_names(read: ReadCheckpoint, expected: Iterable[str]) -> list[str]:
@@ -75,26 +79,58 @@ def check_input_scales(
     return problems
 
 
+def check_kv_scales(kv: ReadKv | None, expected: Sequence[tuple[float, float]]) -> list[str]:
+    """Scales (of keys, of values) of every layer's KV cache are those that were solved."""
+    if kv is None:
+        return ["the KV cache has no scales"]
+    found = list(zip(kv.key.tolist(), kv.value.tolist(), strict=True))
+    if len(found) != len(expected):
+        return [f"{len(found)} layers have KV scales, not {len(expected)}"]
+    return [
+        f"layer {layer}: scale of {what} {own:.6g}, not {wanted:.6g}"
+        for layer, pair in enumerate(zip(found, expected, strict=True))
+        for what, own, wanted in zip(("keys", "values"), *pair, strict=True)
+        if not math.isclose(own, wanted, rel_tol=1e-6)
+    ]
+
+
 def half_step_excess(weight_OK: torch.Tensor, linear: ReadLinear) -> torch.Tensor:
     """|error| over what rounding allows, [O,K]; values up to 1 are right.
 
-    A value at the end of the code range may stand for anything beyond it (clipping).
+    An int4 value at the end of the code range may stand for anything beyond it (clipping).
     """
     exact = weight_OK if linear.prequant is None else weight_OK / linear.prequant
+    slack = exact.abs() * ROUNDING
+    if linear.low_rank is not None:
+        a_rK, b_Or = linear.low_rank  # noqa: N806
+        exact = exact - b_Or @ a_rK
+        slack = slack + exact.abs() * ROUNDING
     error = (linear.weight - exact).abs()
-    if linear.rounding_weight == "fp8":
-        allowed = exact.abs() * 2.0**-4 + linear.step * 2.0**-10
-    else:
-        allowed = linear.step.expand_as(exact) / 2
-    if linear.rounding_weight == "int4" and linear.rounding == "fp8":
-        allowed = allowed + linear.weight.abs() * 2.0**-4  # W4A8 rounds once more, to fp8
-    allowed = allowed + exact.abs() * ROUNDING
-    if linear.rounding_weight == "int4":
-        top, slack = 7 * linear.step, 1 - 2.0**-4 * (linear.rounding == "fp8")
-        beyond = (exact.abs() >= linear.weight.abs()) & (linear.weight.abs() >= top * slack * 0.999)
+    allowed = _half_step(exact, linear)
+    if linear.twice:  # W4A8 rounds once more, to fp8
+        allowed = allowed + linear.weight.abs() * FP8_HALF_STEP
+    if linear.step_error is not None:  # values lie beyond a step that came out too small
+        beyond = exact.abs() > linear.step.abs()
+        allowed = torch.where(beyond, torch.maximum(allowed, linear.step_error), allowed)
+        slack = slack + linear.weight.abs() * ROUNDING  # to the dtype of the multiplication
+    if linear.number == "int4":
+        top, below = 7 * linear.step, 1 - FP8_HALF_STEP * linear.twice
+        beyond = (exact.abs() >= linear.weight.abs()) & (linear.weight.abs() >= top * below * 0.999)
         same_side = exact.sign() == linear.weight.sign()
         error = torch.where(beyond & same_side, torch.zeros_like(error), error)
-    return error / allowed.clamp(min=torch.finfo(torch.float32).tiny)
+    return error / (allowed + slack).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _half_step(exact_OK: torch.Tensor, linear: ReadLinear) -> torch.Tensor:
+    """Half the distance between the codes around a value, [O,K]."""
+    if linear.number == "fp8":
+        return exact_OK.abs() * FP8_HALF_STEP + linear.step * 2.0**-10
+    if linear.number not in CODES:
+        return linear.step.expand_as(exact_OK) / 2
+    codes = torch.tensor(CODES[linear.number], device=exact_OK.device)
+    ratio = (exact_OK / linear.step).clamp(codes[0], codes[-1])
+    upper = torch.bucketize(ratio.nan_to_num(), codes).clamp(min=1)
+    return (codes[upper] - codes[upper - 1]) / 2 * linear.step.abs()
 
 
 def compare_logits(ours: torch.Tensor, theirs: torch.Tensor) -> dict[str, float]:
