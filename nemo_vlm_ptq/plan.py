@@ -12,7 +12,7 @@ from typing import Any
 
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families import Decoder, ModelFamily, find_family, read_config
-from nemo_vlm_ptq.formats import QuantFormat, find_format
+from nemo_vlm_ptq.formats import KV_CACHES, NVFP4_BLOCK, QuantFormat, find_format
 from nemo_vlm_ptq.mapping.rows import carried_along, check_coverage
 from nemo_vlm_ptq.questions import questions_file
 from nemo_vlm_ptq.recipe import Recipe
@@ -42,8 +42,34 @@ class Plan:
         return [find_format(name) for name in self.recipe.quantize.format]
 
     def targets(self, fmt: QuantFormat) -> list[str]:
-        """Requested targets that can take a format."""
-        return [target for target in self.recipe.export.targets if target in fmt.targets]
+        """Requested targets that can take a format together with the KV cache."""
+        able = able_targets(fmt, self.recipe.quantize.kv_cache)
+        return [target for target in self.recipe.export.targets if target in able]
+
+    def needs_moments(self, fmt: QuantFormat) -> bool:
+        """Solving a format searches over scales, and needs second moments."""
+        searched = self.recipe.quantize.smoothquant_alpha == "search"
+        return fmt.algorithm == "awq" or (fmt.algorithm == "smoothquant" and searched)
+
+    @property
+    def second_moments(self) -> bool:
+        """A format of the recipe needs second moments."""
+        return any(self.needs_moments(fmt) for fmt in self.formats)
+
+
+def able_targets(fmt: QuantFormat, kv_cache: str) -> tuple[str, ...]:
+    """Targets that can take a format together with a KV cache."""
+    kv = KV_CACHES.get(kv_cache)
+    if kv is None:
+        return fmt.targets
+    if fmt.weight == "nf4":
+        return ()  # bitsandbytes has no place for a cache's scales
+    odd = fmt.weight == "nvfp4" and kv.name == "int8"  # TensorRT-LLM has no such engine
+    return tuple(
+        target
+        for target in fmt.targets
+        if target in kv.targets and not (odd and target == "trtllm")
+    )
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -73,6 +99,7 @@ def make_plan(recipe: Recipe) -> Plan:
         dtype = DTYPES[tensors[family.decoder_prefix + "model.norm.weight"].dtype]
     beside = (*vision, *carried)
     plan = Plan(recipe, folder, config, family, decoder, tensors, beside, dtype)
+    _check_quantize(plan)
     for fmt in plan.formats:
         _check_format(plan, fmt)
     _check_layouts(plan)
@@ -155,12 +182,17 @@ def _check_layouts(plan: Plan) -> None:
         return heads % tensor == 0 and ffn % tensor == 0 and shared
 
     read = [fmt for fmt in plan.formats if "trtllm" in plan.targets(fmt)]
-    tiles = [_whole_tiles(plan, fmt) for fmt in read if fmt.granularity == "group"]
+    tiles = [
+        _whole_tiles(plan, fmt) if fmt.granularity == "group" else _whole_groups(plan, fmt)
+        for fmt in read
+        if fmt.grouped
+    ]
     stages = _Rule(
         lambda size: decoder.layers % size == 0, f"does not divide {decoder.layers} layers"
     )
-    _require("parallel.tensor", parallel.tensor, _calibrating(plan))
-    _require("parallel.pipeline", parallel.pipeline, [stages])
+    tensor, pipeline = (1 if n == "auto" else n for n in (parallel.tensor, parallel.pipeline))
+    _require("parallel.tensor", tensor, _calibrating(plan))
+    _require("parallel.pipeline", pipeline, [stages])
     _require("export.tensor", export.tensor, [_Rule(serves, _wide(decoder)), *tiles])
     _require("export.pipeline", export.pipeline, [stages, *_serving_stages(plan)])
 
@@ -182,7 +214,7 @@ def _calibrating(plan: Plan) -> list[_Rule]:
             part % tensor == 0 for part in (decoder.heads, decoder.kv_heads, decoder.ffn, rows)
         )
 
-    grouped = [fmt for fmt in plan.formats if fmt.granularity == "group"]
+    grouped = [fmt for fmt in plan.formats if fmt.grouped]
     return [_Rule(fits, _wide(decoder)), *(_whole_groups(plan, fmt) for fmt in grouped)]
 
 
@@ -201,7 +233,7 @@ def _serving_stages(plan: Plan) -> list[_Rule]:
 
 def _whole_groups(plan: Plan, fmt: QuantFormat) -> _Rule:
     """Every rank holds whole groups of the inputs of each linear."""
-    decoder, group = plan.decoder, plan.recipe.quantize.group_size
+    decoder, group = plan.decoder, fmt.group(plan.recipe.quantize.group_size)
     query = decoder.heads * decoder.head_dim
 
     def fits(tensor: int) -> bool:
@@ -224,13 +256,43 @@ def _whole_tiles(plan: Plan, fmt: QuantFormat) -> _Rule:
     return _Rule(fits, f"cuts a group of {group} of format {fmt.name}")
 
 
+def _check_quantize(plan: Plan) -> None:
+    """What the recipe says for all formats fits the model and the data."""
+    wanted, head_dim = plan.recipe.quantize, plan.decoder.head_dim
+    if wanted.kv_cache == "nvfp4" and head_dim % NVFP4_BLOCK:
+        raise UserError(
+            f"quantize.kv_cache=nvfp4 needs heads of whole blocks of {NVFP4_BLOCK}, this model's "
+            f"have {head_dim} features; these work: none, fp8, int8"
+        )
+    if wanted.image_share is not None and plan.recipe.calibration.modality == "text":
+        raise UserError(
+            f"quantize.image_share={wanted.image_share} needs image tokens, and "
+            "calibration.modality=text brings none; leave it out or set modality=image_text"
+        )
+
+
 def _check_format(plan: Plan, fmt: QuantFormat) -> None:
     recipe = plan.recipe
     if not plan.targets(fmt):
-        raise UserError(
-            f"format {fmt.name} cannot be exported to {', '.join(recipe.export.targets)}; "
-            f"it can to: {', '.join(fmt.targets)}"
-        )
+        raise UserError(_no_target(recipe, fmt))
     if fmt.weight_second is not None and recipe.quantize.group_size != 128:
         group = recipe.quantize.group_size
         raise UserError(f"format {fmt.name} needs quantize.group_size=128, got {group}")
+
+
+def _no_target(recipe: Recipe, fmt: QuantFormat) -> str:
+    """Why none of the requested targets takes a format, and what would."""
+    asked, kv_cache = ", ".join(recipe.export.targets), recipe.quantize.kv_cache
+    if not set(fmt.targets) & set(recipe.export.targets):
+        return (
+            f"format {fmt.name} cannot be exported to {asked}; it can to: {', '.join(fmt.targets)}"
+        )
+    caches = [
+        name
+        for name in ("none", *KV_CACHES)
+        if set(able_targets(fmt, name)) & set(recipe.export.targets)
+    ]
+    return (
+        f"format {fmt.name} with quantize.kv_cache={kv_cache} cannot be exported to {asked}; "
+        f"these KV caches can: {', '.join(caches)}"
+    )

@@ -1,35 +1,29 @@
-"""AWQ from second moments: the loss of a candidate is tr(dW H dW^T), the number that replaying all
-tokens would give, so no token is replayed (Lin et al. 2023 for the method).
+"""AWQ from second moments: no token is replayed (Lin et al. 2023 for the method).
 
 The candidates are modelopt's family act^a / weight^(1-a) on a finer grid, and no scaling at all;
-then each group's amax is tried smaller. A linear whose input comes from the attention is tied: all
-query heads that share a KV head get the same scale per channel, so that it can be folded into the
-rows of v by readers that have no prequant scale.
+for int4, each group's amax is then tried smaller. A linear whose input comes from the attention is
+tied: all query heads that share a KV head get the same scale per channel, so that it can be folded
+into the rows of v by readers that have no prequant scale.
+
+Legend: O output features, K input features, G groups of g inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
-from nemo_vlm_ptq.calibrate.scales import (
-    LinearScales,
-    divide,
-    finish,
-    output_error,
-    rounded_weight,
-    stored,
-    weighted_norm,
-)
+from nemo_vlm_ptq.calibrate.clip import clip
+from nemo_vlm_ptq.calibrate.losses import row_chunks
+from nemo_vlm_ptq.calibrate.scales import LinearScales, divide, finish
+from nemo_vlm_ptq.calibrate.search import candidate_loss, sample_rows, search_alpha
 from nemo_vlm_ptq.calibrate.statistics import InputStatistics
+from nemo_vlm_ptq.calibrate.svdquant import low_rank
 from nemo_vlm_ptq.formats import QuantFormat
 from nemo_vlm_ptq.mapping.layouts import Sizes
-from nemo_vlm_ptq.numerics import round_trip, weight_amax
 
-ALPHAS = [step / 20 for step in range(21)]
-CLIPS = [1 - step / 20 for step in range(1, 11)]  # 0.95 .. 0.5 of the group's amax
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -38,9 +32,10 @@ def awq(
     statistics: InputStatistics,
     row: QuantFormat,
     group: int,
-    tie: Sizes | None,
+    tie: Sizes | None = None,
+    share: float | None = None,
 ) -> LinearScales:
-    """Search scale and clip of one linear.
+    """Search the scale of one linear, then its clip or its low-rank branch.
 
     Args:
         weight_OK: weight in the model's dtype.
@@ -48,81 +43,68 @@ def awq(
         row: the format.
         group: inputs that share a weight scale.
         tie: head counts when the input comes from the attention, else None.
+        share: weight of image tokens against text tokens in the search; None: as they came.
     """
-    moment = statistics.moment
+    seen = statistics.mixed(share)
+    moment = seen.moment
     assert moment is not None
-    best_loss, best_alpha, best_prequant = None, None, None
-    for alpha, prequant in _candidates(weight_OK, statistics, group, tie):
-        smooth = divide(weight_OK, prequant)
-        amax = weight_amax(smooth, row.granularity, group)
-        seen = rounded_weight(smooth, amax, row, smooth.float().abs().amax())
-        loss = float(weighted_norm(seen * prequant - weight_OK.float(), moment))
-        if best_loss is None or loss < best_loss:
-            best_loss, best_alpha, best_prequant = loss, alpha, prequant
-    assert best_loss is not None and best_prequant is not None
-    scales = replace(finish(weight_OK, statistics, row, group, best_prequant), alpha=best_alpha)
-    return _clip(weight_OK, scales, moment, row, best_loss)
+    sample = sample_rows(weight_OK, group)
+    scale_of = scale_family(weight_OK, seen.mean, group, tie)
+
+    def loss_of(prequant_K: torch.Tensor, amax: torch.Tensor | None = None) -> torch.Tensor:
+        return candidate_loss(sample, moment, row, group, prequant_K, amax)
+
+    exponent, loss = search_alpha(lambda alpha: loss_of(scale_of(alpha)))
+    alpha: float | None = exponent
+    prequant = scale_of(exponent)
+    unscaled = torch.ones_like(prequant)
+    if bool(loss_of(unscaled) <= loss):
+        alpha, prequant, loss = None, unscaled, loss_of(unscaled)
+    branch = amax = None
+    if row.low_rank:
+        branch = low_rank(divide(weight_OK, prequant), row.low_rank)
+    elif row.granularity == "group":
+        amax = clip(weight_OK, prequant, moment, row, group)
+        if bool(loss_of(prequant, amax[sample.rows_N]) >= loss):
+            amax = None
+    scales = finish(weight_OK, statistics, row, group, prequant, branch=branch, amax=amax)
+    return replace(scales, alpha=alpha)
 
 
-def _candidates(
-    weight_OK: torch.Tensor,
-    statistics: InputStatistics,
-    group: int,
-    tie: Sizes | None,
-) -> Iterator[tuple[float | None, torch.Tensor]]:
-    """(alpha, prequant scale [K]); alpha None is no scaling."""
-    act, weight = statistics.mean.clamp(min=TINY), _weight_share(weight_OK, group)
+def scale_family(
+    weight_OK: torch.Tensor, mean_K: torch.Tensor, group: int, tie: Sizes | None
+) -> Callable[[float], torch.Tensor]:
+    """Exponent -> prequant scale [K], rounded to the model's dtype.
+
+    Args:
+        weight_OK: weight in that dtype.
+        mean_K: mean of |x|.
+        group: inputs that share a weight scale.
+        tie: head counts when the input comes from the attention, else None.
+    """
+    act, weight = mean_K.clamp(min=TINY), _weight_share(weight_OK, group)
     if tie is not None:
         act, weight = _tied(act, tie), _tied(weight, tie)
-    yield None, torch.ones_like(act)
-    for alpha in ALPHAS:
+
+    def scale_of(alpha: float) -> torch.Tensor:
         scale = (act.pow(alpha) / (weight.pow(1 - alpha) + TINY)).clamp(1e-4, 1e4)
         scale = scale / (scale.max() * scale.min()).sqrt()
-        yield alpha, (1.0 / scale).to(weight_OK.dtype).float()
+        return (1.0 / scale).to(weight_OK.dtype).float()
+
+    return scale_of
 
 
 def _weight_share(weight_OK: torch.Tensor, group: int) -> torch.Tensor:
     """Mean over outputs of |w| relative to its group's largest, [K]."""
-    grouped = weight_OK.float().abs().unflatten(1, (-1, group))
-    share = grouped / (grouped.amax(dim=2, keepdim=True) + TINY)
-    return share.flatten(1).mean(dim=0)
+    total = torch.zeros(weight_OK.shape[1], device=weight_OK.device)
+    for rows in row_chunks(weight_OK.shape):
+        share_NGg = weight_OK[rows].float().abs().unflatten(1, (-1, group))
+        share_NGg.div_(share_NGg.amax(dim=2, keepdim=True).add_(TINY))
+        total += share_NGg.flatten(1).sum(dim=0)
+    return total / len(weight_OK)
 
 
 def _tied(vector_K: torch.Tensor, sizes: Sizes) -> torch.Tensor:
     """The mean over query heads that share a KV head, given back to each of them."""
     heads = vector_K.reshape(sizes.kv_heads, sizes.queries, sizes.head_dim)
     return heads.mean(dim=1, keepdim=True).expand_as(heads).reshape(-1)
-
-
-def _clip(
-    weight_OK: torch.Tensor,
-    scales: LinearScales,
-    moment_KK: torch.Tensor,
-    row: QuantFormat,
-    loss: float,
-) -> LinearScales:
-    """Smaller amax per group where the group's own block of H says so and the whole loss falls."""
-    assert scales.prequant is not None
-    smooth = divide(weight_OK, scales.prequant).float()
-    groups = scales.weight_amax.shape[1]
-    blocks = torch.stack(
-        [
-            block.unflatten(1, (groups, -1))[:, index]
-            for index, block in enumerate(moment_KK.unflatten(0, (groups, -1)))
-        ]
-    )  # [G,g,g]
-    back = scales.prequant.unflatten(0, (groups, -1))
-    best = torch.full_like(scales.weight_amax, float("inf"))
-    amax = scales.weight_amax
-    for ratio in [1.0, *CLIPS]:
-        tried = stored(scales.weight_amax * ratio, weight_OK.dtype)
-        change = round_trip(smooth, tried, row.weight) - smooth
-        change_OGg = change.unflatten(1, (groups, -1)) * back
-        cost = torch.einsum("ogi,gij,ogj->og", change_OGg, blocks, change_OGg)
-        amax = torch.where(cost < best, tried, amax)
-        best = torch.minimum(best, cost)
-    change = rounded_weight(smooth, amax, row, scales.weight_amax_2) * scales.prequant
-    change = change - weight_OK.float()
-    if float(weighted_norm(change, moment_KK)) >= loss:
-        return scales
-    return replace(scales, weight_amax=amax, error=output_error(weight_OK, change, moment_KK))

@@ -93,7 +93,7 @@ def _layer(
             )
         for key, values in _strips(observer, (layer, name), session, holder, exact):
             if writes:
-                tensors[key] = values.cpu()
+                tensors[key] = values  # goes to the host in the thread that writes it
     return tensors
 
 

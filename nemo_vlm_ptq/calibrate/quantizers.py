@@ -1,7 +1,7 @@
 """Solved scales into modelopt's quantizers: the result is an ordinary modelopt Megatron model.
 
-The only file that imports modelopt. Presets are copied, never edited. What is quantized is chosen
-by module identity, and the enabled quantizers are counted afterwards.
+This file and modules.py alone import modelopt. Presets are copied, never edited. What is quantized
+is chosen by module identity, and the enabled quantizers are counted afterwards.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import copy
 import io
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,52 +18,100 @@ import modelopt.torch.quantization as mtq
 import torch
 from megatron.core.models.gpt import GPTModel
 from modelopt.torch.opt.plugins.mcore_dist_checkpointing import save_sharded_modelopt_state
-from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
+from modelopt.torch.quantization.nn import (
+    QuantModuleRegistry,
+    SequentialQuantizer,
+    TensorQuantizer,
+)
 
-from nemo_vlm_ptq.calibrate.scales import LinearScales, divide
-from nemo_vlm_ptq.calibrate.statistics import LINEARS
+from nemo_vlm_ptq.calibrate import modules
+from nemo_vlm_ptq.calibrate.scales import LinearScales, divide, remainder
+from nemo_vlm_ptq.calibrate.statistics import LINEARS, ROW_PARALLEL
 from nemo_vlm_ptq.errors import UserError
-from nemo_vlm_ptq.formats import QuantFormat
-from nemo_vlm_ptq.numerics import off_ties
+from nemo_vlm_ptq.formats import KvFormat, QuantFormat
+from nemo_vlm_ptq.megatron.attention import SdpaCoreAttention
+from nemo_vlm_ptq.numerics import off_ties, round_trip
 
 ScalesOf = Callable[[int, str], LinearScales]
+KvOf = Callable[[int], tuple[torch.Tensor, torch.Tensor]]  # layer -> amax [] of keys, of values
+
+# A KV cache's quantizers by kind of number; modelopt has no preset for int8.
+KV_QUANTIZERS: dict[str, list[dict[str, Any]]] = {
+    "fp8": mtq.FP8_KV_CFG["quant_cfg"],
+    "int8": [{"quantizer_name": "*[kv]_bmm_quantizer", "cfg": {"num_bits": 8, "axis": None}}],
+    "nvfp4": mtq.NVFP4_KV_CFG["quant_cfg"],
+}
 
 
-def preset(row: QuantFormat, group: int) -> dict[str, Any]:
-    """modelopt's preset of a format with our group size, and no calibration algorithm."""
-    config = copy.deepcopy(getattr(mtq, row.modelopt_preset))
+def preset(row: QuantFormat, group: int, kv: KvFormat | None = None) -> dict[str, Any]:
+    """modelopt's preset of a format with our group size, and no calibration algorithm.
+
+    A format that modelopt cannot fake-quantize (nf4) gets one that leaves every linear alone.
+    """
+    config: dict[str, Any] = {"quant_cfg": [{"quantizer_name": "*", "enable": False}]}
+    if row.modelopt_preset:
+        config = copy.deepcopy(getattr(mtq, row.modelopt_preset))
     config["algorithm"] = None
     for entry in config["quant_cfg"]:
         cfg = entry.get("cfg")
         for part in cfg if isinstance(cfg, list) else [cfg]:
-            if part and "block_sizes" in part:
-                part["block_sizes"][-1] = group
+            if part and part.get("block_sizes", {}).get(-1) is not None:  # None: a whole token
+                part["block_sizes"][-1] = row.group(group)
+    if kv is not None:
+        config["quant_cfg"] += copy.deepcopy(KV_QUANTIZERS[kv.kind])
     return config
 
 
-def insert_quantizers(model: GPTModel, row: QuantFormat, group: int) -> None:
-    """Replace the model's linears by modelopt's, with the quantizers of the format, unfilled."""
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints a line a rank
-        mtq.quantize(model, preset(row, group))
+def insert_quantizers(
+    model: GPTModel, row: QuantFormat, group: int, kv: KvFormat | None = None
+) -> None:
+    """Replace the model's linears by modelopt's, with the quantizers of the format, unfilled.
+
+    With a KV cache format the core attentions are replaced too.
+    """
+    if not row.modelopt_preset and kv is None:
+        return
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))  # it prints a line a rank
+        if kv is not None:  # for this call: elsewhere a checkpoint would hold states of no use
+            QuantModuleRegistry.register({SdpaCoreAttention: "SdpaCoreAttention"})(
+                modules.KvAttention
+            )
+            stack.callback(QuantModuleRegistry.unregister, SdpaCoreAttention)
+        mtq.quantize(model, preset(row, group, kv))
+    if row.low_rank:
+        for _, name, module in _linears(model):
+            modules.add_branch(module, name)
 
 
-def fill_quantizers(model: GPTModel, row: QuantFormat, scales_of: ScalesOf) -> None:
+def fill_quantizers(
+    model: GPTModel, row: QuantFormat, scales_of: ScalesOf, kv_of: KvOf | None = None
+) -> None:
     """Give the quantizers their scales, and count them.
 
     Args:
         model: decoder with quantizers inserted.
         row: the format.
         scales_of: (layer, linear) -> scales cut to this rank's shard.
+        kv_of: layer -> largest magnitudes [] of keys and of values; None without a KV cache format.
 
     Raises:
-        UserError: the enabled quantizers are not just those of the decoder's linears.
+        UserError: the enabled quantizers are not just those of the decoder's linears and KV cache.
     """
     expected = set()
-    for layer, name, module in _linears(model):
-        _fill(module, scales_of(layer, name))
-        expected.add(id(module.weight_quantizer))
-        if row.activation is not None:
-            expected.add(id(module.input_quantizer))
+    if row.modelopt_preset:
+        for layer, name, module in _linears(model):
+            _fill(module, scales_of(layer, name))
+            expected.add(id(module.weight_quantizer))
+            if row.activation is not None:
+                expected.add(id(module.input_quantizer))
+    if kv_of is not None:
+        for block in model.decoder.layers:
+            core = block.self_attention.core_attention
+            pairs = zip(core.quantizers(), kv_of(block.layer_number - 1), strict=True)
+            for quantizer, amax in pairs:
+                quantizer.amax = amax.reshape(()).to(next(block.parameters()).device)
+                expected.add(id(quantizer))
     enabled = {id(q) for q in _outer_quantizers(model) if q.is_enabled}
     if enabled != expected:
         raise UserError(
@@ -72,18 +121,49 @@ def fill_quantizers(model: GPTModel, row: QuantFormat, scales_of: ScalesOf) -> N
 
 
 def prepare_weights(model: GPTModel, row: QuantFormat, scales_of: ScalesOf) -> None:
-    """Divide each weight by its prequant scale, and move it off ties, in place."""
+    """Make each weight the one that is rounded, in place.
+
+    It is divided by its prequant scale, loses what its branch computes, and is moved off ties. A
+    format without a quantizer (nf4) leaves the rounded weight itself.
+    """
     for layer, name, module in _linears(model):
-        scales, weight = scales_of(layer, name), module.weight.data
-        if scales.prequant is not None:
-            weight.copy_(divide(weight, scales.prequant.to(weight.device)))
-        weight.copy_(off_ties(weight, scales.weight_amax.to(weight.device), row.weight))
+        weight = module.weight.data
+        scales = _on(scales_of(layer, name), weight.device)
+        rest = remainder(divide(weight, scales.prequant), scales.branch)
+        if row.modelopt_preset:
+            weight.copy_(off_ties(rest, scales.weight_amax, row.weight))
+        else:
+            weight.copy_(round_trip(rest, scales.weight_amax, row.weight))
+
+
+def use_own_rounding(model: GPTModel, row: QuantFormat) -> None:
+    """Round with our code where modelopt cannot (nvfp4 on a CPU), or would on each rank for itself.
+
+    That is the input of a row-parallel linear with a scale a token: modelopt makes the scale from
+    the rank's part of the token. Call this on a complete model: the name of a backend belongs to a
+    quantizer's state, and a saved state must not ask others for ours.
+    """
+    modules.register_backends()
+    if next(model.parameters()).device.type == "cpu":
+        for module in model.modules():
+            if isinstance(module, TensorQuantizer) and module.is_nvfp4_dynamic:
+                module.backend = modules.NVFP4_ON_CPU
+    if row.activation == "fp8_token":
+        for _, name, module in _linears(model):
+            if name in ROW_PARALLEL:
+                module.input_quantizer.backend = modules.WHOLE_TOKENS
 
 
 def stop_rounding_activations(model: GPTModel) -> None:
-    """Switch the input quantizers off; their prequant scales stay."""
-    for _, _, module in _linears(model):
-        module.input_quantizer.disable()
+    """Switch off what rounds inputs, keys and values; prequant scales stay."""
+    for name, module in model.named_modules():
+        if isinstance(module, TensorQuantizer) and "weight_quantizer" not in name:
+            module.disable()
+
+
+def _on(scales: LinearScales, device: torch.device) -> LinearScales:
+    moved: dict[str, Any] = {key: one.to(device) for key, one in scales.tensors().items()}
+    return replace(scales, **moved)
 
 
 def _linears(model: GPTModel) -> Iterator[tuple[int, str, Any]]:
@@ -114,6 +194,9 @@ def _fill(module: Any, scales: LinearScales) -> None:
         module.input_quantizer.pre_quant_scale = scales.prequant.to(device, weight.dtype)
     if scales.input_amax is not None:
         module.input_quantizer.amax = scales.input_amax.to(device)
+    if scales.low_rank_a is not None and scales.low_rank_b is not None:
+        module.register_buffer("low_rank_a", scales.low_rank_a.to(device, weight.dtype))
+        module.register_buffer("low_rank_b", scales.low_rank_b.to(device, weight.dtype))
     first, second = module.weight_quantizer, None
     if isinstance(first, SequentialQuantizer):
         first, second = first

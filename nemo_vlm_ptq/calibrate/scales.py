@@ -1,22 +1,27 @@
 """Scales of one linear for each algorithm: pure arithmetic on a weight and its input statistics.
 
-Legend: O output features, K input features, G groups of K. A `prequant` scale multiplies the input
-of a linear; the weight is divided by it. It is rounded to the model's dtype before the weight is
-divided, so that what is stored is what was divided by.
+Legend: O output features, K input features, G groups of K, R rank of a branch, N some rows of O. A
+`prequant` scale multiplies the input of a linear; the weight is divided by it. It is rounded to the
+model's dtype before the weight is divided, so that what is stored is what was divided by.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
+from nemo_vlm_ptq.calibrate.losses import gram, group_amax, row_chunks, weighted
+from nemo_vlm_ptq.calibrate.rounding import rounded_weight
 from nemo_vlm_ptq.calibrate.statistics import ROW_PARALLEL, InputStatistics
 from nemo_vlm_ptq.formats import QuantFormat
-from nemo_vlm_ptq.numerics import round_trip, weight_amax
 
 FIELDS = ("weight_amax", "weight_amax_2", "input_amax", "prequant", "low_rank_a", "low_rank_b")
-SMOOTHQUANT_ALPHA = 1.0  # modelopt's default for INT8_SMOOTHQUANT_CFG
+FACTS = ("error", "error_text", "error_image", "alpha", "image_share")
+STATIC_INPUTS = ("fp8", "int8", "nvfp4")  # roundings of inputs that need an amax
+Branch = tuple[torch.Tensor, torch.Tensor]  # a [R,K] and b [O,R], in the model's dtype
 
 
 @dataclass(frozen=True)
@@ -25,10 +30,12 @@ class LinearScales:
 
     weight_amax: [] or [O] or [O,G] (nvfp4: [], its blocks follow from the weight; nf4: [O,G], after
     double quantization); weight_amax_2: [] or None; input_amax: [] or None; prequant: [K] or None;
-    low_rank_a [r,K] and low_rank_b [O,r] in the model's dtype or None: the 16 bit branch b a that
-    was taken off the weight after its division by prequant; alpha: chosen exponent or None;
-    error: relative error of the output through the weights, sqrt(tr(dW H dW^T) / tr(W H W^T)),
-    or None without second moments.
+    low_rank_a [R,K] and low_rank_b [O,R] in the model's dtype or None: the 16 bit branch b a that
+    was taken off the weight after its division by prequant.
+
+    alpha: chosen exponent; image_share: weight of image tokens that it was searched with; error:
+    relative error of the output through the weights, sqrt(tr(dW H dW^T) / tr(W H W^T)), over all
+    tokens as they came, and over those of text and of images. None where there is no such thing.
     """
 
     weight_amax: torch.Tensor
@@ -38,11 +45,30 @@ class LinearScales:
     low_rank_a: torch.Tensor | None = None
     low_rank_b: torch.Tensor | None = None
     alpha: float | None = None
+    image_share: float | None = None
     error: float | None = None
+    error_text: float | None = None
+    error_image: float | None = None
+
+    @property
+    def branch(self) -> Branch | None:
+        """The 16 bit branch (a, b), or None."""
+        if self.low_rank_a is None or self.low_rank_b is None:
+            return None
+        return self.low_rank_a, self.low_rank_b
+
+    def facts(self) -> dict[str, float | None]:
+        """What is told of the linear in a manifest."""
+        return {name: getattr(self, name) for name in FACTS}
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors by field name."""
         return {name: t for name in FIELDS if (t := getattr(self, name)) is not None}
+
+    def on_host(self) -> LinearScales:
+        """The same in host memory."""
+        moved: dict[str, Any] = {name: tensor.cpu() for name, tensor in self.tensors().items()}
+        return replace(self, **moved)
 
 
 def stored(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -57,46 +83,19 @@ def divide(weight_OK: torch.Tensor, prequant_K: torch.Tensor | None) -> torch.Te
     """The weight that goes with a prequant scale, in the weight's dtype."""
     if prequant_K is None:
         return weight_OK
-    return (weight_OK.float() * (1.0 / prequant_K.float())).to(weight_OK.dtype)
+    return (weight_OK * (1.0 / prequant_K.float())).to(weight_OK.dtype)
 
 
-def smoothquant(weight_OK: torch.Tensor, statistics: InputStatistics) -> torch.Tensor:
-    """SmoothQuant's prequant scale [K] (Xiao et al. 2022), as modelopt 0.47 computes it."""
-    act_amax = statistics.amax.float()
-    column_amax = weight_OK.float().abs().amax(dim=0)
-    scale = column_amax.pow(1 - SMOOTHQUANT_ALPHA) / act_amax.pow(SMOOTHQUANT_ALPHA)
-    silent = act_amax <= 2.0**-31
-    return torch.where(silent, torch.ones_like(scale), scale).clamp(1e-4, 1e4)
+def remainder(smooth_OK: torch.Tensor, branch: Branch | None) -> torch.Tensor:
+    """What is left to round of a weight divided by its prequant scale, in its dtype.
 
-
-def rounded_weight(
-    weight_OK: torch.Tensor,
-    amax: torch.Tensor,
-    row: QuantFormat,
-    amax_2: torch.Tensor | None,
-) -> torch.Tensor:
-    """The weight as a reader of the format sees it, float32 [O,K]."""
-    values = round_trip(weight_OK, amax, row.weight)
-    if row.weight_second is not None and amax_2 is not None:
-        values = round_trip(values, amax_2, row.weight_second)
-    return values
-
-
-def output_error(
-    weight_OK: torch.Tensor, change_OK: torch.Tensor, moment_KK: torch.Tensor
-) -> float:
-    """sqrt(tr(dW H dW^T) / tr(W H W^T)): how far the output moves, relative to its size."""
-    before = weighted_norm(weight_OK.float(), moment_KK)
-    return float((weighted_norm(change_OK, moment_KK) / before).clamp(min=0).sqrt())
-
-
-def weighted_norm(matrix_OK: torch.Tensor, moment_KK: torch.Tensor) -> torch.Tensor:
-    """tr(A H A^T): the mean over tokens of |A x|^2; its product may take TF32 on a GPU."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    product = matrix_OK @ moment_KK
-    torch.set_float32_matmul_precision(before)
-    return (product * matrix_OK).sum(dtype=torch.float64)
+    b a is summed in float64: so a cut of it has the bits of the whole, on any device.
+    """
+    if branch is None:
+        return smooth_OK
+    a_RK, b_OR = branch
+    product_OK = (b_OR.double() @ a_RK.double()).float()
+    return (smooth_OK.float() - product_OK).to(smooth_OK.dtype)
 
 
 def finish(
@@ -105,23 +104,120 @@ def finish(
     row: QuantFormat,
     group: int,
     prequant_K: torch.Tensor | None,
+    *,
+    branch: Branch | None = None,
+    amax: torch.Tensor | None = None,
 ) -> LinearScales:
-    """Scales of a linear whose prequant scale is settled, with plain maxima for its weight."""
+    """Scales of a linear whose prequant scale is settled, and the error that they make.
+
+    Args:
+        weight_OK: weight in the model's dtype.
+        statistics: of its input.
+        row: the format.
+        group: inputs that share a weight scale.
+        prequant_K: or None; it is rounded to the model's dtype.
+        branch: what is taken off after the division.
+        amax: maxima of the weight; None: plain ones.
+    """
     if prequant_K is not None:
         prequant_K = prequant_K.to(weight_OK.dtype).float()
-    smooth = divide(weight_OK, prequant_K)
-    amax = weight_amax(smooth, row.granularity, group)
-    amax_2 = None if row.weight_second is None else smooth.float().abs().amax()
+    plain, top = _maxima(weight_OK, row, group, prequant_K, branch)
     input_amax = None
-    if row.activation is not None:
+    if row.activation in STATIC_INPUTS:
         spread = statistics.amax if prequant_K is None else statistics.amax * prequant_K
         input_amax = stored(spread.amax(), weight_OK.dtype)
-    error = None
-    if statistics.moment is not None:
-        seen = rounded_weight(smooth, amax, row, amax_2)
-        seen = seen if prequant_K is None else seen * prequant_K
-        error = output_error(weight_OK, seen - weight_OK.float(), statistics.moment)
-    return LinearScales(amax, amax_2, input_amax, prequant_K, error=error)
+    a_RK, b_OR = branch or (None, None)
+    scales = LinearScales(
+        plain if amax is None else amax,
+        None if row.weight_second is None else top,
+        input_amax,
+        prequant_K,
+        a_RK,
+        b_OR,
+    )
+    return scales if statistics.moment is None else _with_errors(scales, weight_OK, statistics, row)
+
+
+def _parts(
+    weight_OK: torch.Tensor, prequant_K: torch.Tensor | None, branch: Branch | None
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Some rows after others, and what is rounded of them."""
+    for rows in row_chunks(weight_OK.shape):
+        own = None if branch is None else (branch[0], branch[1][rows])
+        yield rows, remainder(divide(weight_OK[rows], prequant_K), own)
+
+
+def _maxima(
+    weight_OK: torch.Tensor,
+    row: QuantFormat,
+    group: int,
+    prequant_K: torch.Tensor | None,
+    branch: Branch | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain amax of the format's granularity, and that of the whole tensor."""
+    width = group if row.granularity == "group" else weight_OK.shape[1]
+    parts = _parts(weight_OK, prequant_K, branch)
+    amax_OG = torch.cat([group_amax(part_NK, width) for _, part_NK in parts])
+    top = amax_OG.amax()
+    if row.granularity == "tensor":
+        return top, top
+    return (amax_OG if row.granularity == "group" else amax_OG[:, 0]), top
+
+
+def change(
+    weight_NK: torch.Tensor, part_NK: torch.Tensor, scales: LinearScales, row: QuantFormat
+) -> torch.Tensor:
+    """What a reader's output goes through less the weight, float32 [N,K].
+
+    Args:
+        weight_NK: the weight.
+        part_NK: what is rounded of it.
+        scales: of these rows.
+        row: the format.
+    """
+    seen_NK = rounded_weight(part_NK, scales.weight_amax, row, scales.weight_amax_2)
+    if scales.branch is not None:
+        a_RK, b_NR = scales.branch
+        seen_NK.addmm_(b_NR.float(), a_RK.float())
+    if scales.prequant is not None:
+        seen_NK.mul_(scales.prequant)
+    return seen_NK.sub_(weight_NK)
+
+
+def _with_errors(
+    scales: LinearScales,
+    weight_OK: torch.Tensor,
+    statistics: InputStatistics,
+    row: QuantFormat,
+) -> LinearScales:
+    """The scales with the relative errors that they make."""
+    parts = _parts(weight_OK, scales.prequant, scales.branch)
+    moved_KK = gram(change(weight_OK[rows], part, _rows(scales, rows), row) for rows, part in parts)
+    whole_KK = gram(weight_OK[rows].float() for rows in row_chunks(weight_OK.shape))
+
+    def error(moment_KK: torch.Tensor | None) -> float | None:
+        if moment_KK is None:
+            return None
+        ratio = weighted(moved_KK, moment_KK) / weighted(whole_KK, moment_KK)
+        return float(ratio.clamp(min=0).sqrt())
+
+    by_kind = {kind: error(one.moment) for kind, one in statistics.modalities.items()}
+    return replace(
+        scales,
+        error=error(statistics.moment),
+        error_text=by_kind.get("text"),
+        error_image=by_kind.get("image"),
+    )
+
+
+def _rows(scales: LinearScales, rows: slice) -> LinearScales:
+    """The scales of some rows of a weight."""
+    amax, b_OR = scales.weight_amax, scales.low_rank_b
+    return replace(
+        scales,
+        weight_amax=amax[rows] if amax.dim() else amax,
+        low_rank_b=None if b_OR is None else b_OR[rows],
+    )
 
 
 def cut_scales(scales: LinearScales, linear: str, t: int, T: int) -> LinearScales:
@@ -130,15 +226,24 @@ def cut_scales(scales: LinearScales, linear: str, t: int, T: int) -> LinearScale
     qkv rows are stored KV group by KV group, so a shard is a contiguous cut; gate and up of fc1
     are cut apart.
     """
-    amax = scales.weight_amax
-    if T > 1 and amax.dim():
-        if linear in ROW_PARALLEL:
-            amax = amax if amax.dim() == 1 else amax.chunk(T, dim=1)[t]
-        elif linear == "linear_fc1":
-            amax = torch.cat([half.chunk(T)[t] for half in amax.chunk(2)])
-        else:
-            amax = amax.chunk(T)[t]
-    prequant = scales.prequant
-    if prequant is not None and linear in ROW_PARALLEL:
-        prequant = prequant.chunk(T)[t]
-    return LinearScales(amax, scales.weight_amax_2, scales.input_amax, prequant)
+
+    def rows(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dim() == 0 or linear in ROW_PARALLEL:
+            return tensor
+        if linear == "linear_fc1":
+            return torch.cat([half.chunk(T)[t] for half in tensor.chunk(2)])
+        return tensor.chunk(T)[t]
+
+    def inputs(tensor: torch.Tensor) -> torch.Tensor:
+        """Of the last axis."""
+        return tensor.chunk(T, dim=-1)[t] if linear in ROW_PARALLEL else tensor
+
+    amax, prequant, branch = rows(scales.weight_amax), scales.prequant, scales.branch
+    return LinearScales(
+        inputs(amax) if amax.dim() == 2 else amax,
+        scales.weight_amax_2,
+        scales.input_amax,
+        None if prequant is None else inputs(prequant),
+        None if branch is None else inputs(branch[0]),
+        None if branch is None else rows(branch[1]),
+    )

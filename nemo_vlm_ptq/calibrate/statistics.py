@@ -6,7 +6,7 @@ For every linear of a layer, per modality (row 0 text, row 1 image), over all ca
     sum     [2,K] int64     sum of |x|, in units of 2**-24: integers, so order does not matter
     tokens  [2]   int64     tokens seen
     moment.I [2,b,K-I b] float32 sum of x x^T, strip I of its upper triangle (moments.py), when a
-                              format needs it; products in float32, summed in units of 2**-20
+                              format needs it; products in float32, summed in units of 2**-16
 
 and for the attention of a layer `key.amax` and `value.amax`, [1] float32. A layer is one
 safetensors file; its bytes do not depend on how many ranks observed it.
@@ -14,10 +14,12 @@ safetensors file; its bytes do not depend on how many ranks observed it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from nemo_vlm_ptq.calibrate.moments import whole
@@ -31,20 +33,55 @@ LINEARS = {
     "linear_fc1": "mlp.linear_fc1",
     "linear_fc2": "mlp.linear_fc2",
 }
+TOKEN_KINDS = ("text", "image")  # rows of a statistic
 ROW_PARALLEL = ("linear_proj", "linear_fc2")  # each tensor rank holds a part of their input
 
 
 @dataclass(frozen=True)
-class InputStatistics:
-    """Statistics of one linear's input over both modalities together.
+class Modality:
+    """Statistics of one linear's input over the tokens of one kind.
 
-    amax, mean: [K] float32; tokens: count; moment: [K,K] float32, the mean of x x^T, or None.
+    tokens: count; mean: [K] float32, of |x|; moment: [K,K] float32, the mean of x x^T, or None.
+    """
+
+    tokens: int
+    mean: torch.Tensor
+    moment: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """Statistics of one linear's input over all tokens.
+
+    amax, mean: [K] float32; tokens: count; moment: [K,K] float32, the mean of x x^T, or None;
+    modalities: "text" and "image", as far as there were tokens of them.
     """
 
     amax: torch.Tensor
     mean: torch.Tensor
     tokens: int
     moment: torch.Tensor | None
+    modalities: Mapping[str, Modality] = field(default_factory=dict)
+
+    @property
+    def image_share(self) -> float | None:
+        """Image tokens of all tokens, or None where one kind is missing."""
+        if len(self.modalities) < len(TOKEN_KINDS):
+            return None
+        return self.modalities["image"].tokens / self.tokens
+
+    def mixed(self, share: float | None) -> InputStatistics:
+        """Means as if `share` of the tokens were of images; amax stays the largest of all.
+
+        As it is with share None, or where there is one kind of tokens.
+        """
+        if share is None or self.image_share is None:
+            return self
+        text, image = self.modalities["text"], self.modalities["image"]
+        moment = None
+        if text.moment is not None and image.moment is not None:
+            moment = torch.lerp(text.moment, image.moment, share)
+        return replace(self, mean=torch.lerp(text.mean, image.mean, share), moment=moment)
 
 
 def layer_file(layer: int) -> str:
@@ -58,22 +95,38 @@ def save_layer(folder: Path, layer: int, tensors: dict[str, torch.Tensor]) -> st
     return layer_file(layer)
 
 
+def load_tokens(folder: Path, layer: int) -> list[int]:
+    """Tokens that a layer has seen, of text and of images."""
+    with safe_open(folder / layer_file(layer), framework="pt") as file:
+        return file.get_tensor("linear_qkv.tokens").tolist()
+
+
+def load_attention(folder: Path, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Largest magnitude of a layer's keys and of its values, float32 [1] each."""
+    with safe_open(folder / layer_file(layer), framework="pt") as file:
+        return file.get_tensor("key.amax"), file.get_tensor("value.amax")
+
+
 def load_layer(folder: Path, layer: int, device: torch.device) -> dict[str, InputStatistics]:
-    """Statistics of a layer's linears with the modalities put together."""
+    """Statistics of a layer's linears, of all tokens and of each modality."""
     tensors = load_file(folder / layer_file(layer), device=str(device))
     return {name: _together(tensors, name) for name in LINEARS}
 
 
 def _together(tensors: dict[str, torch.Tensor], name: str) -> InputStatistics:
-    tokens = int(tensors[f"{name}.tokens"].sum())
-    total = tensors[f"{name}.sum"].sum(dim=0)
-    moment = None
-    if f"{name}.moment.0" in tensors:
-        parts = [tensors[f"{name}.moment.{i}"] for i in range(len(strips(len(total))))]
-        moment = whole([(part.double().sum(dim=0) / tokens).float() for part in parts])
-    return InputStatistics(
-        amax=tensors[f"{name}.amax"].amax(dim=0),
-        mean=(total.double() * UNIT / tokens).float(),
-        tokens=tokens,
-        moment=moment,
-    )
+    counts = dict(zip(TOKEN_KINDS, tensors[f"{name}.tokens"].tolist(), strict=True))
+    total = tensors[f"{name}.sum"]
+    strip_names = [f"{name}.moment.{i}" for i in range(len(strips(total.shape[1])))]
+    parts = [tensors.pop(key) for key in strip_names if key in tensors]
+
+    def over(rows: Sequence[int], tokens: int) -> Modality:
+        """The modalities in `rows` as one."""
+        mean = (total[rows].sum(dim=0).double() * UNIT / tokens).float()
+        means = [(part[rows].double().sum(dim=0) / tokens).float() for part in parts]
+        return Modality(tokens, mean, whole(means) if means else None)
+
+    seen = {kind: row for row, (kind, tokens) in enumerate(counts.items()) if tokens}
+    single = {kind: over([row], counts[kind]) for kind, row in seen.items()}
+    every = over([0, 1], sum(counts.values())) if len(single) > 1 else next(iter(single.values()))
+    amax = tensors[f"{name}.amax"].amax(dim=0)
+    return InputStatistics(amax, every.mean, every.tokens, every.moment, single)

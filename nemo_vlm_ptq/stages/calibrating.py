@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 
 from nemo_vlm_ptq import store
-from nemo_vlm_ptq.calibrate.collect import observe_in_passes
-from nemo_vlm_ptq.calibrate.observe import MODALITY_NAMES, Chunk, Observer
+from nemo_vlm_ptq.calibrate.ahead import read_ahead
+from nemo_vlm_ptq.calibrate.observe import Chunk, Limits, Work
 from nemo_vlm_ptq.calibrate.observe import observe as observe_model
-from nemo_vlm_ptq.calibrate.scales import LinearScales, cut_scales
-from nemo_vlm_ptq.calibrate.solve import load_scales, save_scales, solve_layer, weight_names
-from nemo_vlm_ptq.calibrate.statistics import load_layer
+from nemo_vlm_ptq.calibrate.observer import MODALITY_NAMES
+from nemo_vlm_ptq.calibrate.scales import LinearScales, cut_scales, stored
+from nemo_vlm_ptq.calibrate.solve import (
+    Wishes,
+    load_kv,
+    load_scales,
+    save_scales,
+    solve_layer,
+    weight_names,
+)
+from nemo_vlm_ptq.calibrate.statistics import (
+    InputStatistics,
+    load_attention,
+    load_layer,
+    load_tokens,
+)
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.base import Sample
-from nemo_vlm_ptq.formats import QuantFormat
-from nemo_vlm_ptq.job import Job, Written, run_stage
+from nemo_vlm_ptq.formats import KV_CACHES, QuantFormat
+from nemo_vlm_ptq.job import Job, Written, on_first_rank, run_stage
 from nemo_vlm_ptq.megatron.build import build_decoder
 from nemo_vlm_ptq.megatron.checkpoint import LayerReader, load_model, save_model
 from nemo_vlm_ptq.parallel import deal
@@ -32,7 +46,7 @@ def calibration_chunks(plan: Plan) -> tuple[list[Chunk], Callable[[Chunk], list[
     """The recipe's questions as micro-batches, and what makes samples of one.
 
     Raises:
-        UserError: fewer questions than samples.
+        UserError: fewer questions than samples, or questions without an image.
     """
     wanted = plan.recipe.calibration
     questions = load_questions(wanted.data, "calibration", wanted.samples, wanted.seed)
@@ -42,12 +56,20 @@ def calibration_chunks(plan: Plan) -> tuple[list[Chunk], Callable[[Chunk], list[
             f"calibration.samples={wanted.samples} but {wanted.data} has only "
             f"{len(items)} questions"
         )
+    looks = wanted.modality == "image_text"
+    blind = [item.id for item in items if looks and not item.image]
+    if blind:
+        raise UserError(
+            f"calibration.modality=image_text, but {len(blind)} of {len(items)} questions of "
+            f"{wanted.data} have no imageId, first {blind[0]!r}; a model calibrated without images "
+            "may lose them: add images, or set calibration.modality=text"
+        )
     ready = plan.family.preparer(plan.folder, plan.config)
 
     def prepare(chunk: Chunk) -> list[Sample]:
         samples = []
         for item in chunk:
-            image = questions.image(item.image) if wanted.modality == "image_text" else None
+            image = questions.image(item.image) if looks else None
             samples.append(ready(item.id, item.text + SUFFIX, image, item.answer))
         return samples
 
@@ -60,14 +82,15 @@ def observe(job: Job) -> None:
     megatron = job.folder("megatron")
     store.need_manifest(megatron, "import")
     before = store.read_manifest(folder)
-    moments = any(fmt.second_moments for fmt in plan.formats)
+    moments = plan.second_moments
     if before is not None:  # more statistics than asked for serve as well
         moments = moments or before["settings"]["moments"]
     wanted = plan.recipe.calibration
-    settings = wanted.model_dump(exclude={"max_statistics_memory"}) | {
+    settings = wanted.model_dump(exclude={"max_statistics_memory", "save_every"}) | {
         "moments": moments,
         "input": store.hash_manifest(megatron),
     }
+    limits = Limits(moments, wanted.max_statistics_memory, wanted.save_every)
 
     def body() -> Written:
         model = build_decoder(plan.decoder, session, job.dtype)
@@ -75,67 +98,130 @@ def observe(job: Job) -> None:
         vision = plan.family.build_vision(plan.config, load_file(megatron / VISION))
         vision.to(session.device, job.dtype)
         chunks, prepare = calibration_chunks(plan)
-        mine = deal(chunks, session.layout.data, session.data)
-
-        def run(layers: Sequence[int]) -> Observer:
-            return observe_model(model, vision, session, mine, prepare, layers, moments=moments)
-
-        limit = wanted.max_statistics_memory if moments else 0
-        files, seen = observe_in_passes(model, session, folder, limit, run)
-        facts: dict[str, Any] = {"samples": wanted.samples}
+        run = observe_model(Work(model, vision, session, prepare), chunks, folder, limits, settings)
+        tokens = dict(zip(MODALITY_NAMES.values(), load_tokens(folder, 0), strict=True))
+        _check_modalities(tokens, wanted.modality)
+        facts: dict[str, Any] = {"samples": wanted.samples, "passes": len(run.passes)}
         if session.tensor == 0 and session.pipeline == 0:
-            facts["ids_per_rank"] = [[item.id for chunk in mine for item in chunk]]
-            facts["tokens"] = {MODALITY_NAMES[key]: count for key, count in seen.tokens.items()}
-        return Written(files, facts)
+            facts["ids_per_rank"] = run.passes[:1]
+        if session.rank == 0:
+            facts["tokens"] = tokens
+        return Written(run.files, facts)
 
     run_stage(job, "observe", folder, settings, body)
 
 
+def _check_modalities(tokens: Mapping[str, int], modality: str) -> None:
+    """Every kind of token that the recipe asked for has come.
+
+    Raises:
+        UserError: a kind never came.
+    """
+    for kind in MODALITY_NAMES.values():
+        if kind in modality.split("_") and not tokens[kind]:
+            raise UserError(
+                f"calibration.modality={modality}, but the calibration data brought no {kind} "
+                f"tokens: {dict(tokens)}"
+            )
+
+
+Solved = dict[str, list[tuple[int, dict[str, LinearScales]]]]  # format -> its layers on this rank
+
+
 def solve(job: Job) -> None:
-    """Scales for every format of the recipe, and the quantized Megatron model made with them."""
-    for fmt in job.plan.formats:
-        _solve_format(job, fmt)
+    """Scales for every format of the recipe, and the quantized Megatron model made with them.
+
+    A layer's weights and statistics are read once for all formats that are not there yet.
+    """
+    plan, session = job.plan, job.session
+    settings = {fmt.name: _solve_inputs(job, fmt) for fmt in plan.formats}
+
+    def is_done(fmt: QuantFormat) -> bool:
+        return store.is_done(job.folder(fmt.name, "scales"), settings[fmt.name])
+
+    done = on_first_rank(session, lambda: [is_done(fmt) for fmt in plan.formats])
+    left = [fmt for fmt, finished in zip(plan.formats, done, strict=True) if not finished]
+    together = functools.cache(lambda: _solve_layers(job, left))  # by the first stage that asks
+    for fmt in plan.formats:
+        _solve_format(job, fmt, settings[fmt.name], together)
         _quantize_format(job, fmt)
 
 
-def _solve_format(job: Job, fmt: QuantFormat) -> None:
-    plan, folder = job.plan, job.folder(fmt.name, "scales")
-    megatron, statistics = job.folder("megatron"), job.folder("statistics")
-    store.need_manifest(megatron, "import")
+def _solve_inputs(job: Job, fmt: QuantFormat) -> dict[str, Any]:
+    """What the scales of a format depend on.
+
+    Raises:
+        UserError: a stage before has not finished, or observed less than the format needs.
+    """
+    plan, statistics = job.plan, job.folder("statistics")
+    store.need_manifest(job.folder("megatron"), "import")
     moments = store.need_manifest(statistics, "observe")["settings"]["moments"]
-    if fmt.second_moments and not moments:
+    if plan.needs_moments(fmt) and not moments:
         raise UserError(
             f"{statistics} holds no second moments, which {fmt.name} needs; "
             "remove it and run observe with this format in quantize.format"
         )
-    settings = {
-        "format": fmt.name,
-        "group_size": plan.recipe.quantize.group_size if fmt.granularity == "group" else None,
-        "weights": store.hash_manifest(megatron),
+    return _solve_settings(plan, fmt) | {
+        "weights": store.hash_manifest(job.folder("megatron")),
         "statistics": store.hash_manifest(statistics),
     }
 
+
+def _solve_format(
+    job: Job, fmt: QuantFormat, settings: dict[str, Any], together: Callable[[], Solved]
+) -> None:
+    """A format's scales into files, layer by layer."""
+    folder, statistics = job.folder(fmt.name, "scales"), job.folder("statistics")
+
     def body() -> Written:
-        files, layers = _solve_layers(job, fmt, folder)
-        return Written(files, {"layers": layers})
+        solved = together()
+        files, lines = [], []
+        for layer, scales in solved[fmt.name]:
+            kv = None
+            if job.plan.recipe.quantize.kv_cache != "none":
+                key, value = load_attention(statistics, layer)
+                kv = stored(key, job.dtype), stored(value, job.dtype)
+            files.append(save_scales(folder, layer, scales, kv))
+            lines += [
+                {"layer": layer, "linear": linear, **one.facts()} for linear, one in scales.items()
+            ]
+        return Written(files, {"layers": lines, "solved_with": sorted(solved)})
 
     run_stage(job, f"solve {fmt.name}", folder, settings, body)
+
+
+def _solve_settings(plan: Plan, fmt: QuantFormat) -> dict[str, Any]:
+    """What of the recipe changes the scales of a format, and nothing else."""
+    wanted = plan.recipe.quantize
+    sized = fmt.granularity == "group" and fmt.block is None
+    smooth, searched = fmt.algorithm == "smoothquant", plan.needs_moments(fmt)
+    return {
+        "format": fmt.name,
+        "group_size": wanted.group_size if sized else None,
+        "kv_cache": None if wanted.kv_cache == "none" else wanted.kv_cache,
+        "smoothquant_alpha": wanted.smoothquant_alpha if smooth else None,
+        "image_share": wanted.image_share if searched else None,
+    }
 
 
 def _quantize_format(job: Job, fmt: QuantFormat) -> None:
     """An ordinary modelopt-quantized Megatron checkpoint: its quantizers, its state."""
     plan, session, folder = job.plan, job.session, job.folder(fmt.name, "quantized")
-    settings = {"scales": store.hash_manifest(job.folder(fmt.name, "scales"))}
+    chosen = plan.recipe.quantize
+    settings = {
+        "scales": store.hash_manifest(job.folder(fmt.name, "scales")),
+        "kv_cache": chosen.kv_cache,
+    }
 
     def body() -> Written:
         from nemo_vlm_ptq.calibrate import quantizers  # modelopt takes seconds to import
 
-        scales_of = own_scales(job, fmt)
+        scales_of, kv_of = own_scales(job, fmt), own_kv(job, fmt)
         model = build_decoder(plan.decoder, session, job.dtype)
         load_model(model, job.folder("megatron"))
-        quantizers.insert_quantizers(model, fmt, plan.recipe.quantize.group_size)
+        quantizers.insert_quantizers(model, fmt, chosen.group_size, KV_CACHES.get(chosen.kv_cache))
         quantizers.prepare_weights(model, fmt, scales_of)
-        quantizers.fill_quantizers(model, fmt, scales_of)
+        quantizers.fill_quantizers(model, fmt, scales_of, kv_of)
         save_model(model, folder)
         quantizers.save_modelopt_state(model, folder)
         files = own_files(folder, session.rank)
@@ -147,28 +233,30 @@ def _quantize_format(job: Job, fmt: QuantFormat) -> None:
     run_stage(job, f"quantize {fmt.name}", folder, settings, body)
 
 
-def _solve_layers(
-    job: Job, fmt: QuantFormat, folder: Path
-) -> tuple[list[str], list[dict[str, Any]]]:
-    """Solve this rank's share of the layers; file names and a line per linear."""
-    plan, session = job.plan, job.session
-    reader = LayerReader(job.folder("megatron"))
-    mine = deal(range(plan.decoder.layers), session.layout.world, session.rank)
-    files, lines = [], []
-    for layer in progress_bar(f"solve {fmt.name}", "layer", session.rank, mine):
+def _solve_layers(job: Job, formats: Sequence[QuantFormat]) -> Solved:
+    """Solve this rank's share of the layers for some formats."""
+    plan, session, statistics = job.plan, job.session, job.folder("statistics")
+    reader, wanted = LayerReader(job.folder("megatron")), plan.recipe.quantize
+    sizes, rows = plan.decoder.sizes(VOCAB_MULTIPLE), plan.family.rows
+    wishes = Wishes(wanted.smoothquant_alpha, wanted.image_share)
+
+    def read(layer: int) -> tuple[dict[str, Any], dict[str, InputStatistics]]:
         names = weight_names(layer)
         tensors = reader.read(names.values())
         weights = {linear: tensors[name].to(session.device) for linear, name in names.items()}
-        seen = load_layer(job.folder("statistics"), layer, session.device)
-        sizes = plan.decoder.sizes(VOCAB_MULTIPLE)
-        group = plan.recipe.quantize.group_size
-        scales = solve_layer(weights, seen, fmt, group, sizes)
-        files.append(save_scales(folder, layer, scales))
-        for linear, entry in scales.items():
-            lines.append(
-                {"layer": layer, "linear": linear, "error": entry.error, "alpha": entry.alpha}
-            )
-    return files, lines
+        return weights, load_layer(statistics, layer, session.device)
+
+    mine = deal(range(plan.decoder.layers), session.layout.world, session.rank)
+    solved: Solved = {fmt.name: [] for fmt in formats}
+    label = f"solve {', '.join(solved)}"
+    with progress_bar(label, "layer", session.rank, len(mine)) as bar:
+        for layer, (weights, seen) in read_ahead(mine, read, session.device):
+            for fmt in formats:
+                given = (weights, seen, fmt, wanted.group_size, sizes, wishes, rows)
+                scales = solve_layer(*given)
+                solved[fmt.name].append((layer, {k: one.on_host() for k, one in scales.items()}))
+            bar.update()
+    return solved
 
 
 def load_quantized(job: Job, fmt: QuantFormat, round_activations: bool = True) -> Any:
@@ -179,12 +267,14 @@ def load_quantized(job: Job, fmt: QuantFormat, round_activations: bool = True) -
     """
     from nemo_vlm_ptq.calibrate import quantizers
 
-    scales_of = own_scales(job, fmt)
+    scales_of, kv_of = own_scales(job, fmt), own_kv(job, fmt)
+    chosen = job.plan.recipe.quantize
     model = build_decoder(job.plan.decoder, job.session, job.dtype)
-    quantizers.insert_quantizers(model, fmt, job.plan.recipe.quantize.group_size)
-    quantizers.fill_quantizers(model, fmt, scales_of)
+    quantizers.insert_quantizers(model, fmt, chosen.group_size, KV_CACHES.get(chosen.kv_cache))
+    quantizers.fill_quantizers(model, fmt, scales_of, kv_of)
     load_model(model, job.folder(fmt.name, "quantized"))
-    quantizers.fill_quantizers(model, fmt, scales_of)
+    quantizers.fill_quantizers(model, fmt, scales_of, kv_of)
+    quantizers.use_own_rounding(model, fmt)
     if not round_activations:
         quantizers.stop_rounding_activations(model)
     return model
@@ -201,3 +291,10 @@ def own_scales(job: Job, fmt: QuantFormat) -> Callable[[int, str], LinearScales]
         return cut_scales(layers[layer][linear], linear, session.tensor, session.layout.tensor)
 
     return scales_of
+
+
+def own_kv(job: Job, fmt: QuantFormat) -> Callable[[int], tuple[torch.Tensor, torch.Tensor]] | None:
+    """layer -> largest |key| and |value| []; None if the KV cache stays in 16 bit."""
+    if job.plan.recipe.quantize.kv_cache == "none":
+        return None
+    return lambda layer: load_kv(job.folder(fmt.name, "scales"), layer)

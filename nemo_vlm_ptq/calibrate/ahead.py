@@ -1,0 +1,39 @@
+"""Reading ahead: the next layer is read while this one is worked on, by one thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Read = TypeVar("Read")
+
+
+def read_ahead(
+    items: Iterable[Item], read: Callable[[Item], Read], device: torch.device
+) -> Iterator[tuple[Item, Read]]:
+    """Items and what `read` gives of each, one item ahead of whoever asks.
+
+    On a GPU copies run beside the work, on a stream of their own. The one who asks must be through
+    with what he was given, on the GPU as well, before he asks again.
+    """
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def aside(item: Item) -> Read:
+        with torch.cuda.stream(stream):  # None: the stream as it is
+            result = read(item)
+        if stream is not None:
+            stream.synchronize()
+        return result
+
+    with ThreadPoolExecutor(1) as thread:
+        waiting: tuple[Item, Future[Read]] | None = None
+        for item in items:
+            before, waiting = waiting, (item, thread.submit(aside, item))
+            if before is not None:
+                yield before[0], before[1].result()
+        if waiting is not None:
+            yield waiting[0], waiting[1].result()

@@ -1,0 +1,67 @@
+"""Clip: the amax of each group tried smaller, where the group's own block of H says so.
+
+The cost of a group is dw H dw^T over its own inputs; what it has in common with other groups is
+left to the whole loss, which must fall for the clipped maxima to be kept.
+
+Legend: O output features, K input features, G groups of g inputs, N some rows.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from nemo_vlm_ptq.calibrate.losses import fast_products, group_amax, row_chunks
+from nemo_vlm_ptq.calibrate.rounding import rounded_weight
+from nemo_vlm_ptq.calibrate.scales import divide, stored
+from nemo_vlm_ptq.formats import QuantFormat
+
+RATIOS = [1 - step / 20 for step in range(11)]  # 1, 0.95, ... 0.5 of the plain amax
+CHUNK = 2**22  # numbers that are worked on at once: what a GPU's second cache holds
+
+
+def clip(
+    weight_OK: torch.Tensor,
+    prequant_K: torch.Tensor,
+    moment_KK: torch.Tensor,
+    row: QuantFormat,
+    group: int,
+) -> torch.Tensor:
+    """The amax [O,G] of least cost, group by group, of 1 to 0.5 of the largest magnitude.
+
+    Args:
+        weight_OK: weight in the model's dtype.
+        prequant_K: rounded to that dtype.
+        moment_KK: mean of x x^T.
+        row: the format, with groups.
+        group: inputs that share a weight scale.
+    """
+    blocks_Ggg = _own_blocks(moment_KK, prequant_K, group)
+    parts = []
+    for rows in row_chunks(weight_OK.shape, CHUNK):
+        smooth_NK = divide(weight_OK[rows], prequant_K)
+        parts.append(_clip_rows(smooth_NK, group_amax(smooth_NK, group), blocks_Ggg, row))
+    return torch.cat(parts)
+
+
+def _own_blocks(moment_KK: torch.Tensor, prequant_K: torch.Tensor, group: int) -> torch.Tensor:
+    """H of each group's own inputs after the prequant scale [G,g,g]."""
+    pairs = moment_KK.unflatten(1, (-1, group)).unflatten(0, (-1, group))  # [G,g,G,g]
+    own = pairs.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    scale = prequant_K.unflatten(0, (-1, group))
+    return own * scale[:, :, None] * scale[:, None, :]
+
+
+def _clip_rows(
+    smooth_NK: torch.Tensor, plain_NG: torch.Tensor, blocks_Ggg: torch.Tensor, row: QuantFormat
+) -> torch.Tensor:
+    best_NG, least_NG = plain_NG, torch.full_like(plain_NG, torch.inf)
+    for ratio in RATIOS:
+        tried_NG = stored(plain_NG * ratio, smooth_NK.dtype)
+        change_NK = rounded_weight(smooth_NK, tried_NG, row).sub_(smooth_NK)
+        change_GNg = change_NK.unflatten(1, (len(blocks_Ggg), -1)).transpose(0, 1)
+        with fast_products():
+            product_GNg = torch.bmm(change_GNg, blocks_Ggg)
+        cost_NG = product_GNg.mul_(change_GNg).sum(dim=2).T
+        best_NG = torch.where(cost_NG < least_NG, tried_NG, best_NG)
+        least_NG = torch.minimum(cost_NG, least_NG)
+    return best_NG

@@ -1,0 +1,113 @@
+"""What searches over candidate scales share: the rows they look at, a candidate's loss, the order.
+
+A search compares many candidates of one linear. It looks at a sample of the rows of a tall weight
+(what is told of the result is of all rows), and at coarse steps before fine ones.
+
+Legend: O output features, K input features, N sampled rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from nemo_vlm_ptq.calibrate.losses import group_amax, largest, row_losses
+from nemo_vlm_ptq.calibrate.rounding import rounded_weight
+from nemo_vlm_ptq.calibrate.scales import divide
+from nemo_vlm_ptq.formats import QuantFormat
+
+SAMPLE = 2048  # rows of a weight that a search looks at
+STEPS = 20  # of exponents from 0 to 1
+STRIDES = (4, 2, 1)  # 0, 0.2, ... 1.0; then 0.1 and 0.05 beside the best
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Rows of a weight that stand for all of them.
+
+    rows_N: which they are; weight_NK: in the model's dtype; count_N: float64, rows that each stands
+    for; top_K: float32, largest magnitude of each input over all rows.
+    """
+
+    rows_N: torch.Tensor
+    weight_NK: torch.Tensor
+    count_N: torch.Tensor
+    top_K: torch.Tensor
+
+
+def sample_rows(weight_OK: torch.Tensor, group: int) -> Sample:
+    """All rows, or those that rounding moves most and some of the others.
+
+    Rounding moves a row about as the squares of its groups' maxima. The half of the sample with the
+    largest stands for itself, as few rows may hold most of the loss; the other half is taken evenly
+    from the rest.
+    """
+    height, device = len(weight_OK), weight_OK.device
+    top_K = largest(weight_OK, dim=0)
+    if height <= SAMPLE:
+        ones = torch.ones(height, dtype=torch.float64, device=device)
+        return Sample(torch.arange(height, device=device), weight_OK, ones, top_K)
+    half = SAMPLE // 2
+    noise_O = group_amax(weight_OK, group).square().mean(dim=1)
+    order = noise_O.argsort(descending=True, stable=True)
+    rest = order[half:].sort().values
+    even = rest[torch.arange(half, device=device) * len(rest) // half]
+    rows_N = torch.cat([order[:half], even])
+    count_N = torch.ones(SAMPLE, dtype=torch.float64, device=device)
+    count_N[half:] = len(rest) / half
+    return Sample(rows_N, weight_OK[rows_N], count_N, top_K)
+
+
+def candidate_loss(
+    sample: Sample,
+    moment_KK: torch.Tensor,
+    row: QuantFormat,
+    group: int,
+    prequant_K: torch.Tensor,
+    amax: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """tr(dW H dW^T) of a prequant scale, float64 [], from a sample's rows.
+
+    Args:
+        sample: rows of the weight.
+        moment_KK: mean of x x^T.
+        row: the format.
+        group: inputs that share a weight scale.
+        prequant_K: rounded to the model's dtype.
+        amax: of the sample's rows; None: plain maxima.
+    """
+    smooth_NK = divide(sample.weight_NK, prequant_K)
+    top = divide(sample.top_K.to(smooth_NK.dtype), prequant_K).float().amax()
+    if amax is None and row.granularity == "tensor":
+        amax = top
+    elif amax is None:
+        by_group = row.granularity == "group"
+        amax = group_amax(smooth_NK, group) if by_group else largest(smooth_NK, dim=1)
+    change_NK = rounded_weight(smooth_NK, amax, row, top).mul_(prequant_K)
+    return row_losses(change_NK.sub_(sample.weight_NK), moment_KK) @ sample.count_N
+
+
+def search_alpha(loss_of: Callable[[float], torch.Tensor]) -> tuple[float, torch.Tensor]:
+    """Exponent of the smallest loss, and that loss.
+
+    Over the exponent the loss is nearly always one valley, so 10 of the 21 are looked at. Losses
+    stay on the device until a stride is through.
+
+    Args:
+        loss_of: exponent -> loss, float64 [].
+    """
+    found: dict[int, torch.Tensor] = {}
+    values: dict[int, float] = {}
+
+    def look(steps: Iterable[int]) -> int:
+        new = [step for step in steps if 0 <= step <= STEPS and step not in found]
+        found.update({step: loss_of(step / STEPS) for step in new})
+        values.update(zip(new, torch.stack([found[step] for step in new]).tolist(), strict=True))
+        return min(values, key=lambda step: (values[step], step))
+
+    best = look(range(0, STEPS + 1, STRIDES[0]))
+    for stride in STRIDES[1:]:
+        best = look((best - stride, best + stride))
+    return best / STEPS, found[best]
