@@ -1,0 +1,291 @@
+"""The numbers of benchmarks/calibration.py as a page of markdown."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+
+from calibration_setting import (
+    FIVE,
+    FORWARD,
+    FROM_MAXIMA,
+    IMAGE_TOKENS,
+    MAXIMA,
+    MOMENTS,
+    POINTS,
+    PRESETS,
+    SOLVE_ALL,
+    Point,
+    solve_name,
+)
+from calibration_table import ALL, ONE, SUMS, Figure, Line, Table
+
+# (sum, times the plain forward of the same ranks, times as fast as modelopt's best)
+AIMS = (
+    ("fp8", 1.15, 5.0),
+    ("int8_sq", 1.15, 5.0),
+    ("int4_awq", 3.0, 15.0),
+    (ALL, 4.0, None),
+)
+SPEEDUP = 1.9  # of two GPUs over one
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def prose(text: str) -> str:
+    """A paragraph in lines of even length."""
+    return textwrap.fill(" ".join(text.split()), 110, break_on_hyphens=False)
+
+
+def report(lines: Sequence[Line]) -> str:
+    """The whole page."""
+    table = Table(lines)
+    parts = [_setup(table)]
+    if table.points("ours"):
+        parts += [_floor(table), *_ours(table), _split(table)]
+    if table.points("modelopt"):
+        parts.append(_modelopt(table))
+    if table.points("ours"):
+        parts.append(_aims(table))
+    parts += [_profile(line) for line in table.of_kind("profile")]
+    parts.append(_missing(table))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _setup(table: Table) -> str:
+    setup, setting = table.setup[-1], table.setting
+    found = setup["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    commands = "\n".join(f"    {one['command']}    # {one['date']}" for one in table.setup)
+    where = f"""{", ".join(found["gpus"]) or "no GPU"}; {found["cores"]} cores, {found["memory"]}
+        GiB; Python {found["python"]}, {versions}. Files in {setup["files"]}."""
+    what = f"""A decoder of LLaVA-1.5-7B's shape{" made small" if setting.small else ""},
+        {setting.layers} layers, random bf16 weights; {setting.samples} samples of {setting.length}
+        tokens ({IMAGE_TOKENS} of an image), {setting.samples * setting.length:,} together, in
+        micro-batches of {setting.micro_batch}. Medians of as many runs as are told, warm. Tower,
+        image processing and the loading of models are left out on all sides. "Files" are the part
+        of the seconds that went into reducing and writing statistics, into waiting for them and
+        the weights in solve, and into writing scales; the sha256 of what is written, which goes
+        into the stages' manifests, is left out."""
+    return f"# Calibration, measured\n\n{commands}\n\n{prose(where)}\n\n{prose(what)}"
+
+
+def _ratio(value: float, base: Figure | None) -> str:
+    return "-" if base is None or not base.seconds else f"{value / base.seconds:.2f}"
+
+
+def _peaks(figure: Figure) -> str:
+    return " / ".join(f"{peak:.1f}" for peak in figure.peaks) or "-"
+
+
+def _floor(table: Table) -> str:
+    flop = table.setting.flop(table.setting.samples)
+    rows = []
+    for point in table.points("ours"):
+        rates, plain = table.fact(point.name, "rates"), table.figure(point.name, FORWARD)
+        if rates is None or plain is None:
+            continue
+        floor = flop / sum(rates)
+        tokens = table.setting.samples * table.setting.length / plain.seconds
+        rows.append(
+            (
+                point.about,
+                " / ".join(f"{rate / 1e12:.2f}" for rate in rates),
+                f"{floor:.2f}",
+                f"{plain.seconds:.2f}",
+                f"{100 * floor / plain.seconds:.0f} %",
+                f"{tokens:,.0f}",
+            )
+        )
+    head = ("ranks", "bf16 product, TFLOP/s", "floor, s", "plain forward, s", "reached", "tokens/s")
+    about = f"""A plain forward is {flop / 1e15:.3g} PFLOP (linears, head, and the half of the
+        attention that is not masked); the floor is that at the rate of a large bf16 product in the
+        same process."""
+    return f"## The floor\n\n{prose(about)}\n\n{markdown(head, rows)}"
+
+
+def _ours(table: Table) -> list[str]:
+    counts = [table.setting.samples, table.setting.more_samples]
+    return [
+        text
+        for samples in counts
+        for point in table.points("ours")
+        if samples and (text := _ours_on(table, point, samples))
+    ]
+
+
+def _ours_on(table: Table, point: Point, samples: int) -> str:
+    plain, tokens = table.figure(point.name, FORWARD, samples), samples * table.setting.length
+    wanted = [FORWARD, MAXIMA, MOMENTS]
+    if samples == table.setting.samples:
+        wanted += [solve_name(name, maxima=True) for name in FROM_MAXIMA]
+        wanted += [*map(solve_name, FIVE), SOLVE_ALL]
+    rows = []
+    for what in [*wanted, *SUMS]:
+        figure, alone = table.find(point.name, what, samples), table.find(ONE, what, samples)
+        if figure is not None:
+            row = [
+                f"**{what}**" if what in SUMS else what,
+                f"{figure.seconds:.2f}",
+                f"{figure.files:.2f}",
+                str(figure.runs),
+                _ratio(figure.seconds, plain),
+                f"{tokens / figure.seconds:,.0f}",
+                _peaks(figure),
+            ]
+            if point.name != ONE:
+                row.append("-" if alone is None else f"{alone.seconds / figure.seconds:.2f}")
+            rows.append(row)
+    if plain is None:
+        return ""
+    head = ["what", "s", "files, s", "runs", "x forward", "tokens/s", "GB a rank"]
+    head += ["x 1 rank"] if point.name != ONE else []
+    about = f"""In bold what a user asks for: {" and ".join(FROM_MAXIMA)} are observe with maxima
+        and a solve, the others observe with second moments and a solve; "{ALL}" is one observe
+        and one solve, which reads weights and statistics once."""
+    if found := table.fact(point.name, "statistics"):
+        about += f" Statistics with second moments are {found[0]:.2f} GB, from {found[1]} pass(es)."
+    title = f"## Ours, {point.about}, {samples} samples"
+    return f"{title}\n\n{prose(about)}\n\n{markdown(head, rows)}"
+
+
+def _split(table: Table) -> str:
+    rows = []
+    for point in table.points("ours"):
+        plain, maxima, moments = (
+            table.figure(point.name, what) for what in (FORWARD, MAXIMA, MOMENTS)
+        )
+        if plain is None or maxima is None or moments is None:
+            continue
+        statistic = maxima.seconds - maxima.files - plain.seconds
+        second = moments.seconds - moments.files - (maxima.seconds - maxima.files)
+        parts = [plain.seconds, statistic, second, moments.files]
+        rows.append(
+            [point.about, *(f"{part:.2f} ({100 * part / moments.seconds:.0f} %)" for part in parts)]
+        )
+    head = ("ranks", "forward", "maxima and sums", "second moments", "reduced and saved")
+    title = "## Where the time of observe with second moments goes"
+    about = prose(
+        """Seconds, and the share of the whole; by subtraction. Saving, which waits for the slowest
+        rank, is by the clock."""
+    )
+    return f"{title}\n\n{about}\n\n{markdown(head, rows)}"
+
+
+def _modelopt(table: Table) -> str:
+    tokens, rows = table.setting.samples * table.setting.length, []
+    for point in table.points("modelopt"):
+        plain = table.figure(point.name, FORWARD)
+        for what in (FORWARD, *PRESETS):
+            figure = table.figure(point.name, what)
+            if figure is not None:
+                rows.append(
+                    (
+                        point.about,
+                        PRESETS.get(what, what),
+                        f"{figure.seconds:.2f}",
+                        str(figure.runs),
+                        _ratio(figure.seconds, plain),
+                        f"{tokens / figure.seconds:,.0f}",
+                        _peaks(figure),
+                    )
+                )
+    loaded = {table.fact(point.name, "CUDA extensions") for point in table.points("modelopt")}
+    note = " Its CUDA extensions could not be loaded, so it rounds in plain torch."
+    head = ("path", "what", "s", "runs", "x its forward", "tokens/s", "GB a GPU")
+    about = "`mtq.quantize(model, preset, forward_loop)`, same batches, a fresh model for each run."
+    parts = ["## modelopt", prose(about + (note if False in loaded else "")), markdown(head, rows)]
+    return "\n\n".join(part for part in (*parts, _against(table)) if part)
+
+
+def _best(table: Table, part: str, name: str) -> tuple[Point, Figure] | None:
+    """The fastest point of a part for a format."""
+    points = table.points(part)
+    found = [(p, f) for p in points if (f := table.find(p.name, name)) is not None]
+    return min(found, key=lambda pair: pair[1].seconds) if found else None
+
+
+def _against(table: Table) -> str:
+    ours, rows = table.points("ours"), []
+    for name in PRESETS:
+        best = _best(table, "modelopt", name)
+        if best is None or not ours:
+            continue
+        row = [name, f"{best[1].seconds:.2f} ({best[0].about})"]
+        for point in ours:
+            own = table.find(point.name, name)
+            times = f" ({best[1].seconds / own.seconds:.1f} x faster)" if own else ""
+            row.append(f"{own.seconds:.2f}{times}" if own else "-")
+        rows.append(row)
+    head = ["format", "best of modelopt, s", *(f"ours, {point.about}, s" for point in ours)]
+    return f"The same formats from both:\n\n{markdown(head, rows)}" if rows else ""
+
+
+def _aims(table: Table) -> str:
+    """A line for every aim, a column for every set of ranks."""
+    points, counts = table.points("ours"), [table.setting.samples]
+    counts += [table.setting.more_samples] * bool(table.setting.more_samples)
+    rows = []
+    for name, limit, times in AIMS:
+        for samples in counts:
+            aim = f"{name}: at most {limit:g} x the plain forward, {samples} samples"
+            rows.append([aim, *(_against_forward(table, p, name, samples, limit) for p in points)])
+        if times is not None and (best := _best(table, "modelopt", name)) is not None:
+            aim = f"{name}: {times:g} x faster than modelopt ({best[0].about})"
+            rows.append([aim, *(_faster(table.find(p.name, name), best[1], times) for p in points)])
+    for name in ("fp8", "int4_awq", ALL):
+        alone, aim = table.find(ONE, name), f"{name}: two GPUs at least {SPEEDUP:g} x one"
+        cells = [
+            _faster(table.find(p.name, name), alone, SPEEDUP) if p.ranks == 2 else "-"
+            for p in points
+        ]
+        rows.append([aim, *cells])
+    head = ["aim", *(point.about for point in points)]
+    about = "What is reached; in brackets without files."
+    return f"## Aims\n\n{about}\n\n{markdown(head, rows)}"
+
+
+def _against_forward(table: Table, point: Point, name: str, samples: int, limit: float) -> str:
+    own = table.find(point.name, name, samples)
+    plain = table.find(point.name, FORWARD, samples)
+    if own is None or plain is None:
+        return "-"
+    bare = _ratio(own.seconds - own.files, plain)
+    return f"{_ratio(own.seconds, plain)} ({bare}) {_met(own.seconds <= limit * plain.seconds)}"
+
+
+def _faster(own: Figure | None, other: Figure | None, times: float) -> str:
+    if own is None or other is None:
+        return "-"
+    reached = other.seconds / own.seconds
+    return f"{reached:.2f} {_met(reached >= times)}"
+
+
+def _met(reached: bool) -> str:
+    return "met" if reached else "**missed**"
+
+
+def _profile(line: Line) -> str:
+    rows = [
+        (f"`{name[:90].replace('|', '/')}`", f"{count:,}", f"{1e3 * seconds:.1f}", share)
+        for name, count, seconds in line["rows"]
+        for share in [f"{100 * seconds / line['total']:.1f} %"]
+    ]
+    about = f"""{line["wall"]:.2f} s by the clock, under the profiler and with files;
+        {line["total"]:.2f} s in kernels and copies (on a CPU: in operations)."""
+    table = markdown(("kernel", "times", "ms", "share"), rows)
+    return f"## Kernels: {line['what']}\n\n{prose(about)}\n\n{table}"
+
+
+def _missing(table: Table) -> str:
+    lines = [
+        f"* {POINTS[line['point']].name}, {line['what']}: {line['failed']}"
+        for line in table.of_kind("failed")
+    ]
+    left = {name: why for setup in table.setup for name, why in setup["left"].items()}
+    lines += [f"* {name} was left out: {why}" for name, why in left.items()]
+    return "## Not measured\n\n" + "\n".join(lines) if lines else ""
