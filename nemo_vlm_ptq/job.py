@@ -26,11 +26,17 @@ class Written:
 
 @dataclass(frozen=True)
 class Job:
-    """A plan on the ranks that run it; `seen` keeps image features between formats."""
+    """A plan on the ranks that run it.
+
+    stages: that run together; seen: image features, kept between formats; solved: format -> scales
+    of layers on this rank, which observe makes while it writes when solve follows.
+    """
 
     plan: Plan
     session: Session
+    stages: frozenset[str] = frozenset()
     seen: dict[str, Any] = field(default_factory=dict)
+    solved: dict[str, Any] = field(default_factory=dict)
 
     @property
     def work(self) -> Path:

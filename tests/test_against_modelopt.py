@@ -1,7 +1,8 @@
 """Scales solved from statistics against modelopt's own calibration, on one rank, same samples.
 
 modelopt runs its calibration loop over the same micro-batches through the same Megatron model. Its
-max and SmoothQuant scales are met exactly; its AWQ is met or beaten in the loss it minimizes.
+max and SmoothQuant scales are met exactly; its AWQ and SVDQuant are met or beaten in the loss that
+they minimize.
 """
 
 import contextlib
@@ -15,9 +16,8 @@ import pytest
 import torch
 from rank_parity import import_llava
 
-from nemo_vlm_ptq.calibrate import quantizers
-from nemo_vlm_ptq.calibrate.collect import reduce_and_save
-from nemo_vlm_ptq.calibrate.observe import observe
+from nemo_vlm_ptq.calibrate import modules, quantizers
+from nemo_vlm_ptq.calibrate.observe import Limits, Work, observe
 from nemo_vlm_ptq.calibrate.solve import solve_layer
 from nemo_vlm_ptq.calibrate.statistics import LINEARS, load_layer
 from nemo_vlm_ptq.families import find_family, read_config
@@ -29,7 +29,8 @@ GROUP = 128
 LENGTH, LOOKING = 48, (0, 1, 3, 4, 6)  # tokens of a random sample, and who has a picture
 SCENES = 12  # samples of the trained model
 BF16_STEP = 2.0**-7  # largest relative distance of neighbours in bfloat16
-AWQ = [name for name, row in FORMATS.items() if row.algorithm == "awq"]
+PRESETS = {name: row for name, row in FORMATS.items() if row.modelopt_preset}
+MAX = [name for name, row in PRESETS.items() if row.algorithm == "max"]
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +63,7 @@ def prepare(own, folder, dtype, out):
     chunks = scene_chunks(config, family) if trained else random_chunks()
     model, vision = import_llava(own, folder, dtype)
     vision.to(dtype)
-    layers = range(len(model.decoder.layers))
-    reduce_and_save(observe(model, vision, own, chunks, list, layers, moments=True), own, out)
+    observe(Work(model, vision, own, list), chunks, out, Limits(moments=True), {})
     features = [encode_images(vision, own, chunk, model.config.hidden_size) for chunk in chunks]
 
     def run(any_model):
@@ -123,13 +123,45 @@ def solve(subject, name):
     return solved
 
 
+def modelopts_preset(name):
+    """Its preset; on a CPU it has to round nvfp4 with our code."""
+    modules.register_backends()
+    preset = copy.deepcopy(getattr(mtq, FORMATS[name].modelopt_preset))
+    for entry in preset["quant_cfg"]:
+        if FORMATS[name].weight == "nvfp4" and "cfg" in entry:
+            entry["cfg"]["backend"] = modules.NVFP4_ON_CPU
+    return preset
+
+
 def calibrate_with_modelopt(subject, name):
     """(layer, linear) -> module, quantized and calibrated by modelopt alone."""
+    if FORMATS[name].low_rank:
+        return calibrate_plain_linears(subject, name)
     model = subject.fresh()
-    preset = copy.deepcopy(getattr(mtq, FORMATS[name].modelopt_preset))
     with contextlib.redirect_stdout(io.StringIO()):
-        mtq.quantize(model, preset, subject.run)
+        mtq.quantize(model, modelopts_preset(name), subject.run)
+    quantizers.stop_rounding_activations(model)
     return linears(model)
+
+
+def calibrate_plain_linears(subject, name):
+    """The same with torch's linears for Megatron's, to which modelopt cannot add a branch."""
+    given, own = inputs(subject), linears(subject.model)
+    plain = torch.nn.ModuleDict()
+    for (layer, linear), module in own.items():
+        rows, columns = module.weight.shape
+        plain[f"{layer} {linear}"] = one = torch.nn.Linear(columns, rows, bias=False)
+        one.weight.data.copy_(module.weight)
+
+    def run(_):
+        for (layer, linear), x in given.items():
+            for part in x.split(LENGTH):
+                plain[f"{layer} {linear}"](part)
+
+    with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+        mtq.quantize(plain, modelopts_preset(name), run)
+    quantizers.stop_rounding_activations(plain)
+    return {at: lambda x, at=at: (plain[f"{at[0]} {at[1]}"](x).detach(), None) for at in own}
 
 
 def quantize_with_ours(subject, name):
@@ -138,6 +170,8 @@ def quantize_with_ours(subject, name):
     quantizers.insert_quantizers(model, FORMATS[name], GROUP)
     quantizers.prepare_weights(model, FORMATS[name], lambda *at: solved[at])
     quantizers.fill_quantizers(model, FORMATS[name], lambda *at: solved[at])
+    quantizers.use_own_rounding(model, FORMATS[name])
+    quantizers.stop_rounding_activations(model)
     return linears(model)
 
 
@@ -145,13 +179,16 @@ def same(found, expected):
     return torch.equal(found.float().flatten(), expected.float().flatten())
 
 
+@pytest.mark.parametrize("name", MAX)
 @pytest.mark.parametrize("subject", ["exact", "rounded"])
-def test_fp8_scales_are_modelopts(subject, request):
+def test_max_scales_are_modelopts(name, subject, request):
     subject = request.getfixturevalue(subject)
-    theirs, ours = calibrate_with_modelopt(subject, "fp8"), solve(subject, "fp8")
+    theirs, ours = calibrate_with_modelopt(subject, name), solve(subject, name)
     for at, module in theirs.items():
-        assert same(ours[at].input_amax, module.input_quantizer.amax), at
         assert same(ours[at].weight_amax, module.weight_quantizer.amax), at
+        given = module.input_quantizer.amax
+        assert (ours[at].input_amax is None) == (given is None), at
+        assert given is None or same(ours[at].input_amax, given), at
 
 
 @pytest.mark.parametrize("subject", ["exact", "rounded"])
@@ -193,20 +230,48 @@ def replay(subject, given, modules):
     return losses
 
 
-@pytest.mark.parametrize("subject", ["exact", "trained"])
-@pytest.mark.parametrize("name", AWQ)
-def test_awq_loses_no_more_than_modelopts(name, subject, request, capsys):
-    label, subject = f"{name} {subject}", request.getfixturevalue(subject)
+def compare_losses(name, label, subject, capsys):
+    """(layer, linear) -> ours over modelopt's, and that of their sums; both without rounded inputs,
+    which neither search looks at."""
     given = inputs(subject)
     ours = replay(subject, given, quantize_with_ours(subject, name))
     theirs = replay(subject, given, calibrate_with_modelopt(subject, name))
     with capsys.disabled():
-        print(f"\n{label:<20} {'ours':>10} {'modelopt':>10}  ratio")
+        print(f"\n{name + ' ' + label:<20} {'ours':>10} {'modelopt':>10}  ratio")
         for (layer, linear), loss in ours.items():
             other = theirs[layer, linear]
             print(f"{layer} {linear:<18} {loss:10.4g} {other:10.4g} {loss / other:6.3f}")
-    assert all(loss <= 1.01 * theirs[at] for at, loss in ours.items())
-    assert sum(ours.values()) < sum(theirs.values())
+    ratios = {at: loss / theirs[at] for at, loss in ours.items()}
+    return ratios, sum(ours.values()) / sum(theirs.values())
+
+
+@pytest.mark.parametrize("subject", ["exact", "trained"])
+@pytest.mark.parametrize("name", ["int4_awq", "w4a8_awq"])
+def test_awq_loses_no_more_than_modelopts(name, subject, request, capsys):
+    ratios, total = compare_losses(name, subject, request.getfixturevalue(subject), capsys)
+    assert max(ratios.values()) <= 1.01
+    assert total < 1
+
+
+@pytest.mark.parametrize("subject", ["exact", "trained"])
+def test_awq_of_nvfp4_loses_as_much_as_modelopts(subject, request, capsys):
+    """There are no maxima to search, which is where ours gains, and its loss is rough over the
+    exponent in weights as small as these. The scale before o_proj, two of whose query heads share
+    a KV head here, is tied; modelopt's is free."""
+    ratios, total = compare_losses("nvfp4_awq", subject, request.getfixturevalue(subject), capsys)
+    tied = [at for at in ratios if at[1] == "linear_proj"]
+    assert max(ratios.pop(at) for at in tied) <= 1.1
+    assert max(ratios.values()) <= 1.02
+    assert total <= 1.01
+
+
+@pytest.mark.parametrize("subject", ["exact", "trained"])
+def test_svdquant_loses_no_more_than_modelopts(subject, request, capsys):
+    """Though its scale before o_proj is tied: it is searched with the branch in its place."""
+    name = "nvfp4_svdquant"
+    ratios, total = compare_losses(name, subject, request.getfixturevalue(subject), capsys)
+    assert max(ratios.values()) <= 1.02
+    assert total < 0.97
 
 
 @pytest.mark.parametrize("subject", ["exact", "trained"])

@@ -263,7 +263,7 @@ def test_a_picture_that_is_missing_or_broken_is_named(tmp_path):
 
 
 def test_more_samples_than_questions_are_refused_with_both_numbers(tmp_path):
-    from nemo_vlm_ptq.stages.calibrating import calibration_chunks
+    from nemo_vlm_ptq.stages.observing import calibration_chunks
 
     folder = gqa_folder(tmp_path / "data")
     calibration = {"data": str(folder), "samples": 4}

@@ -48,6 +48,22 @@ HEADS = "8 heads, 4 KV heads and 768 MLP features"
          "format w4a8_awq needs quantize.group_size=128, got 64"),
         (["export.targets=[hf]", "quantize.format=int8_sq"],
          "format int8_sq cannot be exported to hf; it can to: trtllm"),
+        (["export.targets=[trtllm]", "quantize.format=nf4"],
+         "format nf4 cannot be exported to trtllm; it can to: hf"),
+        (["parallel.tensor=4", "quantize.format=int4_wo", "export.targets=[hf]"],
+         "parallel.tensor=4 cuts a group of 128 of format int4_wo; these work: 1, 2"),
+        (["export.targets=[trtllm]", "quantize.kv_cache=nvfp4"],
+         "format fp8 with quantize.kv_cache=nvfp4 cannot be exported to trtllm; "
+         "these KV caches can: none, fp8, int8"),
+        (["export.targets=[hf]", "quantize.kv_cache=int8"],
+         "format fp8 with quantize.kv_cache=int8 cannot be exported to hf; "
+         "these KV caches can: none, fp8, nvfp4"),
+        (["export.targets=[trtllm]", "quantize.kv_cache=int8", "quantize.format=nvfp4"],
+         "format nvfp4 with quantize.kv_cache=int8 cannot be exported to trtllm; "
+         "these KV caches can: none, fp8"),
+        (["quantize.image_share=0.5", "calibration.modality=text", "quantize.format=int4_awq"],
+         "quantize.image_share=0.5 needs image tokens, and calibration.modality=text brings none; "
+         "leave it out or set modality=image_text"),
     ],
 )  # fmt: skip
 def test_a_layout_that_cannot_work_is_refused_with_those_that_do(tmp_path, words, said):
@@ -79,6 +95,66 @@ def test_groups_must_fit_into_the_inputs_of_every_linear(tmp_path):
     folder = hollow_model(tmp_path / "model", _narrow(LLAVA_7B))
     words = ["quantize.format=int4_awq", "quantize.group_size=128", "export.targets=[hf]"]
     assert "group of 128" in plan_refusal(tmp_path, folder, *words)
+
+
+@pytest.mark.parametrize(
+    ("name", "group", "sizes"),
+    [("nvfp4", 16, "1, 2"), ("nf4", 64, "none"), ("nvfp4_awq", 16, "1, 2")],
+)
+def test_blocks_that_a_format_fixes_limit_tensor_ranks_too(tmp_path, name, group, sizes):
+    """4 heads of 8, so 32 inputs of o_proj."""
+    folder = hollow_model(tmp_path / "model", _small(LLAVA_7B))
+    words = [f"quantize.format={name}", "export.targets=[hf]", "quantize.group_size=4096"]
+    assert plan_refusal(tmp_path, folder, *words, "parallel.tensor=4") == (
+        f"parallel.tensor=4 cuts a group of {group} of format {name}; these work: {sizes}"
+    )
+
+
+def _small(config):
+    text = config["text_config"] | {
+        "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8,
+        "intermediate_size": 192, "num_hidden_layers": 1, "vocab_size": 64,
+    }  # fmt: skip
+    return config | {"text_config": text}
+
+
+def test_an_nvfp4_cache_needs_heads_of_whole_blocks(tmp_path):
+    folder = hollow_model(tmp_path / "model", _small(LLAVA_7B))
+    words = ["quantize.kv_cache=nvfp4", "export.targets=[hf]"]
+    assert plan_refusal(tmp_path, folder, *words) == (
+        "quantize.kv_cache=nvfp4 needs heads of whole blocks of 16, this model's have 8 features; "
+        "these work: none, fp8, int8"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ([], False),
+        (["quantize.format=[fp8, nvfp4]", "quantize.smoothquant_alpha=search"], False),
+        (["quantize.format=[fp8, nvfp4_svdquant]", "export.targets=[hf]"], True),
+        (["quantize.format=int8_sq"], False),
+        (["quantize.format=int8_sq", "quantize.smoothquant_alpha=search"], True),
+    ],
+)
+def test_second_moments_are_asked_for_where_something_is_searched(tmp_path, words, wanted):
+    words = ["parallel.tensor=1", *words]
+    made = plan.make_plan(load_recipe(str(write_recipe(tmp_path, TINY)), words))
+    assert made.second_moments == wanted
+    assert ("second moments" in forecast.describe(made)) == wanted
+
+
+def test_a_format_goes_to_the_targets_that_take_it_with_the_kv_cache(tmp_path):
+    words = ["quantize.format=[fp8, int8_sq, nvfp4]", "export.targets=[trtllm, hf]"]
+    recipe = str(write_recipe(tmp_path, TINY))
+    for kv_cache, expected in (
+        ("none", [["trtllm", "hf"], ["trtllm"], ["trtllm", "hf"]]),
+        ("fp8", [["trtllm", "hf"], ["trtllm"], ["trtllm", "hf"]]),
+    ):
+        made = plan.make_plan(load_recipe(recipe, [*words, f"quantize.kv_cache={kv_cache}"]))
+        assert [made.targets(fmt) for fmt in made.formats] == expected
+    made = plan.make_plan(load_recipe(recipe, [words[1], "quantize.kv_cache=nvfp4"]))
+    assert made.targets(FORMATS["fp8"]) == ["hf"]
 
 
 def _narrow(config):

@@ -1,9 +1,10 @@
 """AWQ from second moments: no token is replayed (Lin et al. 2023 for the method).
 
 The candidates are modelopt's family act^a / weight^(1-a) on a finer grid, and no scaling at all;
-for int4, each group's amax is then tried smaller. A linear whose input comes from the attention is
-tied: all query heads that share a KV head get the same scale per channel, so that it can be folded
-into the rows of v by readers that have no prequant scale.
+for int4, each group's amax is then tried smaller. With SVDQuant each candidate has its own branch.
+A linear whose input comes from the attention is tied: all query heads that share a KV head get the
+same scale per channel, so that it can be folded into the rows of v by readers that have no prequant
+scale.
 
 Legend: O output features, K input features, G groups of g inputs.
 """
@@ -20,7 +21,7 @@ from nemo_vlm_ptq.calibrate.losses import row_chunks
 from nemo_vlm_ptq.calibrate.scales import LinearScales, divide, finish
 from nemo_vlm_ptq.calibrate.search import candidate_loss, sample_rows, search_alpha
 from nemo_vlm_ptq.calibrate.statistics import InputStatistics
-from nemo_vlm_ptq.calibrate.svdquant import low_rank
+from nemo_vlm_ptq.calibrate.svdquant import branch_of, direction_finder
 from nemo_vlm_ptq.formats import QuantFormat
 from nemo_vlm_ptq.mapping.layouts import Sizes
 
@@ -50,19 +51,24 @@ def awq(
     assert moment is not None
     sample = sample_rows(weight_OK, group)
     scale_of = scale_family(weight_OK, seen.mean, group, tie)
+    directions = direction_finder(weight_OK, row.low_rank) if row.low_rank else None
 
     def loss_of(prequant_K: torch.Tensor, amax: torch.Tensor | None = None) -> torch.Tensor:
-        return candidate_loss(sample, moment, row, group, prequant_K, amax)
+        along = None if directions is None else directions(prequant_K)
+        return candidate_loss(
+            sample, moment, row, group, prequant_K, amax=amax, directions_KR=along
+        )
 
     exponent, loss = search_alpha(lambda alpha: loss_of(scale_of(alpha)))
     alpha: float | None = exponent
     prequant = scale_of(exponent)
     unscaled = torch.ones_like(prequant)
-    if bool(loss_of(unscaled) <= loss):
-        alpha, prequant, loss = None, unscaled, loss_of(unscaled)
+    unscaled_loss = loss_of(unscaled)
+    if bool(unscaled_loss <= loss):
+        alpha, prequant, loss = None, unscaled, unscaled_loss
     branch = amax = None
-    if row.low_rank:
-        branch = low_rank(divide(weight_OK, prequant), row.low_rank)
+    if directions is not None:
+        branch = branch_of(divide(weight_OK, prequant), directions(prequant))
     elif row.granularity == "group":
         amax = clip(weight_OK, prequant, moment, row, group)
         if bool(loss_of(prequant, amax[sample.rows_N]) >= loss):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,10 +19,16 @@ from nemo_vlm_ptq.megatron.session import Session
 from nemo_vlm_ptq.parallel import strip_owner, strips
 
 WRITERS = 4  # files at a time
+Consume = Callable[[int, Mapping[str, torch.Tensor]], None]
 
 
 def reduce_and_save(
-    observer: Observer, session: Session, folder: Path, *, exact: bool
+    observer: Observer,
+    session: Session,
+    folder: Path,
+    *,
+    exact: bool,
+    consume: Consume | None = None,
 ) -> list[str]:
     """Put the ranks' statistics together and write each layer once (collective).
 
@@ -33,7 +39,9 @@ def reduce_and_save(
         observer: what this rank has seen.
         session: its place.
         folder: where files go.
-        exact: second moments as they are summed, to go on from; else as float32, to solve from.
+        exact: second moments as they are summed, to go on from; else as float32, to solve from,
+            and the observer is used up.
+        consume: called with each layer and its tensors where they are written, meanwhile.
 
     Returns:
         Names of the files that this rank wrote.
@@ -58,10 +66,14 @@ def reduce_and_save(
                 if len(written) >= WRITERS:
                     written[-WRITERS].result()  # no more layers on the host than writers
                 written.append(writers.submit(save_layer, folder, layer, tensors))
+                if consume is not None:
+                    consume(layer, tensors)
             if holder != session.data:
                 observer.tokens[position] = 0
                 for name in LINEARS:
                     observer.sum[:, observer.places[layer, name]] = 0
+            for name in () if exact else LINEARS:
+                observer.moments.pop((layer, name), None)
     return [file.result() for file in written]
 
 

@@ -57,7 +57,7 @@ def row_losses(change_NK: torch.Tensor, moment_KK: torch.Tensor) -> torch.Tensor
 
 
 def gram(parts: Iterable[torch.Tensor]) -> torch.Tensor:
-    """A^T A, float32 [K,K], of a matrix A that comes in parts of its rows.
+    """A^T A [K,K] of a matrix A that comes in parts of its rows, in their dtype.
 
     This one product gives tr(A H A^T) for any number of H.
     """

@@ -20,7 +20,7 @@ import psutil
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from nemo_vlm_ptq.calibrate.collect import load_exact, reduce_and_save
+from nemo_vlm_ptq.calibrate.collect import Consume, load_exact, reduce_and_save
 from nemo_vlm_ptq.calibrate.observer import Observer
 from nemo_vlm_ptq.calibrate.resume import Progress, read_progress, write_progress
 from nemo_vlm_ptq.calibrate.statistics import LINEARS, ROW_PARALLEL, layer_file
@@ -61,12 +61,14 @@ class Limits:
     """What is gathered, and how.
 
     moments: second moments are wanted; memory: bytes of them on a rank, None: what is free;
-    save_every: micro-batches of a rank between two saves.
+    save_every: micro-batches of a rank between two saves; consume: what a layer's tensors go to as
+    well, while they are written.
     """
 
     moments: bool
     memory: int | None = None
     save_every: int = 64
+    consume: Consume | None = None
 
 
 @dataclass
@@ -99,7 +101,7 @@ def observe(
     left = [layer for layer in work.layers if layer not in progress.finished]
     for share in range(passes := max(session.gather(_passes(work, len(left), limits)))):
         observer = Observer(work.model, session, split_evenly(left, passes, share), limits.moments)
-        progress = _one_pass(work, observer, chunks, folder, limits.save_every, progress, run)
+        progress = _one_pass(work, observer, chunks, folder, limits, progress, run)
     return run
 
 
@@ -108,7 +110,7 @@ def _one_pass(
     observer: Observer,
     chunks: Sequence[Chunk],
     folder: Path,
-    save_every: int,
+    limits: Limits,
     progress: Progress,
     run: Run,
 ) -> Progress:
@@ -122,14 +124,15 @@ def _one_pass(
     done: list[str] = []
     run.passes.append(done)
     for step in run_chunks(work, observer, mine, done, progress.ids):
-        if step % save_every == 0 and step < len(mine):
+        if step % limits.save_every == 0 and step < len(mine):
             place = f"save-{progress.saves + 1}"
             _fresh(folder / place, session)
             reduce_and_save(observer, session, folder / place, exact=True)
             seen = frozenset(name for part in session.gather(done) for name in part)
             progress = progress.with_held(together, place, seen)
             _settle(folder, session, progress)
-    run.files += reduce_and_save(observer, session, folder, exact=False)
+    consume = limits.consume
+    run.files += reduce_and_save(observer, session, folder, exact=False, consume=consume)
     progress = progress.with_finished(together)
     session.barrier()
     _settle(folder, session, progress)

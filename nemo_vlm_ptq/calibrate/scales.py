@@ -83,7 +83,8 @@ def divide(weight_OK: torch.Tensor, prequant_K: torch.Tensor | None) -> torch.Te
     """The weight that goes with a prequant scale, in the weight's dtype."""
     if prequant_K is None:
         return weight_OK
-    return (weight_OK * (1.0 / prequant_K.float())).to(weight_OK.dtype)
+    back_K = 1.0 / prequant_K.float()
+    return torch.mul(weight_OK, back_K, out=torch.empty_like(weight_OK))  # no float32 in between
 
 
 def remainder(smooth_OK: torch.Tensor, branch: Branch | None) -> torch.Tensor:

@@ -3,7 +3,7 @@
 A search compares many candidates of one linear. It looks at a sample of the rows of a tall weight
 (what is told of the result is of all rows), and at coarse steps before fine ones.
 
-Legend: O output features, K input features, N sampled rows.
+Legend: O output features, K input features, N sampled rows, R rank of a branch.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from nemo_vlm_ptq.calibrate.losses import group_amax, largest, row_losses
-from nemo_vlm_ptq.calibrate.rounding import rounded_weight
-from nemo_vlm_ptq.calibrate.scales import divide
+from nemo_vlm_ptq.calibrate.scales import LinearScales, change, divide, remainder
+from nemo_vlm_ptq.calibrate.svdquant import branch_of
 from nemo_vlm_ptq.formats import QuantFormat
 
 SAMPLE = 2048  # rows of a weight that a search looks at
@@ -66,7 +66,9 @@ def candidate_loss(
     row: QuantFormat,
     group: int,
     prequant_K: torch.Tensor,
+    *,
     amax: torch.Tensor | None = None,
+    directions_KR: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """tr(dW H dW^T) of a prequant scale, float64 [], from a sample's rows.
 
@@ -77,16 +79,24 @@ def candidate_loss(
         group: inputs that share a weight scale.
         prequant_K: rounded to the model's dtype.
         amax: of the sample's rows; None: plain maxima.
+        directions_KR: of the low-rank branch, where the format has one.
     """
     smooth_NK = divide(sample.weight_NK, prequant_K)
-    top = divide(sample.top_K.to(smooth_NK.dtype), prequant_K).float().amax()
+    a_RK = b_NR = None
+    if directions_KR is None:
+        top = divide(sample.top_K.to(smooth_NK.dtype), prequant_K).float().amax()
+    else:
+        a_RK, b_NR = branch_of(smooth_NK, directions_KR)
+        smooth_NK = remainder(smooth_NK, (a_RK, b_NR))
+        top = smooth_NK.abs().amax().float()  # of the sample: block scales hardly depend on it
     if amax is None and row.granularity == "tensor":
         amax = top
     elif amax is None:
         by_group = row.granularity == "group"
         amax = group_amax(smooth_NK, group) if by_group else largest(smooth_NK, dim=1)
-    change_NK = rounded_weight(smooth_NK, amax, row, top).mul_(prequant_K)
-    return row_losses(change_NK.sub_(sample.weight_NK), moment_KK) @ sample.count_N
+    scales = LinearScales(amax, top, None, prequant_K, a_RK, b_NR)
+    change_NK = change(sample.weight_NK, smooth_NK, scales, row)
+    return row_losses(change_NK, moment_KK) @ sample.count_N
 
 
 def search_alpha(loss_of: Callable[[float], torch.Tensor]) -> tuple[float, torch.Tensor]:

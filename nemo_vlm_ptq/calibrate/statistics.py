@@ -109,7 +109,11 @@ def load_attention(folder: Path, layer: int) -> tuple[torch.Tensor, torch.Tensor
 
 def load_layer(folder: Path, layer: int, device: torch.device) -> dict[str, InputStatistics]:
     """Statistics of a layer's linears, of all tokens and of each modality."""
-    tensors = load_file(folder / layer_file(layer), device=str(device))
+    return put_together(load_file(folder / layer_file(layer), device=str(device)))
+
+
+def put_together(tensors: dict[str, torch.Tensor]) -> dict[str, InputStatistics]:
+    """Linear -> statistics, from the tensors of a layer's file; second moments are taken out."""
     return {name: _together(tensors, name) for name in LINEARS}
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from nemo_vlm_ptq.job import Job
-from nemo_vlm_ptq.stages.calibrating import observe, solve
 from nemo_vlm_ptq.stages.evaluating import evaluate
 from nemo_vlm_ptq.stages.exporting import export
 from nemo_vlm_ptq.stages.importing import import_model
+from nemo_vlm_ptq.stages.observing import observe
 from nemo_vlm_ptq.stages.proving import verify
 from nemo_vlm_ptq.stages.reporting import report
+from nemo_vlm_ptq.stages.solving import solve
 
 BY_NAME: dict[str, Callable[[Job], None]] = {
     "import": import_model,
@@ -25,7 +27,7 @@ BY_NAME: dict[str, Callable[[Job], None]] = {
 
 def run_stages(job: Job, names: Iterable[str]) -> None:
     """Run the named stages in their order; finished ones are skipped."""
-    wanted = set(names)
+    job = replace(job, stages=frozenset(names))
     for name, stage in BY_NAME.items():
-        if name in wanted:
+        if name in job.stages:
             stage(job)

@@ -20,8 +20,8 @@ from nemo_vlm_ptq.runtime.checkpoint import ReadCheckpoint
 from nemo_vlm_ptq.runtime.model import Runtime
 from nemo_vlm_ptq.runtime.read_hf import read_source, read_unified
 from nemo_vlm_ptq.runtime.read_trtllm import read_trtllm
-from nemo_vlm_ptq.stages.calibrating import load_quantized
 from nemo_vlm_ptq.stages.importing import VISION
+from nemo_vlm_ptq.stages.quantizing import load_quantized
 
 Masks = Sequence[torch.Tensor | None]
 

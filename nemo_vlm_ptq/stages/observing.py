@@ -1,0 +1,127 @@
+"""observe: the model runs once over the calibration data and leaves workdir/statistics/."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from nemo_vlm_ptq import store
+from nemo_vlm_ptq.calibrate.collect import Consume
+from nemo_vlm_ptq.calibrate.observe import Chunk, Limits, Work
+from nemo_vlm_ptq.calibrate.observe import observe as observe_model
+from nemo_vlm_ptq.calibrate.observer import MODALITY_NAMES
+from nemo_vlm_ptq.calibrate.statistics import LINEARS, load_tokens, put_together
+from nemo_vlm_ptq.errors import UserError
+from nemo_vlm_ptq.families.base import Sample
+from nemo_vlm_ptq.job import Job, Written, run_stage
+from nemo_vlm_ptq.megatron.build import build_decoder
+from nemo_vlm_ptq.megatron.checkpoint import load_model
+from nemo_vlm_ptq.plan import Plan
+from nemo_vlm_ptq.questions import SUFFIX, load_questions
+from nemo_vlm_ptq.stages.importing import VISION
+from nemo_vlm_ptq.stages.solving import layer_solver
+
+
+def calibration_chunks(plan: Plan) -> tuple[list[Chunk], Callable[[Chunk], list[Sample]]]:
+    """The recipe's questions as micro-batches, and what makes samples of one.
+
+    Raises:
+        UserError: fewer questions than samples, or questions without an image.
+    """
+    wanted = plan.recipe.calibration
+    questions = load_questions(wanted.data, "calibration", wanted.samples, wanted.seed)
+    items, size = questions.items, wanted.micro_batch
+    if len(items) < wanted.samples:
+        raise UserError(
+            f"calibration.samples={wanted.samples} but {wanted.data} has only "
+            f"{len(items)} questions"
+        )
+    looks = wanted.modality == "image_text"
+    blind = [item.id for item in items if looks and not item.image]
+    if blind:
+        raise UserError(
+            f"calibration.modality=image_text, but {len(blind)} of {len(items)} questions of "
+            f"{wanted.data} have no imageId, first {blind[0]!r}; a model calibrated without images "
+            "may lose them: add images, or set calibration.modality=text"
+        )
+    ready = plan.family.preparer(plan.folder, plan.config)
+
+    def prepare(chunk: Chunk) -> list[Sample]:
+        samples = []
+        for item in chunk:
+            image = questions.image(item.image) if looks else None
+            samples.append(ready(item.id, item.text + SUFFIX, image, item.answer))
+        return samples
+
+    return [items[i : i + size] for i in range(0, len(items), size)], prepare
+
+
+def observe(job: Job) -> None:
+    """Run the model over the calibration data and write workdir/statistics/."""
+    plan, session, folder = job.plan, job.session, job.folder("statistics")
+    megatron = job.folder("megatron")
+    store.need_manifest(megatron, "import")
+    before = store.read_manifest(folder)
+    moments = plan.second_moments
+    if before is not None:  # more statistics than asked for serve as well
+        moments = moments or before["settings"]["moments"]
+    wanted = plan.recipe.calibration
+    settings = wanted.model_dump(exclude={"max_statistics_memory", "save_every"}) | {
+        "moments": moments,
+        "input": store.hash_manifest(megatron),
+    }
+
+    def body() -> Written:
+        model = build_decoder(plan.decoder, session, job.dtype)
+        load_model(model, megatron)
+        consume = _solver_beside(job, model)
+        limits = Limits(moments, wanted.max_statistics_memory, wanted.save_every, consume)
+        vision = plan.family.build_vision(plan.config, load_file(megatron / VISION))
+        vision.to(session.device, job.dtype)
+        chunks, prepare = calibration_chunks(plan)
+        run = observe_model(Work(model, vision, session, prepare), chunks, folder, limits, settings)
+        tokens = dict(zip(MODALITY_NAMES.values(), load_tokens(folder, 0), strict=True))
+        _check_modalities(tokens, wanted.modality)
+        facts: dict[str, Any] = {"samples": wanted.samples, "passes": len(run.passes)}
+        if session.tensor == 0 and session.pipeline == 0:
+            facts["ids_per_rank"] = run.passes[:1]
+        if session.rank == 0:
+            facts["tokens"] = tokens
+        return Written(run.files, facts)
+
+    run_stage(job, "observe", folder, settings, body)
+
+
+def _solver_beside(job: Job, model: Any) -> Consume | None:
+    """What solves each layer for the recipe's formats while its statistics are written.
+
+    Where solve comes next and this rank has whole weights: nothing is read again then.
+    """
+    if "solve" not in job.stages or job.session.layout.tensor > 1:
+        return None
+    blocks = {block.layer_number - 1: block for block in model.decoder.layers}
+    solve_one = layer_solver(job, job.plan.formats)
+
+    def consume(layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        block = blocks[layer]
+        weights = {name: block.get_submodule(path).weight.data for name, path in LINEARS.items()}
+        solve_one(layer, weights, put_together(dict(tensors)))
+
+    return consume
+
+
+def _check_modalities(tokens: Mapping[str, int], modality: str) -> None:
+    """Every kind of token that the recipe asked for has come.
+
+    Raises:
+        UserError: a kind never came.
+    """
+    for kind in MODALITY_NAMES.values():
+        if kind in modality.split("_") and not tokens[kind]:
+            raise UserError(
+                f"calibration.modality={modality}, but the calibration data brought no {kind} "
+                f"tokens: {dict(tokens)}"
+            )

@@ -1,0 +1,87 @@
+"""The quantized Megatron model: written after solve, and loaded again in any layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from nemo_vlm_ptq import store
+from nemo_vlm_ptq.calibrate.scales import LinearScales, cut_scales
+from nemo_vlm_ptq.calibrate.solve import load_kv, load_scales
+from nemo_vlm_ptq.formats import KV_CACHES, QuantFormat
+from nemo_vlm_ptq.job import Job, Written, run_stage
+from nemo_vlm_ptq.megatron.build import build_decoder
+from nemo_vlm_ptq.megatron.checkpoint import load_model, save_model
+from nemo_vlm_ptq.stages.importing import own_files
+
+
+def quantize_format(job: Job, fmt: QuantFormat) -> None:
+    """An ordinary modelopt-quantized Megatron checkpoint: its quantizers, its state."""
+    plan, session, folder = job.plan, job.session, job.folder(fmt.name, "quantized")
+    chosen = plan.recipe.quantize
+    settings = {
+        "scales": store.hash_manifest(job.folder(fmt.name, "scales")),
+        "kv_cache": chosen.kv_cache,
+    }
+
+    def body() -> Written:
+        from nemo_vlm_ptq.calibrate import quantizers  # modelopt takes seconds to import
+
+        scales_of, kv_of = own_scales(job, fmt), own_kv(job, fmt)
+        model = build_decoder(plan.decoder, session, job.dtype)
+        load_model(model, job.folder("megatron"))
+        quantizers.insert_quantizers(model, fmt, chosen.group_size, KV_CACHES.get(chosen.kv_cache))
+        quantizers.prepare_weights(model, fmt, scales_of)
+        quantizers.fill_quantizers(model, fmt, scales_of, kv_of)
+        save_model(model, folder)
+        quantizers.save_modelopt_state(model, folder)
+        files = own_files(folder, session.rank)
+        if session.rank == 0:
+            state = sorted((folder / "modelopt_state").rglob("*"))
+            files += [str(path.relative_to(folder)) for path in state if path.is_file()]
+        return Written(files)
+
+    run_stage(job, f"quantize {fmt.name}", folder, settings, body)
+
+
+def load_quantized(job: Job, fmt: QuantFormat, round_activations: bool = True) -> Any:
+    """The quantized model of a finished solve, in this run's layout.
+
+    Scales come from the layout-free files: modelopt's own restore of block scales is wrong when
+    the tensor-parallel size has changed.
+    """
+    from nemo_vlm_ptq.calibrate import quantizers
+
+    scales_of, kv_of = own_scales(job, fmt), own_kv(job, fmt)
+    chosen = job.plan.recipe.quantize
+    model = build_decoder(job.plan.decoder, job.session, job.dtype)
+    quantizers.insert_quantizers(model, fmt, chosen.group_size, KV_CACHES.get(chosen.kv_cache))
+    quantizers.fill_quantizers(model, fmt, scales_of, kv_of)
+    load_model(model, job.folder(fmt.name, "quantized"))
+    quantizers.fill_quantizers(model, fmt, scales_of, kv_of)
+    quantizers.use_own_rounding(model, fmt)
+    if not round_activations:
+        quantizers.stop_rounding_activations(model)
+    return model
+
+
+def own_scales(job: Job, fmt: QuantFormat) -> Callable[[int, str], LinearScales]:
+    """(layer, linear) -> solved scales cut to this rank's shard."""
+    session, folder = job.session, job.folder(fmt.name, "scales")
+    layers: dict[int, dict[str, LinearScales]] = {}
+
+    def scales_of(layer: int, linear: str) -> LinearScales:
+        if layer not in layers:
+            layers[layer] = load_scales(folder, layer)
+        return cut_scales(layers[layer][linear], linear, session.tensor, session.layout.tensor)
+
+    return scales_of
+
+
+def own_kv(job: Job, fmt: QuantFormat) -> Callable[[int], tuple[torch.Tensor, torch.Tensor]] | None:
+    """layer -> largest |key| and |value| []; None if the KV cache stays in 16 bit."""
+    if job.plan.recipe.quantize.kv_cache == "none":
+        return None
+    return lambda layer: load_kv(job.folder(fmt.name, "scales"), layer)
