@@ -4,36 +4,40 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from calibration_setting import (
+    ASKED,
     FAMILY,
-    FIVE,
     FORWARD,
-    FROM_MAXIMA,
     GROUP,
     IMAGE_TOKENS,
     MAXIMA,
     MOMENTS,
-    SOLVE_ALL,
     Case,
     Features,
     Setting,
     Weights,
     log,
-    solve_name,
 )
 from megatron.core.models.gpt import GPTModel
 
 from nemo_vlm_ptq.calibrate import observe as observing
 from nemo_vlm_ptq.calibrate.ahead import read_ahead
 from nemo_vlm_ptq.calibrate.solve import Wishes, save_scales, solve_layer, weight_names
-from nemo_vlm_ptq.calibrate.statistics import InputStatistics, load_layer, load_tokens
+from nemo_vlm_ptq.calibrate.statistics import (
+    LINEARS,
+    InputStatistics,
+    load_layer,
+    load_tokens,
+    put_together,
+)
 from nemo_vlm_ptq.formats import FORMATS
 from nemo_vlm_ptq.megatron.build import build_decoder
 from nemo_vlm_ptq.megatron.checkpoint import LayerReader, fill_from_source, save_model
@@ -44,6 +48,7 @@ from nemo_vlm_ptq.plan import VOCAB_MULTIPLE
 
 TOP = 12  # kernels of a profile
 PROFILED_CHUNKS = 2
+Solved = tuple[str, int, Any]  # format, layer, scales
 
 
 def build(own: Session, setting: Setting, drawn_on: torch.device) -> GPTModel:
@@ -68,8 +73,8 @@ class Ours:
         self.own, self.setting, self.folder = own, setting, folder
         self.passes = 0  # of the last observe
         self.weights = folder / f"megatron-{setting.layers}"
-        if not (self.weights / ".metadata").is_file():
-            self._import()
+        if own.layout.tensor > 1 and not (self.weights / ".metadata").is_file():
+            self._import()  # solve reads whole weights there
         log(f"building {setting.layers} layers")
         model = build(own, setting, own.device)
         self.work = observing.Work(model, Features(setting, own.device), own, list)
@@ -96,13 +101,52 @@ class Ours:
         run_plainly(self.work.model, self.own, mine, self.work.vision.drawn)
         return 0.0
 
-    def observe(self, chunks: list[Any], moments: bool) -> float:
+    def observe(self, chunks: list[Any], moments: bool, **options: Any) -> float:
         """As the stage does, its files included; returns the seconds of reducing and saving."""
-        limits = observing.Limits(moments)
+        limits = observing.Limits(moments, **options)
         with self._saving_timed() as spent:
             run = observing.observe(self.work, chunks, self._statistics(moments), limits, {})
         self.passes = len(run.passes)
         return sum(spent)
+
+    def calibrate(self, chunks: list[Any], names: Sequence[str]) -> float:
+        """Observe and solve as the stages do; returns the seconds of files.
+
+        A rank with whole weights solves a layer while its statistics are written.
+        """
+        moments = any(FORMATS[name].algorithm == "awq" for name in names)
+        if self.own.layout.tensor > 1:
+            return self.observe(chunks, moments) + self._solve_from_files(names, moments)
+        solved: list[Solved] = []
+        blocks, solving = list(self.work.model.decoder.layers), [0.0]
+
+        def consume(layer: int, tensors: Any) -> None:
+            self._wait()
+            start = time.perf_counter()
+            paths = LINEARS.items()
+            weights = {key: blocks[layer].get_submodule(path).weight.data for key, path in paths}
+            solved.extend(self._solve(layer, weights, put_together(dict(tensors)), names))
+            self._wait()
+            solving[0] += time.perf_counter() - start
+
+        saving = self.observe(chunks, moments, consume=consume) - solving[0]
+        return saving + self._save(solved)
+
+    def _solve(
+        self, layer: int, weights: Any, seen: dict[str, InputStatistics], names: Sequence[str]
+    ) -> Iterator[Solved]:
+        sizes = self.setting.decoder.sizes(VOCAB_MULTIPLE)
+        for name in names:
+            given = (weights, seen, FORMATS[name], GROUP, sizes, Wishes(), FAMILY.rows)
+            yield name, layer, {key: one.on_host() for key, one in solve_layer(*given).items()}
+
+    def _save(self, solved: list[Solved]) -> float:
+        begin = time.perf_counter()
+        for name, layer, scales in solved:
+            place = self.folder / f"scales-{name}"
+            place.mkdir(exist_ok=True)
+            save_scales(place, layer, scales)
+        return time.perf_counter() - begin
 
     @contextmanager
     def _saving_timed(self) -> Iterator[list[float]]:
@@ -122,14 +166,14 @@ class Ours:
         finally:
             observing.reduce_and_save = real
 
-    def solve(self, names: Sequence[str], moments: bool) -> float:
-        """Formats from one reading, as the stage does, layers dealt over ranks.
+    def _solve_from_files(self, names: Sequence[str], moments: bool) -> float:
+        """Formats from one reading, layers dealt over ranks; returns the seconds of files.
 
-        Returns:
-            Seconds of waiting for what is read ahead, and of writing.
+        These are those of waiting for what is read ahead, and of writing.
         """
         own, folder, spent = self.own, self._statistics(moments), 0.0
-        sizes, reader = self.setting.decoder.sizes(VOCAB_MULTIPLE), LayerReader(self.weights)
+        reader = LayerReader(self.weights)
+        solved: list[Solved] = []
 
         def read(layer: int) -> tuple[dict[str, torch.Tensor], dict[str, InputStatistics]]:
             linears = weight_names(layer)
@@ -137,18 +181,13 @@ class Ours:
             weights = {linear: tensors[key].to(own.device) for linear, key in linears.items()}
             return weights, load_layer(folder, layer, own.device)
 
-        mine, solved = deal(range(self.setting.layers), own.layout.world, own.rank), []
+        mine = deal(range(self.setting.layers), own.layout.world, own.rank)
         begin = time.perf_counter()
         for layer, (weights, seen) in read_ahead(mine, read, own.device):
             spent += time.perf_counter() - begin
-            for name in names:
-                given = (weights, seen, FORMATS[name], GROUP, sizes, Wishes(), FAMILY.rows)
-                scales = {key: one.on_host() for key, one in solve_layer(*given).items()}
-                solved.append((folder / name, layer, scales))
+            solved.extend(self._solve(layer, weights, seen, names))
             begin = time.perf_counter()
-        for place, layer, scales in solved:
-            save_scales(place, layer, scales)
-        return spent + time.perf_counter() - begin
+        return spent + time.perf_counter() - begin + self._save(solved)
 
     def _wait(self) -> None:
         if self.own.device.type == "cuda":
@@ -170,48 +209,33 @@ class Ours:
         return sum(path.stat().st_size for path in files) / 1e9
 
     def cases(self, samples: int) -> Iterator[Case]:
-        """What is measured with so many samples, in order; solve does not depend on them."""
+        """What is measured with so many samples, in order."""
         chunks = self.setting.chunks(samples)
         yield Case(FORWARD, samples, lambda: None, lambda _: self.forward(chunks))
-        yield self._observe_case(MAXIMA, samples, chunks, False)
-        yield self._observe_case(MOMENTS, samples, chunks, True)
-        if samples != self.setting.samples:
-            return
-        for name in FROM_MAXIMA:
-            yield self._solve_case(solve_name(name, maxima=True), [name], False)
-        yield self._solve_case(SOLVE_ALL, FIVE, True)
-        for name in sorted(FIVE, key=lambda name: name in FROM_MAXIMA):  # those come last
-            yield self._solve_case(solve_name(name), [name], True)
+        for what, moments in ((MAXIMA, False), (MOMENTS, True)):
+            yield self._case(what, samples, moments, partial(self.observe, chunks, moments))
+        for what, names in ASKED.items():
+            moments = any(FORMATS[name].algorithm == "awq" for name in names)
+            yield self._case(what, samples, moments, partial(self.calibrate, chunks, names))
 
-    def _observe_case(self, what: str, samples: int, chunks: list[Any], moments: bool) -> Case:
-        def act(_: Any) -> float:
-            spent = self.observe(chunks, moments)
+    def _case(self, what: str, samples: int, moments: bool, act: Callable[[], float]) -> Case:
+        def checked(_: Any) -> float:
+            spent = act()
             self.check(samples, moments)
             return spent
 
-        return Case(what, samples, lambda: self._empty(self._statistics(moments)), act)
-
-    def _solve_case(self, what: str, names: Sequence[str], moments: bool) -> Case:
-        def prepare() -> None:
-            for name in names:
-                self._empty(self._statistics(moments) / name)
-
-        return Case(what, self.setting.samples, prepare, lambda _: self.solve(names, moments))
+        return Case(what, samples, lambda: self._empty(self._statistics(moments)), checked)
 
     def profiles(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(what, kernels by time) of one observe with second moments, and of one AWQ solve."""
+        """(what, kernels by time) of observe with second moments, and of int4_awq as a whole."""
         chunks = self.setting.chunks(PROFILED_CHUNKS * self.setting.micro_batch)
-        layers = self.setting.layers
-        self._empty(self._statistics(True))
-        yield (
-            f"observe with second moments, {sum(map(len, chunks))} samples, {layers} layers",
-            profile(lambda: self.observe(chunks, True), self.own.device),
-        )
-        self._empty(self._statistics(True) / "int4_awq")
-        yield (
-            f"solve int4_awq, {layers} layers",
-            profile(lambda: self.solve(["int4_awq"], True), self.own.device),
-        )
+        about = f"{sum(map(len, chunks))} samples, {self.setting.layers} layers"
+        for what, act in (
+            ("observe with second moments", partial(self.observe, chunks, True)),
+            ("observe and solve, int4_awq", partial(self.calibrate, chunks, ["int4_awq"])),
+        ):
+            self._empty(self._statistics(True))
+            yield f"{what}, {about}", profile(act, self.own.device)
 
 
 def profile(act: Any, device: torch.device) -> dict[str, Any]:

@@ -6,19 +6,17 @@ import textwrap
 from collections.abc import Iterable, Sequence
 
 from calibration_setting import (
-    FIVE,
+    ALL,
+    ASKED,
     FORWARD,
-    FROM_MAXIMA,
     IMAGE_TOKENS,
     MAXIMA,
     MOMENTS,
     POINTS,
     PRESETS,
-    SOLVE_ALL,
     Point,
-    solve_name,
 )
-from calibration_table import ALL, ONE, SUMS, Figure, Line, Table
+from calibration_table import ONE, Figure, Line, Table
 
 # (sum, times the plain forward of the same ranks, times as fast as modelopt's best)
 AIMS = (
@@ -67,10 +65,10 @@ def _setup(table: Table) -> str:
         {setting.layers} layers, random bf16 weights; {setting.samples} samples of {setting.length}
         tokens ({IMAGE_TOKENS} of an image), {setting.samples * setting.length:,} together, in
         micro-batches of {setting.micro_batch}. Medians of as many runs as are told, warm. Tower,
-        image processing and the loading of models are left out on all sides. "Files" are the part
-        of the seconds that went into reducing and writing statistics, into waiting for them and
-        the weights in solve, and into writing scales; the sha256 of what is written, which goes
-        into the stages' manifests, is left out."""
+        image processing and the loading of models are left out on all sides. "Files" are the
+        seconds in which nothing but files went on: statistics put together and written, less what
+        was solved meanwhile; scales written; at TP 2 also waiting for what is read. The sha256 of
+        what is written, which goes into the stages' manifests, is left out."""
     return f"# Calibration, measured\n\n{commands}\n\n{prose(where)}\n\n{prose(what)}"
 
 
@@ -120,16 +118,12 @@ def _ours(table: Table) -> list[str]:
 
 def _ours_on(table: Table, point: Point, samples: int) -> str:
     plain, tokens = table.figure(point.name, FORWARD, samples), samples * table.setting.length
-    wanted = [FORWARD, MAXIMA, MOMENTS]
-    if samples == table.setting.samples:
-        wanted += [solve_name(name, maxima=True) for name in FROM_MAXIMA]
-        wanted += [*map(solve_name, FIVE), SOLVE_ALL]
     rows = []
-    for what in [*wanted, *SUMS]:
-        figure, alone = table.find(point.name, what, samples), table.find(ONE, what, samples)
+    for what in (FORWARD, MAXIMA, MOMENTS, *ASKED):
+        figure, alone = table.figure(point.name, what, samples), table.figure(ONE, what, samples)
         if figure is not None:
             row = [
-                f"**{what}**" if what in SUMS else what,
+                f"**{what}**" if what in ASKED else what,
                 f"{figure.seconds:.2f}",
                 f"{figure.files:.2f}",
                 str(figure.runs),
@@ -144,9 +138,9 @@ def _ours_on(table: Table, point: Point, samples: int) -> str:
         return ""
     head = ["what", "s", "files, s", "runs", "x forward", "tokens/s", "GB a rank"]
     head += ["x 1 rank"] if point.name != ONE else []
-    about = f"""In bold what a user asks for: {" and ".join(FROM_MAXIMA)} are observe with maxima
-        and a solve, the others observe with second moments and a solve; "{ALL}" is one observe
-        and one solve, which reads weights and statistics once."""
+    about = f"""In bold what a user asks for: observe and solve of a format, from files of the
+        model in memory to files of scales, statistics written. "{ALL}" is one observe and one
+        solve. Where ranks hold whole weights, layers are solved while statistics are written."""
     if found := table.fact(point.name, "statistics"):
         about += f" Statistics with second moments are {found[0]:.2f} GB, from {found[1]} pass(es)."
     title = f"## Ours, {point.about}, {samples} samples"
@@ -205,7 +199,7 @@ def _modelopt(table: Table) -> str:
 def _best(table: Table, part: str, name: str) -> tuple[Point, Figure] | None:
     """The fastest point of a part for a format."""
     points = table.points(part)
-    found = [(p, f) for p in points if (f := table.find(p.name, name)) is not None]
+    found = [(p, f) for p in points if (f := table.figure(p.name, name)) is not None]
     return min(found, key=lambda pair: pair[1].seconds) if found else None
 
 
@@ -217,7 +211,7 @@ def _against(table: Table) -> str:
             continue
         row = [name, f"{best[1].seconds:.2f} ({best[0].about})"]
         for point in ours:
-            own = table.find(point.name, name)
+            own = table.figure(point.name, name)
             times = f" ({best[1].seconds / own.seconds:.1f} x faster)" if own else ""
             row.append(f"{own.seconds:.2f}{times}" if own else "-")
         rows.append(row)
@@ -236,11 +230,13 @@ def _aims(table: Table) -> str:
             rows.append([aim, *(_against_forward(table, p, name, samples, limit) for p in points)])
         if times is not None and (best := _best(table, "modelopt", name)) is not None:
             aim = f"{name}: {times:g} x faster than modelopt ({best[0].about})"
-            rows.append([aim, *(_faster(table.find(p.name, name), best[1], times) for p in points)])
+            rows.append(
+                [aim, *(_faster(table.figure(p.name, name), best[1], times) for p in points)]
+            )
     for name in ("fp8", "int4_awq", ALL):
-        alone, aim = table.find(ONE, name), f"{name}: two GPUs at least {SPEEDUP:g} x one"
+        alone, aim = table.figure(ONE, name), f"{name}: two GPUs at least {SPEEDUP:g} x one"
         cells = [
-            _faster(table.find(p.name, name), alone, SPEEDUP) if p.ranks == 2 else "-"
+            _faster(table.figure(p.name, name), alone, SPEEDUP) if p.ranks == 2 else "-"
             for p in points
         ]
         rows.append([aim, *cells])
@@ -250,8 +246,8 @@ def _aims(table: Table) -> str:
 
 
 def _against_forward(table: Table, point: Point, name: str, samples: int, limit: float) -> str:
-    own = table.find(point.name, name, samples)
-    plain = table.find(point.name, FORWARD, samples)
+    own = table.figure(point.name, name, samples)
+    plain = table.figure(point.name, FORWARD, samples)
     if own is None or plain is None:
         return "-"
     bare = _ratio(own.seconds - own.files, plain)

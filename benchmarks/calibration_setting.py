@@ -31,14 +31,9 @@ GROUP = 128  # weights that share an int4 scale
 SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "vocab_size": 512}
 FORWARD, MAXIMA, MOMENTS = "plain forward", "observe, maxima", "observe, second moments"
 FIVE = ("fp8", "int8_sq", "int4_awq", "w4a8_awq", "nvfp4")
-SOLVE_ALL = "solve all five"
-FROM_MAXIMA = ("fp8", "int8_sq")  # formats that are also solved from maxima alone
+ALL = "all five"
+ASKED = {**{name: (name,) for name in ("fp8", "int8_sq", "int4_awq")}, ALL: FIVE}
 PRESETS = {"fp8": "FP8_DEFAULT_CFG", "int8_sq": "INT8_SMOOTHQUANT_CFG", "int4_awq": "INT4_AWQ_CFG"}
-
-
-def solve_name(name: str, maxima: bool = False) -> str:
-    """What a solve is called in the numbers."""
-    return f"solve {name} from maxima" if maxima else f"solve {name}"
 
 
 def log(message: str) -> None:
@@ -70,7 +65,7 @@ class Point:
 POINTS = {
     point.name: point
     for point in (
-        Point("ours-1", "ours", "1 rank", share=2),
+        Point("ours-1", "ours", "1 rank"),
         Point("ours-dp2", "ours", "DP 2", data=2),
         Point("ours-tp2", "ours", "TP 2", tensor=2),
         Point("profile", "profile", "1 rank", share=0.3),

@@ -1,4 +1,4 @@
-"""The numbers of benchmarks/calibration.py looked up: medians of runs, and sums of them."""
+"""The numbers of benchmarks/calibration.py looked up: medians of runs."""
 
 from __future__ import annotations
 
@@ -7,27 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from calibration_setting import (
-    FIVE,
-    FROM_MAXIMA,
-    MAXIMA,
-    MOMENTS,
-    POINTS,
-    SOLVE_ALL,
-    Point,
-    Setting,
-    solve_name,
-)
+from calibration_setting import POINTS, Point, Setting
 
 Line = dict[str, Any]
 ONE = "ours-1"
-ALL = "all five"
-# What a user asks for -> what is run for it.
-SUMS: dict[str, tuple[str, ...]] = {
-    **{name: (MOMENTS, solve_name(name)) for name in FIVE},
-    **{name: (MAXIMA, solve_name(name, maxima=True)) for name in FROM_MAXIMA},
-    ALL: (MOMENTS, SOLVE_ALL),
-}
 
 
 @dataclass(frozen=True)
@@ -58,15 +41,9 @@ class Table:
         values = [f["value"] for f in facts if (f["point"], f["key"]) == (point, key)]
         return values[-1] if values else None
 
-    def find(self, point: str, what: str, samples: int | None = None) -> Figure | None:
-        """Of a sum where this project has one of that name, else of a case; None: not measured."""
-        ours = POINTS[point].part == "ours"
-        return (self.together if ours and what in SUMS else self.figure)(point, what, samples)
-
     def figure(self, point: str, what: str, samples: int | None = None) -> Figure | None:
-        """Of a case, or None when it was not measured; solve does not depend on the samples."""
-        if samples is None or what.startswith("solve"):
-            samples = self.setting.samples
+        """Of a case, or None when it was not measured."""
+        samples = self.setting.samples if samples is None else samples
         wanted = (point, what, samples)
         runs = [r for r in self.of_kind("run") if (r["point"], r["what"], r["samples"]) == wanted]
         if not runs:
@@ -76,19 +53,6 @@ class Table:
             statistics.median(run["files"] for run in runs),
             len(runs),
             tuple(max(gpu) for gpu in zip(*(run["peaks"] for run in runs), strict=True)),
-        )
-
-    def together(self, point: str, name: str, samples: int | None = None) -> Figure | None:
-        """A sum of SUMS."""
-        parts = [self.figure(point, what, samples) for what in SUMS[name]]
-        known = [part for part in parts if part is not None]
-        if len(known) < len(parts):
-            return None
-        return Figure(
-            sum(part.seconds for part in known),
-            sum(part.files for part in known),
-            min(part.runs for part in known),
-            tuple(max(gpu) for gpu in zip(*(part.peaks for part in known), strict=True)),
         )
 
     def points(self, part: str) -> list[Point]:

@@ -37,12 +37,13 @@ def describe(plan: Plan, why: str = "") -> str:
     linear = linear_parameters(plan)
     export = recipe.export
     for fmt in plan.formats:
-        size = linear * fmt.bits / 8 + 2 * (total - linear)
-        lines.append(
-            f"{fmt.name:10} -> {', '.join(plan.targets(fmt))}: about {size / 1e6:,.1f} MB, "
-            f"{size / (2 * total):.2f} of 16 bit; TensorRT-LLM ranks: "
-            f"TP {export.tensor} x PP {export.pipeline}"
+        size, targets = linear * fmt.bits / 8 + 2 * (total - linear), plan.targets(fmt)
+        line = (
+            f"{fmt.name:14} -> {', '.join(targets)}: about {size / 1e6:,.1f} MB, "
+            f"{size / (2 * total):.2f} of 16 bit"
         )
+        served = f"; TensorRT-LLM ranks: TP {export.tensor} x PP {export.pipeline}"
+        lines.append(line + served * ("trtllm" in targets))
     return "\n".join(lines)
 
 

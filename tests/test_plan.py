@@ -244,7 +244,8 @@ def test_plan_prints_every_format_and_reads_no_weights(tmp_path, monkeypatch, ca
     head = 8 + int.from_bytes(path.read_bytes()[:8], "little")
     path.write_bytes(path.read_bytes()[:head].ljust(path.stat().st_size, b"\xff"))  # all NaN
     monkeypatch.setattr(source.Reader, "slices", lambda self, name: pytest.fail(f"read {name}"))
-    words = [f"model={folder}", f"workdir={tmp_path / 'work'}"]
+    every = f"quantize.format=[{','.join(FORMATS)}]"
+    words = [f"model={folder}", f"workdir={tmp_path / 'work'}", every]
     text = forecast.describe(plan.make_plan(load_recipe("quickstart", words)))
     lines = dict(line.split(maxsplit=1) for line in text.splitlines())
     assert "4.5 M parameters, 9.1 MB, bfloat16" in lines["model"]
@@ -252,5 +253,6 @@ def test_plan_prints_every_format_and_reads_no_weights(tmp_path, monkeypatch, ca
     assert set(lines) >= set(FORMATS)
     for name, row in FORMATS.items():
         assert lines[name].startswith(f"-> {', '.join(row.targets)}: about ")
-        assert lines[name].endswith("TensorRT-LLM ranks: TP 2 x PP 1")
+        served = lines[name].endswith("TensorRT-LLM ranks: TP 2 x PP 1")
+        assert served == ("trtllm" in row.targets)
     assert not (tmp_path / "work").exists()

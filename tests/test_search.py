@@ -8,7 +8,7 @@ from solving import GROUP, SHAPES, observed, solved, weights
 
 from nemo_vlm_ptq.calibrate import awq as awq_module
 from nemo_vlm_ptq.calibrate import clip as clip_module
-from nemo_vlm_ptq.calibrate import losses, search
+from nemo_vlm_ptq.calibrate import losses
 from nemo_vlm_ptq.calibrate.awq import awq, scale_family
 from nemo_vlm_ptq.calibrate.clip import RATIOS, clip
 from nemo_vlm_ptq.calibrate.scales import divide, finish, stored
@@ -51,6 +51,20 @@ def test_the_exponent_found_in_ten_looks_is_the_best_of_all_twenty_one(linear, d
     every = [loss_of(step / STEPS) for step in range(STEPS + 1)]
     assert loss == min(every)
     assert alpha == min(range(STEPS + 1), key=lambda step: every[step]) / STEPS
+
+
+@pytest.mark.parametrize("linear", SHAPES)
+def test_the_scale_is_the_best_of_all_once_maxima_are_clipped(linear, layer):
+    row, weight, seen = FORMATS["int4_awq"], weights()[linear], layer[0][linear]
+    scale_of = scale_family(weight, seen.mean, GROUP, None)
+    every = {}
+    for step in range(STEPS + 1):
+        prequant = scale_of(step / STEPS)
+        amax = clip(weight, prequant, seen.moment, row, GROUP)
+        every[step / STEPS] = finish(weight, seen, row, GROUP, prequant, amax=amax).error
+    found = awq(weight, seen, row, GROUP)
+    assert found.alpha == min(every, key=lambda alpha: every[alpha])
+    assert found.error == min(every.values())
 
 
 @pytest.mark.parametrize("best", range(STEPS + 1))
@@ -122,15 +136,14 @@ def test_maxima_and_errors_do_not_depend_on_where_rows_are_cut(name, layer, monk
         assert cut.error == pytest.approx(one.error, rel=1e-5)
 
 
-def test_a_sample_of_the_rows_finds_the_scale_of_all(layer, monkeypatch):
+def test_a_sample_of_the_rows_finds_the_scale_of_all(layer):
     """Rows differ a hundredfold in size: a sample that took no account of it would miss them."""
     torch.manual_seed(3)
     seen, row = layer[0]["linear_fc1"], FORMATS["int4_awq"]
     weight = torch.randn(1024, 128) * torch.exp(1.5 * torch.randn(1024, 1))
     weight = weight * torch.exp(torch.randn(128) / 2)
     every = sample_rows(weight, GROUP)
-    monkeypatch.setattr(search, "SAMPLE", 256)
-    some = sample_rows(weight, GROUP)
+    some = sample_rows(weight, GROUP, 256)
     assert len(some.weight_NK) == 256 and len(set(some.rows_N.tolist())) == 256
     assert float(some.count_N.sum()) == pytest.approx(1024)
     assert torch.equal(some.top_K, weight.abs().amax(dim=0))

@@ -1,7 +1,8 @@
 """AWQ from second moments: no token is replayed (Lin et al. 2023 for the method).
 
-The candidates are modelopt's family act^a / weight^(1-a) on a finer grid, and no scaling at all;
-for int4, each group's amax is then tried smaller. With SVDQuant each candidate has its own branch.
+The candidates are modelopt's family act^a / weight^(1-a) on a finer grid, and no scaling at all.
+Each is judged with what comes after it: in int4 with each group's amax as small as is best, with
+SVDQuant with its own branch.
 A linear whose input comes from the attention is tied: all query heads that share a KV head get the
 same scale per channel, so that it can be folded into the rows of v by readers that have no prequant
 scale.
@@ -19,12 +20,13 @@ import torch
 from nemo_vlm_ptq.calibrate.clip import clip
 from nemo_vlm_ptq.calibrate.losses import row_chunks
 from nemo_vlm_ptq.calibrate.scales import LinearScales, divide, finish
-from nemo_vlm_ptq.calibrate.search import candidate_loss, sample_rows, search_alpha
+from nemo_vlm_ptq.calibrate.search import SAMPLE, candidate_loss, sample_rows, search_alpha
 from nemo_vlm_ptq.calibrate.statistics import InputStatistics
 from nemo_vlm_ptq.calibrate.svdquant import branch_of, direction_finder
 from nemo_vlm_ptq.formats import QuantFormat
 from nemo_vlm_ptq.mapping.layouts import Sizes
 
+FEW = 512  # rows that a search looks at where it also clips
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -49,7 +51,8 @@ def awq(
     seen = statistics.mixed(share)
     moment = seen.moment
     assert moment is not None
-    sample = sample_rows(weight_OK, group)
+    clips = row.granularity == "group"
+    sample = sample_rows(weight_OK, group, FEW if clips else SAMPLE)
     scale_of = scale_family(weight_OK, seen.mean, group, tie)
     directions = direction_finder(weight_OK, row.low_rank) if row.low_rank else None
 
@@ -59,20 +62,26 @@ def awq(
             sample, moment, row, group, prequant_K, amax=amax, directions_KR=along
         )
 
-    exponent, loss = search_alpha(lambda alpha: loss_of(scale_of(alpha)))
+    def least(prequant_K: torch.Tensor) -> torch.Tensor:
+        """The loss of a scale with the better of plain and clipped maxima."""
+        if not clips:
+            return loss_of(prequant_K)
+        clipped = clip(sample.weight_NK, prequant_K, moment, row, group)
+        return torch.minimum(loss_of(prequant_K), loss_of(prequant_K, clipped))
+
+    exponent, loss = search_alpha(lambda alpha: least(scale_of(alpha)))
     alpha: float | None = exponent
     prequant = scale_of(exponent)
     unscaled = torch.ones_like(prequant)
-    unscaled_loss = loss_of(unscaled)
-    if bool(unscaled_loss <= loss):
-        alpha, prequant, loss = None, unscaled, unscaled_loss
+    if bool(least(unscaled) <= loss):
+        alpha, prequant = None, unscaled
     branch = amax = None
     if directions is not None:
         branch = branch_of(divide(weight_OK, prequant), directions(prequant))
-    elif row.granularity == "group":
-        amax = clip(weight_OK, prequant, moment, row, group)
-        if bool(loss_of(prequant, amax[sample.rows_N]) >= loss):
-            amax = None
+    if clips:
+        clipped = clip(weight_OK, prequant, moment, row, group)
+        if bool(loss_of(prequant, clipped[sample.rows_N]) < loss_of(prequant)):
+            amax = clipped
     scales = finish(weight_OK, statistics, row, group, prequant, branch=branch, amax=amax)
     return replace(scales, alpha=alpha)
 

@@ -28,7 +28,7 @@ def reduce_and_save(
     folder: Path,
     *,
     exact: bool,
-    consume: Consume | None = None,
+    consume: Consume = lambda layer, tensors: None,
 ) -> list[str]:
     """Put the ranks' statistics together and write each layer once (collective).
 
@@ -55,6 +55,7 @@ def reduce_and_save(
     for group in (session.data_group, session.tensor_group):
         dist.all_reduce(observer.attention, dist.ReduceOp.MAX, group=group)
     written: list[Future[str]] = []
+    mine: list[tuple[int, Mapping[str, torch.Tensor]]] = []  # not consumed yet
     with ThreadPoolExecutor(WRITERS) as writers:
         for position, layer in enumerate(observer.blocks):
             holder = _holder(position, session)
@@ -66,14 +67,16 @@ def reduce_and_save(
                 if len(written) >= WRITERS:
                     written[-WRITERS].result()  # no more layers on the host than writers
                 written.append(writers.submit(save_layer, folder, layer, tensors))
-                if consume is not None:
-                    consume(layer, tensors)
+                mine.append((layer, tensors))
             if holder != session.data:
                 observer.tokens[position] = 0
                 for name in LINEARS:
                     observer.sum[:, observer.places[layer, name]] = 0
             for name in () if exact else LINEARS:
                 observer.moments.pop((layer, name), None)
+            if holder == session.layout.data - 1 or position == len(observer.blocks) - 1:
+                while mine:  # when each data rank has a layer, all consume at once
+                    consume(*mine.pop())
     return [file.result() for file in written]
 
 

@@ -68,7 +68,7 @@ class Limits:
     moments: bool
     memory: int | None = None
     save_every: int = 64
-    consume: Consume | None = None
+    consume: Consume = lambda layer, tensors: None
 
 
 @dataclass

@@ -37,7 +37,7 @@ class Sample:
     top_K: torch.Tensor
 
 
-def sample_rows(weight_OK: torch.Tensor, group: int) -> Sample:
+def sample_rows(weight_OK: torch.Tensor, group: int, size: int = SAMPLE) -> Sample:
     """All rows, or those that rounding moves most and some of the others.
 
     Rounding moves a row about as the squares of its groups' maxima. The half of the sample with the
@@ -46,16 +46,16 @@ def sample_rows(weight_OK: torch.Tensor, group: int) -> Sample:
     """
     height, device = len(weight_OK), weight_OK.device
     top_K = largest(weight_OK, dim=0)
-    if height <= SAMPLE:
+    if height <= size:
         ones = torch.ones(height, dtype=torch.float64, device=device)
         return Sample(torch.arange(height, device=device), weight_OK, ones, top_K)
-    half = SAMPLE // 2
+    half = size // 2
     noise_O = group_amax(weight_OK, group).square().mean(dim=1)
     order = noise_O.argsort(descending=True, stable=True)
     rest = order[half:].sort().values
     even = rest[torch.arange(half, device=device) * len(rest) // half]
     rows_N = torch.cat([order[:half], even])
-    count_N = torch.ones(SAMPLE, dtype=torch.float64, device=device)
+    count_N = torch.ones(2 * half, dtype=torch.float64, device=device)
     count_N[half:] = len(rest) / half
     return Sample(rows_N, weight_OK[rows_N], count_N, top_K)
 

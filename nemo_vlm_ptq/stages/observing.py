@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -77,8 +78,9 @@ def observe(job: Job) -> None:
     def body() -> Written:
         model = build_decoder(plan.decoder, session, job.dtype)
         load_model(model, megatron)
-        consume = _solver_beside(job, model)
-        limits = Limits(moments, wanted.max_statistics_memory, wanted.save_every, consume)
+        limits = Limits(moments, wanted.max_statistics_memory, wanted.save_every)
+        if "solve" in job.stages and session.layout.tensor == 1:
+            limits = replace(limits, consume=_solver_beside(job, model))
         vision = plan.family.build_vision(plan.config, load_file(megatron / VISION))
         vision.to(session.device, job.dtype)
         chunks, prepare = calibration_chunks(plan)
@@ -95,13 +97,11 @@ def observe(job: Job) -> None:
     run_stage(job, "observe", folder, settings, body)
 
 
-def _solver_beside(job: Job, model: Any) -> Consume | None:
+def _solver_beside(job: Job, model: Any) -> Consume:
     """What solves each layer for the recipe's formats while its statistics are written.
 
-    Where solve comes next and this rank has whole weights: nothing is read again then.
+    For when solve comes next and ranks have whole weights: nothing is read again then.
     """
-    if "solve" not in job.stages or job.session.layout.tensor > 1:
-        return None
     blocks = {block.layer_number - 1: block for block in model.decoder.layers}
     solve_one = layer_solver(job, job.plan.formats)
 
