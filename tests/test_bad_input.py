@@ -272,6 +272,29 @@ def test_more_samples_than_questions_are_refused_with_both_numbers(tmp_path):
     assert said_by(calibration_chunks, plan) == said
 
 
+def test_questions_without_images_are_refused_unless_text_is_asked_for(tmp_path):
+    from nemo_vlm_ptq.stages.observing import calibration_chunks
+
+    folder = gqa_folder(tmp_path / "data")
+    (folder / "q.json").write_text(json.dumps({"a": {"question": "What?", "answer": "yes"}}))
+    calibration = {"data": str(folder), "samples": 1}
+    recipe = write_recipe(tmp_path, calibration=calibration)
+    said = said_by(calibration_chunks, make_plan(load_recipe(str(recipe))))
+    assert "1 of 1 questions" in said and "no imageId, first 'a'" in said
+    assert "set calibration.modality=text" in said
+    plan = make_plan(load_recipe(str(recipe), ["calibration.modality=text"]))
+    chunks, prepare = calibration_chunks(plan)
+    assert not prepare(chunks[0])[0].is_image.any()
+
+
+def test_a_kind_of_token_that_never_came_is_refused():
+    from nemo_vlm_ptq.stages.observing import _check_modalities
+
+    said = said_by(_check_modalities, {"text": 9, "image": 0}, "image_text")
+    assert said.startswith("calibration.modality=image_text, but the calibration data brought no")
+    _check_modalities({"text": 9, "image": 0}, "text")
+
+
 def test_logits_refuses_inputs_that_are_not_there_and_forms_it_does_not_know(tmp_path):
     from nemo_vlm_ptq.stages.logits import write_logits
 
