@@ -2,7 +2,7 @@
 
     python benchmarks/calibration.py [--only PART ...] [--json FILE] [--reuse FILE] [--budget S]
                                      [--samples 64] [--more-samples 512] [--text-tokens 448]
-                                     [--micro-batch 8] [--repeats 3] [--layers 32] [--scratch DIR]
+                                     [--micro-batch 16] [--repeats 3] [--layers 32] [--scratch DIR]
                                      [--small]
 
 One decoder of LLaVA-1.5-7B's shape with random weights in bf16, on one GPU and on two; --small: a
@@ -56,7 +56,7 @@ FULL = {
     "samples": 64,
     "more_samples": 512,
     "text_tokens": 448,
-    "micro_batch": 8,
+    "micro_batch": 16,
     "repeats": 3,
 }
 TINY = {

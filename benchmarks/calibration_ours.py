@@ -136,6 +136,7 @@ class Ours:
         self, layer: int, weights: Any, seen: dict[str, InputStatistics], names: Sequence[str]
     ) -> Iterator[Solved]:
         sizes = self.setting.decoder.sizes(VOCAB_MULTIPLE)
+        seen = {name: one.with_power(weights[name]) for name, one in seen.items()}
         for name in names:
             given = (weights, seen, FORMATS[name], GROUP, sizes, Wishes(), FAMILY.rows)
             yield name, layer, {key: one.on_host() for key, one in solve_layer(*given).items()}
@@ -208,15 +209,16 @@ class Ours:
         files = self._statistics(True).glob("*.safetensors")
         return sum(path.stat().st_size for path in files) / 1e9
 
-    def cases(self, samples: int) -> Iterator[Case]:
-        """What is measured with so many samples, in order."""
+    def cases(self, samples: int, asked: Sequence[str] = tuple(ASKED)) -> Iterator[Case]:
+        """What is measured with so many samples, in order; observe alone beside all of ASKED."""
         chunks = self.setting.chunks(samples)
         yield Case(FORWARD, samples, lambda: None, lambda _: self.forward(chunks))
-        for what, moments in ((MAXIMA, False), (MOMENTS, True)):
+        alone = ((MAXIMA, False), (MOMENTS, True)) if len(asked) == len(ASKED) else ()
+        for what, moments in alone:
             yield self._case(what, samples, moments, partial(self.observe, chunks, moments))
-        for what, names in ASKED.items():
-            moments = any(FORMATS[name].algorithm == "awq" for name in names)
-            yield self._case(what, samples, moments, partial(self.calibrate, chunks, names))
+        for what in asked:
+            moments = any(FORMATS[name].algorithm == "awq" for name in ASKED[what])
+            yield self._case(what, samples, moments, partial(self.calibrate, chunks, ASKED[what]))
 
     def _case(self, what: str, samples: int, moments: bool, act: Callable[[], float]) -> Case:
         def checked(_: Any) -> float:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from calibration_setting import (
+    ALL,
     POINTS,
     Case,
     Clock,
@@ -30,6 +31,7 @@ from nemo_vlm_ptq.store import read_json
 
 WARM_LAYERS = 2  # of the model on which everything runs once before it is measured
 WARM_CHUNKS = 16
+MORE = ("fp8", "int4_awq", ALL)  # of formats, with the larger number of samples
 PROFILED_LAYERS = 8  # all layers are alike
 
 
@@ -97,7 +99,7 @@ def measure_ours(point: Point, setting: Setting, job: dict[str, Any]) -> None:
         rounds = Rounds(clock, numbers, job["deadline"], setting.samples)
         rounds.measure(
             list(ours.cases(setting.samples)),
-            list(ours.cases(more)) if more else [],
+            list(ours.cases(more, MORE)) if more else [],
             setting.repeats,
         )
         numbers.add("fact", key="statistics", value=[ours.written(), ours.passes])

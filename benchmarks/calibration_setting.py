@@ -12,6 +12,7 @@ import traceback
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +98,7 @@ class Setting:
         config["text_config"] |= SMALL if self.small else {}
         return config
 
-    @property
+    @cached_property
     def decoder(self) -> Decoder:
         """Facts of its decoder."""
         return FAMILY.decoder(self.config)

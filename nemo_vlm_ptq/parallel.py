@@ -12,7 +12,7 @@ from typing import TypeVar
 from nemo_vlm_ptq.errors import UserError
 
 Item = TypeVar("Item")
-STRIPS = 8  # that a second moment is cut into
+WIDE = 8192  # from here on a second moment is cut into eight strips, below into four
 NARROWEST = 64  # rows of a strip
 
 
@@ -60,8 +60,12 @@ def deal(items: Sequence[Item], parts: int, index: int) -> Sequence[Item]:
 
 
 def strips(width: int) -> list[slice]:
-    """Rows of each strip of a symmetric [K,K]; one strip where eight would be narrow."""
-    height, left = divmod(width, STRIPS)
+    """Rows of each strip of a symmetric [K,K]; one strip where several would be narrow.
+
+    More strips are less work, as only what lies right of a strip's first row is made; but a GPU is
+    not busy with one of few rows.
+    """
+    height, left = divmod(width, 8 if width >= WIDE else 4)
     if left or height < NARROWEST:
         return [slice(0, width)]
     return [slice(start, start + height) for start in range(0, width, height)]

@@ -184,7 +184,7 @@ def save_tensors(tensors: Mapping[str, Any], path: Path) -> None:
     own = {}
     seen = set()
     for name, tensor in tensors.items():
-        tensor = _on_host(tensor.detach().contiguous())
+        tensor = tensor.detach().contiguous().cpu()
         memory = tensor.untyped_storage()
         if memory.data_ptr() in seen or memory.nbytes() != tensor.nbytes:
             tensor = tensor.clone()  # a file holds each tensor by itself
@@ -194,25 +194,6 @@ def save_tensors(tensors: Mapping[str, Any], path: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
-
-
-def _on_host(tensor: Any) -> Any:
-    """The tensor in host memory.
-
-    From a GPU it goes through page-locked memory, which torch keeps for the next, on a stream of
-    its own: several times faster than a plain copy, and whoever computes is not held up.
-    """
-    import torch
-
-    if not tensor.is_cuda:
-        return tensor.cpu()
-    stream = torch.cuda.Stream(tensor.device)
-    stream.wait_stream(torch.cuda.default_stream(tensor.device))
-    with torch.cuda.stream(stream):
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        host.copy_(tensor, non_blocking=True)
-    stream.synchronize()
-    return host
 
 
 def read_json(path: Path) -> Any:

@@ -39,16 +39,17 @@ def test_awq_is_better_than_plain_maxima(name, layer):
 @pytest.mark.parametrize("linear", SHAPES)
 def test_the_exponent_found_in_ten_looks_is_the_best_of_all_twenty_one(linear, dtype, layer):
     row, weight, seen = FORMATS["int4_awq"], weights(dtype)[linear], layer[0][linear]
-    sample, scale_of = sample_rows(weight, GROUP), scale_family(weight, seen.mean, GROUP, None)
+    sample, scales_of = sample_rows(weight, GROUP), scale_family(weight, seen.mean, GROUP, None)
     looks = []
 
-    def loss_of(alpha):
-        looks.append(alpha)
-        return candidate_loss(sample, seen.moment, row, GROUP, scale_of(alpha))
+    def losses_of(alphas):
+        looks.extend(alphas)
+        losses = [candidate_loss(sample, seen.moment, row, GROUP, k) for k in scales_of(alphas)]
+        return torch.stack(losses)
 
-    alpha, loss = search_alpha(loss_of)
+    alpha, loss = search_alpha(losses_of)
     assert len(looks) == len(set(looks)) <= 10
-    every = [loss_of(step / STEPS) for step in range(STEPS + 1)]
+    every = losses_of([step / STEPS for step in range(STEPS + 1)]).tolist()
     assert loss == min(every)
     assert alpha == min(range(STEPS + 1), key=lambda step: every[step]) / STEPS
 
@@ -56,10 +57,10 @@ def test_the_exponent_found_in_ten_looks_is_the_best_of_all_twenty_one(linear, d
 @pytest.mark.parametrize("linear", SHAPES)
 def test_the_scale_is_the_best_of_all_once_maxima_are_clipped(linear, layer):
     row, weight, seen = FORMATS["int4_awq"], weights()[linear], layer[0][linear]
-    scale_of = scale_family(weight, seen.mean, GROUP, None)
+    alphas = [step / STEPS for step in range(STEPS + 1)]
+    scales = scale_family(weight, seen.mean, GROUP, None)(alphas)
     every = {}
-    for step in range(STEPS + 1):
-        prequant = scale_of(step / STEPS)
+    for step, prequant in enumerate(scales):
         amax = clip(weight, prequant, seen.moment, row, GROUP)
         every[step / STEPS] = finish(weight, seen, row, GROUP, prequant, amax=amax).error
     found = awq(weight, seen, row, GROUP)
@@ -71,11 +72,11 @@ def test_the_scale_is_the_best_of_all_once_maxima_are_clipped(linear, layer):
 def test_every_valley_over_the_exponent_is_found(best):
     looks = []
 
-    def loss_of(alpha):
-        looks.append(alpha)
-        return torch.tensor(abs(alpha - best / STEPS), dtype=torch.float64)
+    def losses_of(alphas):
+        looks.extend(alphas)
+        return (torch.tensor(alphas, dtype=torch.float64) - best / STEPS).abs()
 
-    alpha, loss = search_alpha(loss_of)
+    alpha, loss = search_alpha(losses_of)
     assert alpha == best / STEPS and float(loss) == 0
     assert len(looks) <= 10
 
@@ -93,7 +94,7 @@ def test_no_scaling_is_kept_where_no_exponent_is_better(layer):
 def test_clip_takes_the_amax_of_least_cost_in_each_group(dtype, layer, monkeypatch):
     monkeypatch.setattr(clip_module, "CHUNK", 50 * 128)
     row, weight, seen = FORMATS["int4_awq"], weights(dtype)["linear_qkv"], layer[0]["linear_qkv"]
-    prequant = scale_family(weight, seen.mean, GROUP, None)(0.4)
+    prequant = scale_family(weight, seen.mean, GROUP, None)([0.4])[0]
     found = clip(weight, prequant, seen.moment, row, GROUP)
     smooth, plain = divide(weight, prequant), weight_amax(divide(weight, prequant), "group", GROUP)
     cost_of = {}
@@ -147,12 +148,9 @@ def test_a_sample_of_the_rows_finds_the_scale_of_all(layer):
     assert len(some.weight_NK) == 256 and len(set(some.rows_N.tolist())) == 256
     assert float(some.count_N.sum()) == pytest.approx(1024)
     assert torch.equal(some.top_K, weight.abs().amax(dim=0))
-    scale_of = scale_family(weight, seen.mean, GROUP, None)
+    scales = scale_family(weight, seen.mean, GROUP, None)([s / STEPS for s in range(STEPS + 1)])
     loss = {
-        len(one.weight_NK): [
-            candidate_loss(one, seen.moment, row, GROUP, scale_of(step / STEPS))
-            for step in range(STEPS + 1)
-        ]
+        len(one.weight_NK): [candidate_loss(one, seen.moment, row, GROUP, k) for k in scales]
         for one in (every, some)
     }
     ratios = [float(a / b) for a, b in zip(loss[256], loss[1024], strict=True)]

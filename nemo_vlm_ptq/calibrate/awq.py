@@ -7,12 +7,12 @@ A linear whose input comes from the attention is tied: all query heads that shar
 same scale per channel, so that it can be folded into the rows of v by readers that have no prequant
 scale.
 
-Legend: O output features, K input features, G groups of g inputs.
+Legend: O output features, K input features, G groups of g inputs, C candidates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -20,7 +20,13 @@ import torch
 from nemo_vlm_ptq.calibrate.clip import clip
 from nemo_vlm_ptq.calibrate.losses import row_chunks
 from nemo_vlm_ptq.calibrate.scales import LinearScales, divide, finish
-from nemo_vlm_ptq.calibrate.search import SAMPLE, candidate_loss, sample_rows, search_alpha
+from nemo_vlm_ptq.calibrate.search import (
+    SAMPLE,
+    candidate_loss,
+    clipped_losses,
+    sample_rows,
+    search_alpha,
+)
 from nemo_vlm_ptq.calibrate.statistics import InputStatistics
 from nemo_vlm_ptq.calibrate.svdquant import branch_of, direction_finder
 from nemo_vlm_ptq.formats import QuantFormat
@@ -53,7 +59,7 @@ def awq(
     assert moment is not None
     clips = row.granularity == "group"
     sample = sample_rows(weight_OK, group, FEW if clips else SAMPLE)
-    scale_of = scale_family(weight_OK, seen.mean, group, tie)
+    scales_of = scale_family(weight_OK, seen.mean, group, tie)
     directions = direction_finder(weight_OK, row.low_rank) if row.low_rank else None
 
     def loss_of(prequant_K: torch.Tensor, amax: torch.Tensor | None = None) -> torch.Tensor:
@@ -62,18 +68,16 @@ def awq(
             sample, moment, row, group, prequant_K, amax=amax, directions_KR=along
         )
 
-    def least(prequant_K: torch.Tensor) -> torch.Tensor:
-        """The loss of a scale with the better of plain and clipped maxima."""
-        if not clips:
-            return loss_of(prequant_K)
-        clipped = clip(sample.weight_NK, prequant_K, moment, row, group)
-        return torch.minimum(loss_of(prequant_K), loss_of(prequant_K, clipped))
+    def losses_of(prequant_CK: torch.Tensor) -> torch.Tensor:
+        if clips:
+            return clipped_losses(sample, moment, row, group, prequant_CK)
+        return torch.stack([loss_of(prequant_K) for prequant_K in prequant_CK])
 
-    exponent, loss = search_alpha(lambda alpha: least(scale_of(alpha)))
+    exponent, loss = search_alpha(lambda alphas: losses_of(scales_of(alphas)))
     alpha: float | None = exponent
-    prequant = scale_of(exponent)
+    prequant = scales_of([exponent])[0]
     unscaled = torch.ones_like(prequant)
-    if bool(least(unscaled) <= loss):
+    if float(losses_of(unscaled[None])) <= loss:
         alpha, prequant = None, unscaled
     branch = amax = None
     if directions is not None:
@@ -88,8 +92,8 @@ def awq(
 
 def scale_family(
     weight_OK: torch.Tensor, mean_K: torch.Tensor, group: int, tie: Sizes | None
-) -> Callable[[float], torch.Tensor]:
-    """Exponent -> prequant scale [K], rounded to the model's dtype.
+) -> Callable[[Sequence[float]], torch.Tensor]:
+    """Exponents -> prequant scales [C,K], rounded to the model's dtype.
 
     Args:
         weight_OK: weight in that dtype.
@@ -101,12 +105,13 @@ def scale_family(
     if tie is not None:
         act, weight = _tied(act, tie), _tied(weight, tie)
 
-    def scale_of(alpha: float) -> torch.Tensor:
-        scale = (act.pow(alpha) / (weight.pow(1 - alpha) + TINY)).clamp(1e-4, 1e4)
-        scale = scale / (scale.max() * scale.min()).sqrt()
+    def scales_of(alphas: Sequence[float]) -> torch.Tensor:
+        alpha_C1 = torch.tensor(alphas, device=act.device)[:, None]
+        scale = (act.pow(alpha_C1) / (weight.pow(1 - alpha_C1) + TINY)).clamp(1e-4, 1e4)
+        scale = scale / (scale.amax(1, keepdim=True) * scale.amin(1, keepdim=True)).sqrt()
         return (1.0 / scale).to(weight_OK.dtype).float()
 
-    return scale_of
+    return scales_of
 
 
 def _weight_share(weight_OK: torch.Tensor, group: int) -> torch.Tensor:

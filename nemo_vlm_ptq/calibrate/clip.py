@@ -8,6 +8,8 @@ Legend: O output features, K input features, G groups of g inputs, N some rows, 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from nemo_vlm_ptq.calibrate.losses import fast_products, group_amax, row_chunks
@@ -16,7 +18,19 @@ from nemo_vlm_ptq.calibrate.scales import divide, stored
 from nemo_vlm_ptq.formats import QuantFormat
 
 RATIOS = [1 - step / 20 for step in range(11)]  # 1, 0.95, ... 0.5 of the plain amax
-CHUNK = 2**23  # numbers that are worked on at once: what a GPU's second cache holds
+CHUNK = 2**23  # numbers that are worked on at once
+WIDEST = 128  # group whose own block of H a GPU's kernel holds
+
+
+def holds_groups(group: int) -> bool:
+    """A kernel can clip groups of this size."""
+    return 16 <= group <= WIDEST and group & (group - 1) == 0
+
+
+@functools.cache
+def ratios(device: torch.device) -> torch.Tensor:
+    """RATIOS where a kernel reads them, float32."""
+    return torch.tensor(RATIOS, device=device)
 
 
 def clip(
@@ -32,9 +46,16 @@ def clip(
         weight_OK: weight in the model's dtype.
         prequant_K: rounded to that dtype.
         moment_KK: mean of x x^T.
-        row: the format, with groups.
+        row: the format, of whole numbers in groups.
         group: inputs that share a weight scale.
     """
+    if weight_OK.is_cuda and holds_groups(group):
+        from nemo_vlm_ptq.calibrate import kernels
+
+        tried = ratios(weight_OK.device)
+        return kernels.clipped(weight_OK, prequant_K[None], moment_KK, tried, row.weight, group)[
+            0, 1
+        ]
     blocks_Ggg = _own_blocks(moment_KK, prequant_K, group)
     parts = []
     for rows in row_chunks(weight_OK.shape, CHUNK // len(RATIOS)):
@@ -54,9 +75,8 @@ def _own_blocks(moment_KK: torch.Tensor, prequant_K: torch.Tensor, group: int) -
 def _clip_rows(
     smooth_NK: torch.Tensor, plain_NG: torch.Tensor, blocks_Ggg: torch.Tensor, row: QuantFormat
 ) -> torch.Tensor:
-    """All ratios at once: on a GPU few large operations cost less than many small ones."""
-    ratio_R11 = torch.tensor(RATIOS, device=plain_NG.device)[:, None, None]
-    tried_RNG = stored(plain_NG * ratio_R11, smooth_NK.dtype)
+    """All ratios at once."""
+    tried_RNG = stored(plain_NG * ratios(plain_NG.device)[:, None, None], smooth_NK.dtype)
     every_MK = smooth_NK.repeat(len(RATIOS), 1)  # M = R N
     change_MK = rounded_weight(every_MK, tried_RNG.flatten(0, 1), row).sub_(every_MK)
     change_GMg = change_MK.unflatten(1, (len(blocks_Ggg), -1)).transpose(0, 1)

@@ -18,7 +18,7 @@ from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.megatron.session import Session
 from nemo_vlm_ptq.parallel import strip_owner, strips
 
-WRITERS = 4  # files at a time
+WRITERS = 8  # files at a time
 Consume = Callable[[int, Mapping[str, torch.Tensor]], None]
 
 
@@ -65,7 +65,7 @@ def reduce_and_save(
                 tensors |= {"key.amax": key, "value.amax": value}
                 tensors |= {f"{name}.tokens": observer.tokens[position] for name in LINEARS}
                 if len(written) >= WRITERS:
-                    written[-WRITERS].result()  # no more layers on the host than writers
+                    written[-WRITERS].result()  # no more layers kept than writers
                 written.append(writers.submit(save_layer, folder, layer, tensors))
                 mine.append((layer, tensors))
             if holder != session.data:

@@ -1,8 +1,8 @@
 """Second moments sum x x^T of one linear's input: the upper triangle in strips of rows.
 
-Strip i of a width K covers rows [i b, (i + 1) b) and the columns from i b on: little more than half
-of the work and memory of the whole. The product of a micro-batch is rounded to a multiple of UNIT
-and added in float64, where sums of such multiples are exact up to LIMIT: the order of
+Strip i of a width K covers rows [i b, (i + 1) b) and the columns from i b on: not much more than
+half of the work and memory of the whole. The product of a micro-batch is rounded to a multiple of
+UNIT and added in float64, where sums of such multiples are exact up to LIMIT: the order of
 micro-batches, and who ran them, leaves no trace. Strips depend on K alone, and tensor ranks share
 them out, so every product is the same arithmetic in any layout.
 """
@@ -35,7 +35,12 @@ def add(strip: torch.Tensor, index: int, x_TK: torch.Tensor) -> None:
         product = torch.addmm(nothing, left, right, torch.float32, beta=0, alpha=1 / UNIT)
     else:
         product = (left.float() @ right.float()).mul_(1 / UNIT)
-    strip += product.round_()
+    if strip.is_cuda:
+        from nemo_vlm_ptq.calibrate import kernels
+
+        kernels.add_rounded(strip, product)
+    else:
+        strip += product.round_()
 
 
 def values(strip: torch.Tensor) -> torch.Tensor:

@@ -58,6 +58,7 @@ class Observer:
         self.tokens = torch.zeros(len(layers), 2, dtype=torch.int64, device=device)
         self._seen = torch.zeros(2, 2, end, device=device)  # amax and sum of one micro-batch
         self._picks: list[tuple[int, torch.Tensor | slice]] = []  # (row of modality, its tokens)
+        self._kinds = torch.empty(0, dtype=torch.int8)  # of the micro-batch's tokens
         self._real: torch.Tensor | slice = slice(None)
         self._batch: Batch | None = None
         self._wanted: Collection[int] = ()
@@ -92,6 +93,7 @@ class Observer:
         """The next forward is of this micro-batch, and these layers do not contain it yet."""
         kinds = batch.modality.T.flatten()  # in the order of tokens in [S,B]
         self._batch, self._picks, self._wanted = batch, [], wanted
+        self._kinds = kinds.to(self.session.device)
         self._real = self._places_of(kinds != 0)
         self._seen.zero_()
         counts = []
@@ -115,8 +117,8 @@ class Observer:
             UserError: NaN or Inf in an activation.
         """
         amax, total = self._seen
-        if not bool(amax.isfinite().all()):
-            self._refuse(amax, out_SBH)
+        if not bool(total.isfinite().all()):  # maxima may pass over NaN
+            self._refuse(total, out_SBH)
         torch.maximum(self.amax, amax, out=self.amax)
         self.sum += total.double().mul_(1 / UNIT).round_().long()
 
@@ -127,17 +129,32 @@ class Observer:
             if layer not in self._wanted:
                 return
             x_TK = args[0].detach().flatten(0, 1)
+            self._see(x_TK, place)
+            if kept is None:
+                return
             for modality, pick in self._picks:
                 own = x_TK[pick]
-                for norm, seen in zip((torch.inf, 1), self._seen, strict=True):
-                    out = seen[modality, place]
-                    vector_norm(own, norm, dim=0, dtype=torch.float32, out=out)
-                if kept is not None:
-                    full = self._gather(own) if name in ROW_PARALLEL else own
-                    for index, moment in kept[modality].items():
-                        add(moment, index, full)
+                full = self._gather(own) if name in ROW_PARALLEL else own
+                for index, moment in kept[modality].items():
+                    add(moment, index, full)
 
         return hook
+
+    def _see(self, x_TK: torch.Tensor, place: slice) -> None:
+        """Maxima and sums of a micro-batch, by kind of token."""
+        amax, total = self._seen[..., place]
+        if x_TK.is_cuda:
+            from nemo_vlm_ptq.calibrate import kernels
+
+            for seen, found in zip(
+                (amax, total), kernels.column_statistics(x_TK, self._kinds), strict=True
+            ):
+                seen.copy_(found)
+            return
+        for modality, pick in self._picks:
+            own = x_TK[pick]
+            for norm, seen in ((torch.inf, amax), (1, total)):
+                vector_norm(own, norm, dim=0, dtype=torch.float32, out=seen[modality])
 
     def _gather(self, x_TK: torch.Tensor) -> torch.Tensor:
         count = self.session.layout.tensor
@@ -158,14 +175,14 @@ class Observer:
 
         return watch
 
-    def _refuse(self, amax: torch.Tensor, out_SBH: torch.Tensor) -> None:
+    def _refuse(self, total: torch.Tensor, out_SBH: torch.Tensor) -> None:
         """Name the first linear, in the order of the forward, that saw NaN or Inf."""
         assert self._batch is not None
         real = (self._batch.modality != 0).to(out_SBH.device)
         samples = (~out_SBH.isfinite().all(dim=2).T & real).any(dim=1).nonzero().flatten()
         sample = self._batch.ids[int(samples[0]) if len(samples) else 0]
         for (layer, name), place in self.places.items():
-            bad = ~amax[:, place].isfinite().all(dim=1)
+            bad = ~total[:, place].isfinite().all(dim=1)
             if bool(bad.any()):
                 kinds = [MODALITY_NAMES[m] for m, one in zip(MODALITIES, bad, strict=True) if one]
                 raise UserError(

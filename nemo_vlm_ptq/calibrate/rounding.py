@@ -37,11 +37,12 @@ def _there_and_back(weight_OK: torch.Tensor, amax: torch.Tensor, kind: Kind) -> 
         return round_trip(weight_OK, amax, kind)
     safe = torch.where(amax > 0, amax.float(), 1.0)
     safe_OG = safe.reshape(-1, 1) if safe.dim() < 2 else safe
-    factor_OG = torch.full_like(safe_OG, LARGEST[kind]) / safe_OG
+    largest_OG = torch.full_like(safe_OG, LARGEST[kind])  # a GPU divides by a number otherwise
+    factor_OG = largest_OG / safe_OG
     values_OGg = weight_OK.unflatten(1, (safe_OG.shape[1], -1)) * factor_OG[..., None]
     if kind == "fp8":
         codes = values_OGg.clamp_(LOWEST[kind], LARGEST[kind]).to(torch.float8_e4m3fn)
         values_OGg.copy_(codes)
     else:
         values_OGg.round_().clamp_(LOWEST[kind], LARGEST[kind])
-    return values_OGg.mul_((safe_OG / LARGEST[kind])[..., None]).flatten(1)
+    return values_OGg.mul_((safe_OG / largest_OG)[..., None]).flatten(1)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from nemo_vlm_ptq.calibrate.losses import gram, group_amax, row_chunks, weighted
+from nemo_vlm_ptq.calibrate.losses import gram, gram_dtype, group_amax, row_chunks, weighted
 from nemo_vlm_ptq.calibrate.rounding import rounded_weight
 from nemo_vlm_ptq.calibrate.statistics import ROW_PARALLEL, InputStatistics
 from nemo_vlm_ptq.formats import QuantFormat
@@ -166,23 +166,40 @@ def _maxima(
 
 
 def change(
-    weight_NK: torch.Tensor, part_NK: torch.Tensor, scales: LinearScales, row: QuantFormat
+    weight_NK: torch.Tensor,
+    part_NK: torch.Tensor,
+    scales: LinearScales,
+    row: QuantFormat,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """What a reader's output goes through less the weight, float32 [N,K].
+    """What a reader's output goes through less the weight [N,K].
 
     Args:
         weight_NK: the weight.
         part_NK: what is rounded of it.
         scales: of these rows.
         row: the format.
+        dtype: of the result; computed in float32.
     """
+    if weight_NK.is_cuda and scales.branch is None and row.weight in ("fp8", "int8", "int4"):
+        from nemo_vlm_ptq.calibrate import kernels
+
+        one, second = scales.prequant, scales.weight_amax_2
+        return kernels.change(
+            weight_NK,
+            None if one is None else one[None],
+            scales.weight_amax,
+            row.weight,
+            None if row.weight_second is None or second is None else second[None],
+            dtype,
+        )
     seen_NK = rounded_weight(part_NK, scales.weight_amax, row, scales.weight_amax_2)
     if scales.branch is not None:
         a_RK, b_NR = scales.branch
         seen_NK.addmm_(b_NR.float(), a_RK.float())
     if scales.prequant is not None:
         seen_NK.mul_(scales.prequant)
-    return seen_NK.sub_(weight_NK)
+    return seen_NK.sub_(weight_NK).to(dtype)
 
 
 def _with_errors(
@@ -193,21 +210,19 @@ def _with_errors(
 ) -> LinearScales:
     """The scales with the relative errors that they make."""
     parts = _parts(weight_OK, scales.prequant, scales.branch)
-    moved_KK = gram(change(weight_OK[rows], part, _rows(scales, rows), row) for rows, part in parts)
-    whole_KK = gram(weight_OK[rows].float() for rows in row_chunks(weight_OK.shape))
-
-    def error(moment_KK: torch.Tensor | None) -> float | None:
-        if moment_KK is None:
-            return None
-        ratio = weighted(moved_KK, moment_KK) / weighted(whole_KK, moment_KK)
-        return float(ratio.clamp(min=0).sqrt())
-
-    by_kind = {kind: error(one.moment) for kind, one in statistics.modalities.items()}
+    dtype = gram_dtype(weight_OK.device)
+    moved_KK = gram(
+        change(weight_OK[rows], part, _rows(scales, rows), row, dtype) for rows, part in parts
+    )
+    power = statistics.with_power(weight_OK).power
+    moved = [weighted(moved_KK, one) for one in statistics.moments.values()]
+    ratios = torch.stack(moved) / torch.stack([power[kind] for kind in statistics.moments])
+    errors = dict(zip(statistics.moments, ratios.clamp(min=0).sqrt().tolist(), strict=True))
     return replace(
         scales,
-        error=error(statistics.moment),
-        error_text=by_kind.get("text"),
-        error_image=by_kind.get("image"),
+        error=errors["all"],
+        error_text=errors.get("text"),
+        error_image=errors.get("image"),
     )
 
 

@@ -3,16 +3,18 @@
 A search compares many candidates of one linear. It looks at a sample of the rows of a tall weight
 (what is told of the result is of all rows), and at coarse steps before fine ones.
 
-Legend: O output features, K input features, N sampled rows, R rank of a branch.
+Legend: O output features, K input features, N sampled rows, G groups, R rank of a branch, C
+candidates, M = C 2 N.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from nemo_vlm_ptq.calibrate.clip import clip, holds_groups, ratios
 from nemo_vlm_ptq.calibrate.losses import group_amax, largest, row_losses
 from nemo_vlm_ptq.calibrate.scales import LinearScales, change, divide, remainder
 from nemo_vlm_ptq.calibrate.svdquant import branch_of
@@ -82,10 +84,10 @@ def candidate_loss(
         directions_KR: of the low-rank branch, where the format has one.
     """
     smooth_NK = divide(sample.weight_NK, prequant_K)
-    a_RK = b_NR = None
-    if directions_KR is None:
+    a_RK = b_NR = top = None
+    if directions_KR is None and (row.granularity == "tensor" or row.weight_second is not None):
         top = divide(sample.top_K.to(smooth_NK.dtype), prequant_K).float().amax()
-    else:
+    elif directions_KR is not None:
         a_RK, b_NR = branch_of(smooth_NK, directions_KR)
         smooth_NK = remainder(smooth_NK, (a_RK, b_NR))
         top = smooth_NK.abs().amax().float()  # of the sample: block scales hardly depend on it
@@ -94,28 +96,74 @@ def candidate_loss(
     elif amax is None:
         by_group = row.granularity == "group"
         amax = group_amax(smooth_NK, group) if by_group else largest(smooth_NK, dim=1)
+    assert amax is not None
     scales = LinearScales(amax, top, None, prequant_K, a_RK, b_NR)
     change_NK = change(sample.weight_NK, smooth_NK, scales, row)
     return row_losses(change_NK, moment_KK) @ sample.count_N
 
 
-def search_alpha(loss_of: Callable[[float], torch.Tensor]) -> tuple[float, torch.Tensor]:
+def clipped_losses(
+    sample: Sample,
+    moment_KK: torch.Tensor,
+    row: QuantFormat,
+    group: int,
+    prequant_CK: torch.Tensor,
+) -> torch.Tensor:
+    """The loss of each of some scales with the better of plain and clipped maxima, float64 [C].
+
+    As `candidate_loss` and `clip` say one by one; on a GPU all scales go through each operation
+    together.
+    """
+    if sample.weight_NK.is_cuda and holds_groups(group):
+        return _losses_together(sample, moment_KK, row, group, prequant_CK)
+    given = (sample, moment_KK, row, group)
+    losses = []
+    for prequant_K in prequant_CK:
+        clipped = clip(sample.weight_NK, prequant_K, moment_KK, row, group)
+        tried = (candidate_loss(*given, prequant_K, amax=amax) for amax in (None, clipped))
+        losses.append(torch.minimum(*tried))
+    return torch.stack(losses)
+
+
+def _losses_together(
+    sample: Sample,
+    moment_KK: torch.Tensor,
+    row: QuantFormat,
+    group: int,
+    prequant_CK: torch.Tensor,
+) -> torch.Tensor:
+    from nemo_vlm_ptq.calibrate import kernels
+
+    weight_NK, second_C = sample.weight_NK, None
+    amax_C2NG = kernels.clipped(
+        weight_NK, prequant_CK, moment_KK, ratios(weight_NK.device), row.weight, group
+    )
+    if row.weight_second is not None:
+        top_K = sample.top_K.to(weight_NK.dtype)
+        second_C = (top_K * (1.0 / prequant_CK)).to(weight_NK.dtype).float().amax(dim=1)
+    change_MK = kernels.change(
+        weight_NK, prequant_CK, amax_C2NG.flatten(0, 2), row.weight, second_C, torch.float32
+    )
+    losses_C2N = row_losses(change_MK, moment_KK).view(amax_C2NG.shape[:3])
+    return (losses_C2N @ sample.count_N).amin(dim=1)
+
+
+def search_alpha(
+    losses_of: Callable[[Sequence[float]], torch.Tensor],
+) -> tuple[float, float]:
     """Exponent of the smallest loss, and that loss.
 
-    Over the exponent the loss is nearly always one valley, so 10 of the 21 are looked at. Losses
-    stay on the device until a stride is through.
+    Over the exponent the loss is nearly always one valley, so 10 of the 21 are looked at.
 
     Args:
-        loss_of: exponent -> loss, float64 [].
+        losses_of: exponents -> their losses, float64 [C].
     """
-    found: dict[int, torch.Tensor] = {}
-    values: dict[int, float] = {}
+    found: dict[int, float] = {}
 
     def look(steps: Iterable[int]) -> int:
         new = [step for step in steps if 0 <= step <= STEPS and step not in found]
-        found.update({step: loss_of(step / STEPS) for step in new})
-        values.update(zip(new, torch.stack([found[step] for step in new]).tolist(), strict=True))
-        return min(values, key=lambda step: (values[step], step))
+        found.update(zip(new, losses_of([step / STEPS for step in new]).tolist(), strict=True))
+        return min(found, key=lambda step: (found[step], step))
 
     best = look(range(0, STEPS + 1, STRIDES[0]))
     for stride in STRIDES[1:]:

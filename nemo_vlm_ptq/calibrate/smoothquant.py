@@ -70,7 +70,7 @@ def _search(sample: Sample, seen: InputStatistics, row: QuantFormat) -> float:
         size_N = torch.linalg.vector_norm(smooth_NK, dim=1, dtype=torch.float32).double().square()
         return through_weights + noise * (size_N @ sample.count_N)
 
-    return search_alpha(loss_of)[0]
+    return search_alpha(lambda alphas: torch.stack([loss_of(alpha) for alpha in alphas]))[0]
 
 
 def input_noise(amax: torch.Tensor) -> torch.Tensor:

@@ -68,7 +68,7 @@ def solve_layer(
     group, table = row.group(group_size), {one.short: one for one in rows}
     solved = {}
     for name, weight in weights.items():
-        seen = statistics[name]
+        seen = statistics[name].with_power(weight)
         if row.algorithm == "awq":
             tie = sizes if name == ATTENTION_OUTPUT and sizes.queries > 1 else None
             solve_at = partial(awq, weight, seen, row, group, tie)

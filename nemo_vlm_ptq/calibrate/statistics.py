@@ -22,9 +22,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from nemo_vlm_ptq.calibrate.losses import gram, gram_dtype, row_chunks, weighted
 from nemo_vlm_ptq.calibrate.moments import whole
+from nemo_vlm_ptq.calibrate.streaming import stream_tensors
 from nemo_vlm_ptq.parallel import strips
-from nemo_vlm_ptq.store import save_tensors
 
 UNIT = 2.0**-24
 LINEARS = {
@@ -54,7 +55,8 @@ class InputStatistics:
     """Statistics of one linear's input over all tokens.
 
     amax, mean: [K] float32; tokens: count; moment: [K,K] float32, the mean of x x^T, or None;
-    modalities: "text" and "image", as far as there were tokens of them.
+    modalities: "text" and "image", as far as there were tokens of them; power: float64 [] by kind
+    of tokens, the mean of |x W^T|^2 with the linear's weight W, once `with_power` has filled it.
     """
 
     amax: torch.Tensor
@@ -62,6 +64,22 @@ class InputStatistics:
     tokens: int
     moment: torch.Tensor | None
     modalities: Mapping[str, Modality] = field(default_factory=dict)
+    power: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def moments(self) -> dict[str, torch.Tensor]:
+        """Second moments by kind of tokens: "all", and "text" and "image" as far as they came."""
+        kinds = {"all": self.moment} | {kind: one.moment for kind, one in self.modalities.items()}
+        return {kind: moment for kind, moment in kinds.items() if moment is not None}
+
+    def with_power(self, weight_OK: torch.Tensor) -> InputStatistics:
+        """With `power`, which is the same for every format."""
+        if self.power or self.moment is None:
+            return self
+        dtype = gram_dtype(weight_OK.device)
+        whole_KK = gram(weight_OK[rows].to(dtype) for rows in row_chunks(weight_OK.shape))
+        power = {kind: weighted(whole_KK, moment) for kind, moment in self.moments.items()}
+        return replace(self, power=power)
 
     @property
     def image_share(self) -> float | None:
@@ -91,7 +109,7 @@ def layer_file(layer: int) -> str:
 
 def save_layer(folder: Path, layer: int, tensors: dict[str, torch.Tensor]) -> str:
     """Write one layer's statistics; returns the file name."""
-    save_tensors(dict(sorted(tensors.items())), folder / layer_file(layer))
+    stream_tensors(tensors, folder / layer_file(layer))
     return layer_file(layer)
 
 
@@ -119,18 +137,21 @@ def put_together(tensors: dict[str, torch.Tensor]) -> dict[str, InputStatistics]
 
 def _together(tensors: dict[str, torch.Tensor], name: str) -> InputStatistics:
     counts = dict(zip(TOKEN_KINDS, tensors[f"{name}.tokens"].tolist(), strict=True))
-    total = tensors[f"{name}.sum"]
-    strip_names = [f"{name}.moment.{i}" for i in range(len(strips(total.shape[1])))]
+    sums = tensors[f"{name}.sum"]
+    strip_names = [f"{name}.moment.{i}" for i in range(len(strips(sums.shape[1])))]
     parts = [tensors.pop(key) for key in strip_names if key in tensors]
 
-    def over(rows: Sequence[int], tokens: int) -> Modality:
-        """The modalities in `rows` as one."""
-        mean = (total[rows].sum(dim=0).double() * UNIT / tokens).float()
-        means = [(part[rows].double().sum(dim=0) / tokens).float() for part in parts]
-        return Modality(tokens, mean, whole(means) if means else None)
+    def over(tokens: int, total: torch.Tensor, strips_of: Sequence[torch.Tensor]) -> Modality:
+        mean = (total.double() * UNIT / tokens).float()
+        return Modality(tokens, mean, whole(strips_of).div_(tokens) if strips_of else None)
 
     seen = {kind: row for row, (kind, tokens) in enumerate(counts.items()) if tokens}
-    single = {kind: over([row], counts[kind]) for kind, row in seen.items()}
-    every = over([0, 1], sum(counts.values())) if len(single) > 1 else next(iter(single.values()))
+    single = {
+        kind: over(counts[kind], sums[row], [part[row] for part in parts])
+        for kind, row in seen.items()
+    }
+    every = next(iter(single.values()))
+    if len(single) > 1:
+        every = over(sum(counts.values()), sums.sum(dim=0), [part.sum(dim=0) for part in parts])
     amax = tensors[f"{name}.amax"].amax(dim=0)
     return InputStatistics(amax, every.mean, every.tokens, every.moment, single)

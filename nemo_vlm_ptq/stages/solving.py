@@ -122,6 +122,7 @@ def layer_solver(
     def solve_one(
         layer: int, weights: Mapping[str, torch.Tensor], seen: Mapping[str, InputStatistics]
     ) -> None:
+        seen = {name: one.with_power(weights[name]) for name, one in seen.items()}  # once for all
         for fmt in formats:
             given = (weights, seen, fmt, wanted.group_size, sizes, wishes, rows)
             scales = {linear: one.on_host() for linear, one in solve_layer(*given).items()}
