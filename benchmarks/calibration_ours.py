@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -45,6 +46,7 @@ from nemo_vlm_ptq.megatron.forward import collate, forward
 from nemo_vlm_ptq.megatron.session import Session
 from nemo_vlm_ptq.parallel import deal
 from nemo_vlm_ptq.plan import VOCAB_MULTIPLE
+from nemo_vlm_ptq.store import hash_file
 
 TOP = 12  # kernels of a profile
 PROFILED_CHUNKS = 2
@@ -73,6 +75,7 @@ class Ours:
         self.own, self.setting, self.folder = own, setting, folder
         self.passes = 0  # of the last observe
         self.weights = folder / f"megatron-{setting.layers}"
+        self._empty(folder / f"scales-{setting.layers}")
         if own.layout.tensor > 1 and not (self.weights / ".metadata").is_file():
             self._import()  # solve reads whole weights there
         log(f"building {setting.layers} layers")
@@ -115,8 +118,10 @@ class Ours:
         A rank with whole weights solves a layer while its statistics are written.
         """
         moments = any(FORMATS[name].algorithm == "awq" for name in names)
+        scales = self.folder / f"scales-{self.setting.layers}" / f"{sum(map(len, chunks))}"
         if self.own.layout.tensor > 1:
-            return self.observe(chunks, moments) + self._solve_from_files(names, moments)
+            saving = self.observe(chunks, moments)
+            return saving + self._solve_from_files(names, moments, scales)
         solved: list[Solved] = []
         blocks, solving = list(self.work.model.decoder.layers), [0.0]
 
@@ -130,7 +135,7 @@ class Ours:
             solving[0] += time.perf_counter() - start
 
         saving = self.observe(chunks, moments, consume=consume) - solving[0]
-        return saving + self._save(solved)
+        return saving + self._save(solved, scales)
 
     def _solve(
         self, layer: int, weights: Any, seen: dict[str, InputStatistics], names: Sequence[str]
@@ -141,13 +146,23 @@ class Ours:
             given = (weights, seen, FORMATS[name], GROUP, sizes, Wishes(), FAMILY.rows)
             yield name, layer, {key: one.on_host() for key, one in solve_layer(*given).items()}
 
-    def _save(self, solved: list[Solved]) -> float:
+    def _save(self, solved: list[Solved], folder: Path) -> float:
         begin = time.perf_counter()
         for name, layer, scales in solved:
-            place = self.folder / f"scales-{name}"
-            place.mkdir(exist_ok=True)
+            place = folder / name
+            place.mkdir(parents=True, exist_ok=True)
             save_scales(place, layer, scales)
         return time.perf_counter() - begin
+
+    def scales(self) -> dict[str, str]:
+        """Sha256 of all scales by samples and format, of the last run of each."""
+        home = self.folder / f"scales-{self.setting.layers}"
+        found = {}
+        for place in sorted(home.glob("*/*")):
+            hashes = [hash_file(path) for path in sorted(place.iterdir())]
+            about = f"{place.name}, {place.parent.name} samples"
+            found[about] = hashlib.sha256("".join(hashes).encode()).hexdigest()
+        return found
 
     @contextmanager
     def _saving_timed(self) -> Iterator[list[float]]:
@@ -167,7 +182,7 @@ class Ours:
         finally:
             observing.reduce_and_save = real
 
-    def _solve_from_files(self, names: Sequence[str], moments: bool) -> float:
+    def _solve_from_files(self, names: Sequence[str], moments: bool, scales: Path) -> float:
         """Formats from one reading, layers dealt over ranks; returns the seconds of files.
 
         These are those of waiting for what is read ahead, and of writing.
@@ -188,7 +203,7 @@ class Ours:
             spent += time.perf_counter() - begin
             solved.extend(self._solve(layer, weights, seen, names))
             begin = time.perf_counter()
-        return spent + time.perf_counter() - begin + self._save(solved)
+        return spent + time.perf_counter() - begin + self._save(solved, scales)
 
     def _wait(self) -> None:
         if self.own.device.type == "cuda":

@@ -102,7 +102,9 @@ def measure_ours(point: Point, setting: Setting, job: dict[str, Any]) -> None:
             list(ours.cases(more, MORE)) if more else [],
             setting.repeats,
         )
+        own.barrier()
         numbers.add("fact", key="statistics", value=[ours.written(), ours.passes])
+        numbers.add("fact", key="scales", value=ours.scales())
 
 
 def measure_profile(point: Point, setting: Setting, job: dict[str, Any]) -> None:

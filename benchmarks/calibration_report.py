@@ -44,7 +44,7 @@ def report(lines: Sequence[Line]) -> str:
     table = Table(lines)
     parts = [_setup(table)]
     if table.points("ours"):
-        parts += [_floor(table), *_ours(table), _split(table)]
+        parts += [_floor(table), *_ours(table), _same(table), _split(table)]
     if table.points("modelopt"):
         parts.append(_modelopt(table))
     if table.points("ours"):
@@ -145,6 +145,19 @@ def _ours_on(table: Table, point: Point, samples: int) -> str:
         about += f" Statistics with second moments are {found[0]:.2f} GB, from {found[1]} pass(es)."
     title = f"## Ours, {point.about}, {samples} samples"
     return f"{title}\n\n{prose(about)}\n\n{markdown(head, rows)}"
+
+
+def _same(table: Table) -> str:
+    """Whose scales have the bytes of those of one rank."""
+    alone = table.fact(ONE, "scales") or {}
+    rows = []
+    for point in table.points("ours"):
+        found = table.fact(point.name, "scales") or {}
+        both = sorted(alone.keys() & found.keys()) if point.name != ONE else []
+        said = {about: "yes" if found[about] == alone[about] else "no" for about in both}
+        rows += [(point.about, about, answer) for about, answer in said.items()]
+    head = ("ranks", "scales of", "same bytes as on 1 rank")
+    return f"## Layouts\n\n{markdown(head, rows)}" if rows else ""
 
 
 def _split(table: Table) -> str:
