@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 import traceback
+from pathlib import Path
 
 from nemo_vlm_ptq.errors import ProofError, UserError
 from nemo_vlm_ptq.names import GROUPS, STAGES
@@ -20,6 +21,7 @@ nemo-vlm-ptq calibrate RECIPE [key=value ...]   observe + solve
 nemo-vlm-ptq plan      RECIPE [key=value ...]   check and forecast; reads no weights
 nemo-vlm-ptq logits    RECIPE from=FORM inputs=FILE output=FILE [key=value ...]
                                                 FORM: hf_source megatron quantized trtllm hf
+nemo-vlm-ptq verify    DIR [--json]             check a TensorRT-LLM checkpoint, whoever wrote it
 nemo-vlm-ptq families | formats [--json]        what is supported
 
 RECIPE is a YAML file or the name of one that ships. Exit codes: 0 done, 2 you can fix it,
@@ -80,6 +82,22 @@ def _dispatch(chosen: argparse.Namespace) -> int:
         return 0
     if chosen.recipe is None:
         raise UserError(f"{chosen.command} needs a recipe: a YAML file or a name that ships")
+    if chosen.command == "verify" and Path(chosen.recipe).is_dir() and _verify_folder(chosen):
+        return 0
     from nemo_vlm_ptq import launch
 
     return launch.start(chosen.command, chosen.recipe, chosen.overrides)
+
+
+def _verify_folder(chosen: argparse.Namespace) -> bool:
+    """Check a checkpoint by itself; False where a recipe is meant that is called like a folder."""
+    from nemo_vlm_ptq.recipe import shipped_recipes
+    from nemo_vlm_ptq.verify.folder import find_checkpoint, verify_folder
+
+    folder = Path(chosen.recipe)
+    if find_checkpoint(folder) is None and chosen.recipe in shipped_recipes():
+        return False
+    if chosen.overrides:
+        raise UserError(f"verify DIR takes no recipe keys, got {chosen.overrides[0]!r}")
+    verify_folder(folder, as_json=chosen.json)
+    return True

@@ -156,22 +156,26 @@ def _explain(error: ValidationError) -> str:
     return f"recipe key {key!r}: {message} (got {problem['input']!r})"
 
 
+def shipped_recipes() -> dict[str, Path]:
+    """Name -> file of the recipes in configs/."""
+    here = Path(__file__).resolve().parent
+    folders = (here.parent / "configs", here / "configs")
+    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+
+
 def recipe_file(name: str) -> Path:
     """The file of a recipe: a path, or the name of one that ships in configs/.
 
     Raises:
         UserError: neither; lists the names that ship.
     """
-    path = Path(name)
+    path, shipped = Path(name), shipped_recipes()
     if path.is_file():
         return path
-    here = Path(__file__).resolve().parent
-    shipped = [folder for folder in (here / "configs", here.parent / "configs") if folder.is_dir()]
-    for folder in shipped:
-        if (folder / f"{name}.yaml").is_file():
-            return folder / f"{name}.yaml"
-    known = sorted({file.stem for folder in shipped for file in folder.glob("*.yaml")})
-    raise UserError(f"recipe {name!r} is no file; recipes that ship: {', '.join(known) or 'none'}")
+    if name in shipped:
+        return shipped[name]
+    known = ", ".join(sorted(shipped)) or "none"
+    raise UserError(f"recipe {name!r} is no file; recipes that ship: {known}")
 
 
 def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:

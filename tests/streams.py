@@ -16,7 +16,7 @@ from nemo_vlm_ptq.export.stream import Packed, kv_scales, stream_ends, stream_la
 from nemo_vlm_ptq.families import FAMILIES
 from nemo_vlm_ptq.families.base import Decoder, LongRope
 from nemo_vlm_ptq.formats import KV_CACHES
-from nemo_vlm_ptq.mapping.layouts import Sizes, take
+from nemo_vlm_ptq.mapping.layouts import take
 from nemo_vlm_ptq.mapping.rows import expand
 from nemo_vlm_ptq.numerics import weight_amax
 from nemo_vlm_ptq.store import save_tensors
@@ -38,21 +38,22 @@ class Stream:
     fmt: object
     layers: list
     ends: dict
+    decoder: Decoder
+    group: int
 
 
-def random_weight(family, row):
-    """Megatron's whole tensor of a row."""
-    shapes = [DECODER.shapes(family.rows)[name] for name in row.hf]
+def random_weight(family, row, decoder):
+    """Megatron's whole tensor of a row, its vocabulary padded."""
+    shapes = [decoder.shapes(family.rows)[name] for name in row.hf]
     parts = [torch.randn(shape, dtype=DTYPE) for shape in shapes]
-    sizes = Sizes(DECODER.heads, DECODER.kv_heads, DECODER.head_dim, DECODER.vocab, 512)
-    return take(row.layout, parts, sizes, 0, 1)
+    return take(row.layout, parts, decoder.sizes(64), 0, 1)
 
 
-def random_scales(weight, fmt):
+def random_scales(weight, fmt, group):
     """Scales of a linear with plain maxima for its weight, and anything for the rest."""
     rank = fmt.low_rank
     return LinearScales(
-        weight_amax(weight, fmt.granularity, fmt.group(GROUP)),
+        weight_amax(weight, fmt.granularity, fmt.group(group)),
         None if fmt.weight_second is None else weight.float().abs().amax(),
         None if fmt.activation in (None, "fp8_token") else torch.rand(()) + 0.1,
         (torch.rand(weight.shape[1]) + 0.5).to(DTYPE).float() if fmt.prequant else None,
@@ -61,22 +62,27 @@ def random_scales(weight, fmt):
     )
 
 
-def random_stream(fmt, name="llava"):
-    """A random model, taken apart."""
+def random_stream(fmt, name="llava", decoder=None, group=GROUP):
+    """A random model, taken apart; fmt None leaves it in 16 bit."""
     torch.manual_seed(0)
-    family = FAMILIES[name]
-    rows = expand(family.rows, range(DECODER.layers))
-    whole = {row.megatron: random_weight(family, row) for row in rows}
-    scales = {row.megatron: random_scales(whole[row.megatron], fmt) for row in rows if row.linear}
+    family, decoder = FAMILIES[name], decoder or DECODERS[name]
+    rows = expand(family.rows, range(decoder.layers))
+    whole = {row.megatron: random_weight(family, row, decoder) for row in rows}
+    scales = {
+        row.megatron: random_scales(whole[row.megatron], fmt, group)
+        for row in rows
+        if row.linear and fmt is not None
+    }
 
     def read(names):
         return {name: whole[name] for name in names}
 
     layers = []
-    for index in range(DECODER.layers):
-        own = {linear: scales[key] for linear, key in weight_names(index).items()}
-        layers.append(stream_layer(family.rows, index, read, own, fmt, DECODER))
-    return Stream(name, fmt, layers, stream_ends(family.rows, read, DECODER))
+    for index in range(decoder.layers):
+        own = {linear: scales.get(key) for linear, key in weight_names(index).items()}
+        layers.append(stream_layer(family.rows, index, read, own, fmt, decoder))
+    ends = stream_ends(family.rows, read, decoder)
+    return Stream(name, fmt, layers, ends, decoder, group)
 
 
 def pieces(stream):
@@ -138,7 +144,7 @@ def random_kv(name):
 
 def write_trtllm(folder, stream, cut=(1, 1), kv="none"):
     """rank files and config.json of one cut, tensor x pipeline."""
-    decoder, architecture = DECODERS[stream.family], FAMILIES[stream.family].trtllm_architecture
+    decoder, architecture = stream.decoder, FAMILIES[stream.family].trtllm_architecture
     row, scales = random_kv(kv)
     T, P = cut
     folder.mkdir()
@@ -150,7 +156,7 @@ def write_trtllm(folder, stream, cut=(1, 1), kv="none"):
             own |= trtllm.kv_tensors(scales[index]) if scales else {}
             tensors |= {f"transformer.layers.{local}.{name}": one for name, one in own.items()}
         save_tensors(tensors, folder / f"rank{p * T + t}.safetensors")
-    config = trtllm.config(architecture, decoder, stream.fmt, GROUP, "bfloat16", cut, row)
+    config = trtllm.config(architecture, decoder, stream.fmt, stream.group, "bfloat16", cut, row)
     (folder / "config.json").write_text(json.dumps(config))
 
 
