@@ -66,7 +66,8 @@ def _formats() -> list[dict[str, str]]:
 
 def _readers(row: QuantFormat) -> dict[str, Sequence[str]]:
     """Target -> who reads a format there."""
-    return {"trtllm": ("engines",), "hf": READERS.get(row.quant_algo, NOBODY)}
+    hf = READERS.get(row.quant_algo, NOBODY)
+    return {"trtllm": ("engines",), "hf": hf, "compressed_tensors": ("vLLM", "transformers")}
 
 
 def _kv_caches(row: QuantFormat) -> dict[str, list[str]]:

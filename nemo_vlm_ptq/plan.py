@@ -12,7 +12,7 @@ from typing import Any
 
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families import Decoder, ModelFamily, find_family, read_config
-from nemo_vlm_ptq.formats import KV_CACHES, NVFP4_BLOCK, QuantFormat, find_format
+from nemo_vlm_ptq.formats import INT4_GROUPS, KV_CACHES, NVFP4_BLOCK, QuantFormat, find_format
 from nemo_vlm_ptq.mapping.rows import carried_along, check_coverage
 from nemo_vlm_ptq.questions import questions_file
 from nemo_vlm_ptq.recipe import Recipe
@@ -272,12 +272,15 @@ def _check_quantize(plan: Plan) -> None:
 
 
 def _check_format(plan: Plan, fmt: QuantFormat) -> None:
-    recipe = plan.recipe
-    if not plan.targets(fmt):
-        raise UserError(_no_target(recipe, fmt))
-    if fmt.weight_second is not None and recipe.quantize.group_size != 128:
-        group = recipe.quantize.group_size
-        raise UserError(f"format {fmt.name} needs quantize.group_size=128, got {group}")
+    group, targets = plan.recipe.quantize.group_size, plan.targets(fmt)
+    if not targets:
+        raise UserError(_no_target(plan.recipe, fmt))
+    kernels = [INT4_GROUPS[one] for one in targets if one in INT4_GROUPS and fmt.weight == "int4"]
+    sizes = sorted(set(kernels[0]).intersection(*kernels)) if kernels else [group]
+    sizes = sizes if fmt.weight_second is None else [128]
+    if group not in sizes:
+        works = f"quantize.group_size={' or '.join(map(str, sizes))}"
+        raise UserError(f"format {fmt.name} needs {works}, got {group}")
 
 
 def _no_target(recipe: Recipe, fmt: QuantFormat) -> str:

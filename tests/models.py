@@ -229,7 +229,7 @@ def float32_llava(folder: Path) -> Path:
 
 def run_line(own, workdir: Path, model: Path = TINY_LLAVA, stages=STAGES) -> None:
     """Stages on a model, in the layout of a session: all formats, 12 samples, export TP 2."""
-    from nemo_vlm_ptq.formats import FORMATS
+    from nemo_vlm_ptq.formats import FORMATS, TARGETS
     from nemo_vlm_ptq.job import Job
     from nemo_vlm_ptq.plan import make_plan
     from nemo_vlm_ptq.recipe import Recipe
@@ -241,6 +241,6 @@ def run_line(own, workdir: Path, model: Path = TINY_LLAVA, stages=STAGES) -> Non
         parallel=vars(own.layout),
         quantize={"format": tuple(FORMATS)},
         calibration={"data": "scenes", "samples": 12, "micro_batch": 2},
-        export={"targets": ("trtllm", "hf"), "tensor": 2},
+        export={"targets": TARGETS, "tensor": 2},
     )
     run_stages(Job(make_plan(recipe), own), stages)

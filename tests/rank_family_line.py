@@ -5,7 +5,7 @@ from pathlib import Path
 
 from models import each_layout
 
-from nemo_vlm_ptq.formats import FORMATS
+from nemo_vlm_ptq.formats import FORMATS, TARGETS
 from nemo_vlm_ptq.job import Job
 from nemo_vlm_ptq.plan import make_plan
 from nemo_vlm_ptq.recipe import Recipe
@@ -13,7 +13,7 @@ from nemo_vlm_ptq.stages import run_stages
 from nemo_vlm_ptq.stages.logits import write_logits
 
 STAGES = ("import", "observe", "solve", "export", "verify")
-FORMS = ("hf_source", "megatron", "quantized", "trtllm", "hf")
+FORMS = ("hf_source", "megatron", "quantized", *TARGETS)
 
 
 def job(own, home, formats, kv_cache="none"):
@@ -24,7 +24,7 @@ def job(own, home, formats, kv_cache="none"):
         parallel=vars(own.layout),
         quantize={"format": formats, "kv_cache": kv_cache},
         calibration={"data": "scenes", "samples": 8, "micro_batch": 2},
-        export={"targets": ("trtllm", "hf"), "tensor": 2, "dtype": "bfloat16"},
+        export={"targets": TARGETS, "tensor": 2, "dtype": "bfloat16"},
     )
     return Job(make_plan(recipe), own)
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from nemo_vlm_ptq import store
 from nemo_vlm_ptq.families import FAMILIES
-from nemo_vlm_ptq.formats import FORMATS
+from nemo_vlm_ptq.formats import FORMATS, TARGETS
 
 REFERENCES = {
     "llava_next": (reference_llava_next.LlavaNext(0, "mistral"), reference_llava_next),
@@ -80,9 +80,9 @@ def test_logits_of_every_form_are_those_of_the_reference_up_to_rounding(lines, n
     torch.testing.assert_close(found["hf_source"][0], expected, rtol=0, atol=1e-4)
     assert (found["megatron"][0] - expected).abs().mean() < HALF
     rounding = (found["quantized"] - found["megatron"]).abs().mean()
-    for form in ("trtllm", "hf"):
+    for form in TARGETS:
         assert (found[form] - found["quantized"]).abs().mean() < 1.5 * rounding
-    assert torch.equal(found["trtllm"], found["hf"])
+        assert torch.equal(found[form], found["hf"])
 
 
 def test_the_parts_of_vila_are_folders_and_its_decoder_a_checkpoint(lines):

@@ -17,7 +17,7 @@ from bad_models import (
 
 from nemo_vlm_ptq import forecast, plan, source
 from nemo_vlm_ptq.errors import UserError
-from nemo_vlm_ptq.formats import FORMATS
+from nemo_vlm_ptq.formats import FORMATS, TARGETS
 from nemo_vlm_ptq.parallel import data_axis
 from nemo_vlm_ptq.recipe import load_recipe
 
@@ -47,9 +47,19 @@ HEADS = "8 heads, 4 KV heads and 768 MLP features"
         (["quantize.group_size=64", "quantize.format=w4a8_awq"],
          "format w4a8_awq needs quantize.group_size=128, got 64"),
         (["export.targets=[hf]", "quantize.format=int8_sq"],
-         "format int8_sq cannot be exported to hf; it can to: trtllm"),
+         "format int8_sq cannot be exported to hf; it can to: trtllm, compressed_tensors"),
         (["export.targets=[trtllm]", "quantize.format=nf4"],
          "format nf4 cannot be exported to trtllm; it can to: hf"),
+        (["quantize.group_size=256", "quantize.format=int4_awq",
+          "export.targets=[hf, compressed_tensors]"],
+         "format int4_awq needs quantize.group_size=32 or 64 or 128, got 256"),
+        (["quantize.group_size=32", "quantize.format=int4_awq"],
+         "format int4_awq needs quantize.group_size=64 or 128, got 32"),
+        (["quantize.kv_cache=nvfp4", "export.targets=[compressed_tensors]"],
+         "format fp8 with quantize.kv_cache=nvfp4 cannot be exported to compressed_tensors; "
+         "these KV caches can: none, fp8"),
+        (["quantize.format=nvfp4_awq", "export.targets=[compressed_tensors]"],
+         "format nvfp4_awq cannot be exported to compressed_tensors; it can to: hf"),
         (["parallel.tensor=4", "quantize.format=int4_wo", "export.targets=[hf]"],
          "parallel.tensor=4 cuts a group of 128 of format int4_wo; these work: 1, 2"),
         (["export.targets=[trtllm]", "quantize.kv_cache=nvfp4"],
@@ -155,6 +165,10 @@ def test_a_format_goes_to_the_targets_that_take_it_with_the_kv_cache(tmp_path):
         assert [made.targets(fmt) for fmt in made.formats] == expected
     made = plan.make_plan(load_recipe(recipe, [words[1], "quantize.kv_cache=nvfp4"]))
     assert made.targets(FORMATS["fp8"]) == ["hf"]
+    made = plan.make_plan(
+        load_recipe(recipe, [words[0], "export.targets=[compressed_tensors, hf]"])
+    )
+    assert [made.targets(fmt)[0] for fmt in made.formats] == ["compressed_tensors"] * 3
 
 
 def _narrow(config):
@@ -246,6 +260,7 @@ def test_plan_prints_every_format_and_reads_no_weights(tmp_path, monkeypatch, ca
     monkeypatch.setattr(source.Reader, "slices", lambda self, name: pytest.fail(f"read {name}"))
     every = f"quantize.format=[{','.join(FORMATS)}]"
     words = [f"model={folder}", f"workdir={tmp_path / 'work'}", every]
+    words.append(f"export.targets=[{','.join(TARGETS)}]")
     text = forecast.describe(plan.make_plan(load_recipe("quickstart", words)))
     lines = dict(line.split(maxsplit=1) for line in text.splitlines())
     assert "4.5 M parameters, 9.1 MB, bfloat16" in lines["model"]

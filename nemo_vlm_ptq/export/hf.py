@@ -18,6 +18,8 @@ from nemo_vlm_ptq.export.codes import join_rows, pack_columns, pack_rows
 from nemo_vlm_ptq.export.stream import KvScales, Packed, Piece, group_settings
 from nemo_vlm_ptq.formats import KvFormat, QuantFormat
 
+TensorsOf = Callable[[Packed, torch.dtype], dict[str, torch.Tensor]]
+
 PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 PACK: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "int4": lambda codes: pack_rows(codes).view(torch.uint8),
@@ -25,10 +27,17 @@ PACK: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def tensors_of(piece: Piece, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def tensors_of(
+    piece: Piece, dtype: torch.dtype, of_linear: TensorsOf | None = None
+) -> dict[str, torch.Tensor]:
     """Tensors of one row by full name; plain ones, prequant scales and branches in `dtype`.
 
     Parts that Hugging Face keeps in one tensor are joined again.
+
+    Args:
+        piece: the row.
+        dtype: of the model.
+        of_linear: tensors of a linear by the end of their names; None: as modelopt names them.
     """
     parts: list[Any] = list(piece.parts)
     if isinstance(parts[0], torch.Tensor):
@@ -40,7 +49,8 @@ def tensors_of(piece: Piece, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for name, packed in zip(piece.row.hf, parts, strict=True):
         start = name.removesuffix("weight")
-        tensors |= {start + key: value for key, value in _packed_tensors(packed, dtype).items()}
+        own = (of_linear or _packed_tensors)(packed, dtype)
+        tensors |= {start + key: value for key, value in own.items()}
     return tensors
 
 

@@ -83,6 +83,7 @@ def config(
         "rotary_base": decoder.rope_theta,
         "rotary_scaling": None,
         **_positions(decoder),
+        **({"rotary_pct": 1.0} if architecture == "Phi3ForCausalLM" else {}),
         "use_parallel_embedding": True,
         "embedding_sharding_dim": 0,
         "mapping": {"world_size": tensor * pipeline, "tp_size": tensor, "pp_size": pipeline},
@@ -96,7 +97,6 @@ def _positions(decoder: Decoder) -> dict[str, Any]:
         return {"position_embedding_type": "rope_gpt_neox"}
     return {
         "position_embedding_type": "long_rope",
-        "rotary_pct": 1.0,
         "original_max_position_embeddings": rope.original,
         "longrope_scaling_short_factors": list(rope.short),
         "longrope_scaling_long_factors": list(rope.long),

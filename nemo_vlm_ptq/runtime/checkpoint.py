@@ -18,16 +18,16 @@ class ReadLinear:
 
     weight [O,K] float32, dequantized; step: what multiplies a code, in a shape that spreads to
     [O,K]; number: kind of a code (fp8, int8, int4, nvfp4, nf4); step_error: how far the step may be
-    off because it was rounded itself (nf4), or None; twice: the value was rounded once more, to
-    fp8; prequant [K], low_rank (a [r,K], b [O,r]) which x * prequant passes unrounded,
-    input_scale [] and the rounding of inputs, or None.
+    off because it was rounded itself (nf4, packed integers), or None; fp8_roundings: how often step
+    or value was rounded once more, to fp8 (W4A8); prequant [K], low_rank (a [r,K], b [O,r]) which
+    x * prequant passes unrounded, input_scale [] and the rounding of inputs, or None.
     """
 
     weight: torch.Tensor
     step: torch.Tensor
     number: str
     step_error: torch.Tensor | None = None
-    twice: bool = False
+    fp8_roundings: int = 0
     prequant: torch.Tensor | None = None
     low_rank: tuple[torch.Tensor, torch.Tensor] | None = None
     input_scale: torch.Tensor | None = None
@@ -146,7 +146,7 @@ def dequantize(
         weight=weight,
         step=step,
         number=algorithm.number,
-        twice=twice,
+        fp8_roundings=int(twice),
         prequant=None if prequant is None else prequant.float(),
         low_rank=low_rank,
         input_scale=None if given is None else given.reshape(()),

@@ -31,6 +31,13 @@ def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
     return torch.where(nibbles > 7, nibbles - 16, nibbles)
 
 
+def unpack_int32(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """int32 [O,K*bits/32] -> values [O,K]; the lowest bits come first, zero is the middle code."""
+    shifts = torch.arange(0, 32, bits, device=packed.device)
+    codes = (packed.long()[..., None] >> shifts) & (2**bits - 1)
+    return (codes.flatten(1) - 2 ** (bits - 1)).float()
+
+
 def unpack_e2m1(packed: torch.Tensor) -> torch.Tensor:
     """Bytes [O,K/2] -> e2m1 values [O,K]; the low nibble is the even column."""
     raw = packed.view(torch.uint8)

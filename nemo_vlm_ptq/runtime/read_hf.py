@@ -34,20 +34,17 @@ def read_source(places: Mapping[str, Tensor]) -> ReadCheckpoint:
         return ReadCheckpoint({}, {name: reader.whole(name) for name in places})
 
 
-def read_unified(folder: Path, family: ModelFamily) -> ReadCheckpoint:
-    """An exported checkpoint: quantized linears by their scales, everything else as it lies.
+def read_parts(folder: Path, family: ModelFamily) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """`quantization_config` beside the decoder, and all tensors.
 
     Names are PART/NAME where the family keeps its parts in sub-folders.
 
     Raises:
-        ProofError: files are missing or damaged, or a linear has not just its tensors.
+        ProofError: files are missing or damaged.
     """
     try:
-        home = folder / family.decoder_part
-        config = json.loads((home / "config.json").read_text())["quantization_config"]
-        block = None
-        if config["quant_method"] != "bitsandbytes":
-            block = json.loads((home / "hf_quant_config.json").read_text())["quantization"]
+        text = (folder / family.decoder_part / "config.json").read_text()
+        config = json.loads(text)["quantization_config"]
         tensors = {}
         for part in family.parts:
             start = f"{part}/" if part else ""
@@ -55,8 +52,23 @@ def read_unified(folder: Path, family: ModelFamily) -> ReadCheckpoint:
                 tensors.update({start + name: t for name, t in load_file(path).items()})
     except Exception as error:  # safetensors raises its own types for damage of any kind
         raise ProofError(f"{folder} cannot be read: {error}") from None
-    if block is None:
+    return config, tensors
+
+
+def read_unified(folder: Path, family: ModelFamily) -> ReadCheckpoint:
+    """An exported checkpoint: quantized linears by their scales, everything else as it lies.
+
+    Raises:
+        ProofError: files are missing or damaged, or a linear has not just its tensors.
+    """
+    config, tensors = read_parts(folder, family)
+    if config["quant_method"] == "bitsandbytes":
         return ReadCheckpoint(take_linears(tensors), tensors)
+    try:
+        path = folder / family.decoder_part / "hf_quant_config.json"
+        block = json.loads(path.read_text())["quantization"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ProofError(f"{folder} cannot be read: {error}") from None
     names = sorted(n.removesuffix(".weight_scale") for n in tensors if n.endswith(".weight_scale"))
     linears = {}
     for name in names:

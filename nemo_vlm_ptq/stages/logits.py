@@ -16,7 +16,7 @@ from nemo_vlm_ptq.formats import QuantFormat
 from nemo_vlm_ptq.job import Job
 from nemo_vlm_ptq.stages.forms import megatron_logits, runtime_logits, runtime_of
 
-FORMS = ("hf_source", "megatron", "quantized", "trtllm", "hf")
+FORMS = ("hf_source", "megatron", "quantized", "trtllm", "hf", "compressed_tensors")
 DTYPES = ("float32", "bfloat16")
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,24 @@ BITSANDBYTES = {
     "bnb_4bit_quant_type": "nf4",
     "bnb_4bit_use_double_quant": True,
     "bnb_4bit_quant_storage": "uint8",
+}
+
+
+# Format -> how compressed-tensors describes it: layout, weights, inputs.
+_TENSOR = {"type": "float", "num_bits": 8, "strategy": "tensor", "dynamic": False}
+_TOKEN = {"type": "float", "num_bits": 8, "strategy": "token", "dynamic": True}
+_CHANNEL = {"type": "int", "num_bits": 8, "strategy": "channel"}
+_GROUP = {"type": "int", "num_bits": 4, "strategy": "group"}
+_BLOCK = {"type": "float", "num_bits": 4, "strategy": "tensor_group", "group_size": 16}
+COMPRESSED: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
+    "fp8": ("float-quantized", _TENSOR, _TENSOR),
+    "fp8_pc_pt": ("float-quantized", _TENSOR | {"strategy": "channel"}, _TOKEN),
+    "int8_sq": ("int-quantized", _CHANNEL, _TENSOR | {"type": "int"}),
+    "int4_awq": ("pack-quantized", _GROUP, None),
+    "w4a8_awq": ("pack-quantized", _GROUP, _TOKEN),
+    "int8_wo": ("pack-quantized", _CHANNEL, None),
+    "int4_wo": ("pack-quantized", _GROUP, None),
+    "nvfp4": ("nvfp4-pack-quantized", _BLOCK, _BLOCK | {"dynamic": "local"}),
 }
 
 
@@ -76,10 +95,57 @@ def check_hf_configs(folder: Path, source: Mapping[str, Any], wanted: Wanted) ->
         problems += _check_skipped(own["llm_int8_skip_modules"], names)
     else:
         problems += _check_modelopt(folder, config["quantization_config"], names, wanted)
+    return problems + _check_index(folder, names)
+
+
+def check_compressed_configs(folder: Path, source: Mapping[str, Any], wanted: Wanted) -> list[str]:
+    """config.json and the index of a compressed-tensors checkpoint."""
+    config = json.loads((folder / "config.json").read_text())
+    problems = _differences("config.json", config, source)
+    own = config["quantization_config"]
+    layout, weights, inputs = COMPRESSED[wanted.fmt.name]
+    if weights is _GROUP:
+        weights = _GROUP | {"group_size": wanted.group}
+    expected = {"quant_method": "compressed-tensors", "quantization_status": "compressed"}
+    problems += _differences("config.json", own, expected | {"format": layout})
+    (group,) = own["config_groups"].values()
+    problems += _differences("config.json", group, {"targets": ["Linear"], "format": layout})
+    scheme = own.get("kv_cache_scheme")
+    pairs = [
+        (group["weights"], weights | {"dynamic": False}),
+        (scheme, None if wanted.kv is None else _TENSOR),
+    ]
+    for found, known in [*pairs, (group.get("input_activations"), inputs)]:
+        if known is None or found is None:
+            problems += [] if found is known else [f"config.json: {found} where {known} should be"]
+        else:
+            problems += _differences("config.json", found, known | {"symmetric": True})
+    headers = {path: header(path) for path in folder.glob("*.safetensors")}
+    shapes = {name: len(one["shape"]) for own in headers.values() for name, one in own.items()}
+    problems += _check_ignored(config["quantization_config"]["ignore"], shapes)
+    return problems + _check_index(
+        folder, {name: path.name for path, own in headers.items() for name in own}
+    )
+
+
+def _check_ignored(ignored: Sequence[str], axes: Mapping[str, int]) -> list[str]:
+    """No quantized linear is ignored, and every other module with a matrix is."""
+    problems = []
+    for name in sorted(axes):
+        module, _, last = name.rpartition(".")
+        quantized = f"{module}.weight_scale" in axes
+        if last not in ("weight", "weight_packed") or (axes[name] < 2 and not quantized):
+            continue
+        if quantized == any(re.match(one.removeprefix("re:"), module) for one in ignored):
+            problems.append(f"config.json: ignore is wrong for {module}")
+    return problems
+
+
+def _check_index(folder: Path, names: Mapping[str, str]) -> list[str]:
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     if index != names:
-        problems.append("model.safetensors.index.json does not say where the tensors are")
-    return problems
+        return ["model.safetensors.index.json does not say where the tensors are"]
+    return []
 
 
 def _check_modelopt(

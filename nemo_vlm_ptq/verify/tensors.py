@@ -34,14 +34,24 @@ def check_quantized_set(read: ReadCheckpoint, expected: Iterable[str]) -> list[s
 
 
 def check_untouched(
-    plain: Mapping[str, torch.Tensor], source: Reader, dtype: torch.dtype
+    plain: Mapping[str, torch.Tensor],
+    source: Reader,
+    dtype: torch.dtype,
+    folded: Mapping[str, torch.Tensor] | None = None,
 ) -> list[str]:
-    """Tensors that are not quantized are the source's, bit for bit, in the export's dtype."""
-    problems = []
+    """Tensors that are not quantized are the source's, bit for bit, in the export's dtype.
+
+    Those in `folded` are the source's times their factor, rounded to that dtype.
+    """
+    problems, folded = [], folded or {}
     for name, tensor in sorted(plain.items()):
         if tensor.dtype != dtype:  # torch.equal is true across dtypes
             problems.append(f"{name} is {tensor.dtype}, not {dtype}")
-        elif not torch.equal(tensor, source.whole(name).to(dtype)):
+            continue
+        wanted = source.whole(name).to(dtype)
+        if name in folded:
+            wanted = (wanted.float() * folded[name]).to(dtype)
+        if not torch.equal(tensor, wanted):
             problems.append(f"{name} differs from the source")
     return problems
 
@@ -107,14 +117,13 @@ def half_step_excess(weight_OK: torch.Tensor, linear: ReadLinear) -> torch.Tenso
         slack = slack + exact.abs() * ROUNDING
     error = (linear.weight - exact).abs()
     allowed = _half_step(exact, linear)
-    if linear.twice:  # W4A8 rounds once more, to fp8
-        allowed = allowed + linear.weight.abs() * FP8_HALF_STEP
+    allowed = allowed + linear.weight.abs() * FP8_HALF_STEP * linear.fp8_roundings  # W4A8
     if linear.step_error is not None:  # values lie beyond a step that came out too small
         beyond = exact.abs() > linear.step.abs()
         allowed = torch.where(beyond, torch.maximum(allowed, linear.step_error), allowed)
-        slack = slack + linear.weight.abs() * ROUNDING  # to the dtype of the multiplication
+        slack = slack + (linear.weight.abs() + allowed) * ROUNDING  # products or scales to 16 bit
     if linear.number == "int4":
-        top, below = 7 * linear.step, 1 - FP8_HALF_STEP * linear.twice
+        top, below = 7 * linear.step, 1 - FP8_HALF_STEP * linear.fp8_roundings
         beyond = (exact.abs() >= linear.weight.abs()) & (linear.weight.abs() >= top * below * 0.999)
         same_side = exact.sign() == linear.weight.sign()
         error = torch.where(beyond & same_side, torch.zeros_like(error), error)

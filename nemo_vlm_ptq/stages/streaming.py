@@ -1,0 +1,55 @@
+"""A quantized checkpoint layer by layer, as the targets of export take it."""
+
+from __future__ import annotations
+
+from nemo_vlm_ptq.calibrate.solve import load_kv, load_scales
+from nemo_vlm_ptq.export.fold import fold_kv, fold_layer
+from nemo_vlm_ptq.export.stream import KvScales, Layer, kv_scales, stream_ends, stream_layer
+from nemo_vlm_ptq.formats import KV_CACHES, QuantFormat
+from nemo_vlm_ptq.job import Job
+from nemo_vlm_ptq.megatron.checkpoint import LayerReader
+
+
+class Stream:
+    """Layers of a quantized checkpoint, read and encoded one at a time.
+
+    In nf4 the checkpoint holds rounded weights, whose blocks have lost their absmaxes; codes are
+    made of the imported weights.
+
+    Args:
+        job: plan and ranks.
+        fmt: the format.
+        folds: scales in front of linears go into what comes before them.
+    """
+
+    def __init__(self, job: Job, fmt: QuantFormat, *, folds: bool = False) -> None:
+        self.plan, self.fmt, self.folds = job.plan, fmt, folds
+        self.kv_format = KV_CACHES.get(job.plan.recipe.quantize.kv_cache)
+        self.scales = job.folder(fmt.name, "scales")
+        self.imported = LayerReader(job.folder("megatron"))
+        self.reader = self.imported
+        if fmt.weight != "nf4":
+            self.reader = LayerReader(job.folder(fmt.name, "quantized"))
+
+    def layer(self, index: int) -> Layer:
+        """One layer."""
+        scales = load_scales(self.scales, index)
+        rows, decoder = self.plan.family.rows, self.plan.decoder
+        layer = stream_layer(rows, index, self.reader.read, scales, self.fmt, decoder)
+        if not self.folds:
+            return layer
+        return fold_layer(layer, scales, self.imported.read, self.fmt, decoder)
+
+    def kv(self, index: int) -> KvScales | None:
+        """Scales of one layer's KV cache, if it is rounded."""
+        if self.kv_format is None:
+            return None
+        key, value = load_kv(self.scales, index)
+        kv = kv_scales(key, value, self.kv_format)
+        if not self.folds:
+            return kv
+        return fold_kv(kv, load_scales(self.scales, index), self.plan.decoder.sizes(1))
+
+    def ends(self) -> Layer:
+        """Embedding, last norm, head."""
+        return stream_ends(self.plan.family.rows, self.reader.read, self.plan.decoder)
