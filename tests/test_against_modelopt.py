@@ -255,22 +255,18 @@ def test_awq_loses_no_more_than_modelopts(name, subject, request, capsys):
 
 @pytest.mark.parametrize("subject", ["exact", "trained"])
 def test_awq_of_nvfp4_loses_as_much_as_modelopts(subject, request, capsys):
-    """There are no maxima to search, which is where ours gains, and its loss is rough over the
-    exponent in weights as small as these. The scale before o_proj, two of whose query heads share
-    a KV head here, is tied; modelopt's is free."""
+    """There are no maxima to search, which is where ours gains in int4."""
     ratios, total = compare_losses("nvfp4_awq", subject, request.getfixturevalue(subject), capsys)
-    tied = [at for at in ratios if at[1] == "linear_proj"]
-    assert max(ratios.pop(at) for at in tied) <= 1.1
-    assert max(ratios.values()) <= 1.02
-    assert total <= 1.01
+    assert max(ratios.values()) <= 1.01
+    assert total < 1
 
 
 @pytest.mark.parametrize("subject", ["exact", "trained"])
 def test_svdquant_loses_no_more_than_modelopts(subject, request, capsys):
-    """Though its scale before o_proj is tied: it is searched with the branch in its place."""
+    """Random weights have no strongest directions, so the iteration may miss some of the last."""
     name = "nvfp4_svdquant"
     ratios, total = compare_losses(name, subject, request.getfixturevalue(subject), capsys)
-    assert max(ratios.values()) <= 1.02
+    assert max(ratios.values()) <= (1.01 if subject == "trained" else 1.02)
     assert total < 0.97
 
 

@@ -3,9 +3,8 @@
 The candidates are modelopt's family act^a / weight^(1-a) on a finer grid, and no scaling at all.
 Each is judged with what comes after it: in int4 with each group's amax as small as is best, with
 SVDQuant with its own branch.
-A linear whose input comes from the attention is tied: all query heads that share a KV head get the
-same scale per channel, so that it can be folded into the rows of v by readers that have no prequant
-scale.
+Where an export folds scales, a linear whose input comes from the attention is tied: all query heads
+that share a KV head get the same scale per channel, so that it can go into the rows of v.
 
 Legend: O output features, K input features, G groups of g inputs, C candidates.
 """
@@ -21,7 +20,9 @@ from nemo_vlm_ptq.calibrate.clip import clip
 from nemo_vlm_ptq.calibrate.losses import row_chunks
 from nemo_vlm_ptq.calibrate.scales import LinearScales, divide, finish
 from nemo_vlm_ptq.calibrate.search import (
+    EVERY,
     SAMPLE,
+    VALLEY,
     candidate_loss,
     clipped_losses,
     sample_rows,
@@ -73,7 +74,8 @@ def awq(
             return clipped_losses(sample, moment, row, group, prequant_CK)
         return torch.stack([loss_of(prequant_K) for prequant_K in prequant_CK])
 
-    exponent, loss = search_alpha(lambda alphas: losses_of(scales_of(alphas)))
+    strides = VALLEY if clips else EVERY  # nvfp4's loss has small valleys in the large one
+    exponent, loss = search_alpha(lambda alphas: losses_of(scales_of(alphas)), strides)
     alpha: float | None = exponent
     prequant = scales_of([exponent])[0]
     unscaled = torch.ones_like(prequant)

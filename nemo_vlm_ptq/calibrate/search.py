@@ -22,7 +22,8 @@ from nemo_vlm_ptq.formats import QuantFormat
 
 SAMPLE = 2048  # rows of a weight that a search looks at
 STEPS = 20  # of exponents from 0 to 1
-STRIDES = (4, 2, 1)  # 0, 0.2, ... 1.0; then 0.1 and 0.05 beside the best
+VALLEY = (4, 2, 1)  # strides: 0, 0.2, ... 1.0; then 0.1 and 0.05 beside the best
+EVERY = (1,)
 
 
 @dataclass(frozen=True)
@@ -149,14 +150,14 @@ def _losses_together(
 
 
 def search_alpha(
-    losses_of: Callable[[Sequence[float]], torch.Tensor],
+    losses_of: Callable[[Sequence[float]], torch.Tensor], strides: Sequence[int] = VALLEY
 ) -> tuple[float, float]:
     """Exponent of the smallest loss, and that loss.
 
-    Over the exponent the loss is nearly always one valley, so 10 of the 21 are looked at.
-
     Args:
         losses_of: exponents -> their losses, float64 [C].
+        strides: VALLEY looks at 10 of the 21, which finds the least where the loss over the
+            exponent is one valley; EVERY at all.
     """
     found: dict[int, float] = {}
 
@@ -165,7 +166,7 @@ def search_alpha(
         found.update(zip(new, losses_of([step / STEPS for step in new]).tolist(), strict=True))
         return min(found, key=lambda step: (found[step], step))
 
-    best = look(range(0, STEPS + 1, STRIDES[0]))
-    for stride in STRIDES[1:]:
+    best = look(range(0, STEPS + 1, strides[0]))
+    for stride in strides[1:]:
         best = look((best - stride, best + stride))
     return best / STEPS, found[best]

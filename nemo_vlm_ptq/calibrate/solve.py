@@ -70,7 +70,8 @@ def solve_layer(
     for name, weight in weights.items():
         seen = statistics[name].with_power(weight)
         if row.algorithm == "awq":
-            tie = sizes if name == ATTENTION_OUTPUT and sizes.queries > 1 else None
+            folds = name == ATTENTION_OUTPUT and "compressed_tensors" in row.targets
+            tie = sizes if folds and sizes.queries > 1 else None
             solve_at = partial(awq, weight, seen, row, group, tie)
             solved[name] = balanced(seen, wishes.image_share, solve_at)
         elif row.algorithm == "smoothquant":
