@@ -15,12 +15,13 @@ from nemo_vlm_ptq.names import GROUPS, STAGES
 
 USAGE = """\
 nemo-vlm-ptq run       RECIPE [key=value ...]   all stages of the recipe; finished ones are skipped
-nemo-vlm-ptq STAGE     RECIPE [key=value ...]   STAGE: import observe solve export verify evaluate
-                                                report
+nemo-vlm-ptq STAGE     RECIPE [key=value ...]   STAGE: import observe solve export verify build
+                                                evaluate report
 nemo-vlm-ptq calibrate RECIPE [key=value ...]   observe + solve
 nemo-vlm-ptq plan      RECIPE [key=value ...]   check and forecast; reads no weights
+nemo-vlm-ptq build     RECIPE --dry-run         print what TensorRT-LLM is to be told; run nothing
 nemo-vlm-ptq logits    RECIPE from=FORM inputs=FILE output=FILE [key=value ...]
-                                                FORM: hf_source megatron quantized trtllm hf
+                                                FORM: hf_source megatron quantized trtllm hf engine
 nemo-vlm-ptq verify    DIR [--json]             check a TensorRT-LLM checkpoint, whoever wrote it
 nemo-vlm-ptq families | formats [--json]        what is supported
 
@@ -38,6 +39,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--debug", action="store_true")
+    parser.add_argument("--dry-run", action="store_true")
     return parser.parse_intermixed_args(words)
 
 
@@ -75,6 +77,8 @@ def _refuse(error: UserError | ProofError) -> int:
 
 
 def _dispatch(chosen: argparse.Namespace) -> int:
+    if chosen.dry_run and chosen.command != "build":
+        raise UserError("--dry-run is an option of build; write build RECIPE --dry-run")
     if chosen.command in ("families", "formats"):
         from nemo_vlm_ptq.matrix import show
 
@@ -86,7 +90,7 @@ def _dispatch(chosen: argparse.Namespace) -> int:
         return 0
     from nemo_vlm_ptq import launch
 
-    return launch.start(chosen.command, chosen.recipe, chosen.overrides)
+    return launch.start(chosen.command, chosen.recipe, chosen.overrides, chosen.dry_run)
 
 
 def _verify_folder(chosen: argparse.Namespace) -> bool:

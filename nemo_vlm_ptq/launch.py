@@ -14,7 +14,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     )
 
     from nemo_vlm_ptq.plan import Plan
-    from nemo_vlm_ptq.recipe import Parallel
+    from nemo_vlm_ptq.recipe import Parallel, Recipe
 
 PARENT = "NEMO_VLM_PTQ_PARENT"  # set for ranks that this command started itself
 
@@ -39,17 +39,21 @@ def inside_ranks() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def start(command: str, recipe_name: str, overrides: list[str]) -> int:
-    """Plan, and run the command on ranks.
+def start(command: str, recipe_name: str, overrides: list[str], dry_run: bool = False) -> int:
+    """Plan, and run the command on ranks; dry_run prints what `build` would run.
 
     Raises:
         UserError: the recipe cannot work.
         ProofError: a proof failed on a rank.
     """
     from nemo_vlm_ptq.autolayout import lay_out, this_machine
+    from nemo_vlm_ptq.engine.commands import check_engine, script
+    from nemo_vlm_ptq.engine.installed import find_builder
     from nemo_vlm_ptq.plan import check_data, make_plan
     from nemo_vlm_ptq.recipe import load_recipe
 
+    if command == "evaluate":
+        overrides = [f"evaluate.{word}" if word[:5] == "from=" else word for word in overrides]
     own = [word for word in overrides if word.split("=")[0] in LOGITS_KEYS]
     recipe = load_recipe(recipe_name, [word for word in overrides if word not in own])
     plan = make_plan(recipe)
@@ -59,6 +63,13 @@ def start(command: str, recipe_name: str, overrides: list[str]) -> int:
     for key, equals, _ in options:
         if command != "logits" or not equals:
             raise UserError(f"{key} is an option of logits; write logits RECIPE {key}=...")
+    if _needs_engines(command, recipe, stages, own):
+        check_engine(plan)
+        if dry_run:
+            print(script(plan), end="")
+            return 0
+        if command != "plan":
+            find_builder(plan)
     plan, why = lay_out(plan, this_machine)
     if command == "plan":
         from nemo_vlm_ptq.forecast import describe
@@ -68,6 +79,12 @@ def start(command: str, recipe_name: str, overrides: list[str]) -> int:
     if not inside_ranks():
         return _start_ranks(plan, sys.argv[1:])
     return _be_a_rank(command, plan, {key: value for key, _, value in options})
+
+
+def _needs_engines(command: str, recipe: Recipe, stages: Iterable[str], words: list[str]) -> bool:
+    """The command builds engines or asks them."""
+    asked = "evaluate" in stages and recipe.evaluate.form == "engine"
+    return "build" in stages or asked or (command == "logits" and "from=engine" in words)
 
 
 def _be_a_rank(command: str, plan: Plan, options: Mapping[str, str]) -> int:

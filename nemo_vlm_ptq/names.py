@@ -1,5 +1,6 @@
 """Names of stages, in order, and of the commands that stand for several; imports nothing."""
 
-STAGES = ("import", "observe", "solve", "export", "verify", "evaluate", "report")
+STAGES = ("import", "observe", "solve", "export", "verify", "build", "evaluate", "report")
+USUAL = tuple(name for name in STAGES if name != "build")  # of a recipe that names none
 GROUPS = {"calibrate": ("observe", "solve")}
 LOGITS_KEYS = ("from", "inputs", "output", "dtype")

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, fi
 
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.formats import TARGETS, find_format
-from nemo_vlm_ptq.names import STAGES
+from nemo_vlm_ptq.names import STAGES, USUAL
 
 
 class Part(BaseModel):
@@ -94,6 +94,21 @@ class Export(Part):
         return value
 
 
+class Engine(Part):
+    """TensorRT-LLM engines: what they are built for, and what of a GPU their KV cache may take.
+
+    Lengths are in tokens, image tokens included. context_logits: engines give the logits of every
+    token of a prompt, as `logits from=engine` needs. vila_path: a clone of VILA, for its tower.
+    """
+
+    max_batch_size: int = Field(8, ge=1)
+    max_input_len: int = Field(4096, ge=1)
+    max_seq_len: int = Field(4608, ge=2)
+    kv_cache_free_gpu_memory_fraction: float = Field(0.8, gt=0, lt=1)
+    context_logits: bool = False
+    vila_path: str | None = None
+
+
 class Gate(Part):
     """Largest loss that is still accepted, in points of accuracy against 16 bit."""
 
@@ -101,8 +116,9 @@ class Gate(Part):
 
 
 class Evaluate(Part):
-    """Questions answered from the exported checkpoint."""
+    """Questions answered from the exported checkpoint, or, with from=engine, by the engine."""
 
+    form: Literal["export", "engine"] = Field("export", alias="from")
     tasks: tuple[Literal["gqa", "sight"], ...] = ("gqa", "sight")
     data: str = "scenes"
     limit: int | None = Field(None, ge=1)
@@ -117,11 +133,12 @@ class Recipe(Part):
     workdir: str
     family: str = "auto"
     config: dict[str, Any] = {}  # keys of the model's config.json to override
-    stages: tuple[str, ...] = Field(STAGES, min_length=1)
+    stages: tuple[str, ...] = Field(USUAL, min_length=1)
     parallel: Parallel = Parallel()
     quantize: Quantize = Quantize()
     calibration: Calibration = Calibration()
     export: Export = Export()
+    engine: Engine = Engine()
     evaluate: Evaluate = Evaluate()
 
     @field_validator("stages", mode="after")
@@ -135,7 +152,8 @@ class Recipe(Part):
 
 def _fields(model: type[BaseModel], prefix: str = "") -> list[str]:
     names = []
-    for name, field in model.model_fields.items():
+    for key, field in model.model_fields.items():
+        name = field.alias or key
         names.append(prefix + name)
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             names += _fields(field.annotation, f"{prefix}{name}.")

@@ -9,7 +9,7 @@ from nemo_vlm_ptq.formats import FORMATS
 from nemo_vlm_ptq.recipe import load_recipe, recipe_file
 
 KNOWN = ", ".join(FORMATS)
-STAGES = "import, observe, solve, export, verify, evaluate, report"
+STAGES = "import, observe, solve, export, verify, build, evaluate, report"
 
 
 def refusal(path, *overrides) -> str:

@@ -159,6 +159,9 @@ class ModelFamily:
     preparer: Callable[[Path, Config], Prepare]
     # (config, ids [S] as published, pixels of the images left) -> where images stand
     expand: Callable[[Config, Any, Pixels | None], Marks]
+    vision_engine: str  # model type of TensorRT-LLM's multimodal builder
+    # tokens of an image; None where they depend on its size
+    image_tokens: Callable[[Config], int] | None = None
     parts: tuple[str, ...] = ("",)  # sub-folders that hold a checkpoint each: names are PART/NAME
     # config.json of the folder with what its parts' own say; may refuse
     complete: Callable[[Path, dict[str, Any]], dict[str, Any]] = lambda _, config: config

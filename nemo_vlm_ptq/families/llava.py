@@ -149,4 +149,6 @@ FAMILY = ModelFamily(
     vision=vision,
     preparer=preparer,
     expand=expand,
+    vision_engine="llava",
+    image_tokens=lambda config: image_tokens(config)[1],
 )

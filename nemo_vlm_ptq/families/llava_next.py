@@ -146,4 +146,5 @@ FAMILY = ModelFamily(
     vision=vision,
     preparer=preparer,
     expand=expand,
+    vision_engine="llava_next",
 )

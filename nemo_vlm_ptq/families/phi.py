@@ -238,4 +238,5 @@ FAMILY = ModelFamily(
     vision=vision,
     preparer=preparer,
     expand=expand,
+    vision_engine="phi-3-vision",
 )

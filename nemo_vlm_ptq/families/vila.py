@@ -200,6 +200,8 @@ FAMILY = ModelFamily(
     vision=vision,
     preparer=preparer,
     expand=expand,
+    vision_engine="vila",
+    image_tokens=image_tokens,
     parts=PARTS,
     complete=complete,
 )

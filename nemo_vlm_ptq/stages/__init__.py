@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from nemo_vlm_ptq.job import Job
+from nemo_vlm_ptq.stages.building import build
 from nemo_vlm_ptq.stages.evaluating import evaluate
 from nemo_vlm_ptq.stages.exporting import export
 from nemo_vlm_ptq.stages.importing import import_model
@@ -20,6 +21,7 @@ BY_NAME: dict[str, Callable[[Job], None]] = {
     "solve": solve,
     "export": export,
     "verify": verify,
+    "build": build,
     "evaluate": evaluate,
     "report": report,
 }

@@ -5,12 +5,14 @@ Every rank answers its share of the questions with the whole exported model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from nemo_vlm_ptq import store
+from nemo_vlm_ptq.engine.served import EngineRuntime
 from nemo_vlm_ptq.errors import ProofError
 from nemo_vlm_ptq.evaluate import compare, gqa, sight
 from nemo_vlm_ptq.evaluate.answer import Model, answer_all
@@ -22,6 +24,7 @@ from nemo_vlm_ptq.progress import progress_bar
 from nemo_vlm_ptq.questions import Questions, load_questions
 from nemo_vlm_ptq.stages.forms import runtime_of
 from nemo_vlm_ptq.stages.importing import source_identity
+from nemo_vlm_ptq.stages.serving import open_engine
 
 BASELINE = "16bit"
 
@@ -40,17 +43,23 @@ def evaluate(job: Job) -> None:
 
 def _settings(job: Job, fmt: QuantFormat | None) -> dict[str, Any]:
     plan = job.plan
-    chosen = plan.recipe.evaluate.model_dump(exclude={"gate", "batch"})
+    chosen = plan.recipe.evaluate.model_dump(exclude={"gate", "batch", "form"})
     if fmt is None:
         return chosen | {"source": source_identity(plan)}
-    target = plan.targets(fmt)[0]
+    target = _target(job, fmt)
     folder = job.folder(fmt.name, target)
-    store.need_manifest(folder, "export")
+    store.need_manifest(folder, "build" if target == "engine" else "export")
     return chosen | {
         "target": target,
         "input": store.hash_manifest(folder),
         "baseline": store.hash_manifest(job.folder(BASELINE, "evaluate")),
     }
+
+
+def _target(job: Job, fmt: QuantFormat) -> str:
+    """The folder of a format that is asked: its engine, or the first of its exports."""
+    engine = job.plan.recipe.evaluate.form == "engine"
+    return "engine" if engine else job.plan.targets(fmt)[0]
 
 
 def _evaluate_form(job: Job, fmt: QuantFormat | None) -> None:
@@ -61,14 +70,15 @@ def _evaluate_form(job: Job, fmt: QuantFormat | None) -> None:
     def body() -> Written:
         wanted = job.plan.recipe.evaluate
         questions = load_questions(wanted.data, "test", wanted.limit)
-        model = _model(job, fmt)
-        answers = _answer(job, model, questions, None, name)
-        result: dict[str, Any] = {"accuracy": asdict(gqa.score(questions, answers))}
+        result: dict[str, Any] = {}
         shown: dict[str, str] = {}
-        if "sight" in wanted.tasks:
-            swapped = sight.swap(questions.items)
-            shown = _answer(job, model, questions, swapped, f"{name} swapped")
-            result["swapped"] = asdict(gqa.score(questions, shown))
+        with _model(job, fmt) as model:
+            answers = _answer(job, model, questions, None, name)
+            result["accuracy"] = asdict(gqa.score(questions, answers))
+            if "sight" in wanted.tasks:
+                swapped = sight.swap(questions.items)
+                shown = _answer(job, model, questions, swapped, f"{name} swapped")
+                result["swapped"] = asdict(gqa.score(questions, shown))
         if job.session.rank != 0:
             return Written()
         store.write_json(folder / "answers.json", {"own": answers, "swapped": shown})
@@ -79,17 +89,25 @@ def _evaluate_form(job: Job, fmt: QuantFormat | None) -> None:
     run_stage(job, f"evaluate {name}", folder, settings, body)
 
 
-def _model(job: Job, fmt: QuantFormat | None) -> Model:
-    """The export (or the source), read back by the independent runtime, in its own dtype."""
+@contextmanager
+def _model(job: Job, fmt: QuantFormat | None) -> Iterator[Model]:
+    """The export (or the source), read back by the independent runtime, in its own dtype.
+
+    An engine is asked through TensorRT-LLM, and looks with its own tower.
+    """
     plan = job.plan
-    form = "hf_source" if fmt is None else plan.targets(fmt)[0]
+    form = "hf_source" if fmt is None else _target(job, fmt)
     tokens = load_tokenizer(plan.folder / plan.family.decoder_part)
 
     def decode(ids: list[int]) -> str:
         return tokens.decode(ids, skip_special_tokens=True)
 
     prepare = plan.family.preparer(plan.folder, plan.config)
-    return Model(runtime_of(job, form, fmt, job.dtype), prepare, decode, job.seen)
+    if form == "engine" and fmt is not None:
+        with open_engine(job, fmt) as engine:
+            yield Model(engine, prepare, decode)
+    else:
+        yield Model(runtime_of(job, form, fmt, job.dtype), prepare, decode, job.seen)
 
 
 def _answer(
@@ -97,7 +115,10 @@ def _answer(
 ) -> dict[str, str]:
     """Answers to all questions, on every rank."""
     session = job.session
+    alone = isinstance(model.runtime, EngineRuntime)  # it has ranks of its own; rank 0 asks
     mine = tuple(split_evenly(questions.items, session.layout.world, session.rank))
+    if alone:
+        mine = questions.items if session.rank == 0 else ()
     own = replace(questions, items=mine)
     batch = job.plan.recipe.evaluate.batch
     with progress_bar(f"ask {label}", "question", session.rank, len(mine)) as bar:

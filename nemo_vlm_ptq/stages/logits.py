@@ -15,8 +15,9 @@ from nemo_vlm_ptq.families.base import Pixels, Sample
 from nemo_vlm_ptq.formats import QuantFormat
 from nemo_vlm_ptq.job import Job
 from nemo_vlm_ptq.stages.forms import megatron_logits, runtime_logits, runtime_of
+from nemo_vlm_ptq.stages.serving import engine_logits
 
-FORMS = ("hf_source", "megatron", "quantized", "trtllm", "hf", "compressed_tensors")
+FORMS = ("hf_source", "megatron", "quantized", "trtllm", "hf", "compressed_tensors", "engine")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -36,6 +37,8 @@ def write_logits(job: Job, options: Mapping[str, str]) -> None:
     samples, masks = _samples(job, load_file(inputs))
     if form in ("megatron", "quantized"):
         logits = megatron_logits(job, fmt, samples, dtype, masks=masks)
+    elif job.session.rank == 0 and form == "engine" and fmt is not None:
+        logits = engine_logits(job, fmt, samples, masks)
     elif job.session.rank == 0:
         logits = runtime_logits(runtime_of(job, form, fmt, dtype), samples, masks)
     if job.session.rank == 0:

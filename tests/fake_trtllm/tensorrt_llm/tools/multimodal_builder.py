@@ -1,0 +1,33 @@
+"""The builder of vision engines: options as 1.2 has them; the engine is its sizes."""
+
+import json
+import os
+from pathlib import Path
+
+from build_command import record
+
+
+def add_multimodal_arguments(parser):
+    """Options that are used here, and only those."""
+    parser.add_argument("--model_type", choices=["llava", "llava_next", "vila"], required=True)
+    parser.add_argument("--model_path", required=True)
+    parser.add_argument("--vila_path")
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--max_batch_size", type=int, default=4)
+    return parser
+
+
+class MultimodalEngineBuilder:
+    """Builds what it is told."""
+
+    def __init__(self, args):
+        self.args = args
+
+    def build(self):
+        record()
+        assert (self.args.vila_path is None) == (self.args.model_type != "vila")
+        folder = Path(self.args.output_dir)
+        folder.mkdir()
+        (folder / "model.engine").write_text(os.environ.get("FAKE_TOWER", "[1, 1]"))
+        kind = {"precision": "float16", "model_type": self.args.model_type}
+        (folder / "config.json").write_text(json.dumps({"builder_config": kind}))
