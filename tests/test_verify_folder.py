@@ -239,7 +239,7 @@ def test_a_recipe_that_is_called_like_a_folder_is_still_verified(cut, monkeypatc
     monkeypatch.chdir(cut.parent)
     (cut.parent / "quickstart").mkdir()
     monkeypatch.setattr(launch, "start", lambda *words: print(words) or 0)
-    expected = (0, "('verify', 'quickstart', [])\n", "")
+    expected = (0, "('verify', 'quickstart', [], False)\n", "")
     assert call(capsys, "verify", "quickstart") == expected
     code, _, err = call(capsys, "verify", "./quickstart")
     assert code == 2 and "holds no TensorRT-LLM checkpoint" in err
