@@ -3,9 +3,12 @@
 #
 #   set_up [EXTRA]   makes the environment and installs this repository into it, editable, with the
 #                    versions of constraints.txt; does nothing when that was done before.
+#   check_counts     sets $nodes by NNODES, and refuses it or GPUS_PER_NODE if it is no number.
+#   count_ranks      sets $ranks, those of a machine, by GPUS_PER_NODE, and shares out its cores.
 #
 # Afterwards $root is the repository and $venv the environment. NEMO_VLM_PTQ_VENV names another
-# folder for it than .venv; pip's own PIP_* variables choose where packages come from.
+# folder for it than .venv; pip's own PIP_* variables choose where packages come from. Where NNODES
+# is more than 1 nothing is installed: machines that share a folder would do it at once.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${NEMO_VLM_PTQ_VENV:-$root/.venv}
@@ -58,6 +61,10 @@ set_up() {
     if grep -qsx "$wanted ${extra:-base}" "$stamp"; then
         return
     fi
+    if ((${NNODES:-1} > 1)); then
+        fail "$venv is not up to date, and several machines must not install into it at once;" \
+            "run this script once on one of them without NNODES, say with the words plan RECIPE"
+    fi
     if [[ ! -e $venv ]]; then
         python=$(_find_python)
         "$python" -m venv "$venv"
@@ -74,4 +81,18 @@ set_up() {
     "$venv/bin/python" -m pip install -qq --disable-pip-version-check \
         -c "$root/constraints.txt" -e "$root${extra:+[$extra]}"
     printf "$wanted %s\n" base ${extra:+"$extra"} >>"$stamp"
+}
+
+check_counts() {
+    nodes=${NNODES:-1}
+    [[ $nodes =~ ^[1-9][0-9]*$ ]] || fail "NNODES=$nodes is no number of machines"
+    [[ ${GPUS_PER_NODE:-1} =~ ^[1-9][0-9]*$ ]] ||
+        fail "GPUS_PER_NODE=$GPUS_PER_NODE is no number of ranks"
+}
+
+count_ranks() {
+    local share gpus='import torch; print(max(1, torch.cuda.device_count()))'
+    ranks=${GPUS_PER_NODE:-$("$venv/bin/python" -c "$gpus")}
+    share=$(($(nproc) / ranks))
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((share > 0 ? share : 1))}
 }

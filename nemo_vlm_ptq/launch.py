@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_vlm_ptq import mpi
 from nemo_vlm_ptq.errors import ProofError, UserError
 from nemo_vlm_ptq.names import GROUPS, LOGITS_KEYS
 from nemo_vlm_ptq.store import marker
@@ -52,6 +53,8 @@ def start(command: str, recipe_name: str, overrides: list[str], dry_run: bool = 
     from nemo_vlm_ptq.plan import check_data, make_plan
     from nemo_vlm_ptq.recipe import load_recipe
 
+    if mpi.started_by_mpirun() and not inside_ranks():
+        mpi.take_place()
     if command == "evaluate":
         overrides = [f"evaluate.{word}" if word[:5] == "from=" else word for word in overrides]
     own = [word for word in overrides if word.split("=")[0] in LOGITS_KEYS]

@@ -185,14 +185,15 @@ def recipe_file(name: str) -> Path:
     """The file of a recipe: a path, or the name of one that ships in configs/.
 
     Raises:
-        UserError: neither; lists the names that ship.
+        UserError: neither; lists the names that ship, or those that are like it.
     """
     path, shipped = Path(name), shipped_recipes()
     if path.is_file():
         return path
     if name in shipped:
         return shipped[name]
-    known = ", ".join(sorted(shipped)) or "none"
+    near = sorted(difflib.get_close_matches(name, shipped, n=3))
+    known = ", ".join([*near, "..."] if near else sorted(shipped))
     raise UserError(f"recipe {name!r} is no file; recipes that ship: {known}")
 
 

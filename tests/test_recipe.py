@@ -176,8 +176,10 @@ def test_a_recipe_cannot_be_changed_after_it_was_checked(recipe):
 def test_a_name_that_does_not_exist_lists_the_recipes_that_ship(tmp_path):
     shipped = ", ".join(sorted(path.stem for path in (ROOT / "configs").glob("*.yaml")))
     assert "quickstart" in shipped
-    for name in ("quickstrat", str(tmp_path), str(tmp_path / "none.yaml")):
+    for name in ("xyzzy", str(tmp_path), str(tmp_path / "none.yaml")):
         assert refusal(name) == f"recipe {name!r} is no file; recipes that ship: {shipped}"
+    near = "quickstart, quickstart_phi, quickstart_vila, ..."
+    assert refusal("quickstrat") == f"recipe 'quickstrat' is no file; recipes that ship: {near}"
 
 
 def test_every_recipe_that_ships_is_found_by_name_and_is_valid():
