@@ -16,7 +16,7 @@ from nemo_vlm_ptq.formats import INT4_GROUPS, KV_CACHES, NVFP4_BLOCK, QuantForma
 from nemo_vlm_ptq.mapping.rows import carried_along, check_coverage
 from nemo_vlm_ptq.questions import questions_file
 from nemo_vlm_ptq.recipe import Recipe
-from nemo_vlm_ptq.source import Tensor, list_tensors
+from nemo_vlm_ptq.source import Tensor, list_tensors, model_folder
 
 SIZES = (1, 2, 4, 8, 16)
 VOCAB_MULTIPLE = 64  # Megatron's padding; fixed, so that checkpoints do not depend on the layout
@@ -130,30 +130,6 @@ def _understand(
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = " ".join(lines) or type(error).__name__
         raise UserError(f"{folder}/config.json makes no sense: {reason}") from error
-
-
-def model_folder(model: str) -> Path:
-    """The folder of a model: itself, or a download of a hub id without anything that runs code.
-
-    Raises:
-        UserError: neither a folder nor downloadable.
-    """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
-    if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise UserError(f"model folder {model} does not exist")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        kept = ["*.safetensors", "*.json", "*.model", "*.txt"]
-        return Path(snapshot_download(model, allow_patterns=kept))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"model {model} is no folder and could not be fetched from the hub: {reason}"
-        ) from None
 
 
 @dataclass(frozen=True)

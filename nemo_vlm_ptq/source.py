@@ -27,6 +27,30 @@ class Tensor:
     dtype: str
 
 
+def model_folder(model: str) -> Path:
+    """The folder of a model: itself, or a download of a hub id without anything that runs code.
+
+    Raises:
+        UserError: neither a folder nor downloadable.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise UserError(f"model folder {model} does not exist")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        kept = ["*.safetensors", "*.json", "*.model", "*.txt"]
+        return Path(snapshot_download(model, allow_patterns=kept))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"model {model} is no folder and could not be fetched from the hub: {reason}"
+        ) from None
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 

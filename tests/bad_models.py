@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from nemo_vlm_ptq import cli
+from nemo_vlm_ptq.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "assets" / "tiny-llava"
@@ -30,6 +31,15 @@ LLAVA_7B = {  # what config.json of llava-1.5-7b-hf changes of the defaults of t
     "tie_word_embeddings": False,
     "text_config": {"model_type": "llama", "vocab_size": 32064, "tie_word_embeddings": False},
 }
+
+
+def said_by(action: Callable[..., object], *arguments: object) -> str:
+    """What an action refuses with, one line."""
+    with pytest.raises(UserError) as caught:
+        action(*arguments)
+    said = str(caught.value)
+    assert said and "\n" not in said
+    return said
 
 
 def copy_model(folder: Path) -> Path:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
 from modelopt.torch.export.unified_export_hf import _export_transformers_checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM
+from random_llama import random_llama
 
 from nemo_vlm_ptq.calibrate.scales import LinearScales
 from nemo_vlm_ptq.export import hf
@@ -46,22 +46,6 @@ CASES = [
     ("int8_wo", "none"),
     ("int4_wo", "fp8"),
 ]
-
-
-def llama():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=DECODER.hidden,
-        intermediate_size=DECODER.ffn,
-        num_hidden_layers=DECODER.layers,
-        num_attention_heads=DECODER.heads,
-        num_key_value_heads=DECODER.kv_heads,
-        head_dim=DECODER.head_dim,
-        vocab_size=DECODER.vocab,
-        tie_word_embeddings=False,
-        architectures=["LlamaForCausalLM"],
-    )
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
 def preset(fmt, kv):
@@ -97,7 +81,7 @@ def add_scales(model, fmt):
 
 
 def quantized(fmt, kv):
-    model = llama()
+    model = random_llama(DECODER, torch.float32)
     with contextlib.redirect_stdout(io.StringIO()):
         model = mtq.quantize(
             model, preset(fmt, kv), lambda model: model(torch.arange(40).reshape(2, 20))

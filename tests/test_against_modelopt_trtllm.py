@@ -13,10 +13,10 @@ import modelopt.torch.quantization as mtq
 import pytest
 import torch
 from modelopt.torch.export import export_tensorrt_llm_checkpoint
+from random_llama import random_llama
 from safetensors.torch import load_file
 from streams import Stream, write_trtllm
 from test_contract import CASES, DECODER, NAMES
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from nemo_vlm_ptq.calibrate.scales import LinearScales
 from nemo_vlm_ptq.calibrate.solve import weight_names
@@ -38,25 +38,6 @@ ONE_OF_TWO = ("mlp.fc.weights_scaling_factor_2", "mlp.gate.weights_scaling_facto
 INT8_CACHE = {"quantizer_name": "*[kv]_bmm_quantizer", "cfg": {"num_bits": 8}, "enable": True}
 NOTHING = {"quantizer_name": "*", "enable": False}
 ROWS = llava.FAMILY.rows
-
-
-def llama(**more):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=DECODER.hidden,
-        intermediate_size=DECODER.ffn,
-        num_hidden_layers=DECODER.layers,
-        num_attention_heads=DECODER.heads,
-        num_key_value_heads=DECODER.kv_heads,
-        head_dim=DECODER.head_dim,
-        vocab_size=DECODER.vocab,
-        max_position_embeddings=DECODER.max_positions,
-        rms_norm_eps=DECODER.norm_eps,
-        tie_word_embeddings=False,
-        architectures=["LlamaForCausalLM"],
-        **more,
-    )
-    return LlamaForCausalLM(config).eval().requires_grad_(False).to(DTYPE)
 
 
 def linears(model):
@@ -81,7 +62,7 @@ def leave_ties(model, fmt):
 @functools.cache
 def quantized(name, kv):
     """modelopt's model in a format, scales in front of the linears as if searched for."""
-    model, fmt = llama(), FORMATS.get(name)
+    model, fmt = random_llama(DECODER, DTYPE), FORMATS.get(name)
     config = copy.deepcopy(getattr(mtq, fmt.modelopt_preset)) if fmt else {"quant_cfg": [NOTHING]}
     config["algorithm"] = "max"
     if fmt:
@@ -219,7 +200,9 @@ def test_modelopt_raises_the_scales_of_an_fp8_cache_to_one(tmp_path, kv):
 
 def test_modelopt_loses_the_rotary_base_and_the_check_says_what_the_loader_takes(tmp_path):
     """It looks for rope_theta where transformers 5 no longer has it."""
-    model = llama(rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
+    model = random_llama(
+        DECODER, DTYPE, rope_parameters={"rope_type": "default", "rope_theta": 500000.0}
+    )
     modelopt_writes(tmp_path / "cut", model, (1, 1))
     assert "rotary_base" not in read_json(tmp_path / "cut" / "config.json")
     first = contract_checks(tmp_path / "cut")[0]

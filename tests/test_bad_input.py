@@ -14,14 +14,13 @@ from bad_models import (
     damage,
     plan_refusal,
     refusal,
+    said_by,
     write_recipe,
 )
 
-from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families import read_config
 from nemo_vlm_ptq.families.llava import FAMILY
 from nemo_vlm_ptq.plan import make_plan
-from nemo_vlm_ptq.questions import load_questions
 from nemo_vlm_ptq.recipe import load_recipe
 from nemo_vlm_ptq.source import list_tensors, open_tensors
 
@@ -34,14 +33,6 @@ TOWER = "vision_tower.vision_model.post_layernorm.weight"
 def model(tmp_path):
     """A whole model folder, to be damaged."""
     return copy_model(tmp_path / "model")
-
-
-def said_by(action, *arguments) -> str:
-    with pytest.raises(UserError) as caught:
-        action(*arguments)
-    said = str(caught.value)
-    assert said and "\n" not in said
-    return said
 
 
 # Folders
@@ -221,78 +212,7 @@ def test_a_weight_that_is_not_finite_is_named_when_read(model, value):
         assert said_by(reader.whole, TOWER) == f"tensor {TOWER} holds NaN or Inf"
 
 
-# Data
-
-
-def test_a_data_folder_that_is_not_there_stops_the_plan(tmp_path):
-    said = "data '/nowhere' is neither 'scenes' nor a folder"
-    assert said_by(load_questions, "/nowhere", "test", None) == said
-    for key in ("calibration.data", "evaluate.data"):
-        assert said in plan_refusal(tmp_path, TINY, f"{key}=/nowhere")
-
-
-def test_a_data_folder_needs_one_file_of_questions(tmp_path):
-    said = f"{tmp_path} must hold one questions .json, found "
-    assert said_by(load_questions, str(tmp_path), "test", None) == said + "0"
-    for name in ("a.json", "b.json"):
-        (tmp_path / name).write_text("{}")
-    assert said_by(load_questions, str(tmp_path), "test", None) == said + "2"
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"7": 3}', '{"7": {"question": "What?"}}'])
-def test_a_file_without_questions_in_gqas_format_is_named(tmp_path, text):
-    (tmp_path / "q.json").write_text(text)
-    assert str(tmp_path / "q.json") in said_by(load_questions, str(tmp_path), "test", None)
-
-
-def gqa_folder(folder):
-    """Three questions about one picture that is not there."""
-    folder.mkdir()
-    entry = {"imageId": "7", "question": "What?", "answer": "yes"}
-    (folder / "q.json").write_text(json.dumps({str(number): entry for number in range(3)}))
-    return folder
-
-
-def test_a_picture_that_is_missing_or_broken_is_named(tmp_path):
-    folder = gqa_folder(tmp_path / "data")
-    image = load_questions(str(folder), "test", None).image
-    assert said_by(image, "7") == f"{folder}/images has no 7.jpg or 7.png"
-    (folder / "images").mkdir()
-    (folder / "images" / "7.jpg").write_bytes(b"no picture")
-    assert str(folder / "images" / "7.jpg") in said_by(image, "7")
-
-
-def test_more_samples_than_questions_are_refused_with_both_numbers(tmp_path):
-    from nemo_vlm_ptq.stages.observing import calibration_chunks
-
-    folder = gqa_folder(tmp_path / "data")
-    calibration = {"data": str(folder), "samples": 4}
-    plan = make_plan(load_recipe(str(write_recipe(tmp_path, calibration=calibration))))
-    said = f"calibration.samples=4 but {folder} has only 3 questions"
-    assert said_by(calibration_chunks, plan) == said
-
-
-def test_questions_without_images_are_refused_unless_text_is_asked_for(tmp_path):
-    from nemo_vlm_ptq.stages.observing import calibration_chunks
-
-    folder = gqa_folder(tmp_path / "data")
-    (folder / "q.json").write_text(json.dumps({"a": {"question": "What?", "answer": "yes"}}))
-    calibration = {"data": str(folder), "samples": 1}
-    recipe = write_recipe(tmp_path, calibration=calibration)
-    said = said_by(calibration_chunks, make_plan(load_recipe(str(recipe))))
-    assert "1 of 1 questions" in said and "no imageId, first 'a'" in said
-    assert "set calibration.modality=text" in said
-    plan = make_plan(load_recipe(str(recipe), ["calibration.modality=text"]))
-    chunks, prepare = calibration_chunks(plan)
-    assert not prepare(chunks[0])[0].is_image.any()
-
-
-def test_a_kind_of_token_that_never_came_is_refused():
-    from nemo_vlm_ptq.stages.observing import _check_modalities
-
-    said = said_by(_check_modalities, {"text": 9, "image": 0}, "image_text")
-    assert said.startswith("calibration.modality=image_text, but the calibration data brought no")
-    _check_modalities({"text": 9, "image": 0}, "text")
+# Logits
 
 
 def test_logits_refuses_inputs_that_are_not_there_and_forms_it_does_not_know(tmp_path):

@@ -193,7 +193,7 @@ def _clip(
 
 @triton.jit
 def _nearest_fp8(value):
-    """Nearest number of e4m3, halves to even; within its range."""
+    """Nearest number of e4m3, halves to even; within its range. Triton's cast asks for an Ada."""
     power = (value.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     step = tl.maximum(power, 0.015625) * 0.125
     return (tl.div_rn(value, step) + ROUND_32 - ROUND_32) * step

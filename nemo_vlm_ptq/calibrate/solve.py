@@ -68,7 +68,7 @@ def solve_layer(
     group, table = row.group(group_size), {one.short: one for one in rows}
     solved = {}
     for name, weight in weights.items():
-        seen = statistics[name].with_power(weight)
+        seen = statistics[name]
         if row.algorithm == "awq":
             folds = name == ATTENTION_OUTPUT and "compressed_tensors" in row.targets
             tie = sizes if folds and sizes.queries > 1 else None

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from nemo_vlm_ptq.calibrate.losses import gram, gram_dtype, row_chunks, weighted
 from nemo_vlm_ptq.calibrate.moments import whole
-from nemo_vlm_ptq.calibrate.streaming import stream_tensors
+from nemo_vlm_ptq.calibrate.writing import write_tensors
 from nemo_vlm_ptq.parallel import strips
 
 UNIT = 2.0**-24
@@ -109,7 +109,7 @@ def layer_file(layer: int) -> str:
 
 def save_layer(folder: Path, layer: int, tensors: dict[str, torch.Tensor]) -> str:
     """Write one layer's statistics; returns the file name."""
-    stream_tensors(tensors, folder / layer_file(layer))
+    write_tensors(tensors, folder / layer_file(layer))
     return layer_file(layer)
 
 

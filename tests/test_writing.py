@@ -4,13 +4,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nemo_vlm_ptq.calibrate import streaming
-from nemo_vlm_ptq.calibrate.streaming import stream_tensors
+from nemo_vlm_ptq.calibrate import writing
+from nemo_vlm_ptq.calibrate.writing import write_tensors
 
 
 @pytest.mark.parametrize("piece", [8, 40, 1 << 26])
 def test_a_file_holds_what_was_given(piece, tmp_path, monkeypatch):
-    monkeypatch.setattr(streaming, "PIECE", piece)
+    monkeypatch.setattr(writing, "PIECE", piece)
     torch.manual_seed(0)
     sums = torch.randn(3, 7, dtype=torch.float64)
     given = {
@@ -21,7 +21,7 @@ def test_a_file_holds_what_was_given(piece, tmp_path, monkeypatch):
         "tokens": torch.tensor([3, 2**40]),
         "none": torch.zeros(0, 4),
     }
-    stream_tensors(given, tmp_path / "layer")
+    write_tensors(given, tmp_path / "layer")
     found = load_file(tmp_path / "layer")
     assert set(found) == set(given)
     assert all(torch.equal(found[name], given[name]) for name in given)
@@ -30,4 +30,4 @@ def test_a_file_holds_what_was_given(piece, tmp_path, monkeypatch):
 
 def test_other_dtypes_are_refused(tmp_path):
     with pytest.raises(KeyError):
-        stream_tensors({"a": torch.zeros(2, dtype=torch.int8)}, tmp_path / "layer")
+        write_tensors({"a": torch.zeros(2, dtype=torch.int8)}, tmp_path / "layer")

@@ -19,7 +19,7 @@ PIECE = 1 << 26  # bytes
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.int64: "I64"}
 
 
-def stream_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """Write a file of tensors that are on one device; dtypes as in NAMES."""
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
