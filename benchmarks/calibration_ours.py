@@ -224,14 +224,13 @@ class Ours:
         files = self._statistics(True).glob("*.safetensors")
         return sum(path.stat().st_size for path in files) / 1e9
 
-    def cases(self, samples: int, asked: Sequence[str] = tuple(ASKED)) -> Iterator[Case]:
-        """What is measured with so many samples, in order; observe alone beside all of ASKED."""
+    def cases(self, samples: int, alone: bool = True) -> Iterator[Case]:
+        """What is measured with so many samples, in order; alone: observe by itself, too."""
         chunks = self.setting.chunks(samples)
         yield Case(FORWARD, samples, lambda: None, lambda _: self.forward(chunks))
-        alone = ((MAXIMA, False), (MOMENTS, True)) if len(asked) == len(ASKED) else ()
-        for what, moments in alone:
+        for what, moments in ((MAXIMA, False), (MOMENTS, True)) if alone else ():
             yield self._case(what, samples, moments, partial(self.observe, chunks, moments))
-        for what in asked:
+        for what in ASKED:
             moments = any(FORMATS[name].algorithm == "awq" for name in ASKED[what])
             yield self._case(what, samples, moments, partial(self.calibrate, chunks, ASKED[what]))
 

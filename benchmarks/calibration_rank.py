@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from calibration_setting import (
-    ALL,
     POINTS,
     Case,
     Clock,
@@ -31,7 +30,6 @@ from nemo_vlm_ptq.store import read_json
 
 WARM_LAYERS = 2  # of the model on which everything runs once before it is measured
 WARM_CHUNKS = 16
-MORE = ("fp8", "int4_awq", ALL)  # of formats, with the larger number of samples
 PROFILED_LAYERS = 8  # all layers are alike
 
 
@@ -58,7 +56,8 @@ class Rounds:
 
     def measure(self, cases: Sequence[Case], more: Sequence[Case], repeats: int) -> None:
         """All cases once, those of the other sample count if they fit, then repeats that fit."""
-        for case in [*cases, *more, *(list(cases) * (repeats - 1))]:
+        again = repeats - 1
+        for case in [*cases, *more, *(list(cases) * again), *(list(more) * again)]:
             name = f"{self.numbers.point}, {case.what}, {case.samples} samples"
             if case.what in self._broken:
                 continue
@@ -99,7 +98,7 @@ def measure_ours(point: Point, setting: Setting, job: dict[str, Any]) -> None:
         rounds = Rounds(clock, numbers, job["deadline"], setting.samples)
         rounds.measure(
             list(ours.cases(setting.samples)),
-            list(ours.cases(more, MORE)) if more else [],
+            list(ours.cases(more, alone=False)) if more else [],
             setting.repeats,
         )
         own.barrier()
@@ -156,7 +155,12 @@ def _measure_modelopt(
     numbers.add("fact", key="CUDA extensions", value=theirs.extensions_loaded())
     warm_up(warm_cases[1:], clock)
     rounds = Rounds(clock, numbers, job["deadline"], setting.samples)
-    rounds.measure(list(theirs.cases(setting, path(setting))), [], setting.repeats)
+    whole, more = path(setting), replace(setting, samples=setting.more_samples)
+    rounds.measure(
+        list(theirs.cases(setting, whole)),
+        list(theirs.cases(more, whole)) if more.samples else [],
+        setting.repeats,
+    )
 
 
 def _numbers(point: Point, job: dict[str, Any], own: Session | None) -> Numbers:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Sequence
 
+from calibration_aims import against, aims, markdown, prose, ratio
 from calibration_setting import (
     ALL,
     ASKED,
@@ -18,26 +19,6 @@ from calibration_setting import (
 )
 from calibration_table import ONE, Figure, Line, Table
 
-# (sum, times the plain forward of the same ranks, times as fast as modelopt's best)
-AIMS = (
-    ("fp8", 1.15, 5.0),
-    ("int8_sq", 1.15, 5.0),
-    ("int4_awq", 3.0, 15.0),
-    (ALL, 4.0, None),
-)
-SPEEDUP = 1.9  # of two GPUs over one
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def prose(text: str) -> str:
-    """A paragraph in lines of even length."""
-    return textwrap.fill(" ".join(text.split()), 110, break_on_hyphens=False)
-
 
 def report(lines: Sequence[Line]) -> str:
     """The whole page."""
@@ -48,7 +29,7 @@ def report(lines: Sequence[Line]) -> str:
     if table.points("modelopt"):
         parts.append(_modelopt(table))
     if table.points("ours"):
-        parts.append(_aims(table))
+        parts.append(aims(table))
     parts += [_profile(line) for line in table.of_kind("profile")]
     parts.append(_missing(table))
     return "\n\n".join(part for part in parts if part)
@@ -70,10 +51,6 @@ def _setup(table: Table) -> str:
         was solved meanwhile; scales written; at TP 2 also waiting for what is read. The sha256 of
         what is written, which goes into the stages' manifests, is left out."""
     return f"# Calibration, measured\n\n{commands}\n\n{prose(where)}\n\n{prose(what)}"
-
-
-def _ratio(value: float, base: Figure | None) -> str:
-    return "-" if base is None or not base.seconds else f"{value / base.seconds:.2f}"
 
 
 def _peaks(figure: Figure) -> str:
@@ -107,12 +84,11 @@ def _floor(table: Table) -> str:
 
 
 def _ours(table: Table) -> list[str]:
-    counts = [table.setting.samples, table.setting.more_samples]
     return [
         text
-        for samples in counts
+        for samples in table.counts
         for point in table.points("ours")
-        if samples and (text := _ours_on(table, point, samples))
+        if (text := _ours_on(table, point, samples))
     ]
 
 
@@ -127,7 +103,7 @@ def _ours_on(table: Table, point: Point, samples: int) -> str:
                 f"{figure.seconds:.2f}",
                 f"{figure.files:.2f}",
                 str(figure.runs),
-                _ratio(figure.seconds, plain),
+                ratio(figure.seconds, plain),
                 f"{tokens / figure.seconds:,.0f}",
                 _peaks(figure),
             ]
@@ -184,98 +160,29 @@ def _split(table: Table) -> str:
 
 
 def _modelopt(table: Table) -> str:
-    tokens, rows = table.setting.samples * table.setting.length, []
+    rows = []
     for point in table.points("modelopt"):
-        plain = table.figure(point.name, FORWARD)
-        for what in (FORWARD, *PRESETS):
-            figure = table.figure(point.name, what)
+        for samples, what in itertools.product(table.counts, (FORWARD, *PRESETS)):
+            figure = table.figure(point.name, what, samples)
             if figure is not None:
                 rows.append(
                     (
                         point.about,
+                        str(samples),
                         PRESETS.get(what, what),
                         f"{figure.seconds:.2f}",
                         str(figure.runs),
-                        _ratio(figure.seconds, plain),
-                        f"{tokens / figure.seconds:,.0f}",
+                        ratio(figure.seconds, table.figure(point.name, FORWARD, samples)),
+                        f"{samples * table.setting.length / figure.seconds:,.0f}",
                         _peaks(figure),
                     )
                 )
     loaded = {table.fact(point.name, "CUDA extensions") for point in table.points("modelopt")}
     note = " Its CUDA extensions could not be loaded, so it rounds in plain torch."
-    head = ("path", "what", "s", "runs", "x its forward", "tokens/s", "GB a GPU")
+    head = ("path", "samples", "what", "s", "runs", "x its forward", "tokens/s", "GB a GPU")
     about = "`mtq.quantize(model, preset, forward_loop)`, same batches, a fresh model for each run."
     parts = ["## modelopt", prose(about + (note if False in loaded else "")), markdown(head, rows)]
-    return "\n\n".join(part for part in (*parts, _against(table)) if part)
-
-
-def _best(table: Table, part: str, name: str) -> tuple[Point, Figure] | None:
-    """The fastest point of a part for a format."""
-    points = table.points(part)
-    found = [(p, f) for p in points if (f := table.figure(p.name, name)) is not None]
-    return min(found, key=lambda pair: pair[1].seconds) if found else None
-
-
-def _against(table: Table) -> str:
-    ours, rows = table.points("ours"), []
-    for name in PRESETS:
-        best = _best(table, "modelopt", name)
-        if best is None or not ours:
-            continue
-        row = [name, f"{best[1].seconds:.2f} ({best[0].about})"]
-        for point in ours:
-            own = table.figure(point.name, name)
-            times = f" ({best[1].seconds / own.seconds:.1f} x faster)" if own else ""
-            row.append(f"{own.seconds:.2f}{times}" if own else "-")
-        rows.append(row)
-    head = ["format", "best of modelopt, s", *(f"ours, {point.about}, s" for point in ours)]
-    return f"The same formats from both:\n\n{markdown(head, rows)}" if rows else ""
-
-
-def _aims(table: Table) -> str:
-    """A line for every aim, a column for every set of ranks."""
-    points, counts = table.points("ours"), [table.setting.samples]
-    counts += [table.setting.more_samples] * bool(table.setting.more_samples)
-    rows = []
-    for name, limit, times in AIMS:
-        for samples in counts:
-            aim = f"{name}: at most {limit:g} x the plain forward, {samples} samples"
-            rows.append([aim, *(_against_forward(table, p, name, samples, limit) for p in points)])
-        if times is not None and (best := _best(table, "modelopt", name)) is not None:
-            aim = f"{name}: {times:g} x faster than modelopt ({best[0].about})"
-            rows.append(
-                [aim, *(_faster(table.figure(p.name, name), best[1], times) for p in points)]
-            )
-    for name in ("fp8", "int4_awq", ALL):
-        alone, aim = table.figure(ONE, name), f"{name}: two GPUs at least {SPEEDUP:g} x one"
-        cells = [
-            _faster(table.figure(p.name, name), alone, SPEEDUP) if p.ranks == 2 else "-"
-            for p in points
-        ]
-        rows.append([aim, *cells])
-    head = ["aim", *(point.about for point in points)]
-    about = "What is reached; in brackets without files."
-    return f"## Aims\n\n{about}\n\n{markdown(head, rows)}"
-
-
-def _against_forward(table: Table, point: Point, name: str, samples: int, limit: float) -> str:
-    own = table.figure(point.name, name, samples)
-    plain = table.figure(point.name, FORWARD, samples)
-    if own is None or plain is None:
-        return "-"
-    bare = _ratio(own.seconds - own.files, plain)
-    return f"{_ratio(own.seconds, plain)} ({bare}) {_met(own.seconds <= limit * plain.seconds)}"
-
-
-def _faster(own: Figure | None, other: Figure | None, times: float) -> str:
-    if own is None or other is None:
-        return "-"
-    reached = other.seconds / own.seconds
-    return f"{reached:.2f} {_met(reached >= times)}"
-
-
-def _met(reached: bool) -> str:
-    return "met" if reached else "**missed**"
+    return "\n\n".join(part for part in (*parts, against(table)) if part)
 
 
 def _profile(line: Line) -> str:

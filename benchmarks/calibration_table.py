@@ -31,6 +31,11 @@ class Table:
         self.setup = [line for line in lines if line["kind"] == "setup"]
         self.setting = Setting(**self.setup[-1]["setting"])
 
+    @property
+    def counts(self) -> list[int]:
+        """Numbers of samples that were asked for."""
+        return [count for count in (self.setting.samples, self.setting.more_samples) if count]
+
     def of_kind(self, kind: str) -> list[Line]:
         """Lines in the order they were measured."""
         return [line for line in self.lines if line["kind"] == kind]
