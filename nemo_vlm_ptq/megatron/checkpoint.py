@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensor,
+    apply_factories,
+)
 from megatron.core.models.gpt import GPTModel
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -82,7 +88,24 @@ def save_model(model: GPTModel, folder: Path) -> None:
     for shard in nested_values(state):
         if isinstance(shard, ShardedTensor) and shard.data is not None and shard.data.is_cpu:
             shard.data = torch.from_dlpack(shard.data)  # no view: the writer would copy views
+        elif isinstance(shard, ShardedObject):
+            shard.data = _same_bytes_always(shard.data)
     dist_checkpointing.save(state, str(folder))
+
+
+def _same_bytes_always(state: Any) -> Any:
+    """What modelopt pickled of its quantizers, with names in order: it makes them from sets."""
+    if not isinstance(state, torch.Tensor) or not state.numel():
+        return state
+    buffer = io.BytesIO()
+    torch.save(_in_order(torch.load(io.BytesIO(state.numpy().tobytes()))), buffer)
+    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+
+
+def _in_order(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {key: _in_order(value[key]) for key in sorted(value, key=str)}
 
 
 def load_model(model: GPTModel, folder: Path) -> None:
