@@ -31,5 +31,7 @@ if ((nodes > 1)); then
     where=(--nnodes "$nodes" --node-rank "$place"
         --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
 fi
+# torchrun passes these on, so that ranks save what they have; another one would end it alone
+export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 exec "$venv/bin/python" -m torch.distributed.run "${where[@]}" --nproc-per-node "$ranks" \
     -m nemo_vlm_ptq "$@"

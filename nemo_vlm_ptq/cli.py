@@ -18,7 +18,8 @@ nemo-vlm-ptq run       RECIPE [key=value ...]   all stages of the recipe; finish
 nemo-vlm-ptq STAGE     RECIPE [key=value ...]   STAGE: import observe solve export verify build
                                                 evaluate report
 nemo-vlm-ptq calibrate RECIPE [key=value ...]   observe + solve
-nemo-vlm-ptq plan      RECIPE [key=value ...]   check and forecast; reads no weights
+nemo-vlm-ptq plan      RECIPE [key=value ...]   check and forecast; reads no weights (--json: facts)
+nemo-vlm-ptq status    WORKDIR [--json]         stages done and not, jobs in Slurm, the last error
 nemo-vlm-ptq build     RECIPE --dry-run         print what TensorRT-LLM is to be told; run nothing
 nemo-vlm-ptq logits    RECIPE from=FORM inputs=FILE output=FILE [key=value ...]
                                                 FORM: hf_source megatron quantized trtllm hf engine
@@ -33,7 +34,7 @@ RECIPE is a YAML file or the name of one that ships. Exit codes: 0 done, 2 you c
 def parse(words: list[str]) -> argparse.Namespace:
     """Command, recipe and overrides."""
     parser = argparse.ArgumentParser(prog="nemo-vlm-ptq", usage=USAGE, add_help=False)
-    commands = ["run", *STAGES, *GROUPS, "plan", "logits", "families", "formats"]
+    commands = ["run", *STAGES, *GROUPS, "plan", "status", "logits", "families", "formats"]
     parser.add_argument("command", choices=commands)
     parser.add_argument("recipe", nargs="?")
     parser.add_argument("overrides", nargs="*")
@@ -85,12 +86,30 @@ def _dispatch(chosen: argparse.Namespace) -> int:
         print(show(chosen.command, as_json=chosen.json))
         return 0
     if chosen.recipe is None:
-        raise UserError(f"{chosen.command} needs a recipe: a YAML file or a name that ships")
+        what = (
+            "a workdir"
+            if chosen.command == "status"
+            else "a recipe: a YAML file or a name that ships"
+        )
+        raise UserError(f"{chosen.command} needs {what}")
     if chosen.command == "verify" and Path(chosen.recipe).is_dir() and _verify_folder(chosen):
+        return 0
+    if chosen.command == "status":
+        from nemo_vlm_ptq.status import show_status
+
+        if chosen.overrides:
+            raise UserError(f"status WORKDIR takes no recipe keys, got {chosen.overrides[0]!r}")
+        print(show_status(Path(chosen.recipe), as_json=chosen.json))
         return 0
     from nemo_vlm_ptq import launch
 
-    return launch.start(chosen.command, chosen.recipe, chosen.overrides, chosen.dry_run)
+    return launch.start(
+        chosen.command,
+        chosen.recipe,
+        chosen.overrides,
+        dry_run=chosen.dry_run,
+        as_json=chosen.json and chosen.command == "plan",
+    )
 
 
 def _verify_folder(chosen: argparse.Namespace) -> bool:

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_vlm_ptq import mpi
 from nemo_vlm_ptq.errors import ProofError, UserError
-from nemo_vlm_ptq.names import GROUPS, LOGITS_KEYS
+from nemo_vlm_ptq.names import GROUPS, LOGITS_KEYS, STAGES
+from nemo_vlm_ptq.status import record_failure
 from nemo_vlm_ptq.store import marker
 
 if TYPE_CHECKING:
@@ -40,17 +41,22 @@ def inside_ranks() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def start(command: str, recipe_name: str, overrides: list[str], dry_run: bool = False) -> int:
+def start(
+    command: str,
+    recipe_name: str,
+    overrides: list[str],
+    *,
+    dry_run: bool = False,
+    as_json: bool = False,
+) -> int:
     """Plan, and run the command on ranks; dry_run prints what `build` would run.
+
+    as_json: `plan` prints facts for other programs, and does not look at this machine.
 
     Raises:
         UserError: the recipe cannot work.
         ProofError: a proof failed on a rank.
     """
-    from nemo_vlm_ptq.autolayout import lay_out, this_machine
-    from nemo_vlm_ptq.engine.commands import check_engine, script
-    from nemo_vlm_ptq.engine.installed import find_builder
-    from nemo_vlm_ptq.plan import check_data, make_plan
     from nemo_vlm_ptq.recipe import load_recipe
 
     if mpi.started_by_mpirun() and not inside_ranks():
@@ -59,6 +65,23 @@ def start(command: str, recipe_name: str, overrides: list[str], dry_run: bool = 
         overrides = [f"evaluate.{word}" if word[:5] == "from=" else word for word in overrides]
     own = [word for word in overrides if word.split("=")[0] in LOGITS_KEYS]
     recipe = load_recipe(recipe_name, [word for word in overrides if word not in own])
+    try:
+        return _plan_and_run(command, recipe, own, dry_run, as_json)
+    except Exception as error:
+        if inside_ranks() and not _lost_a_peer(error):
+            record_failure(Path(recipe.workdir), command, os.environ["RANK"], error)
+        raise
+
+
+def _plan_and_run(
+    command: str, recipe: Recipe, own: list[str], dry_run: bool, as_json: bool
+) -> int:
+    """The plan of a recipe, and then the command; own: words of `logits`."""
+    from nemo_vlm_ptq.autolayout import lay_out, this_machine
+    from nemo_vlm_ptq.engine.commands import check_engine, script
+    from nemo_vlm_ptq.engine.installed import find_builder
+    from nemo_vlm_ptq.plan import check_data, make_plan
+
     plan = make_plan(recipe)
     stages = recipe.stages if command in ("run", "plan") else GROUPS.get(command, (command,))
     check_data(recipe, stages)
@@ -73,6 +96,13 @@ def start(command: str, recipe_name: str, overrides: list[str], dry_run: bool = 
             return 0
         if command != "plan":
             find_builder(plan)
+    if command == "plan" and Path(recipe.workdir).exists():
+        from nemo_vlm_ptq.stages.observing import check_workdir  # slow to import
+
+        check_workdir(plan, Path(recipe.workdir))
+    if as_json:
+        print(json.dumps(_facts(plan), indent=1))
+        return 0
     plan, why = lay_out(plan, this_machine)
     if command == "plan":
         from nemo_vlm_ptq.forecast import describe
@@ -82,6 +112,30 @@ def start(command: str, recipe_name: str, overrides: list[str], dry_run: bool = 
     if not inside_ranks():
         return _start_ranks(plan, sys.argv[1:])
     return _be_a_rank(command, plan, {key: value for key, _, value in options})
+
+
+def _facts(plan: Plan) -> dict[str, Any]:
+    """What a program that starts ranks elsewhere wants to know of a recipe.
+
+    engine_capability: least compute capability of a GPU that runs a format's engine.
+    """
+    from nemo_vlm_ptq.engine.installed import CAPABILITY
+
+    recipe = plan.recipe
+    formats = {
+        fmt.name: {
+            "targets": plan.targets(fmt),
+            "engine_capability": CAPABILITY.get(fmt.quant_algo, (0, 0)),
+        }
+        for fmt in plan.formats
+    }
+    return {
+        "model": str(plan.folder),
+        "workdir": recipe.workdir,
+        "stages": [name for name in STAGES if name in recipe.stages],
+        "parallel": recipe.parallel.model_dump(),
+        "formats": formats,
+    }
 
 
 def _needs_engines(command: str, recipe: Recipe, stages: Iterable[str], words: list[str]) -> bool:

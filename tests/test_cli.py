@@ -119,12 +119,12 @@ def test_debug_shows_where_a_refusal_came_from_and_keeps_its_code(tmp_path, caps
 
 
 def test_a_proof_that_failed_ends_with_3_and_a_bug_with_its_traceback(monkeypatch, capsys):
-    def fail(*_):
+    def fail(*_, **__):
         raise ProofError("logits differ")
 
     monkeypatch.setattr(launch, "start", fail)
     assert call(capsys, "verify", "quickstart") == (3, "", f"{PREFIX}logits differ\n")
-    monkeypatch.setattr(launch, "start", lambda *_: 1 // 0)
+    monkeypatch.setattr(launch, "start", lambda *_, **__: 1 // 0)
     with (
         mock.patch.object(sys, "argv", ["nemo-vlm-ptq", "run", "quickstart"]),
         pytest.raises(ZeroDivisionError),

@@ -1,6 +1,7 @@
 """An observe that was stopped goes on, on other ranks, and ends with an unbroken one's bytes."""
 
 import contextlib
+import signal
 import sys
 from pathlib import Path
 from unittest import mock
@@ -20,7 +21,8 @@ from nemo_vlm_ptq.parallel import strip_entries
 LAYERS, SAMPLES = 4, 12
 SETTINGS = {"data": "random"}
 LAYER = 2 * 8 * sum(strip_entries(width, 0, 1) for width in (256, 256, 256, 512))
-# (name, [(layout, forwards of a rank after which it stops or None, layers in memory or None)])
+# (name, [(layout, what stops it or None, layers in memory or None)]); it stops after so many
+# forwards of a rank, or (rank, forwards): by a signal that this rank gets in the last of them
 STORIES = {
     "data-then-pipeline": [((1, 1, 2), 3, None), ((1, 2, 1), None, None)],
     "pipeline-then-data": [((1, 2, 1), 5, None), ((1, 1, 2), None, None)],
@@ -28,6 +30,9 @@ STORIES = {
     "second-pass": [((1, 1, 2), 8, 2), ((1, 2, 1), None, None)],
     "tensor": [((2, 1, 1), 5, None), ((2, 1, 1), None, None)],
     "tensor-unbroken": [((2, 1, 1), None, None)],
+    "signal-data": [((1, 1, 2), (1, 4), None), ((1, 2, 1), None, None)],
+    "signal-pipeline": [((1, 2, 1), (0, 3), None), ((1, 1, 2), None, None)],
+    "signal-tensor": [((2, 1, 1), (1, 4), None), ((2, 1, 1), None, None)],
 }
 
 
@@ -36,7 +41,7 @@ class StoppedError(Exception):
 
 
 def observed(own, model_folder, folder, stop, room):
-    """Observe until a rank has run `stop` micro-batches, saving after every two of them."""
+    """Observe until a rank is stopped as a story says, saving after every two micro-batches."""
     from rank_parity import import_llava
 
     model, vision = import_llava(own, model_folder)
@@ -47,11 +52,15 @@ def observed(own, model_folder, folder, stop, room):
         if len(ran) == stop:
             raise StoppedError
         ran.append(1)
+        if (own.rank, len(ran)) == stop:
+            signal.raise_signal(signal.SIGUSR1)
         return collate(samples)
 
     memory = None if room is None else room * LAYER + 1
     work, chunks = Work(model, vision, own, list), [[sample] for sample in samples]
-    with mock.patch.object(observing, "collate", count), contextlib.suppress(StoppedError):
+    broken_off = contextlib.suppress(StoppedError, SystemExit)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # which ends a rank once it has saved
+    with mock.patch.object(observing, "collate", count), broken_off:
         observing.observe(work, chunks, folder, Limits(True, memory, save_every=2), SETTINGS)
     return len(ran)
 
@@ -84,7 +93,7 @@ def stories(tiny, tmp_path_factory):
     """Folder of every story; two ranks, few launches (each has ports for six sessions)."""
     folder = tmp_path_factory.mktemp("stories")
     names = list(STORIES)
-    for part in (names[:2], names[2:4], names[4:]):
+    for part in (names[:2], names[2:4], names[4:7], names[7:]):
         words = [*models.main_of("test_resume"), tiny.float32, folder, *part]
         code, _, err = models.launch(words, 2)
         assert code == 0, err[-3000:]
@@ -100,8 +109,21 @@ def test_a_stopped_run_ends_with_the_bytes_of_an_unbroken_one_on_one_rank(storie
     assert digests(stories / name) == whole
 
 
-def test_tensor_ranks_go_on_with_their_shares(stories):
-    assert digests(stories / "tensor") == digests(stories / "tensor-unbroken")
+@pytest.mark.parametrize("name", ["tensor", "signal-tensor"])
+def test_tensor_ranks_go_on_with_their_shares(stories, name):
+    assert digests(stories / name) == digests(stories / "tensor-unbroken")
+
+
+@pytest.mark.parametrize(
+    ("name", "ran"),
+    [
+        ("signal-data", ["[6, 5]", "[1, 1]"]),  # the other rank comes to its end first
+        ("signal-pipeline", ["[5, 5]", "[4, 3]"]),  # two more are under way
+        ("signal-tensor", ["[5, 5]", "[7, 7]"]),
+    ],
+)
+def test_a_rank_with_a_signal_stops_all_and_no_micro_batch_is_lost(stories, name, ran):
+    assert (stories / f"{name}.ran").read_text().split("\n")[:2] == ran
 
 
 def test_what_was_saved_is_not_run_again(stories):

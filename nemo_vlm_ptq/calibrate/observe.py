@@ -1,28 +1,36 @@
 """Observe: run the model over calibration data and keep sufficient statistics, no more.
 
 Layers are taken in as many passes as the memory of their second moments asks for. What has been
-gathered is saved now and then with the samples that it contains: a run that was stopped goes on
-from there, on any number of ranks, and ends with the same bytes.
+gathered is saved now and then, and when a signal asks to stop, with the samples that it contains:
+a run that was stopped goes on from there, on any number of ranks, and ends with the same bytes.
 """
 
 from __future__ import annotations
 
 import shutil
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
 from nemo_vlm_ptq.calibrate.collect import Consume, load_exact, reduce_and_save
 from nemo_vlm_ptq.calibrate.observer import Observer
-from nemo_vlm_ptq.calibrate.resume import Progress, read_progress, write_progress
+from nemo_vlm_ptq.calibrate.resume import (
+    Progress,
+    agreement,
+    asked_to_stop,
+    read_progress,
+    write_progress,
+)
 from nemo_vlm_ptq.calibrate.statistics import LINEARS, ROW_PARALLEL, layer_file
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.base import Sample
@@ -123,14 +131,19 @@ def _one_pass(
     mine += [None] * (-(-len(todo) // session.layout.data) - len(mine))  # all ranks save together
     done: list[str] = []
     run.passes.append(done)
-    for step in run_chunks(work, observer, mine, done, progress.ids):
-        if step % limits.save_every == 0 and step < len(mine):
-            place = f"save-{progress.saves + 1}"
-            _fresh(folder / place, session)
-            reduce_and_save(observer, session, folder / place, exact=True)
-            seen = frozenset(name for part in session.gather(done) for name in part)
-            progress = progress.with_held(together, place, seen)
-            _settle(folder, session, progress)
+    with asked_to_stop() as asked:
+        stages, replica = session.layout.pipeline, parallel_state.get_model_parallel_group()
+        agreed = agreement(asked, replica, stages)
+        for step in run_chunks(work, observer, mine, done, progress.ids):
+            stop = agreed()
+            if stop or (step % limits.save_every == 0 and step < len(mine)):
+                stop = any(session.gather(stop))
+                progress = _save(observer, session, folder, progress, together, done)
+                if stop:
+                    _end(session, progress, together)
+        if any(session.gather(asked())):  # also where another replica has not come to its end
+            progress = _save(observer, session, folder, progress, together, done)
+            _end(session, progress, together)
     consume = limits.consume
     run.files += reduce_and_save(observer, session, folder, exact=False, consume=consume)
     progress = progress.with_finished(together)
@@ -199,6 +212,33 @@ def _ahead(
 
 def _ids(chunk: Iterable[Any]) -> frozenset[str]:
     return frozenset(item.id for item in chunk)
+
+
+def _save(
+    observer: Observer,
+    session: Session,
+    folder: Path,
+    progress: Progress,
+    together: Sequence[int],
+    done: Sequence[str],
+) -> Progress:
+    """What all ranks have of their layers, with the samples that it contains (collective)."""
+    place = f"save-{progress.saves + 1}"
+    _fresh(folder / place, session)
+    reduce_and_save(observer, session, folder / place, exact=True)
+    seen = frozenset(name for part in session.gather(done) for name in part)
+    progress = progress.with_held(together, place, seen)
+    _settle(folder, session, progress)
+    return progress
+
+
+def _end(session: Session, progress: Progress, together: Sequence[int]) -> NoReturn:
+    """End this rank, as it was asked to, once rank 0 has written what counts."""
+    session.barrier()
+    if session.rank == 0:
+        count = len(progress.ids(min(together)))
+        session.log(f"observe: asked to stop; {count} samples are saved, run it again to go on")
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def _fresh(place: Path, session: Session) -> None:

@@ -1,4 +1,4 @@
-"""What a stopped observe left behind: finished layers, and layers that contain some samples.
+"""How observe is stopped, and what it left behind: finished layers, and some samples in others.
 
 progress.json in the stage's folder says it. It is replaced in one step after the files that it
 names are written, so that whatever it says is there.
@@ -7,12 +7,20 @@ names are written, so that whatever it says is there.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from nemo_vlm_ptq import store
+
+STOPS = (signal.SIGTERM, signal.SIGUSR1)  # a launcher's, and what Slurm is told to send
 
 
 @dataclass(frozen=True)
@@ -73,3 +81,43 @@ def write_progress(folder: Path, progress: Progress) -> None:
     for place in folder.iterdir():
         if place.is_dir() and place.name not in named:
             shutil.rmtree(place)
+
+
+@contextmanager
+def asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """Inside, the signals that would end this rank wait; the function says whether one has come.
+
+    One that came ends the rank where the block ends, as ever.
+    """
+    came: list[int] = []
+    before = {one: signal.signal(one, lambda number, _: came.append(number)) for one in STOPS}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
+
+
+def agreement(asked: Callable[[], bool], group: dist.ProcessGroup, lag: int) -> Callable[[], bool]:
+    """What says after each micro-batch whether to stop, alike on all ranks of a model replica.
+
+    Args:
+        asked: this rank has been asked to.
+        group: ranks of the replica.
+        lag: micro-batches between question and answer. The answer travels meanwhile, and pipeline
+            stages work on as many at once: none has to wait for it.
+    """
+    waiting: deque[tuple[torch.Tensor, Any]] = deque()
+
+    def stop() -> bool:
+        flag = torch.tensor(int(asked()))
+        waiting.append((flag, dist.all_reduce(flag, dist.ReduceOp.MAX, group, async_op=True)))
+        if len(waiting) <= lag:
+            return False
+        flag, travelling = waiting.popleft()
+        travelling.wait()
+        return bool(flag)
+
+    return stop

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from nemo_vlm_ptq.megatron.build import build_decoder
 from nemo_vlm_ptq.megatron.checkpoint import load_model
 from nemo_vlm_ptq.plan import Plan
 from nemo_vlm_ptq.questions import SUFFIX, load_questions
-from nemo_vlm_ptq.stages.importing import VISION
+from nemo_vlm_ptq.stages.importing import VISION, source_identity
 from nemo_vlm_ptq.stages.solving import layer_solver
 
 
@@ -60,20 +61,43 @@ def calibration_chunks(plan: Plan) -> tuple[list[Chunk], Callable[[Chunk], list[
     return [items[i : i + size] for i in range(0, len(items), size)], prepare
 
 
+def check_workdir(plan: Plan, work: Path) -> None:
+    """What import and observe left in a workdir is of this recipe; needs no ranks.
+
+    Raises:
+        UserError: it is another one's, or not ours.
+    """
+    megatron = work / "megatron"
+    imported = {
+        "model": str(plan.folder),
+        "family": plan.family.name,
+        "dtype": plan.dtype,
+        "source": source_identity(plan),
+    }
+    if store.is_done(megatron, imported):
+        store.is_done(work / "statistics", _settings(plan, work))
+
+
+def _settings(plan: Plan, work: Path) -> dict[str, Any]:
+    """What the statistics depend on."""
+    before = store.read_manifest(work / "statistics")
+    moments = plan.second_moments
+    if before is not None:  # more statistics than asked for serve as well
+        moments = moments or before["settings"]["moments"]
+    wanted = plan.recipe.calibration
+    return wanted.model_dump(exclude={"max_statistics_memory", "save_every"}) | {
+        "moments": moments,
+        "input": store.hash_manifest(work / "megatron"),
+    }
+
+
 def observe(job: Job) -> None:
     """Run the model over the calibration data and write workdir/statistics/."""
     plan, session, folder = job.plan, job.session, job.folder("statistics")
     megatron = job.folder("megatron")
     store.need_manifest(megatron, "import")
-    before = store.read_manifest(folder)
-    moments = plan.second_moments
-    if before is not None:  # more statistics than asked for serve as well
-        moments = moments or before["settings"]["moments"]
-    wanted = plan.recipe.calibration
-    settings = wanted.model_dump(exclude={"max_statistics_memory", "save_every"}) | {
-        "moments": moments,
-        "input": store.hash_manifest(megatron),
-    }
+    wanted, settings = plan.recipe.calibration, _settings(plan, job.work)
+    moments = settings["moments"]
 
     def body() -> Written:
         model = build_decoder(plan.decoder, session, job.dtype)
