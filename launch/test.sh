@@ -30,7 +30,7 @@ check ruff check .
 check ruff format --check .
 check mypy
 check lint-imports
-check shellcheck launch/*.sh .ci/run
+check shellcheck launch/*.sh slurm/*.sh slurm/*.sbatch tests/slurm/*.sh .ci/run
 if [[ ${1:-} != --lint ]]; then
     check python -m pytest -q "$@"
 fi

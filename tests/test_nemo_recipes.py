@@ -1,12 +1,11 @@
 """NeMo recipes: those that ship and no others, run by nemo_run with the bytes of the command."""
 
 import os
-import shutil
 import subprocess
 import sys
-import time
 
 import pytest
+import slurms
 import yaml
 from bad_models import PREFIX, ROOT, write_recipe
 from test_ranks_of_others import hashes
@@ -113,24 +112,12 @@ def test_ranks_that_nemo_run_starts_leave_the_bytes_of_the_command(tmp_path, exp
 
 
 @pytest.fixture
-def slurm(monkeypatch, tmp_path):
+def slurm(tmp_path):
     """A Slurm of two nodes."""
-    programs = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare")
-    missing = [name for name in programs if shutil.which(name) is None]
-    if missing or os.geteuid():
-        pytest.skip(f"needs root and Slurm, see tests/slurm/cluster.sh; missing: {missing}")
-    script, folder = ROOT / "tests" / "slurm" / "cluster.sh", tmp_path / "slurm"
-    started = subprocess.run([script, "start", folder], stderr=subprocess.PIPE, text=True)
-    if started.returncode:
-        pytest.skip(f"Slurm cannot be started here: {started.stderr.strip()[-300:]}")
-    monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
-    yield
-    subprocess.run([script, "stop", folder], check=True)
-
-
-def asked(*command):
-    """What a program of Slurm answers."""
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    with slurms.started(tmp_path / "slurm") as why:
+        if why:
+            pytest.skip(why)
+        yield
 
 
 def test_a_job_on_two_nodes_of_slurm_leaves_the_bytes_of_the_command(slurm, tmp_path, expected):
@@ -139,11 +126,8 @@ def test_a_job_on_two_nodes_of_slurm_leaves_the_bytes_of_the_command(slurm, tmp_
     executor = ("run.executor=slurm", *(f"run.executor.{word}" for word in cluster))
     done = words(quickstart(tmp_path / "work", *executor, "--detach"), tmp_path / "home")
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    end = time.monotonic() + 300
-    while asked("squeue", "-h"):
-        assert time.monotonic() < end, asked("squeue")
-        time.sleep(0.5)
-    job = asked("scontrol", "-o", "show", "job")
+    slurms.until_all_is_over()
+    job = slurms.asked("scontrol", "-o", "show", "job")
     logs = [path.read_text() for path in (tmp_path / "home").rglob("log-*.out")]
     assert " JobState=COMPLETED " in job and " NodeList=node[1-2] " in job, logs
     assert hashes(tmp_path) == expected
