@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import queue
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     apply_factories,
 )
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt import GPTModel
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -90,6 +92,7 @@ def save_model(model: GPTModel, folder: Path) -> None:
             shard.data = torch.from_dlpack(shard.data)  # no view: the writer would copy views
         elif isinstance(shard, ShardedObject):
             shard.data = _same_bytes_always(shard.data)
+    filesystem_async._results_queue = queue.Queue()  # its own is a process that outlives a kill
     dist_checkpointing.save(state, str(folder))
 
 
