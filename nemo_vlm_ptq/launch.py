@@ -97,7 +97,7 @@ def _plan_and_run(
         if command != "plan":
             find_builder(plan)
     if command == "plan" and Path(recipe.workdir).exists():
-        from nemo_vlm_ptq.stages.observing import check_workdir  # slow to import
+        from nemo_vlm_ptq.stages.workdir import check_workdir  # slow to import
 
         check_workdir(plan, Path(recipe.workdir))
     if as_json:

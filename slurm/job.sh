@@ -10,7 +10,7 @@
 most=20 # times that a job puts itself back: one that gets nowhere has to end some day
 step=
 stopping=
-trap 'stopping=1; [[ -z $step ]] || kill -USR1 "$step"' USR1
+trap 'stopping=1; [[ -z $step ]] || kill -USR1 "$step" 2>/dev/null || true' USR1
 
 # shellcheck source=/dev/null
 source "${NEMO_VLM_PTQ_SITE:-$root/slurm/site.env}"

@@ -86,7 +86,7 @@ if [[ -z $dry ]]; then
     [[ -w $logs ]] || refuse "cannot write into the folder of logs, $logs"
     if [[ -s $logs/jobs ]]; then
         before=$(cut -d ' ' -f 1 "$logs/jobs" | paste -sd ,)
-        before=$(squeue -h -j "$before" -o %A 2>/dev/null | sort -u | xargs)
+        before=$(squeue -h -j "$before" -o %A 2>/dev/null | sort -u | xargs) || before= # forgotten
         [[ -z $before ]] || refuse "jobs $before of the submit before are not over, and work in" \
             "the same workdir; wait for them, or: scancel $before"
     fi

@@ -109,7 +109,7 @@ def test_a_job_that_is_preempted_goes_on_and_leaves_the_bytes_of_an_unbroken_one
     for folder in (unbroken, tmp_path):
         folder.mkdir(exist_ok=True)
         recipe(folder, **many)
-    job = queued(submit(venv, tmp_path, *WORDS, "stages=[import,observe,solve]"))["observe"]
+    job = queued(submit(venv, tmp_path, *WORDS, "stages=[import,observe]"))["observe"]
     for times, nodes in ((1, "2"), (2, "1")):
         until(lambda times=times: log(tmp_path).count("[rank 0] import: ") == times, log(tmp_path))
         time.sleep(4)  # a good part of the micro-batches
@@ -122,9 +122,10 @@ def test_a_job_that_is_preempted_goes_on_and_leaves_the_bytes_of_an_unbroken_one
     until_all_is_over()
     saved = list(map(int, re.findall(r"asked to stop; (\d+) samples are saved", log(tmp_path))))
     assert len(saved) == 2 and 0 < saved[0] < saved[1] < 800, log(tmp_path)
-    code, _, err = scripts.run("run.sh", venv, unbroken, "run", *WORDS,
-                               "stages=[import,observe,solve]")  # fmt: skip
-    assert code == 0, err
+    for folder in (unbroken, tmp_path):
+        words = ("run", *WORDS, "stages=[import,observe,solve]")
+        code, _, err = scripts.run("run.sh", venv, folder, *words, GPUS_PER_NODE="1")
+        assert code == 0, err
     mine, whole = hashes(tmp_path), hashes(unbroken)
     same = [name for name in whole if name.startswith(("statistics/", "int4_awq/scales/"))]
     for name in same:
@@ -187,7 +188,11 @@ def test_what_cannot_work_is_refused_before_anything_is_queued(venv, tmp_path, m
     recipe(tmp_path)
     bin_folder = tmp_path / "bin"  # an empty Slurm: it has partitions, and nobody may queue
     bin_folder.mkdir()
-    for name, answer in (("sinfo", "echo batch; echo long"), ("sbatch", "exit 1"), ("squeue", "")):
+    for name, answer in (
+        ("sinfo", "echo batch; echo long"),
+        ("sbatch", "exit 1"),
+        ("squeue", "exit 1"),
+    ):
         (bin_folder / name).write_text(f"#!/bin/sh\n{answer}\n")
         (bin_folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{bin_folder}{os.pathsep}{os.environ['PATH']}")
@@ -209,19 +214,25 @@ def test_what_cannot_work_is_refused_before_anything_is_queued(venv, tmp_path, m
     refused(
         submit(venv, tmp_path, "recipe.yaml", "workdir=file/work", **site), "cannot make the fol"
     )
+    (tmp_path / "work" / "slurm").mkdir(parents=True)
+    (tmp_path / "work" / "slurm" / "jobs").write_text("1 observe\n")  # squeue has forgotten it
     refused(submit(venv, tmp_path, *WORDS, **site), "sbatch refuses observe, and nothing")
     no_sbatch = {"PATH": path_without("sbatch", tmp_path / "others")}
     refused(submit(venv, tmp_path, *WORDS, env=no_sbatch, **site), "no sbatch on PATH")
-    assert not list((tmp_path / "work" / "slurm").glob("jobs"))
+    assert (tmp_path / "work" / "slurm" / "jobs").read_text() == "1 observe\n"
 
 
 def test_a_workdir_of_another_recipe_is_refused(venv, tmp_path):
     recipe(tmp_path)
-    words = (*WORDS, "stages=[import]")
+    words = (*WORDS, "stages=[import,observe,solve]")
     code, _, err = scripts.run("run.sh", venv, tmp_path, "run", *words, GPUS_PER_NODE="1")
     assert code == 0, err
-    done = submit(venv, tmp_path, "--dry-run", *WORDS, "export.dtype=float16")
-    refused(done, "work/megatron exists and was made with dtype=")
+    for other, reason in (
+        ("export.dtype=float16", "work/megatron exists and was made with dtype="),
+        ("calibration.seed=1", "work/statistics exists and was made with seed=0"),
+        ("quantize.group_size=64", "work/int4_awq/scales exists and was made with group_size=128"),
+    ):
+        refused(submit(venv, tmp_path, "--dry-run", *WORDS, other), reason)
 
 
 def test_status_of_a_workdir_without_slurm(venv, tmp_path):

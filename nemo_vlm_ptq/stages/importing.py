@@ -7,6 +7,7 @@ import json
 import resource
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,18 +30,22 @@ def source_identity(plan: Plan) -> str:
     return digest.hexdigest()
 
 
+def import_settings(plan: Plan) -> dict[str, Any]:
+    """What the imported model depends on."""
+    return {
+        "model": str(plan.folder),
+        "family": plan.family.name,
+        "dtype": plan.dtype,
+        "source": source_identity(plan),
+    }
+
+
 def import_model(job: Job) -> None:
     """Every rank reads the slices it holds, on the host; tower and projector are kept beside.
 
     A model on a GPU would be written from page-locked copies, rounded up to powers of two.
     """
     plan, session, folder = job.plan, job.session, job.folder("megatron")
-    settings = {
-        "model": str(plan.folder),
-        "family": plan.family.name,
-        "dtype": plan.dtype,
-        "source": source_identity(plan),
-    }
 
     def body() -> Written:
         before = peak_resident()
@@ -57,7 +62,7 @@ def import_model(job: Job) -> None:
         facts = {"bytes_read": [read], "memory": [memory], "tensors": len(plan.tensors)}
         return Written(names, facts)
 
-    run_stage(job, "import", folder, settings, body)
+    run_stage(job, "import", folder, import_settings(plan), body)
 
 
 def peak_resident() -> int:

@@ -23,7 +23,7 @@ from nemo_vlm_ptq.megatron.build import build_decoder
 from nemo_vlm_ptq.megatron.checkpoint import load_model
 from nemo_vlm_ptq.plan import Plan
 from nemo_vlm_ptq.questions import SUFFIX, load_questions
-from nemo_vlm_ptq.stages.importing import VISION, source_identity
+from nemo_vlm_ptq.stages.importing import VISION
 from nemo_vlm_ptq.stages.solving import layer_solver
 
 
@@ -61,24 +61,7 @@ def calibration_chunks(plan: Plan) -> tuple[list[Chunk], Callable[[Chunk], list[
     return [items[i : i + size] for i in range(0, len(items), size)], prepare
 
 
-def check_workdir(plan: Plan, work: Path) -> None:
-    """What import and observe left in a workdir is of this recipe; needs no ranks.
-
-    Raises:
-        UserError: it is another one's, or not ours.
-    """
-    megatron = work / "megatron"
-    imported = {
-        "model": str(plan.folder),
-        "family": plan.family.name,
-        "dtype": plan.dtype,
-        "source": source_identity(plan),
-    }
-    if store.is_done(megatron, imported):
-        store.is_done(work / "statistics", _settings(plan, work))
-
-
-def _settings(plan: Plan, work: Path) -> dict[str, Any]:
+def observe_settings(plan: Plan, work: Path) -> dict[str, Any]:
     """What the statistics depend on."""
     before = store.read_manifest(work / "statistics")
     moments = plan.second_moments
@@ -96,7 +79,7 @@ def observe(job: Job) -> None:
     plan, session, folder = job.plan, job.session, job.folder("statistics")
     megatron = job.folder("megatron")
     store.need_manifest(megatron, "import")
-    wanted, settings = plan.recipe.calibration, _settings(plan, job.work)
+    wanted, settings = plan.recipe.calibration, observe_settings(plan, job.work)
     moments = settings["moments"]
 
     def body() -> Written:

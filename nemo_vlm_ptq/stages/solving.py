@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def solve(job: Job) -> None:
     A layer's weights and statistics are read once for all formats that are not there yet.
     """
     plan, session = job.plan, job.session
-    settings = {fmt.name: _solve_inputs(job, fmt) for fmt in plan.formats}
+    settings = {fmt.name: solve_inputs(job.plan, job.work, fmt) for fmt in plan.formats}
 
     def is_done(fmt: QuantFormat) -> bool:
         return store.is_done(job.folder(fmt.name, "scales"), settings[fmt.name])
@@ -44,14 +45,14 @@ def solve(job: Job) -> None:
         quantize_format(job, fmt)
 
 
-def _solve_inputs(job: Job, fmt: QuantFormat) -> dict[str, Any]:
+def solve_inputs(plan: Plan, work: Path, fmt: QuantFormat) -> dict[str, Any]:
     """What the scales of a format depend on.
 
     Raises:
         UserError: a stage before has not finished, or observed less than the format needs.
     """
-    plan, statistics = job.plan, job.folder("statistics")
-    store.need_manifest(job.folder("megatron"), "import")
+    megatron, statistics = work / "megatron", work / "statistics"
+    store.need_manifest(megatron, "import")
     moments = store.need_manifest(statistics, "observe")["settings"]["moments"]
     if plan.needs_moments(fmt) and not moments:
         raise UserError(
@@ -59,7 +60,7 @@ def _solve_inputs(job: Job, fmt: QuantFormat) -> dict[str, Any]:
             "remove it and run observe with this format in quantize.format"
         )
     return _solve_settings(plan, fmt) | {
-        "weights": store.hash_manifest(job.folder("megatron")),
+        "weights": store.hash_manifest(megatron),
         "statistics": store.hash_manifest(statistics),
     }
 
