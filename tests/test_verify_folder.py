@@ -238,8 +238,8 @@ def test_recipe_keys_make_no_sense_for_a_folder(cut, capsys):
 def test_a_recipe_that_is_called_like_a_folder_is_still_verified(cut, monkeypatch, capsys):
     monkeypatch.chdir(cut.parent)
     (cut.parent / "quickstart").mkdir()
-    monkeypatch.setattr(launch, "start", lambda *words: print(words) or 0)
-    expected = (0, "('verify', 'quickstart', [], False)\n", "")
+    monkeypatch.setattr(launch, "start", lambda *words, **_: print(words) or 0)
+    expected = (0, "('verify', 'quickstart', [])\n", "")
     assert call(capsys, "verify", "quickstart") == expected
     code, _, err = call(capsys, "verify", "./quickstart")
     assert code == 2 and "holds no TensorRT-LLM checkpoint" in err
