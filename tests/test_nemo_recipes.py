@@ -152,8 +152,8 @@ def test_without_an_executor_the_command_starts_ranks_of_its_own(monkeypatch, ca
 
 
 REFUSALS = [
-    (("quickstrat",), "unknown recipe 'quickstrat'; known: quickstart, quickstart_"),
-    (("--factory", "lava15_7b"), "unknown recipe 'lava15_7b'; known: llava15_7b, "),
+    (("quickstrat",), "recipe 'quickstrat' is no file; recipes that ship: quickstart, quickstart_"),
+    (("--factory", "lava15_7b"), "recipe 'lava15_7b' is no file; recipes that ship: llava15_7b, "),
     ((), "which recipe? name one with --factory"),
     (("quickstart", "recipe.quantise.format=fp8"), "unknown recipe key 'quantise'; did you mean"),
     (("quickstart", "recipe.export.tensor=two"), "recipe key 'export.tensor': Input should be"),

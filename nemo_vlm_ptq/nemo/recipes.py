@@ -8,7 +8,6 @@ Settings come from configs/ alone. Annotations are no strings here, because nemo
 """
 
 import contextlib
-import difflib
 import json
 import logging
 import os
@@ -68,7 +67,7 @@ class Checked(run.cli.RunContext):
             return super().parse_fn(fn, args)
         except ValueError:
             if isinstance(self.factory, str):
-                find(self.factory)
+                _load(self.factory)  # says what is like it
             raise
 
     def parse_args(self, args: list[str], lazy: bool = False) -> Any:
@@ -125,8 +124,7 @@ def job(name: str) -> Any:
     Raises:
         UserError: there is none, or it cannot work.
     """
-    path = name if Path(name).is_file() else find(name)
-    return run.Partial(ptq, recipe=_tree(load_recipe(path)), folder=os.getcwd())
+    return run.Partial(ptq, recipe=_tree(_load(name)), folder=os.getcwd())
 
 
 def override(described: Any, words: Iterable[str]) -> None:
@@ -152,17 +150,9 @@ def _check_command(command: str, ranks: bool) -> None:
         )
 
 
-def find(name: str) -> str:
-    """The shipped recipe that a factory's name means.
-
-    Raises:
-        UserError: none; lists those that are like it.
-    """
-    known = _names()
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=3) or ["quickstart", "llava15_7b"]
-        raise UserError(f"unknown recipe {name!r}; known: {', '.join([*near, '...'])}")
-    return known[name]
+def _load(name: str) -> Recipe:
+    """The recipe that a factory's name means, or a file."""
+    return load_recipe(_names().get(name, name))
 
 
 def _names() -> dict[str, str]:
