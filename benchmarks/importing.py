@@ -23,20 +23,17 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 from random_model import write_model
+from watching import Rank, watch
 
 from nemo_vlm_ptq.forecast import rank_parameters
 from nemo_vlm_ptq.plan import Plan, make_plan
 from nemo_vlm_ptq.recipe import load_recipe
 from nemo_vlm_ptq.store import read_json, write_json
 
-ROOT = Path(__file__).resolve().parent.parent
-PAUSE = 0.05  # seconds between two looks at the ranks
 COLD = 0.1  # share of a file that may be cached still
 PROBES = 1000  # pages that are looked for in the cache
 TRIES = 5  # it does not always let go of pages that were written a moment ago
@@ -54,56 +51,6 @@ HEAD = {
     "import GB/s": "bytes read by all ranks / seconds of the stage, which also writes them",
     "copy GB/s": "bytes of the source files / seconds of cp and sync",
 }
-
-
-@dataclass
-class Rank:
-    """What was seen of a rank and the helpers it started, in bytes."""
-
-    before: int = 0  # own memory when the import began
-    peak: int = 0  # own memory
-    disk: dict[int, int] = field(default_factory=dict)  # process -> bytes it had the disk read
-
-
-def own_memory(pid: int) -> int:
-    """Bytes of memory that is not a file's; what processes share is shared out among them."""
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:  # it has ended
-        return 0
-    found = (line.split() for line in lines)
-    return sum(1024 * int(w[1]) for w in found if w[0] in ("Pss_Anon:", "Pss_Shmem:"))
-
-
-def look(parent: psutil.Process, started: bool, ranks: dict[int, Rank]) -> None:
-    """Note what the ranks below a launcher hold now; `started`: the import has begun."""
-    for process in parent.children():
-        try:
-            rank = ranks.setdefault(int(process.environ()["RANK"]), Rank())
-            family = [process, *process.children(recursive=True)]
-            now = sum(own_memory(one.pid) for one in family)
-            for one in family:
-                rank.disk[one.pid] = one.io_counters().read_bytes
-        except (KeyError, psutil.Error):
-            continue  # no rank, or gone
-        rank.peak = max(rank.peak, now)
-        if not started:
-            rank.before = now
-
-
-def run_import(recipe: Path, work: Path) -> tuple[float, list[Rank]]:
-    """Seconds of the command, and what was seen of its ranks."""
-    words = [sys.executable, "-m", "nemo_vlm_ptq", "import", str(recipe)]
-    ranks: dict[int, Rank] = {}
-    begin = time.monotonic()
-    process = subprocess.Popen(words, cwd=ROOT)
-    watched = psutil.Process(process.pid)
-    while process.poll() is None:
-        look(watched, (work / "megatron").is_dir(), ranks)
-        time.sleep(PAUSE)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(words)} ended with {process.returncode}")
-    return time.monotonic() - begin, [ranks[rank] for rank in sorted(ranks)]
 
 
 def drop_cache(files: Sequence[Path]) -> None:
@@ -174,7 +121,7 @@ def measure(model: Path, tensor: int, scratch: Path) -> dict[str, str]:
     cache = prepare_cache(files)
     copied = copy_seconds(files, scratch / "copy")
     again = prepare_cache(files)
-    seconds, ranks = run_import(recipe, work)
+    seconds, ranks = watch(["import", str(recipe)], work / "megatron")
     facts = read_json(work / "megatron" / "manifest.json")["facts"]
     cache = cache if cache == again else f"{again}, for the copy {cache}"
     size = sum(path.stat().st_size for path in files)

@@ -79,7 +79,10 @@ def _copy_processors(
     for path in source.glob("*.json"):
         if path.name == "preprocessor_config.json":
             write_json(folder / path.name, read_json(path) | _image_settings(family, config))
-        elif path.name not in ("config.json", "processor_config.json", "modelopt.json"):
+        elif path.name == "processor_config.json":
+            patch = {"patch_size": config["vision_config"]["patch_size"]}
+            write_json(folder / path.name, read_json(path) | patch)
+        elif path.name not in ("config.json", "modelopt.json"):
             shutil.copy(path, folder / path.name)
 
 
