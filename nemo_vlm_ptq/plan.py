@@ -260,7 +260,9 @@ def _check_nemo(plan: Plan) -> None:
     others = [one for one in plan.recipe.export.targets if one != "nemo"] or ["trtllm"]
     instead = f"leave nemo out of export.targets, e.g. export.targets=[{', '.join(others)}]"
     if not plan.family.nemo:
-        raise UserError(f"NeMo's form is written for the family llava, not {plan.family.name}; {instead}")
+        raise UserError(
+            f"NeMo's form is written for the family llava, not {plan.family.name}; {instead}"
+        )
     if plan.recipe.quantize.kv_cache != "none":
         raise UserError(
             f"NeMo's form has no place for quantize.kv_cache={plan.recipe.quantize.kv_cache}; "

@@ -1,8 +1,8 @@
 """Reading torch_dist folders without Megatron, and without running anything that lies in them.
 
-`.metadata` is a pickle that may come from anybody: it is read by an unpickler that knows the records
-of torch's distributed checkpoints and nothing else. Tensors lie in .distcp files at stated places
-and are loaded with torch's own restricted loader.
+`.metadata` is a pickle that may come from anybody: it is read by an unpickler that knows the
+records of torch's distributed checkpoints and nothing else. Tensors lie in .distcp files at stated
+places and are loaded with torch's own restricted loader.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Run by a Python that has NeMo 2.7.3: logits of what NeMo restores from folders, on the CPU.
 
-Words: INPUTS OUTPUTS FOLDER... INPUTS is a safetensors file as `logits` takes it, with `image_id` and
-`image_tokens` besides. For FOLDER, which lies in a folder NAME, OUTPUTS/NAME.safetensors gets logits
-[B,S,V] as `rounded`, and as `exact` with inputs of linears left as they are.
+Words: INPUTS OUTPUTS FOLDER... INPUTS is a safetensors file as `logits` takes it, with `image_id`
+and `image_tokens` besides. For FOLDER, which lies in a folder NAME, OUTPUTS/NAME.safetensors gets
+logits [B,S,V] as `rounded`, and as `exact` with inputs of linears left as they are.
 """
 
 import contextlib

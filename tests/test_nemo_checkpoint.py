@@ -1,4 +1,4 @@
-"""NeMo checkpoints: written, read back, damaged, refused, taken as sources; restored by NeMo itself.
+"""NeMo checkpoints: written, read back, damaged, refused, taken as sources; restored by NeMo.
 
 The last needs a Python with NeMo 2.7.3, which NEMO_VLM_PTQ_NEMO_PYTHON names: its pins clash with
 ours. Everything else runs without.
@@ -35,9 +35,9 @@ from nemo_vlm_ptq.stages.proving import verify
 NEMO = os.environ.get("NEMO_VLM_PTQ_NEMO_PYTHON")
 NAMES = [name for name, row in FORMATS.items() if "nemo" in row.targets]
 FC1 = "module.language_model.decoder.layers.1.mlp.linear_fc1"
-# How far NeMo's logits may be off ours, in spreads of logits: the order of sums is another, and with
-# inputs rounded, values near a boundary go the other way.
-EXACT, ROUNDED = 1e-5, 3e-2
+# How far NeMo's logits may be off ours, in spreads of logits: the order of sums is another, and
+# with inputs rounded, values near a boundary go the other way.
+EXACT, ROUNDED = 1e-5, 1e-2
 
 
 def job(own, workdir, names=("fp8",), model=models.TINY_LLAVA, targets=("nemo",), **quantize):
@@ -106,7 +106,9 @@ def test_a_16_bit_model_has_its_layers_stacked_and_a_quantized_one_apart(line):
 def test_two_tensor_ranks_write_what_one_writes(line, tmp_path, name):
     code, _, err = models.launch([*models.main_of("test_nemo_checkpoint"), line, tmp_path, name], 2)
     assert code == 0, err
-    one, two = (torch_dist.read_index(home / name / "nemo" / "weights") for home in (line, tmp_path))
+    one, two = (
+        torch_dist.read_index(home / name / "nemo" / "weights") for home in (line, tmp_path)
+    )
     assert set(one.tensors) == set(two.tensors) and set(one.objects) == set(two.objects)
     for key in one.tensors:
         mine, theirs = (torch_dist.read_tensor(index.tensors[key]) for index in (one, two))
@@ -246,7 +248,9 @@ def test_nemos_own_records_of_how_it_saved_are_passed_over():
         b"\x80\x04\x8c3megatron.core.dist_checkpointing.strategies.torch"
         b"\x8c\x0dMCoreMetadata\x93)\x81."
     )
-    raw = raw.replace(b"\x8c3", b"\x8c" + bytes([len("megatron.core.dist_checkpointing.strategies.torch")]))
+    raw = raw.replace(
+        b"\x8c3", b"\x8c" + bytes([len("megatron.core.dist_checkpointing.strategies.torch")])
+    )
     import io
 
     torch_dist._Unpickler(io.BytesIO(raw)).load()
@@ -358,7 +362,8 @@ def asked(line, tmp_path_factory):
     questions = load_questions("scenes", "test", 2)
     prepare = plan.family.preparer(plan.folder, plan.config)
     samples = [
-        prepare(item.id, item.text + SUFFIX, questions.image(item.image)) for item in questions.items
+        prepare(item.id, item.text + SUFFIX, questions.image(item.image))
+        for item in questions.items
     ]
     length = min(len(one.input_ids) for one in samples)
     inputs = {

@@ -48,7 +48,7 @@ def to_json(root: Call) -> dict[str, Any]:
         return refer("tuple", entry | ({} if path is None else {"paths": [path]}))
 
     def empty() -> dict[str, str]:
-        none = {"type": _pyref("builtins", "tuple"), "items": [], "metadata": None}
+        none: dict[str, Any] = {"type": _pyref("builtins", "tuple"), "items": [], "metadata": None}
         return refer("dict", {"type": _pyref("builtins", "dict"), "items": [], "metadata": none})
 
     def describe(call: Call) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """What NeMo 2 wants to know of a checkpoint: names of its weights, and what context/ says.
 
 NeMo 2.7.3's LlavaModel holds Megatron's decoder, transformers' CLIP tower and a projector of two
-linears. Its weights are torch_dist; io.json beside them says, as Fiddle does, how the model is built.
-NeMo is not needed to write either.
+linears. Its weights are torch_dist; io.json beside them says, as Fiddle does, how the model is
+built. NeMo is not needed to write either.
 """
 
 from __future__ import annotations

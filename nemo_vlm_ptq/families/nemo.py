@@ -103,7 +103,7 @@ def read_context(folder: Path) -> dict[str, Any]:
     content = read_object(path)
     try:
         tree = _resolve(content["root"], content["objects"], 0)
-        return tree["model"] if "model" in tree else tree
+        return tree.get("model", tree)
     except (KeyError, TypeError, IndexError, AttributeError):
         raise UserError(f"{path} is no configuration as Fiddle writes it") from None
 

@@ -1,7 +1,7 @@
 """Weights of a NeMo Llava under Hugging Face names: which stored tensor each is a part of.
 
-The family's rows say what belongs together; NeMo stacks layers along a first axis, or stores each by
-itself, and keeps a gated linear whole or in halves.
+The family's rows say what belongs together; NeMo stacks layers along a first axis, or stores each
+by itself, and keeps a gated linear whole or in halves.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from nemo_vlm_ptq.errors import UserError
 
@@ -29,15 +30,12 @@ def write_checkpoint(recipe_name: str, overrides: Sequence[str]) -> None:
 
     words = ["export.targets=[nemo]", "quantize.format=fp8", "quantize.kv_cache=none"]
     plan = make_plan(load_recipe(recipe_name, [*overrides, *words]))
-    parallel = plan.recipe.parallel.model_dump()
-    sizes = {axis: 1 if parallel[axis] == "auto" else parallel[axis] for axis in ("tensor", "pipeline")}
-    with session(parallel | sizes) as own:
-        job, folder = Job(plan, own), plan.recipe.workdir
+    with session({"tensor": 1, "pipeline": 1, "data": "auto"}) as own:  # any layout writes the same
+        job, target = Job(plan, own), Path(plan.recipe.workdir) / "nemo"
         import_model(job)
-        megatron = job.folder("megatron")
-        settings = {"format": "16 bit", "input": store.hash_manifest(megatron), "dtype": plan.dtype}
-        target = job.folder("nemo")
-        run_stage(job, f"nemo {folder}", target, settings, lambda: write_nemo(job, None, target))
+        megatron = store.hash_manifest(job.folder("megatron"))
+        settings = {"format": "16 bit", "input": megatron, "dtype": plan.dtype}
+        run_stage(job, "nemo", target, settings, lambda: write_nemo(job, None, target))
 
 
 def main() -> int:

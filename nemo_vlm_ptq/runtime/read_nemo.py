@@ -72,20 +72,25 @@ def read_nemo(folder: Path, decoder: Decoder, prefix: str) -> ReadCheckpoint:
         plain[prefix + name] = tensor
     for layer in range(decoder.layers):
         own, published = f"{START}decoder.layers.{layer}.", f"{prefix}model.layers.{layer}."
-        for stored, name in NORMS.items():
-            plain[published + name] = take(own + stored)
+        plain |= {published + name: take(own + stored) for stored, name in NORMS.items()}
         for stored, names in LINEARS.items():
             given = _given(index, own + stored, take)
             parts = _cut(_state(index, own + stored), given, stored, decoder)
-            for name, linear in zip(names, parts, strict=True):
-                linears[published + name] = linear
-    for stored in sorted(left):
-        for start, name in BESIDE.items():
-            if stored.startswith(start):
-                plain[name + stored.removeprefix(start)] = take(stored)
+            linears |= {published + name: one for name, one in zip(names, parts, strict=True)}
+    plain |= _beside(sorted(left), take)
     if left:
         raise ProofError(f"tensor {min(left)} is extra")
     return ReadCheckpoint(linears, plain)
+
+
+def _beside(names: list[str], take: Callable[[str], torch.Tensor]) -> Given:
+    """Tower and projector, by published name."""
+    return {
+        published + stored.removeprefix(start): take(stored)
+        for stored in names
+        for start, published in BESIDE.items()
+        if stored.startswith(start)
+    }
 
 
 def _unpadded(tensor: torch.Tensor, vocab: int, name: str) -> torch.Tensor:
@@ -184,14 +189,14 @@ def _round(state: Mapping[str, Any], given: Given, where: str) -> ReadLinear:
     for name in names[1:]:
         scale = tensor(f"{name}.{AMAX}").reshape(()) / FP8_TOP
         values = to_fp8(values / scale) * scale
-    prequant, scale, rounding = None, None, None
+    prequant, given_scale, rounding = None, None, None
     if f"input_quantizer.{PREQUANT}" in given:
         prequant = tensor(f"input_quantizer.{PREQUANT}")
     own = state.get("input_quantizer")
     if own is not None and own["_if_quant"]:
         rounding, reach = _rounding(own, where)
         if reach is not None:
-            scale = tensor(f"input_quantizer.{AMAX}").reshape(()) / reach
+            given_scale = tensor(f"input_quantizer.{AMAX}").reshape(()) / reach
     if extra := sorted(set(given) - used):
         raise ProofError(f"{where}: tensor {extra[0]} is extra")
     return ReadLinear(
@@ -200,7 +205,7 @@ def _round(state: Mapping[str, Any], given: Given, where: str) -> ReadLinear:
         number=number,
         fp8_roundings=len(names) - 1,
         prequant=prequant,
-        input_scale=scale,
+        input_scale=given_scale,
         rounding=rounding,
     )
 

@@ -28,8 +28,8 @@ from nemo_vlm_ptq.verify.configs import (
     check_trtllm_config,
 )
 from nemo_vlm_ptq.verify.contract import check_contract
-from nemo_vlm_ptq.verify.nemo import check_nemo
 from nemo_vlm_ptq.verify.folds import Folds, find_folds, unfold
+from nemo_vlm_ptq.verify.nemo import check_nemo
 
 SAMPLES = 8
 # Mean distance of logits in units of their standard deviation, float32, activations not rounded:
