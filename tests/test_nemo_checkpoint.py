@@ -1,4 +1,4 @@
-"""NeMo checkpoints: written, read back, damaged, refused, taken as sources; restored by NeMo.
+"""NeMo checkpoints: written, read back, damaged, refused; restored by NeMo.
 
 The last needs a Python with NeMo 2.7.3, which NEMO_VLM_PTQ_NEMO_PYTHON names: its pins clash with
 ours. Everything else runs without.
@@ -6,74 +6,34 @@ ours. Everything else runs without.
 
 import json
 import os
-import pickle
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import models
 import pytest
 import torch
 from conftest import Export
+from nemo_folders import FC1, NAMES, job, refusal
 from safetensors.torch import load_file, save_file
 
 from nemo_vlm_ptq import store, torch_dist
-from nemo_vlm_ptq.errors import ProofError, UserError
+from nemo_vlm_ptq.errors import ProofError
 from nemo_vlm_ptq.families.nemo import read_context
 from nemo_vlm_ptq.formats import FORMATS
-from nemo_vlm_ptq.job import Job
-from nemo_vlm_ptq.nemo.checkpoint import write_checkpoint
 from nemo_vlm_ptq.plan import make_plan
 from nemo_vlm_ptq.questions import SUFFIX, load_questions
 from nemo_vlm_ptq.recipe import Recipe
 from nemo_vlm_ptq.runtime.read_nemo import read_nemo
-from nemo_vlm_ptq.source import open_tensors
 from nemo_vlm_ptq.stages import run_stages
 from nemo_vlm_ptq.stages.forms import megatron_logits
 from nemo_vlm_ptq.stages.proving import verify
 
 NEMO = os.environ.get("NEMO_VLM_PTQ_NEMO_PYTHON")
-NAMES = [name for name, row in FORMATS.items() if "nemo" in row.targets]
-FC1 = "module.language_model.decoder.layers.1.mlp.linear_fc1"
 # How far NeMo's logits may be off ours, in spreads of logits: the order of sums is another, and
 # with inputs rounded, values near a boundary go the other way.
 EXACT, ROUNDED = 1e-5, 1e-2
-
-
-def job(own, workdir, names=("fp8",), model=models.TINY_LLAVA, targets=("nemo",), **quantize):
-    recipe = Recipe(
-        model=str(model),
-        workdir=str(workdir),
-        parallel=vars(own.layout),
-        quantize={"format": names} | quantize,
-        calibration={"data": "scenes", "samples": 8, "micro_batch": 8},
-        export={"targets": targets},
-    )
-    return Job(make_plan(recipe), own)
-
-
-@pytest.fixture(scope="module")
-def line(tmp_path_factory):
-    """A work folder: every format as NeMo has it, verified, and the 16 bit model in nemo/."""
-    home = tmp_path_factory.mktemp("line")
-    with models.alone() as own:
-        run_stages(job(own, home, tuple(NAMES)), (*models.STAGES, "verify"))
-    write_checkpoint("quickstart", [f"model={models.TINY_LLAVA}", f"workdir={home}"])
-    return home
-
-
-@pytest.fixture
-def copy(line, tmp_path):
-    """The 16 bit checkpoint, to be damaged."""
-    return Path(shutil.copytree(line / "nemo", tmp_path / "copy"))
-
-
-def refusal(model, **changes):
-    with pytest.raises(UserError) as caught:
-        make_plan(Recipe(model=str(model), workdir="nowhere", **changes))
-    said = str(caught.value)
-    assert "\n" not in said
-    return said
 
 
 def checks_of(folder):
@@ -88,26 +48,28 @@ def test_nine_formats_have_a_form_in_nemo():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_format_is_verified(line, name):
-    found = checks_of(line / name / "verify.json")
+def test_every_format_is_verified(nemo_line, name):
+    found = checks_of(nemo_line / name / "verify.json")
     wanted = ("configs", "coverage", "quantized set", "untouched", "weights", "logits")
     assert {f"nemo {what}" for what in wanted} <= set(found)
 
 
-def test_a_16_bit_model_has_its_layers_stacked_and_a_quantized_one_apart(line):
-    whole = torch_dist.read_index(line / "nemo" / "weights").tensors
+def test_a_16_bit_model_has_its_layers_stacked_and_a_quantized_one_apart(nemo_line):
+    whole = torch_dist.read_index(nemo_line / "nemo" / "weights").tensors
     assert whole[FC1.replace(".1.", ".") + ".weight"].shape == (4, 1536, 256)
-    apart = torch_dist.read_index(line / "fp8" / "nemo" / "weights").tensors
+    apart = torch_dist.read_index(nemo_line / "fp8" / "nemo" / "weights").tensors
     assert apart[FC1 + ".weight_w"].shape == (768, 256)
     assert all(name.startswith("module.") for name in (*whole, *apart))
 
 
 @pytest.mark.parametrize("name", ["int8_sq", "w4a8_awq"])
-def test_two_tensor_ranks_write_what_one_writes(line, tmp_path, name):
-    code, _, err = models.launch([*models.main_of("test_nemo_checkpoint"), line, tmp_path, name], 2)
+def test_two_tensor_ranks_write_what_one_writes(nemo_line, tmp_path, name):
+    code, _, err = models.launch(
+        [*models.main_of("test_nemo_checkpoint"), nemo_line, tmp_path, name], 2
+    )
     assert code == 0, err
     one, two = (
-        torch_dist.read_index(home / name / "nemo" / "weights") for home in (line, tmp_path)
+        torch_dist.read_index(home / name / "nemo" / "weights") for home in (nemo_line, tmp_path)
     )
     assert set(one.tensors) == set(two.tensors) and set(one.objects) == set(two.objects)
     for key in one.tensors:
@@ -120,151 +82,24 @@ def test_two_tensor_ranks_write_what_one_writes(line, tmp_path, name):
 
 def main():
     """Ranks: a solved work folder quantized and exported at TP 2."""
-    import sys
-
-    line, home, name = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    source, home, name = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     for own in models.each_layout([(2, 1, 1)]):
         if own.rank == 0:
             for part in ("megatron", "statistics", f"{name}/scales"):
-                shutil.copytree(line / part, home / part)
+                shutil.copytree(source / part, home / part)
         own.barrier()
         run_stages(job(own, home, (name,)), ("import", "observe", "solve", "export"))
 
 
-def test_context_is_where_the_tokenizer_is_wherever_the_folder_goes(copy):
-    model = read_context(copy)
+def test_context_is_where_the_tokenizer_is_wherever_the_folder_goes(nemo_line):
+    model = read_context(nemo_line / "nemo")
     assert model["tokenizer"]["pretrained_model_name"] == "tokenizer"
-    assert str(copy.parent) not in (copy / "context" / "io.json").read_text()
-    assert (copy / "context" / "tokenizer" / "tokenizer.json").is_file()
-    assert "_target_: nemo.collections.vlm" in (copy / "context" / "model.yaml").read_text()
-
-
-# A checkpoint as a source
-
-
-def test_our_checkpoint_as_a_source_holds_the_bytes_it_came_from(line):
-    mine = make_plan(Recipe(model=str(line / "nemo"), workdir="nowhere"))
-    first = make_plan(Recipe(model=str(models.TINY_LLAVA), workdir="nowhere"))
-    assert mine.decoder == first.decoder and mine.family is first.family
-    assert set(mine.tensors) == set(first.tensors) and mine.dtype == first.dtype
-    with open_tensors(mine.tensors) as ours, open_tensors(first.tensors) as theirs:
-        for name in first.tensors:
-            assert torch.equal(ours.whole(name), theirs.whole(name)), name
-
-
-def test_a_source_of_nemo_is_imported_and_written_again_the_same(line, tmp_path):
-    write_checkpoint("quickstart", [f"model={line / 'nemo'}", f"workdir={tmp_path}"])
-    first, second = (
-        torch_dist.read_index(home / "nemo" / "weights").tensors for home in (line, tmp_path)
+    assert str(nemo_line) not in (nemo_line / "nemo" / "context" / "io.json").read_text()
+    assert (nemo_line / "nemo" / "context" / "tokenizer" / "tokenizer.json").is_file()
+    assert (
+        "_target_: nemo.collections.vlm"
+        in (nemo_line / "nemo" / "context" / "model.yaml").read_text()
     )
-    assert set(first) == set(second)
-    for name in first:
-        one, two = map(torch_dist.read_tensor, (first[name], second[name]))
-        assert torch.equal(one, two), name
-    files = ("io.json", "model.yaml", "tokenizer/preprocessor_config.json")
-    for file in files:
-        one, two = (home / "nemo" / "context" / file for home in (line, tmp_path))
-        assert one.read_bytes() == two.read_bytes(), file
-
-
-def test_a_quantized_source_is_refused(line):
-    said = refusal(line / "fp8" / "nemo")
-    assert said.endswith("is quantized already; a model to quantize is in 16 bit")
-
-
-def change(folder, edit):
-    """io.json through a function of its text."""
-    path = folder / "context" / "io.json"
-    path.write_text(edit(path.read_text()))
-
-
-def test_a_source_of_another_class_is_refused(copy):
-    change(copy, lambda text: text.replace('"LlavaModel"', '"MLlamaModel"'))
-    assert refusal(copy) == f"{copy} is NeMo's MLlamaModel; supported: LlavaModel"
-
-
-def test_a_source_whose_decoder_is_another_is_refused(copy):
-    change(copy, lambda text: text.replace('"LlamaConfig"', '"Llama31Config8B"'))
-    assert "decoder Llama31Config8B is not supported; known: LlamaConfig," in refusal(copy)
-
-
-def test_a_source_that_is_not_what_its_config_says_is_refused(copy):
-    facts = json.loads((copy / "context" / "io.json").read_text())
-    for entry in facts["objects"].values():
-        for item in entry["items"]:
-            if item[0] == "Attr(name='num_query_groups')":
-                item[1]["value"] = 2
-    (copy / "context" / "io.json").write_text(json.dumps(facts))
-    said = refusal(copy)
-    assert "linear_qkv.weight has shape (512, 256), io.json asks for (384, 256)" in said
-
-
-def test_a_source_without_a_tokenizer_says_where_it_goes(copy):
-    shutil.rmtree(copy / "context" / "tokenizer")
-    said = refusal(copy)
-    assert said.startswith(f"{copy}/context has no folder of the tokenizer; copy the files")
-    assert said.endswith(f"to {copy}/context/tokenizer")
-
-
-@pytest.mark.parametrize("text", ["[]", "{}", "no JSON", '{"root": {"type": "ref", "key": "a"}}'])
-def test_an_io_json_that_is_none_is_refused(copy, text):
-    (copy / "context" / "io.json").write_text(text)
-    assert f"{copy}/context/io.json is" in refusal(copy)
-
-
-# Nothing is loaded that can run code
-
-
-class Run:
-    """A pickle that would run a command."""
-
-    def __reduce__(self):
-        return os.system, ("touch was-run",)
-
-
-def test_an_index_that_would_run_code_is_refused(copy, monkeypatch):
-    monkeypatch.chdir(copy)
-    (copy / "weights" / ".metadata").write_bytes(pickle.dumps(Run()))
-    assert refusal(copy).endswith(f"it asks for {os.system.__module__}.system")
-    assert not (copy / "was-run").exists()
-
-
-def test_a_tensor_that_would_run_code_is_refused(copy, monkeypatch):
-    monkeypatch.chdir(copy)
-    index = torch_dist.read_index(copy / "weights")
-    place = index.tensors["module.vision_projection.0.bias"].chunks[0].place
-    torch.save(Run(), copy / "bad")
-    raw = bytearray(place.file.read_bytes())
-    bad = (copy / "bad").read_bytes()
-    raw[place.offset : place.offset + place.length] = bad[: place.length].ljust(place.length)
-    place.file.write_bytes(raw)
-    with pytest.raises(UserError, match="is damaged at byte"):
-        torch_dist.read_tensor(index.tensors["module.vision_projection.0.bias"])
-    assert not (copy / "was-run").exists()
-
-
-def test_nemos_own_records_of_how_it_saved_are_passed_over():
-    raw = (
-        b"\x80\x04\x8c3megatron.core.dist_checkpointing.strategies.torch"
-        b"\x8c\x0dMCoreMetadata\x93)\x81."
-    )
-    raw = raw.replace(
-        b"\x8c3", b"\x8c" + bytes([len("megatron.core.dist_checkpointing.strategies.torch")])
-    )
-    import io
-
-    torch_dist._Unpickler(io.BytesIO(raw)).load()
-
-
-def test_a_truncated_file_is_refused(copy):
-    path = copy / "weights" / "__0_0.distcp"
-    path.write_bytes(path.read_bytes()[:-1])
-    assert f"{path} is truncated" in refusal(copy)
-
-
-def test_a_file_that_is_not_there_is_refused(copy):
-    (copy / "weights" / "__0_0.distcp").unlink()
-    assert "names '__0_0.distcp', which is not there" in refusal(copy)
 
 
 # Refused by the plan
@@ -292,12 +127,12 @@ def test_a_format_without_a_form_is_refused_with_what_takes_it(name):
 
 
 @pytest.fixture
-def proving(line, tmp_path):
+def proving(nemo_line, tmp_path):
     """name -> (the stage verify, a copy of the export to be damaged)."""
 
     def copy(name):
         for part in ("megatron", name):
-            shutil.copytree(line / part, tmp_path / part)
+            shutil.copytree(nemo_line / part, tmp_path / part)
 
         def run():
             with models.alone() as own:
@@ -343,17 +178,17 @@ def test_a_context_of_another_model_is_found(proving, key):
         run()
 
 
-def test_a_missing_tensor_stops_the_reader(line):
+def test_a_missing_tensor_stops_the_reader(nemo_line):
     decoder = make_plan(Recipe(model=str(models.TINY_LLAVA), workdir="nowhere")).decoder
     with pytest.raises(ProofError, match="is missing"):
-        read_nemo(line / "nemo", decoder, "language_model.")  # has no layers apart
+        read_nemo(nemo_line / "nemo", decoder, "language_model.")  # has no layers apart
 
 
 # NeMo itself
 
 
 @pytest.fixture(scope="module")
-def asked(line, tmp_path_factory):
+def asked(nemo_line, tmp_path_factory):
     """name -> what NeMo says with the folder it restored; inputs and samples beside."""
     if NEMO is None:
         pytest.skip("NEMO_VLM_PTQ_NEMO_PYTHON names no Python with NeMo 2.7.3 (docs/nemo.md)")
@@ -374,8 +209,11 @@ def asked(line, tmp_path_factory):
     }
     save_file(inputs, home / "inputs.safetensors")
     (home / "elsewhere" / "16bit").mkdir(parents=True)
-    shutil.copytree(line / "nemo", home / "elsewhere" / "16bit" / "nemo")
-    folders = [home / "elsewhere" / "16bit" / "nemo", *(line / name / "nemo" for name in NAMES)]
+    shutil.copytree(nemo_line / "nemo", home / "elsewhere" / "16bit" / "nemo")
+    folders = [
+        home / "elsewhere" / "16bit" / "nemo",
+        *(nemo_line / name / "nemo" for name in NAMES),
+    ]
     words = [NEMO, models.ROOT / "tests" / "nemo_restore.py", home / "inputs.safetensors", home]
     settings = {"PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
@@ -396,19 +234,19 @@ def apart(found, expected):
     return float((found[..., : wanted.shape[-1]] - wanted).abs().mean() / wanted.std())
 
 
-def test_nemo_restores_the_16_bit_model(line, asked):
+def test_nemo_restores_the_16_bit_model(nemo_line, asked):
     home, samples = asked
     with models.alone() as own:
-        expected = megatron_logits(job(own, line), None, samples)
+        expected = megatron_logits(job(own, nemo_line), None, samples)
     assert apart(load_file(home / "16bit.safetensors")["rounded"], expected) < EXACT
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_nemo_restores_every_format(line, asked, name):
+def test_nemo_restores_every_format(nemo_line, asked, name):
     home, samples = asked
     found = load_file(home / f"{name}.safetensors")
     with models.alone() as own:
-        mine = job(own, line, (name,))
+        mine = job(own, nemo_line, (name,))
         exact = megatron_logits(mine, FORMATS[name], samples, round_activations=False)
         rounded = megatron_logits(mine, FORMATS[name], samples)
     distances = apart(found["exact"], exact), apart(found["rounded"], rounded)

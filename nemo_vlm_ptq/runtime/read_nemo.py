@@ -64,7 +64,8 @@ def read_nemo(folder: Path, decoder: Decoder, prefix: str) -> ReadCheckpoint:
         left.remove(name)
         return read_tensor(index.tensors[name])
 
-    plain, linears = {}, {}
+    plain: Given = {}
+    linears: dict[str, ReadLinear] = {}
     for stored, name in ENDS.items():
         tensor = take(START + stored)
         if "layernorm" not in stored:
