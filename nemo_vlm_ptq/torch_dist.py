@@ -22,6 +22,8 @@ from torch.distributed.checkpoint import metadata as records
 from nemo_vlm_ptq.errors import UserError
 
 INDEX = ".metadata"
+# What unpickling raises on bytes that are no pickle, or one of something else.
+DAMAGE = (pickle.UnpicklingError, AttributeError, EOFError, LookupError, TypeError, ValueError)
 
 
 class _Unused:
@@ -121,7 +123,7 @@ def read_index(folder: Path) -> Index:
         with path.open("rb") as file:
             found = _Unpickler(file).load()
         return _index(folder, found)
-    except (pickle.UnpicklingError, AttributeError, EOFError, LookupError, TypeError) as error:
+    except DAMAGE as error:
         raise UserError(f"{path} is damaged or no index of tensors: {error}") from None
 
 
@@ -197,9 +199,7 @@ def read_tensor(stored: Stored, first: int | None = None) -> torch.Tensor:
     Raises:
         UserError: chunks are damaged, of another shape, or do not make up the tensor.
     """
-    rows = range(stored.shape[0]) if first is None and stored.shape else range(first or 0, 1)
-    if first is not None:
-        rows = range(first, first + 1)
+    rows = range(*stored.shape[:1] or (1,)) if first is None else range(first, first + 1)
     shape = (len(rows), *stored.shape[1:]) if stored.shape else ()
     whole, filled = torch.empty(shape, dtype=stored.dtype), 0
     for chunk in stored.chunks:
