@@ -22,7 +22,8 @@ nemo-vlm-ptq plan      RECIPE [key=value ...]   check and forecast; reads no wei
 nemo-vlm-ptq status    WORKDIR [--json]         stages done and not, jobs in Slurm, the last error
 nemo-vlm-ptq build     RECIPE --dry-run         print what TensorRT-LLM is to be told; run nothing
 nemo-vlm-ptq logits    RECIPE from=FORM inputs=FILE output=FILE [key=value ...]
-                                                FORM: hf_source megatron quantized trtllm hf engine
+                                                FORM: hf_source megatron quantized trtllm hf
+                                                compressed_tensors nemo engine
 nemo-vlm-ptq verify    DIR [--json]             check a TensorRT-LLM checkpoint, whoever wrote it
 nemo-vlm-ptq families | formats [--json]        what is supported
 

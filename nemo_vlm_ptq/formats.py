@@ -63,39 +63,39 @@ FORMATS: dict[str, QuantFormat] = {
     for row in (
         QuantFormat(
             "fp8", "fp8", "tensor", "fp8", "max", "FP8", "FP8_DEFAULT_CFG",
-            ("trtllm", "hf", "compressed_tensors"), 8,
+            ("trtllm", "hf", "compressed_tensors", "nemo"), 8,
             "weights and activations e4m3, one scale a tensor",
         ),
         QuantFormat(
             "fp8_pc_pt", "fp8", "channel", "fp8_token", "max", "FP8_PER_CHANNEL_PER_TOKEN",
-            "FP8_PER_CHANNEL_PER_TOKEN_CFG", ("hf", "compressed_tensors"), 8,
+            "FP8_PER_CHANNEL_PER_TOKEN_CFG", ("hf", "compressed_tensors", "nemo"), 8,
             "weights e4m3 per channel, activations e4m3 per token as they come",
         ),
         QuantFormat(
             "int8_sq", "int8", "channel", "int8", "smoothquant", "W8A8_SQ_PER_CHANNEL",
-            "INT8_SMOOTHQUANT_CFG", ("trtllm", "compressed_tensors"), 8,
+            "INT8_SMOOTHQUANT_CFG", ("trtllm", "compressed_tensors", "nemo"), 8,
             "weights int8 per channel, activations int8, SmoothQuant",
         ),
         QuantFormat(
             "int4_awq", "int4", "group", None, "awq", "W4A16_AWQ", "INT4_AWQ_CFG",
-            ("trtllm", "hf", "compressed_tensors"), 4,
+            ("trtllm", "hf", "compressed_tensors", "nemo"), 4,
             "weights int4 in groups, activations 16 bit, AWQ",
         ),
         QuantFormat(
             "w4a8_awq", "int4", "group", "fp8", "awq", "W4A8_AWQ", "W4A8_AWQ_BETA_CFG",
-            ("trtllm", "hf", "compressed_tensors"), 4,
+            ("trtllm", "hf", "compressed_tensors", "nemo"), 4,
             "weights int4 in groups, activations e4m3, AWQ",
             weight_second="fp8",
         ),
         QuantFormat(
             "nvfp4", "nvfp4", "tensor", "nvfp4", "max", "NVFP4", "NVFP4_DEFAULT_CFG",
-            ("trtllm", "hf", "compressed_tensors"), 4.5,
+            ("trtllm", "hf", "compressed_tensors", "nemo"), 4.5,
             "weights and activations e2m1 in blocks of 16 with e4m3 scales",
             block=NVFP4_BLOCK,
         ),
         QuantFormat(
             "nvfp4_awq", "nvfp4", "tensor", "nvfp4", "awq", "NVFP4_AWQ", "NVFP4_AWQ_LITE_CFG",
-            ("hf",), 4.5, "nvfp4 with AWQ's scales in front of the linears",
+            ("hf", "nemo"), 4.5, "nvfp4 with AWQ's scales in front of the linears",
             block=NVFP4_BLOCK,
         ),
         QuantFormat(
@@ -106,11 +106,11 @@ FORMATS: dict[str, QuantFormat] = {
         ),
         QuantFormat(
             "int8_wo", "int8", "channel", None, "max", "W8A16", "INT8_WEIGHT_ONLY_CFG",
-            ("hf", "compressed_tensors"), 8, "weights int8 per channel, activations 16 bit",
+            ("hf", "compressed_tensors", "nemo"), 8, "weights int8 per channel, activations 16 bit",
         ),
         QuantFormat(
             "int4_wo", "int4", "group", None, "max", "W4A16_AWQ", "INT4_BLOCKWISE_WEIGHT_ONLY_CFG",
-            ("hf", "compressed_tensors"), 4, "weights int4 in groups, activations 16 bit",
+            ("hf", "compressed_tensors", "nemo"), 4, "weights int4 in groups, activations 16 bit",
         ),
         QuantFormat(
             "nf4", "nf4", "group", None, "max", "NF4", "",
@@ -152,7 +152,7 @@ ALIASES = {
     "int4_blockwise_weight_only": "int4_wo",
 }
 
-TARGETS = ("trtllm", "hf", "compressed_tensors")
+TARGETS = ("trtllm", "hf", "compressed_tensors", "nemo")
 
 
 def find_format(name: str) -> QuantFormat:

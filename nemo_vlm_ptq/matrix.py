@@ -67,7 +67,8 @@ def _formats() -> list[dict[str, str]]:
 def _readers(row: QuantFormat) -> dict[str, Sequence[str]]:
     """Target -> who reads a format there."""
     hf = READERS.get(row.quant_algo, NOBODY)
-    return {"trtllm": ("engines",), "hf": hf, "compressed_tensors": ("vLLM", "transformers")}
+    compressed = ("vLLM", "transformers")
+    return {"trtllm": ("engines",), "hf": hf, "compressed_tensors": compressed, "nemo": ("NeMo",)}
 
 
 def _kv_caches(row: QuantFormat) -> dict[str, list[str]]:

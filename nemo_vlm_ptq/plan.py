@@ -12,6 +12,7 @@ from typing import Any
 
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families import Decoder, ModelFamily, find_family, read_config
+from nemo_vlm_ptq.families.nemo import is_nemo, open_nemo
 from nemo_vlm_ptq.formats import INT4_GROUPS, KV_CACHES, NVFP4_BLOCK, QuantFormat, find_format
 from nemo_vlm_ptq.mapping.rows import carried_along, check_coverage
 from nemo_vlm_ptq.questions import questions_file
@@ -79,11 +80,15 @@ def make_plan(recipe: Recipe) -> Plan:
         UserError: the first thing that cannot work, with the values that would.
     """
     folder = model_folder(recipe.model)
-    config = read_config(folder) | recipe.config
+    nemo = open_nemo(folder) if is_nemo(folder) else None
+    config = (read_config(folder) if nemo is None else nemo.config) | recipe.config
     family = find_family(config, recipe.family)
     config = family.complete(folder, config)
     decoder, vision = _understand(folder, family, config)
-    tensors = list_tensors(folder, family.aliases, family.parts)
+    if nemo is None:
+        tensors = list_tensors(folder, family.aliases, family.parts)
+    else:
+        tensors, folder = nemo.tensors, nemo.folder
     expected = decoder.shapes(family.rows) | vision
     found = {name: tensor.shape for name, tensor in tensors.items()}
     check_coverage(found, expected, family.drops, str(folder))
@@ -100,6 +105,7 @@ def make_plan(recipe: Recipe) -> Plan:
     beside = (*vision, *carried)
     plan = Plan(recipe, folder, config, family, decoder, tensors, beside, dtype)
     _check_quantize(plan)
+    _check_nemo(plan)
     for fmt in plan.formats:
         _check_format(plan, fmt)
     _check_layouts(plan)
@@ -244,6 +250,23 @@ def _check_quantize(plan: Plan) -> None:
         raise UserError(
             f"quantize.image_share={wanted.image_share} needs image tokens, and "
             "calibration.modality=text brings none; leave it out or set modality=image_text"
+        )
+
+
+def _check_nemo(plan: Plan) -> None:
+    """NeMo has a class for the model, and a place for what is quantized."""
+    if "nemo" not in plan.recipe.export.targets:
+        return
+    others = [one for one in plan.recipe.export.targets if one != "nemo"] or ["trtllm"]
+    instead = f"leave nemo out of export.targets, e.g. export.targets=[{', '.join(others)}]"
+    if not plan.family.nemo:
+        raise UserError(
+            f"NeMo's form is written for the family llava, not {plan.family.name}; {instead}"
+        )
+    if plan.recipe.quantize.kv_cache != "none":
+        raise UserError(
+            f"NeMo's form has no place for quantize.kv_cache={plan.recipe.quantize.kv_cache}; "
+            f"set quantize.kv_cache=none, or {instead}"
         )
 
 

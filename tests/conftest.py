@@ -208,3 +208,19 @@ def proving(works, tmp_path):
         return store.read_json(tmp_path / "fp8" / "verify.json")
 
     return run, tmp_path / "fp8"
+
+
+@pytest.fixture(scope="session")
+def nemo_line(tmp_path_factory):
+    """A work folder: tiny-llava in every format as NeMo has it, verified, and 16 bit in nemo/."""
+    import models
+    from nemo_folders import NAMES, job
+
+    from nemo_vlm_ptq.nemo.checkpoint import write_checkpoint
+    from nemo_vlm_ptq.stages import run_stages
+
+    home = tmp_path_factory.mktemp("nemo")
+    with models.alone() as own:
+        run_stages(job(own, home, tuple(NAMES)), (*models.STAGES, "verify"))
+    write_checkpoint("quickstart", [f"model={models.TINY_LLAVA}", f"workdir={home}"])
+    return home

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from models import each_layout
 
-from nemo_vlm_ptq.formats import FORMATS, TARGETS
+from nemo_vlm_ptq.formats import FORMATS
+from nemo_vlm_ptq.formats import TARGETS as EVERY
 from nemo_vlm_ptq.job import Job
 from nemo_vlm_ptq.plan import make_plan
 from nemo_vlm_ptq.recipe import Recipe
@@ -13,6 +14,7 @@ from nemo_vlm_ptq.stages import run_stages
 from nemo_vlm_ptq.stages.logits import write_logits
 
 STAGES = ("import", "observe", "solve", "export", "verify")
+TARGETS = tuple(name for name in EVERY if name != "nemo")  # that is llava's alone
 FORMS = ("hf_source", "megatron", "quantized", *TARGETS)
 
 

@@ -221,7 +221,7 @@ def test_logits_refuses_inputs_that_are_not_there_and_forms_it_does_not_know(tmp
     options = {"from": "megatron", "inputs": str(tmp_path / "in"), "output": str(tmp_path / "out")}
     said = f"inputs={tmp_path / 'in'} is no file"
     assert said_by(write_logits, None, options) == said
-    known = "hf_source, megatron, quantized, trtllm, hf, compressed_tensors, engine"
+    known = "hf_source, megatron, quantized, trtllm, hf, compressed_tensors, nemo, engine"
     said = f"from=onnx is not known; known: {known}"
     assert said_by(write_logits, None, options | {"from": "onnx"}) == said
     for key in options:

@@ -47,7 +47,7 @@ HEADS = "8 heads, 4 KV heads and 768 MLP features"
         (["quantize.group_size=64", "quantize.format=w4a8_awq"],
          "format w4a8_awq needs quantize.group_size=128, got 64"),
         (["export.targets=[hf]", "quantize.format=int8_sq"],
-         "format int8_sq cannot be exported to hf; it can to: trtllm, compressed_tensors"),
+         "format int8_sq cannot be exported to hf; it can to: trtllm, compressed_tensors, nemo"),
         (["export.targets=[trtllm]", "quantize.format=nf4"],
          "format nf4 cannot be exported to trtllm; it can to: hf"),
         (["quantize.group_size=256", "quantize.format=int4_awq",
@@ -59,7 +59,7 @@ HEADS = "8 heads, 4 KV heads and 768 MLP features"
          "format fp8 with quantize.kv_cache=nvfp4 cannot be exported to compressed_tensors; "
          "these KV caches can: none, fp8"),
         (["quantize.format=nvfp4_awq", "export.targets=[compressed_tensors]"],
-         "format nvfp4_awq cannot be exported to compressed_tensors; it can to: hf"),
+         "format nvfp4_awq cannot be exported to compressed_tensors; it can to: hf, nemo"),
         (["parallel.tensor=4", "quantize.format=int4_wo", "export.targets=[hf]"],
          "parallel.tensor=4 cuts a group of 128 of format int4_wo; these work: 1, 2"),
         (["export.targets=[trtllm]", "quantize.kv_cache=nvfp4"],

@@ -14,11 +14,11 @@ import torch
 from nemo_vlm_ptq.formats import FORMATS
 from nemo_vlm_ptq.verify.contract import check_contract
 
-WRITTEN = [  # test_compressed_tensors.py damages the others
+WRITTEN = [  # test_compressed_tensors.py and test_nemo_checkpoint.py damage the others
     (name, target)
     for name, row in FORMATS.items()
     for target in row.targets
-    if target != "compressed_tensors"
+    if target in ("trtllm", "hf")
 ]
 SCALED = [name for name, row in FORMATS.items() if row.prequant and "trtllm" in row.targets]
 AWQ = [name for name in SCALED if FORMATS[name].algorithm == "awq"]

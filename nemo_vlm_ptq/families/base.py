@@ -163,6 +163,7 @@ class ModelFamily:
     # tokens of an image; None where they depend on its size
     image_tokens: Callable[[Config], int] | None = None
     parts: tuple[str, ...] = ("",)  # sub-folders that hold a checkpoint each: names are PART/NAME
+    nemo: bool = False  # NeMo 2 has a model class for it
     # config.json of the folder with what its parts' own say; may refuse
     complete: Callable[[Path, dict[str, Any]], dict[str, Any]] = lambda _, config: config
 

@@ -151,4 +151,5 @@ FAMILY = ModelFamily(
     expand=expand,
     vision_engine="llava",
     image_tokens=lambda config: image_tokens(config)[1],
+    nemo=True,
 )

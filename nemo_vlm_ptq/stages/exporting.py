@@ -13,6 +13,7 @@ from nemo_vlm_ptq.job import Job, Written, run_stage
 from nemo_vlm_ptq.parallel import deal
 from nemo_vlm_ptq.progress import progress_bar
 from nemo_vlm_ptq.stages.importing import VISION
+from nemo_vlm_ptq.stages.nemo_form import write_nemo
 from nemo_vlm_ptq.stages.publishing import copy_new, write_published
 from nemo_vlm_ptq.stages.streaming import Stream
 
@@ -45,6 +46,8 @@ def export(job: Job) -> None:
 def _write(job: Job, fmt: QuantFormat, target: str, folder: Path) -> Written:
     if target == "trtllm":
         return _write_trtllm(job, fmt, folder)
+    if target == "nemo":
+        return write_nemo(job, fmt, folder)
     return write_published(job, fmt, target, folder)
 
 

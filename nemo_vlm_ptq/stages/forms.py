@@ -20,6 +20,7 @@ from nemo_vlm_ptq.runtime.checkpoint import ReadCheckpoint
 from nemo_vlm_ptq.runtime.model import Runtime
 from nemo_vlm_ptq.runtime.read_compressed_tensors import read_compressed_tensors
 from nemo_vlm_ptq.runtime.read_hf import read_source, read_unified
+from nemo_vlm_ptq.runtime.read_nemo import read_nemo
 from nemo_vlm_ptq.runtime.read_trtllm import read_trtllm
 from nemo_vlm_ptq.stages.importing import VISION
 from nemo_vlm_ptq.stages.quantizing import load_quantized
@@ -80,9 +81,11 @@ def read_form(
         read = read_unified(job.folder(fmt.name, "hf"), plan.family)
     elif form == "compressed_tensors" and fmt is not None:
         read = read_compressed_tensors(job.folder(fmt.name, form), plan.family)
+    elif form == "nemo" and fmt is not None:
+        read = read_nemo(job.folder(fmt.name, form), plan.decoder, plan.family.decoder_prefix)
     else:
         raise UserError(f"from={form} is not known; known: hf_source, megatron, quantized, "
-                        "trtllm, hf, compressed_tensors")  # fmt: skip
+                        "trtllm, hf, compressed_tensors, nemo")  # fmt: skip
     vision = {name: read.plain[name] for name in names if name in read.plain}
     plain = {name: tensor for name, tensor in read.plain.items() if name not in names}
     return ReadCheckpoint(read.linears, plain, read.kv), vision

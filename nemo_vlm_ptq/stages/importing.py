@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import resource
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ def source_identity(plan: Plan) -> str:
     """sha256 over the config and name, size and time of every weight file."""
     digest = hashlib.sha256(json.dumps(plan.config, sort_keys=True).encode())
     for path in sorted({tensor.file for tensor in plan.tensors.values()}):
-        name, status = path.relative_to(plan.folder), path.stat()
+        name, status = os.path.relpath(path, plan.folder), path.stat()
         digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 

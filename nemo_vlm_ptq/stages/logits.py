@@ -17,7 +17,9 @@ from nemo_vlm_ptq.job import Job
 from nemo_vlm_ptq.stages.forms import megatron_logits, runtime_logits, runtime_of
 from nemo_vlm_ptq.stages.serving import engine_logits
 
-FORMS = ("hf_source", "megatron", "quantized", "trtllm", "hf", "compressed_tensors", "engine")
+FORMS = (
+    "hf_source", "megatron", "quantized", "trtllm", "hf", "compressed_tensors", "nemo", "engine"
+)  # fmt: skip
 DTYPES = ("float32", "bfloat16")
 
 

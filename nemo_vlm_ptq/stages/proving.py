@@ -12,6 +12,7 @@ from nemo_vlm_ptq import store
 from nemo_vlm_ptq.calibrate.solve import load_kv, load_scales
 from nemo_vlm_ptq.errors import ProofError
 from nemo_vlm_ptq.families.base import Sample
+from nemo_vlm_ptq.families.llava import full_config
 from nemo_vlm_ptq.formats import KV_CACHES, QuantFormat
 from nemo_vlm_ptq.job import Job, on_first_rank
 from nemo_vlm_ptq.parallel import deal
@@ -28,6 +29,7 @@ from nemo_vlm_ptq.verify.configs import (
 )
 from nemo_vlm_ptq.verify.contract import check_contract
 from nemo_vlm_ptq.verify.folds import Folds, find_folds, unfold
+from nemo_vlm_ptq.verify.nemo import check_nemo
 
 SAMPLES = 8
 # Mean distance of logits in units of their standard deviation, float32, activations not rounded:
@@ -145,6 +147,10 @@ def _check_configs(job: Job, fmt: QuantFormat, target: str) -> list[str]:
     wanted = Wanted(fmt, plan.recipe.quantize.group_size, kv)
     if target == "trtllm":
         return check_trtllm_config(folder / "llm", plan.decoder, wanted, plan.dtype)
+    if target == "nemo":
+        whole = full_config(plan.config)
+        layer = whole.vision_feature_layer
+        return check_nemo(folder, plan.decoder, whole.vision_config, layer, plan.dtype)
     check = check_hf_configs if target == "hf" else check_compressed_configs
     home = folder / plan.family.decoder_part
     return check(home, plan.family.decoder_config(plan.config), wanted)

@@ -1,0 +1,225 @@
+"""Reading torch_dist folders without Megatron, and without running anything that lies in them.
+
+`.metadata` is a pickle that may come from anybody: it is read by an unpickler that knows the
+records of torch's distributed checkpoints and nothing else. Tensors lie in .distcp files at stated
+places and are loaded with torch's own restricted loader.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint import metadata as records
+
+from nemo_vlm_ptq.errors import UserError
+
+INDEX = ".metadata"
+# What unpickling raises on bytes that are no pickle, or one of something else.
+DAMAGE = (pickle.UnpicklingError, AttributeError, EOFError, LookupError, TypeError, ValueError)
+
+
+class _Unused:
+    """What is told of how a checkpoint was written, which no reader needs."""
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __call__(self, *args: Any) -> None:
+        """An unused function."""
+
+
+METADATA = "torch.distributed.checkpoint.metadata"
+KNOWN: dict[tuple[str, str], Any] = {
+    **{
+        (METADATA, name): getattr(records, name)
+        for name in (
+            "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex",
+            "StorageMeta", "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+        )
+    },
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+    ("collections", "OrderedDict"): dict,
+}  # fmt: skip
+UNUSED = {
+    ("torch.distributed.checkpoint.planner", name)
+    for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType", "BytesIOWriteData")
+} | {
+    ("megatron.core.dist_checkpointing.strategies.torch", name)
+    for name in ("MCoreMetadata", "MCoreSavePlan")
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in UNUSED:
+            return _Unused
+        if (module, name) in KNOWN:
+            return KNOWN[module, name]
+        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
+            return found
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where bytes lie: `length` bytes of a file from `offset`."""
+
+    file: Path
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A block of a stored tensor: its first element's index, its shape, and its bytes."""
+
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    place: Place
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a torch_dist folder, in the chunks that were written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True)
+class Index:
+    """What a torch_dist folder holds, by stored name."""
+
+    tensors: Mapping[str, Stored]
+    objects: Mapping[str, Place]
+
+
+def read_index(folder: Path) -> Index:
+    """The index of a torch_dist folder; no tensor is read.
+
+    Raises:
+        UserError: no index, one that asks for more than torch's records, or bytes that are not
+            where it says.
+    """
+    path = folder / INDEX
+    if not path.is_file():
+        raise UserError(f"{folder} is no torch_dist checkpoint: it has no {INDEX}")
+    try:
+        with path.open("rb") as file:
+            found = _Unpickler(file).load()
+        return _index(folder, found)
+    except DAMAGE as error:
+        raise UserError(f"{path} is damaged or no index of tensors: {error}") from None
+
+
+def _index(folder: Path, found: records.Metadata) -> Index:
+    places: dict[tuple[str, tuple[int, ...] | None], Place] = {}
+    for key, info in found.storage_data.items():
+        start = None if key.offset is None else tuple(key.offset)
+        places[key.fqn, start] = _place(folder, info)
+    tensors, objects = {}, {}
+    for name, entry in found.state_dict_metadata.items():
+        if not isinstance(entry, records.TensorStorageMetadata):
+            objects[name] = places[name, None]
+            continue
+        chunks = tuple(
+            Chunk(tuple(one.offsets), tuple(one.sizes), places[name, tuple(one.offsets)])
+            for one in entry.chunks
+        )
+        tensors[name] = Stored(name, tuple(entry.size), entry.properties.dtype, chunks)
+    return Index(tensors, objects)
+
+
+def _place(folder: Path, info: Any) -> Place:
+    file = folder / info.relative_path
+    if Path(info.relative_path).name != info.relative_path:
+        raise UserError(f"{folder}/{INDEX} names {info.relative_path!r}, outside of the folder")
+    if not file.is_file():
+        raise UserError(f"{folder}/{INDEX} names {info.relative_path!r}, which is not there")
+    if getattr(info, "transform_descriptors", None):
+        raise UserError(f"{file} is compressed; save the checkpoint without transforms")
+    if file.stat().st_size < info.offset + info.length:
+        raise UserError(
+            f"{file} is truncated: {file.stat().st_size} bytes, "
+            f"{INDEX} asks for {info.offset + info.length}"
+        )
+    return Place(file, info.offset, info.length)
+
+
+def _load(place: Place) -> Any:
+    with place.file.open("rb") as file:
+        file.seek(place.offset)
+        raw = io.BytesIO(file.read(place.length))
+    try:
+        return torch.load(raw, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{place.file} is damaged at byte {place.offset}: {reason}") from None
+
+
+def read_object(index: Index, name: str) -> Any:
+    """What lies under a name beside the tensors, made of plain values and tensors alone.
+
+    Megatron pickles it once more, into bytes.
+
+    Raises:
+        UserError: damaged, or made of anything else.
+    """
+    found = _load(index.objects[name])
+    if isinstance(found, list) and len(found) == 1:
+        (found,) = found
+    if isinstance(found, torch.Tensor) and found.dtype == torch.uint8 and found.numel():
+        place = index.objects[name]
+        try:
+            return torch.load(io.BytesIO(found.numpy().tobytes()), weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{place.file} holds a damaged {name}: {reason}") from None
+    return found
+
+
+def read_tensor(stored: Stored, first: int | None = None) -> torch.Tensor:
+    """A whole tensor, or the entry `first` of its first axis, from the chunks that hold it.
+
+    Raises:
+        UserError: chunks are damaged, of another shape, or do not make up the tensor.
+    """
+    rows = range(*stored.shape[:1] or (1,)) if first is None else range(first, first + 1)
+    shape = (len(rows), *stored.shape[1:]) if stored.shape else ()
+    whole, filled = torch.empty(shape, dtype=stored.dtype), 0
+    for chunk in stored.chunks:
+        start, stop = 0, 1
+        if stored.shape:
+            start = max(rows.start, chunk.start[0])
+            stop = min(rows.stop, chunk.start[0] + chunk.shape[0])
+        if start >= stop:
+            continue
+        part = _load(chunk.place)
+        if not isinstance(part, torch.Tensor) or tuple(part.shape) != chunk.shape:
+            raise UserError(f"{chunk.place.file} does not hold the part of {stored.name} it should")
+        if stored.shape:
+            part = part[start - chunk.start[0] : stop - chunk.start[0]]
+            place = [slice(start - rows.start, stop - rows.start)]
+            place += [slice(a, a + n) for a, n in zip(chunk.start[1:], part.shape[1:], strict=True)]
+            whole[tuple(place)] = part
+        else:
+            whole.copy_(part)
+        filled += part.numel()
+    if filled != math.prod(shape):
+        raise UserError(f"tensor {stored.name} is not whole: {filled} of {math.prod(shape)} values")
+    return whole if first is None else whole[0]
