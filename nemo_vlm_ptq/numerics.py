@@ -31,6 +31,7 @@ NF4 = (
     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
     0.7229568362236023, 1.0,
 )  # fmt: skip
+ON_CPU, ON_GPU = 1 << 20, 1 << 26  # entries of a weight that are encoded at a time
 NF4_NESTED_BLOCK = 256  # absmaxes that share a scale of their own
 
 
@@ -88,6 +89,23 @@ def encode(weight_OK: torch.Tensor, amax: torch.Tensor, kind: Kind) -> torch.Ten
     if kind == "fp8":
         return exact.clamp(LOWEST[kind], LARGEST[kind]).to(torch.float8_e4m3fn)
     return exact.round().clamp(LOWEST[kind], LARGEST[kind]).to(torch.int8)
+
+
+def encode_on(
+    device: torch.device, weight_OK: torch.Tensor, amax: torch.Tensor, kind: Kind
+) -> torch.Tensor:
+    """`encode`, some rows at a time on a device: the same codes, on the CPU, in little memory."""
+    codes: torch.Tensor | None = None
+    step = max(1, (ON_CPU if device.type == "cpu" else ON_GPU) // weight_OK.shape[1])
+    for start in range(0, len(weight_OK), step):
+        rows = slice(start, start + step)
+        own = amax[rows] if amax.dim() else amax
+        part = encode(weight_OK[rows].to(device), own.to(device), kind)
+        if codes is None:
+            codes = torch.empty(weight_OK.shape, dtype=part.dtype)
+        codes[rows] = part.cpu()
+    assert codes is not None, "a weight has rows"
+    return codes
 
 
 def decode(codes_OK: torch.Tensor, scale: torch.Tensor, kind: Kind) -> torch.Tensor:

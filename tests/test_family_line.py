@@ -28,6 +28,10 @@ LONG = 900  # seconds for three families in every format
 HALF = 2.0**-5  # of logits near 1, after weights were rounded to bfloat16
 
 
+CODE = "processing_of_its_own.py"
+TRAP = "raise SystemExit('code of a model folder was run')"
+
+
 def question(name):
     """The first question with an image, and what the reference says to it."""
     model, module = REFERENCES[name]
@@ -41,6 +45,7 @@ def lines(tmp_path_factory):
     home = tmp_path_factory.mktemp("lines")
     for name, write in WHOLE.items():
         write(home / name / "model")
+        (home / name / "model" / CODE).write_text(TRAP)
         asked, _ = question(name)
         tensors = {"input_ids": asked.ids[None], "pixel_values": asked.views}
         if asked.sizes is not None:
@@ -70,6 +75,12 @@ def test_a_rounded_kv_cache_of_every_family_is_verified(lines, name):
     assert result["passed"]
     done = [check["name"] for check in result["checks"]]
     assert {"trtllm KV scales", "hf KV scales"} <= set(done)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("target", ["hf", "compressed_tensors"])
+def test_code_of_a_model_folder_is_handed_on_and_not_run(lines, name, target):
+    assert (lines / name / "work" / "fp8" / target / CODE).read_text() == TRAP
 
 
 @pytest.mark.parametrize("name", WHOLE)

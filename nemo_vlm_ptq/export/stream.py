@@ -8,6 +8,7 @@ layouts agree.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +19,10 @@ from nemo_vlm_ptq.families.base import Decoder
 from nemo_vlm_ptq.formats import Kind, KvFormat, QuantFormat
 from nemo_vlm_ptq.mapping.layouts import give
 from nemo_vlm_ptq.mapping.rows import Row
-from nemo_vlm_ptq.numerics import encode, nvfp4_scales, scale_of
+from nemo_vlm_ptq.numerics import encode_on, nvfp4_scales, scale_of
 
+CPU = torch.device("cpu")
+AT_ONCE = 2  # rows that are read and encoded beside each other
 ReadTensors = Callable[[Iterable[str]], Mapping[str, torch.Tensor]]
 
 
@@ -85,16 +88,21 @@ def group_settings(fmt: QuantFormat, group: int) -> dict[str, Any]:
 
 
 def pack_row(
-    row: Row, weight: torch.Tensor, scales: Any, fmt: QuantFormat, decoder: Decoder
+    row: Row,
+    weight: torch.Tensor,
+    scales: Any,
+    fmt: QuantFormat,
+    decoder: Decoder,
+    device: torch.device = CPU,
 ) -> tuple[Packed, ...]:
-    """The parts of one row, from Megatron's whole weight and its scales."""
+    """The parts of one row, from Megatron's whole weight and its scales; codes made on `device`."""
     sizes = decoder.sizes(1)
     if fmt.weight == "nf4":
         parts = give(row.layout, weight, sizes)
         whole = (torch.cat(parts),) if row.fused else parts
         return tuple(_pack_nf4(part) for part in whole)
     amax = scales.weight_amax
-    codes = give(row.layout, encode(weight, amax, fmt.weight).view(torch.int8), sizes)
+    codes = give(row.layout, encode_on(device, weight, amax, fmt.weight).view(torch.int8), sizes)
     scale, second = scale_of(amax, fmt.weight), None
     if fmt.weight == "nvfp4":
         scale, second = nvfp4_scales(weight, amax), scale
@@ -136,8 +144,9 @@ def stream_layer(
     scales: Mapping[str, Any],
     fmt: QuantFormat | None,
     decoder: Decoder,
+    device: torch.device = CPU,
 ) -> Layer:
-    """One layer, row by row.
+    """One layer, two rows at a time.
 
     Args:
         rows: the family's rows.
@@ -146,16 +155,18 @@ def stream_layer(
         scales: linear -> LinearScales of this layer; empty for 16 bit.
         fmt: the format, or None for 16 bit.
         decoder: facts.
+        device: where codes are made; all that is returned is on the CPU.
     """
-    pieces: Layer = {}
-    for row in (row.at(layer) for row in rows if row.layered):
+
+    def piece(row: Row) -> Piece:
         (weight,) = read([row.megatron]).values()
         if fmt is not None and row.linear:
-            parts: Any = pack_row(row, weight, scales[row.short], fmt, decoder)
-        else:
-            parts = give(row.layout, weight, decoder.sizes(1))
-        pieces[row.short] = Piece(row, parts)
-    return pieces
+            return Piece(row, pack_row(row, weight, scales[row.short], fmt, decoder, device))
+        return Piece(row, give(row.layout, weight, decoder.sizes(1)))
+
+    own = [row.at(layer) for row in rows if row.layered]
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        return {done.row.short: done for done in threads.map(piece, own)}
 
 
 def stream_ends(rows: Iterable[Row], read: ReadTensors, decoder: Decoder) -> Layer:

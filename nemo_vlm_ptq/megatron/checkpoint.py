@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import pickle
 import queue
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,10 +18,7 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt import GPTModel
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.base import Decoder
 from nemo_vlm_ptq.mapping.layouts import take
 from nemo_vlm_ptq.mapping.rows import Row, expand
@@ -30,6 +26,7 @@ from nemo_vlm_ptq.megatron.session import Session
 from nemo_vlm_ptq.plan import VOCAB_MULTIPLE
 from nemo_vlm_ptq.progress import progress_bar
 from nemo_vlm_ptq.source import Reader, all_finite, finite
+from nemo_vlm_ptq.torch_dist import read_index, read_tensor
 
 LAYERS = "decoder.layers."
 # A norm is stored under the linear that follows it, so that fused and local layers agree.
@@ -121,33 +118,27 @@ class LayerReader:
     """Whole tensors of a torch_dist checkpoint by name, without a model and without peers."""
 
     def __init__(self, folder: Path) -> None:
-        self._reader = dcp.FileSystemReader(str(folder))
-        try:
-            self._entries = self._reader.read_metadata().state_dict_metadata
-        except (OSError, pickle.UnpicklingError, EOFError) as error:
-            raise UserError(f"{folder} is no readable torch_dist checkpoint: {error}") from None
+        self._stored = read_index(folder).tensors
 
-    def _stored(self, name: str) -> list[str]:
+    def _names(self, name: str) -> list[str]:
         """The names under which a parameter is stored; halves of a gated linear come apart."""
         for own, stored in STORED_NORMS.items():
             if name.endswith(own):
                 name = name.removesuffix(own) + stored
-        if name in self._entries:
+        if name in self._stored:
             return [name]
         halves = [f"{name}_w", f"{name}_v"]  # gate and up, as modelopt's MLP stores them
-        assert all(half in self._entries for half in halves), f"{name} is not in the checkpoint"
+        assert all(half in self._stored for half in halves), f"{name} is not in the checkpoint"
         return halves
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Whole parameters by their names in the model, on the CPU."""
-        parts = {name: self._stored(name) for name in names}
+        """Whole parameters by their names in the model, on the CPU.
+
+        Raises:
+            UserError: damaged files.
+        """
         tensors = {}
-        for stored in (part for group in parts.values() for part in group):
-            entry = self._entries[stored]
-            assert isinstance(entry, TensorStorageMetadata), stored
-            tensors[stored] = torch.empty(entry.size, dtype=entry.properties.dtype)
-        dcp.load(tensors, storage_reader=self._reader, no_dist=True)
-        return {
-            name: torch.cat([tensors[part] for part in group]) if group[1:] else tensors[group[0]]
-            for name, group in parts.items()
-        }
+        for name in names:
+            parts = [read_tensor(self._stored[part]) for part in self._names(name)]
+            tensors[name] = torch.cat(parts) if parts[1:] else parts[0]
+        return tensors

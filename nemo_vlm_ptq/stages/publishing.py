@@ -109,7 +109,7 @@ def _describe_quantization(
 def _sidecars(
     job: Job, fmt: QuantFormat, target: str, folder: Path, index: dict[str, str]
 ) -> list[str]:
-    """Config, quantization config, index, and the source's tokenizer and processor files."""
+    """Config, quantization config, index, and the source's tokenizer, processor and code files."""
     plan, home = job.plan, job.plan.family.decoder_part
     start = f"{home}/" if home else ""
     own = {
@@ -124,8 +124,8 @@ def _sidecars(
         store.write_json(folder / name, content)
     names = sorted({"config.json", *contents})
 
-    def describes(path: Path) -> bool:
-        kept = path.suffix in (".json", ".model", ".txt")
+    def describes(path: Path) -> bool:  # code is for the reader of the export: here none is run
+        kept = path.suffix in (".json", ".model", ".txt", ".py")
         return kept and path.name != "model.safetensors.index.json"
 
     for part in {"", *plan.family.parts}:

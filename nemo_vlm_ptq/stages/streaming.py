@@ -25,6 +25,7 @@ class Stream:
     def __init__(self, job: Job, fmt: QuantFormat, *, folds: bool = False) -> None:
         self.plan, self.fmt, self.folds = job.plan, fmt, folds
         self.kv_format = KV_CACHES.get(job.plan.recipe.quantize.kv_cache)
+        self.device = job.session.device
         self.scales = job.folder(fmt.name, "scales")
         self.imported = LayerReader(job.folder("megatron"))
         self.reader = self.imported
@@ -35,7 +36,8 @@ class Stream:
         """One layer."""
         scales = load_scales(self.scales, index)
         rows, decoder = self.plan.family.rows, self.plan.decoder
-        layer = stream_layer(rows, index, self.reader.read, scales, self.fmt, decoder)
+        read, device = self.reader.read, self.device
+        layer = stream_layer(rows, index, read, scales, self.fmt, decoder, device)
         if not self.folds:
             return layer
         return fold_layer(layer, scales, self.imported.read, self.fmt, decoder)
