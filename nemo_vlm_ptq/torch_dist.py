@@ -161,12 +161,38 @@ def _place(folder: Path, info: Any) -> Place:
     return Place(file, info.offset, info.length)
 
 
+class _View(io.RawIOBase):
+    """Some bytes of a file as a file of their own: torch reads them straight into the tensor."""
+
+    def __init__(self, file: io.FileIO, place: Place) -> None:
+        self._file, self._start, self._length, self._at = file, place.offset, place.length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        self._at = min(max(0, base + offset), self._length)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._start + self._at)
+        wanted = memoryview(buffer).cast("B")[: self._length - self._at]
+        done = 0
+        while done < len(wanted) and (more := self._file.readinto(wanted[done:])):
+            done += more  # the system reads at most 2 GB at once
+        self._at += done
+        return done
+
+
 def _load(place: Place) -> Any:
-    with place.file.open("rb") as file:
-        file.seek(place.offset)
-        raw = io.BytesIO(file.read(place.length))
     try:
-        return torch.load(raw, map_location="cpu", weights_only=True)
+        with place.file.open("rb", buffering=0) as file:
+            view: Any = _View(file, place)
+            return torch.load(view, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{place.file} is damaged at byte {place.offset}: {reason}") from None
