@@ -5,7 +5,6 @@ import pytest
 import torch
 from modelopt.torch.quantization.qtensor import NVFP4QTensor
 
-from nemo_vlm_ptq import numerics
 from nemo_vlm_ptq.formats import LARGEST
 from nemo_vlm_ptq.numerics import (
     E2M1,
@@ -206,21 +205,3 @@ def test_an_amax_a_channel_rounds_each_row_as_a_tensor_of_its_own(kind):
     amax = weight_amax(weight, "channel", 0)
     rows = [round_trip(row[None], top, kind) for row, top in zip(weight, amax, strict=True)]
     assert torch.equal(round_trip(weight, amax, kind), torch.cat(rows))
-
-
-@pytest.mark.parametrize("kind", ["fp8", "int8", "int4", "nvfp4"])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_codes_made_some_rows_at_a_time_on_any_device_are_the_same(
-    kind, device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    monkeypatch.setattr(numerics, "ON_CPU", 5 * 64)
-    monkeypatch.setattr(numerics, "ON_GPU", 7 * 64)
-    weight = torch.randn(33, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
-    granularity = {"int8": "channel", "int4": "group"}.get(kind, "tensor")
-    amax = numerics.weight_amax(weight, granularity, 32)
-    codes = numerics.encode_on(torch.device(device), weight, amax, kind)
-    whole = numerics.encode(weight, amax, kind)
-    assert codes.device.type == "cpu" and codes.dtype == whole.dtype
-    assert torch.equal(codes.view(torch.int8), whole.view(torch.int8))
