@@ -384,10 +384,11 @@ def ranks(tmp_path_factory):
 def test_tensor_ranks_compute_the_same(ranks, name, kv):
     """Activations next to half way between two codes may go to either."""
     alone, cut_in_two = ranks
-    key = f"{name} {kv} exact"
-    torch.testing.assert_close(cut_in_two[key], alone[key], rtol=1e-4, atol=1e-4)
-    key = f"{name} {kv} rounded"
-    assert (cut_in_two[key] - alone[key]).norm() <= 0.02 * alone[key].norm()
+    exact, rounded = f"{name} {kv} exact", f"{name} {kv} rounded"
+    torch.testing.assert_close(cut_in_two[exact], alone[exact], rtol=1e-4, atol=1e-4)
+    rounding = (alone[rounded] - alone[exact]).norm()  # how many lie there is the CPU's affair
+    allowed = max(0.02 * alone[rounded].norm(), 0.75 * rounding)
+    assert (cut_in_two[rounded] - alone[rounded]).norm() <= allowed
 
 
 def test_a_branch_saved_by_one_rank_is_cut_for_two(ranks):
