@@ -12,12 +12,12 @@ from typing import Any
 
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families import Decoder, ModelFamily, find_family, read_config
-from nemo_vlm_ptq.families.nemo import is_nemo, open_nemo
 from nemo_vlm_ptq.formats import INT4_GROUPS, KV_CACHES, NVFP4_BLOCK, QuantFormat, find_format
 from nemo_vlm_ptq.mapping.rows import carried_along, check_coverage
 from nemo_vlm_ptq.questions import questions_file
 from nemo_vlm_ptq.recipe import Recipe
 from nemo_vlm_ptq.source import Tensor, list_tensors, model_folder
+from nemo_vlm_ptq.sources.nemo import is_nemo, open_nemo
 
 SIZES = (1, 2, 4, 8, 16)
 VOCAB_MULTIPLE = 64  # Megatron's padding; fixed, so that checkpoints do not depend on the layout

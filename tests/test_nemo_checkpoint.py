@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 
 from nemo_vlm_ptq import store, torch_dist
 from nemo_vlm_ptq.errors import ProofError
-from nemo_vlm_ptq.families.nemo import read_context
 from nemo_vlm_ptq.formats import FORMATS
 from nemo_vlm_ptq.plan import make_plan
 from nemo_vlm_ptq.questions import SUFFIX, load_questions
 from nemo_vlm_ptq.recipe import Recipe
 from nemo_vlm_ptq.runtime.read_nemo import read_nemo
+from nemo_vlm_ptq.sources.nemo import read_context
 from nemo_vlm_ptq.stages import run_stages
 from nemo_vlm_ptq.stages.forms import megatron_logits
 from nemo_vlm_ptq.stages.proving import verify

@@ -13,6 +13,13 @@ from dataclasses import dataclass
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.mapping.layouts import PARTS, Kind
 
+# In torch_dist folders a norm lies under the linear that follows it, so that fused and local layers
+# agree.
+STORED_NORMS = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+
 
 @dataclass(frozen=True)
 class Row:

@@ -21,7 +21,7 @@ from megatron.core.models.gpt import GPTModel
 
 from nemo_vlm_ptq.families.base import Decoder
 from nemo_vlm_ptq.mapping.layouts import take
-from nemo_vlm_ptq.mapping.rows import Row, expand
+from nemo_vlm_ptq.mapping.rows import STORED_NORMS, Row, expand
 from nemo_vlm_ptq.megatron.session import Session
 from nemo_vlm_ptq.plan import VOCAB_MULTIPLE
 from nemo_vlm_ptq.progress import progress_bar
@@ -29,11 +29,6 @@ from nemo_vlm_ptq.source import Reader, all_finite, finite
 from nemo_vlm_ptq.torch_dist import read_index, read_tensor
 
 LAYERS = "decoder.layers."
-# A norm is stored under the linear that follows it, so that fused and local layers agree.
-STORED_NORMS = {
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
-}
 
 
 def global_names(model: GPTModel) -> dict[str, torch.nn.Parameter]:
@@ -89,6 +84,11 @@ def save_model(model: GPTModel, folder: Path) -> None:
             shard.data = torch.from_dlpack(shard.data)  # no view: the writer would copy views
         elif isinstance(shard, ShardedObject):
             shard.data = _same_bytes_always(shard.data)
+    save_state(state, folder)
+
+
+def save_state(state: dict[str, Any], folder: Path) -> None:
+    """Write a torch_dist folder of the shards that the ranks bring (collective)."""
     filesystem_async._results_queue = queue.Queue()  # its own is a process that outlives a kill
     dist_checkpointing.save(state, str(folder))
 

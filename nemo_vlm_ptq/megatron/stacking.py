@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import queue
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+from nemo_vlm_ptq.megatron.checkpoint import save_state
 
 
 @dataclass(frozen=True)
@@ -42,5 +41,4 @@ def save_stacked(
     for one in objects:
         shape, offset = ((1,), (0,)) if one.layer is None else ((layers,), (one.layer,))
         state[f"{one.name}/{one.layer}"] = ShardedObject(one.name, one.value, shape, offset)
-    filesystem_async._results_queue = queue.Queue()  # its own is a process that outlives a kill
-    dist_checkpointing.save(state, str(folder))
+    save_state(state, folder)

@@ -24,6 +24,7 @@ from nemo_vlm_ptq.megatron.stacking import Entry, save_stacked
 from nemo_vlm_ptq.parallel import deal
 from nemo_vlm_ptq.plan import VOCAB_MULTIPLE
 from nemo_vlm_ptq.stages.importing import VISION, own_files
+from nemo_vlm_ptq.stages.publishing import DESCRIBING, copy_new
 from nemo_vlm_ptq.torch_dist import Index, read_index, read_object, read_tensor
 
 WEIGHTS, CONTEXT, STATE = "weights", "context", "modelopt_state"
@@ -130,9 +131,10 @@ def _write_context(job: Job, folder: Path) -> list[str]:
     store.write_json(home / "io.json", to_json(root))
     text = yaml.safe_dump(to_tree(root.arguments["model"]), sort_keys=False)
     (home / "model.yaml").write_text(text)
-    names = [f"{CONTEXT}/io.json", f"{CONTEXT}/model.yaml"]
-    for path in sorted(plan.folder.iterdir()):
-        if path.suffix in (".json", ".model", ".txt") and path.name not in LEFT_OUT:
-            shutil.copy(path, home / nemo.TOKENIZER / path.name)
-            names.append(f"{CONTEXT}/{nemo.TOKENIZER}/{path.name}")
-    return names
+
+    def wanted(path: Path) -> bool:
+        return path.suffix in DESCRIBING and path.name not in LEFT_OUT
+
+    copied = copy_new(plan.folder, home / nemo.TOKENIZER, "", wanted)
+    own = ["io.json", "model.yaml", *(f"{nemo.TOKENIZER}/{name}" for name in copied)]
+    return [f"{CONTEXT}/{name}" for name in own]

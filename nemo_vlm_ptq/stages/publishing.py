@@ -19,6 +19,7 @@ from nemo_vlm_ptq.parallel import deal, split_evenly
 from nemo_vlm_ptq.stages.importing import VISION
 from nemo_vlm_ptq.stages.streaming import Stream
 
+DESCRIBING = (".json", ".model", ".txt")  # files of tokenizers, processors, configs
 FILE_BYTES = 5 << 30  # of 16 bit weights a file, whatever the number of ranks
 # Target -> what names and packs its tensors.
 TARGETS: dict[str, ModuleType] = {"hf": hf, "compressed_tensors": compressed_tensors}
@@ -125,7 +126,7 @@ def _sidecars(
     names = sorted({"config.json", *contents})
 
     def describes(path: Path) -> bool:  # code is for the reader of the export: here none is run
-        kept = path.suffix in (".json", ".model", ".txt", ".py")
+        kept = path.suffix in (*DESCRIBING, ".py")
         return kept and path.name != "model.safetensors.index.json"
 
     for part in {"", *plan.family.parts}:

@@ -10,7 +10,7 @@ from typing import Any
 
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families import Decoder
-from nemo_vlm_ptq.families.nemo import read_context
+from nemo_vlm_ptq.sources.nemo import read_context
 from nemo_vlm_ptq.torch_dist import read_index
 
 VISION = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",

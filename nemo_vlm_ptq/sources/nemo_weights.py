@@ -18,17 +18,13 @@ import torch
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families import llava
 from nemo_vlm_ptq.mapping.layouts import Sizes, give
-from nemo_vlm_ptq.mapping.rows import Row
+from nemo_vlm_ptq.mapping.rows import STORED_NORMS, Row
 from nemo_vlm_ptq.source import Tensor
 from nemo_vlm_ptq.torch_dist import Index, Stored, read_tensor
 
 START, LAYERS = "module.language_model.", "module.language_model.decoder.layers."
 EMBEDDING = f"{START}embedding.word_embeddings.weight"
 TOWER = "module.vision_model.vision_model."
-NORMS = {
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
-}
 BESIDE = {
     "module.vision_model.": "vision_tower.",
     "module.vision_projection.0.": "multi_modal_projector.linear_1.",
@@ -133,7 +129,7 @@ def _rows(layers: int) -> list[tuple[Row, int | None]]:
 def _places(folder: Path, index: Index, row: Row, layer: int | None) -> list[Place]:
     """Where a row of the decoder lies: in one stored tensor, or in two halves."""
     name = row.megatron.removeprefix("decoder.layers.{i}.")
-    name = NORMS.get(name, name)
+    name = STORED_NORMS.get(name, name)
     starts: list[tuple[str, int | None]] = [(START, None)]
     if layer is not None:
         starts = [(LAYERS, layer), (f"{LAYERS}{layer}.", None)]

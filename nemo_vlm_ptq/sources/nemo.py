@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_vlm_ptq.errors import UserError
-from nemo_vlm_ptq.families import nemo_weights
 from nemo_vlm_ptq.families.shared import load_tokenizer, need
 from nemo_vlm_ptq.source import Tensor, read_object
+from nemo_vlm_ptq.sources import nemo_weights
 from nemo_vlm_ptq.torch_dist import Index, read_index
 
 MODEL = "LlavaModel"

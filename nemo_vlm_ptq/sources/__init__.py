@@ -1,0 +1,1 @@
+"""Models that are no Hugging Face folder, as the families take them."""
