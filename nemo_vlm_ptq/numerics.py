@@ -9,6 +9,8 @@ nvfp4 has the sign in bit 3 and the ordinal of its magnitude below, nf4 the plac
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from nemo_vlm_ptq.formats import LARGEST, LOWEST, NVFP4_BLOCK, Granularity, Kind
@@ -91,21 +93,31 @@ def encode(weight_OK: torch.Tensor, amax: torch.Tensor, kind: Kind) -> torch.Ten
     return exact.round().clamp(LOWEST[kind], LARGEST[kind]).to(torch.int8)
 
 
-def encode_on(
-    device: torch.device, weight_OK: torch.Tensor, amax: torch.Tensor, kind: Kind
+def on_device(
+    device: torch.device,
+    make: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    weight_OK: torch.Tensor,
+    amax: torch.Tensor,
 ) -> torch.Tensor:
-    """`encode`, some rows at a time on a device: the same codes, on the CPU, in little memory."""
-    codes: torch.Tensor | None = None
+    """`make(weight, amax)`, such as `encode`, some rows at a time on a device, in little memory.
+
+    Args:
+        device: where it is made; what is returned is on the CPU.
+        make: makes rows of its result from rows alone.
+        weight_OK: the weight.
+        amax: as `make` takes it.
+    """
+    made: torch.Tensor | None = None
     step = max(1, (ON_CPU if device.type == "cpu" else ON_GPU) // weight_OK.shape[1])
     for start in range(0, len(weight_OK), step):
         rows = slice(start, start + step)
         own = amax[rows] if amax.dim() else amax
-        part = encode(weight_OK[rows].to(device), own.to(device), kind)
-        if codes is None:
-            codes = torch.empty(weight_OK.shape, dtype=part.dtype)
-        codes[rows] = part.cpu()
-    assert codes is not None, "a weight has rows"
-    return codes
+        part = make(weight_OK[rows].to(device), own.to(device))
+        if made is None:
+            made = torch.empty((len(weight_OK), *part.shape[1:]), dtype=part.dtype)
+        made[rows].copy_(part)
+    assert made is not None, "a weight has rows"
+    return made
 
 
 def decode(codes_OK: torch.Tensor, scale: torch.Tensor, kind: Kind) -> torch.Tensor:

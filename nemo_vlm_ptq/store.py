@@ -185,10 +185,9 @@ def save_tensors(tensors: Mapping[str, Any], path: Path) -> None:
     seen = set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().contiguous().cpu()
-        memory = tensor.untyped_storage()
-        if memory.data_ptr() in seen or memory.nbytes() != tensor.nbytes:
-            tensor = tensor.clone()  # a file holds each tensor by itself
-        seen.add(memory.data_ptr())
+        if (memory := tensor.untyped_storage().data_ptr()) in seen:
+            tensor = tensor.clone()  # the library refuses tensors that share memory
+        seen.add(memory)
         own[name] = tensor
     save_file(own, path, metadata={"format": "pt"})
     mask = os.umask(0)

@@ -8,7 +8,6 @@ places and are loaded with torch's own restricted loader.
 from __future__ import annotations
 
 import io
-import math
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -188,7 +187,12 @@ class _View(io.RawIOBase):
         return done
 
 
-def _load(place: Place) -> Any:
+def load(place: Place) -> Any:
+    """What torch saved somewhere, made of plain values and tensors alone.
+
+    Raises:
+        UserError: damaged, or made of anything else.
+    """
     try:
         with place.file.open("rb", buffering=0) as file:
             view: Any = _View(file, place)
@@ -206,7 +210,7 @@ def read_object(index: Index, name: str) -> Any:
     Raises:
         UserError: damaged, or made of anything else.
     """
-    found = _load(index.objects[name])
+    found = load(index.objects[name])
     if isinstance(found, list) and len(found) == 1:
         (found,) = found
     if isinstance(found, torch.Tensor) and found.dtype == torch.uint8 and found.numel():
@@ -217,37 +221,3 @@ def read_object(index: Index, name: str) -> Any:
             reason = str(error).splitlines()[0]
             raise UserError(f"{place.file} holds a damaged {name}: {reason}") from None
     return found
-
-
-def read_tensor(stored: Stored, first: int | None = None) -> torch.Tensor:
-    """A whole tensor, or the entry `first` of its first axis, from the chunks that hold it.
-
-    Raises:
-        UserError: chunks are damaged, of another shape, or do not make up the tensor.
-    """
-    rows = range(*stored.shape[:1] or (1,)) if first is None else range(first, first + 1)
-    shape = (len(rows), *stored.shape[1:]) if stored.shape else ()
-    whole, filled = torch.empty(shape, dtype=stored.dtype), 0
-    for chunk in stored.chunks:
-        start, stop = 0, 1
-        if stored.shape:
-            start = max(rows.start, chunk.start[0])
-            stop = min(rows.stop, chunk.start[0] + chunk.shape[0])
-        if start >= stop:
-            continue
-        part = _load(chunk.place)
-        if not isinstance(part, torch.Tensor) or tuple(part.shape) != chunk.shape:
-            raise UserError(f"{chunk.place.file} does not hold the part of {stored.name} it should")
-        if chunk.shape == shape and part.dtype == stored.dtype:
-            return part if first is None else part[0]  # written in one piece: no copy
-        if stored.shape:
-            part = part[start - chunk.start[0] : stop - chunk.start[0]]
-            place = [slice(start - rows.start, stop - rows.start)]
-            place += [slice(a, a + n) for a, n in zip(chunk.start[1:], part.shape[1:], strict=True)]
-            whole[tuple(place)] = part
-        else:
-            whole.copy_(part)
-        filled += part.numel()
-    if filled != math.prod(shape):
-        raise UserError(f"tensor {stored.name} is not whole: {filled} of {math.prod(shape)} values")
-    return whole if first is None else whole[0]

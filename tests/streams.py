@@ -5,7 +5,9 @@ Values are worked out here from tables, by nobody's code but this.
 
 import itertools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -37,9 +39,10 @@ class Stream:
     family: str
     fmt: object
     layers: list
-    ends: dict
+    ends: Callable  # shard -> the ends as one rank serves them
     decoder: Decoder
     group: int
+    layer: Callable  # (index, shard) -> a layer as one rank serves it
 
 
 def random_weight(family, row, decoder):
@@ -77,17 +80,18 @@ def random_stream(fmt, name="llava", decoder=None, group=GROUP):
     def read(names):
         return {name: whole[name] for name in names}
 
-    layers = []
-    for index in range(decoder.layers):
+    def layer(index, shard=(0, 1)):
         own = {linear: scales.get(key) for linear, key in weight_names(index).items()}
-        layers.append(stream_layer(family.rows, index, read, own, fmt, decoder))
-    ends = stream_ends(family.rows, read, decoder)
-    return Stream(name, fmt, layers, ends, decoder, group)
+        return stream_layer(family.rows, index, read, own, fmt, decoder, shard=shard)
+
+    layers = [layer(index) for index in range(decoder.layers)]
+    ends = partial(stream_ends, family.rows, read, decoder)
+    return Stream(name, fmt, layers, ends, decoder, group, layer)
 
 
 def pieces(stream):
     """Every piece of a stream."""
-    return [piece for part in (*stream.layers, stream.ends) for piece in part.values()]
+    return [piece for part in (*stream.layers, stream.ends((0, 1))) for piece in part.values()]
 
 
 def stacked(parts):
@@ -149,10 +153,9 @@ def write_trtllm(folder, stream, cut=(1, 1), kv="none"):
     T, P = cut
     folder.mkdir()
     for p, t in itertools.product(range(P), range(T)):
-        tensors = trtllm.end_tensors(stream.ends, architecture, decoder, (t, T, p, P), DTYPE)
+        tensors = trtllm.end_tensors(stream.ends((t, T)), architecture, (p, P), DTYPE)
         for local, index in enumerate(trtllm.layers_of(decoder, p, P)):
-            layer = stream.layers[index]
-            own = trtllm.layer_tensors(layer, architecture, decoder, (t, T), DTYPE)
+            own = trtllm.layer_tensors(stream.layer(index, (t, T)), architecture, DTYPE)
             own |= trtllm.kv_tensors(scales[index]) if scales else {}
             tensors |= {f"transformer.layers.{local}.{name}": one for name, one in own.items()}
         save_tensors(tensors, folder / f"rank{p * T + t}.safetensors")

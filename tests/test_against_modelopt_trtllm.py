@@ -108,12 +108,12 @@ def we_write(folder, name, cut):
     def read(names):
         return {key: whole[key] for key in names}
 
-    layers = []
-    for index in range(DECODER.layers):
+    def layer(index, shard):
         own = {linear: scales.get(key) for linear, key in weight_names(index).items()}
-        layers.append(stream_layer(ROWS, index, read, own, fmt, DECODER))
-    ends = stream_ends(ROWS, read, DECODER)
-    write_trtllm(folder, Stream("llava", fmt, layers, ends, DECODER, GROUP), cut)
+        return stream_layer(ROWS, index, read, own, fmt, DECODER, shard=shard)
+
+    ends = functools.partial(stream_ends, ROWS, read, DECODER)
+    write_trtllm(folder, Stream("llava", fmt, [], ends, DECODER, GROUP, layer), cut)
 
 
 def scales_of(modules, weight, fmt):

@@ -119,7 +119,7 @@ def configure(folder, change):
 
 def test_features_cut_in_the_embedding_or_not_at_all_keep_the_contract(tmp_path):
     name = "transformer.vocab_embedding.weight"
-    whole = stream("fp8").ends["word_embeddings"].parts[0]
+    whole = stream("fp8").ends((0, 1))["word_embeddings"].parts[0]
     for dim, parts in ((1, whole.chunk(2, dim=1)), (None, [whole, whole])):
         folder = tmp_path / str(dim)
         write_trtllm(folder, stream("fp8"), (2, 1))

@@ -14,13 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from nemo_vlm_ptq.blocks import read_tensor
 from nemo_vlm_ptq.calibrate.scales import change, divide, remainder
 from nemo_vlm_ptq.calibrate.solve import load_scales, weight_names
 from nemo_vlm_ptq.calibrate.statistics import layer_file, load_layer
 from nemo_vlm_ptq.formats import FORMATS
 from nemo_vlm_ptq.megatron.checkpoint import LayerReader
 from nemo_vlm_ptq.store import hash_file, read_manifest
-from nemo_vlm_ptq.torch_dist import read_index, read_tensor
+from nemo_vlm_ptq.torch_dist import read_index
 
 LAYERS = range(4)
 ONE, DATA, PIPELINE, TENSOR = "1x1x1", "1x1x2", "1x2x1", "2x1x1"

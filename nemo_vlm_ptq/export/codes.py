@@ -25,8 +25,10 @@ def pack_flat(nibbles_OK: torch.Tensor) -> torch.Tensor:
 
 
 def join_rows(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Tensors above each other, those of one byte a number too."""
+    """Tensors above each other, those of one byte a number too; one alone is not copied."""
     first = parts[0]
+    if len(parts) == 1:
+        return first
     if first.dtype == torch.float8_e4m3fn:
         return torch.cat([part.view(torch.int8) for part in parts]).view(first.dtype)
     return torch.cat(list(parts))

@@ -1,15 +1,16 @@
 """The stream every export target is written from: rows, codes and scales.
 
-A layer is read whole from the quantized checkpoint, encoded, and taken apart by its rows; targets
-put the parts together in their own way, under their own names. There is no shorter way when the
-layouts agree.
+A layer is taken apart by its rows, cut to what a rank that serves holds, and encoded; targets put
+the parts together in their own way, under their own names. Whatever ranks wrote the checkpoint,
+its tensors are whole here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,13 +18,13 @@ import torch
 from nemo_vlm_ptq.export import nf4
 from nemo_vlm_ptq.families.base import Decoder
 from nemo_vlm_ptq.formats import Kind, KvFormat, QuantFormat
-from nemo_vlm_ptq.mapping.layouts import give
+from nemo_vlm_ptq.mapping.layouts import give, take_input
 from nemo_vlm_ptq.mapping.rows import Row
-from nemo_vlm_ptq.numerics import encode_on, nvfp4_scales, scale_of
+from nemo_vlm_ptq.numerics import encode, nvfp4_scales, on_device, scale_of
 
 CPU = torch.device("cpu")
-AT_ONCE = 2  # rows that are read and encoded beside each other
-ReadTensors = Callable[[Iterable[str]], Mapping[str, torch.Tensor]]
+AT_ONCE = 4  # rows that are read and encoded beside each other
+ReadTensors = Callable[[Iterable[str]], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -89,47 +90,50 @@ def group_settings(fmt: QuantFormat, group: int) -> dict[str, Any]:
 
 def pack_row(
     row: Row,
-    weight: torch.Tensor,
+    weight: Any,
     scales: Any,
     fmt: QuantFormat,
     decoder: Decoder,
     device: torch.device = CPU,
+    shard: tuple[int, int] = (0, 1),
 ) -> tuple[Packed, ...]:
-    """The parts of one row, from Megatron's whole weight and its scales; codes made on `device`."""
+    """The parts of one row in shard t of T, from Megatron's whole weight and its scales.
+
+    The weight may be anything that is cut like a tensor; codes are made on `device`.
+    """
+    t, T = shard
     sizes = decoder.sizes(1)
+    parts = give(row.layout, weight, sizes, t, T)
     if fmt.weight == "nf4":
-        parts = give(row.layout, weight, sizes)
-        whole = (torch.cat(parts),) if row.fused else parts
-        return tuple(_pack_nf4(part) for part in whole)
-    amax = scales.weight_amax
-    codes = give(row.layout, encode_on(device, weight, amax, fmt.weight).view(torch.int8), sizes)
-    scale, second = scale_of(amax, fmt.weight), None
+        return tuple(_pack_nf4(part) for part in ([torch.cat(parts)] if row.fused else parts))
+
+    def each(tensor: torch.Tensor | None) -> Sequence[Any]:
+        """What belongs to each part of something that is of outputs, or the same for all."""
+        if tensor is None or tensor.dim() == 0:
+            return [tensor] * len(parts)
+        return give(row.layout, tensor, sizes, t, T)
+
+    second = None
     if fmt.weight == "nvfp4":
-        scale, second = nvfp4_scales(weight, amax), scale
+        second = scale_of(scales.weight_amax, "nvfp4")
     elif fmt.weight_second is not None:
         second = scale_of(scales.weight_amax_2, fmt.weight_second)
     given = None
     if fmt.activation is not None and fmt.activation != "fp8_token":
         given = scale_of(scales.input_amax, fmt.activation)
-    count = range(len(codes))
-    shared = [scale] * len(count) if scale.dim() == 0 else give(row.layout, scale, sizes)
-    b_parts: Any = [None for _ in count]
-    if scales.low_rank_b is not None:
-        b_parts = give(row.layout, scales.low_rank_b, sizes)
-    dtype = {"fp8": torch.float8_e4m3fn, "nvfp4": torch.uint8}.get(fmt.weight, torch.int8)
-    return tuple(
-        Packed(
-            fmt.weight,
-            codes[part].view(dtype),
-            shared[part],
-            second,
-            given,
-            scales.prequant,
-            scales.low_rank_a,
-            b_parts[part],
-        )
-        for part in count
-    )
+    prequant = scales.prequant
+    if prequant is not None:
+        prequant = take_input(row.layout, prequant, t, T)
+    packed = []
+    for part, amax, b in zip(parts, each(scales.weight_amax), each(scales.low_rank_b), strict=True):
+        codes = on_device(device, partial(encode, kind=fmt.weight), part, amax)
+        if fmt.weight == "nvfp4":
+            scale = on_device(device, nvfp4_scales, part, amax)
+        else:
+            scale = scale_of(amax, fmt.weight)
+        a = scales.low_rank_a
+        packed.append(Packed(fmt.weight, codes, scale, second, given, prequant, a, b))
+    return tuple(packed)
 
 
 def _pack_nf4(weight_OK: torch.Tensor) -> Packed:
@@ -145,35 +149,40 @@ def stream_layer(
     fmt: QuantFormat | None,
     decoder: Decoder,
     device: torch.device = CPU,
+    shard: tuple[int, int] = (0, 1),
 ) -> Layer:
-    """One layer, two rows at a time.
+    """One layer as shard t of T holds it, some rows at a time.
 
     Args:
         rows: the family's rows.
         layer: its index over the whole model.
-        read: reads whole Megatron tensors by name.
+        read: finds whole Megatron tensors by name, or what is cut like them and reads no more.
         scales: linear -> LinearScales of this layer; empty for 16 bit.
         fmt: the format, or None for 16 bit.
         decoder: facts.
         device: where codes are made; all that is returned is on the CPU.
+        shard: (t, T).
     """
 
     def piece(row: Row) -> Piece:
         (weight,) = read([row.megatron]).values()
         if fmt is not None and row.linear:
-            return Piece(row, pack_row(row, weight, scales[row.short], fmt, decoder, device))
-        return Piece(row, give(row.layout, weight, decoder.sizes(1)))
+            given = (row, weight, scales[row.short], fmt, decoder, device, shard)
+            return Piece(row, pack_row(*given))
+        return Piece(row, give(row.layout, weight, decoder.sizes(1), *shard))
 
     own = [row.at(layer) for row in rows if row.layered]
     with ThreadPoolExecutor(AT_ONCE) as threads:
         return {done.row.short: done for done in threads.map(piece, own)}
 
 
-def stream_ends(rows: Iterable[Row], read: ReadTensors, decoder: Decoder) -> Layer:
-    """Embedding, last norm and head."""
+def stream_ends(
+    rows: Iterable[Row], read: ReadTensors, decoder: Decoder, shard: tuple[int, int] = (0, 1)
+) -> Layer:
+    """Embedding, last norm and head, as shard t of T holds them."""
     pieces: Layer = {}
     for row in rows:
         if not row.layered:
             (tensor,) = read([row.megatron]).values()
-            pieces[row.short] = Piece(row, give(row.layout, tensor, decoder.sizes(1)))
+            pieces[row.short] = Piece(row, give(row.layout, tensor, decoder.sizes(1), *shard))
     return pieces

@@ -1,6 +1,6 @@
 """TensorRT-LLM checkpoints (engine backend, 0.18 to 1.2): config.json and rank{r}.safetensors.
 
-A rank's file is written by whoever deals with it, from whole layers of the stream. Names, shapes
+A rank's file is written by whoever deals with it, from its layers of the stream. Names, shapes
 and dtypes follow TensorRT-LLM 1.2's own loader; r = pipeline index * tensor size + tensor index,
 and layers are counted from 0 within a pipeline stage.
 """
@@ -16,24 +16,23 @@ from nemo_vlm_ptq.export.codes import join_rows, pack_columns, pack_rows
 from nemo_vlm_ptq.export.stream import KvScales, Layer, Packed, group_settings
 from nemo_vlm_ptq.families.base import Decoder
 from nemo_vlm_ptq.formats import KvFormat, QuantFormat
-from nemo_vlm_ptq.mapping.layouts import take
 
-# TensorRT-LLM module -> (Megatron's linear, its parts in order, the axis that tensor ranks cut)
+# TensorRT-LLM module -> (Megatron's linear, its parts in order)
 ATTENTION = {
-    "attention.qkv": ("linear_qkv", (0, 1, 2), 0),
-    "attention.dense": ("linear_proj", (0,), 1),
+    "attention.qkv": ("linear_qkv", (0, 1, 2)),
+    "attention.dense": ("linear_proj", (0,)),
 }
-LINEARS: dict[str, dict[str, tuple[str, tuple[int, ...], int]]] = {
+LINEARS: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {
     "LlamaForCausalLM": {
         **ATTENTION,
-        "mlp.fc": ("linear_fc1", (0,), 0),
-        "mlp.gate": ("linear_fc1", (1,), 0),
-        "mlp.proj": ("linear_fc2", (0,), 1),
+        "mlp.fc": ("linear_fc1", (0,)),
+        "mlp.gate": ("linear_fc1", (1,)),
+        "mlp.proj": ("linear_fc2", (0,)),
     },
     "Phi3ForCausalLM": {  # fc of a rank is its rows of up, then its rows of gate
         **ATTENTION,
-        "mlp.fc": ("linear_fc1", (1, 0), 0),
-        "mlp.proj": ("linear_fc2", (0,), 1),
+        "mlp.fc": ("linear_fc1", (1, 0)),
+        "mlp.proj": ("linear_fc2", (0,)),
     },
 }
 PACK: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -103,31 +102,23 @@ def _positions(decoder: Decoder) -> dict[str, Any]:
     }
 
 
-def layer_tensors(
-    layer: Layer,
-    architecture: str,
-    decoder: Decoder,
-    shard: tuple[int, int],
-    dtype: torch.dtype,
-) -> dict[str, torch.Tensor]:
-    """Tensors of one layer for tensor rank t of T, names without the layer's own prefix.
+def layer_tensors(layer: Layer, architecture: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Tensors of one layer for one tensor rank, names without the layer's own prefix.
 
     Args:
-        layer: from the stream.
+        layer: from the stream, as this rank holds it.
         architecture: TensorRT-LLM's name of the decoder.
-        decoder: facts.
-        shard: (t, T).
         dtype: of everything that is not codes or float32 scales.
     """
     out: dict[str, torch.Tensor] = {}
     for name, source in NORMS.items():
         out[f"{name}.weight"] = layer[source].parts[0].to(dtype)  # type: ignore[union-attr]
-    for module, (linear, order, axis) in LINEARS[architecture].items():
+    for module, (linear, order) in LINEARS[architecture].items():
         parts: list[Any] = [layer[linear].parts[index] for index in order]
         if isinstance(parts[0], Packed):
-            tensors = _quantized(parts, axis, decoder, shard, dtype)
+            tensors = _quantized(parts, dtype)
         else:
-            tensors = {"weight": _join(parts, axis, decoder, shard).to(dtype)}
+            tensors = {"weight": join_rows(parts).to(dtype)}
         out.update({f"{module}.{suffix}": tensor for suffix, tensor in tensors.items()})
     return out
 
@@ -142,70 +133,33 @@ def kv_tensors(scales: KvScales) -> dict[str, torch.Tensor]:
 
 
 def end_tensors(
-    ends: Layer,
-    architecture: str,
-    decoder: Decoder,
-    place: tuple[int, int, int, int],
-    dtype: torch.dtype,
+    ends: Layer, architecture: str, stage: tuple[int, int], dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """Embedding, last norm and head of one rank; place is (t, T, p, P)."""
-    t, T, p, P = place
+    """Embedding, last norm and head of one rank, of those that pipeline stage p of P has."""
+    p, P = stage
     assert P == 1 or architecture == "LlamaForCausalLM", architecture
     out = {}
     for name, source in ENDS.items():
-        if p != (0 if source == "word_embeddings" else P - 1):
-            continue
-        tensor: Any = ends[source].parts[0]
-        if tensor.dim() == 2:
-            tensor = take("vocab", [tensor], decoder.sizes(T), t, T)
-        out[name] = tensor.to(dtype)
+        if p == (0 if source == "word_embeddings" else P - 1):
+            (tensor,) = ends[source].parts
+            assert isinstance(tensor, torch.Tensor)
+            out[name] = tensor.to(dtype)
     return out
 
 
-def _heads_of_shard(part: torch.Tensor, heads: int, head_dim: int, t: int, T: int) -> torch.Tensor:
-    """Rows of the heads that rank t of T holds; heads fewer than ranks are repeated."""
-    per_rank = max(1, heads // T)
-    first = t * heads // T
-    return part[first * head_dim : (first + per_rank) * head_dim]
-
-
-def _join(
-    parts: list[torch.Tensor], axis: int, decoder: Decoder, shard: tuple[int, int]
-) -> torch.Tensor:
-    """One module's tensor of a rank from whole parts cut along `axis`, part after part."""
-    t, T = shard
-    if len(parts) == 3:
-        heads = (decoder.heads, decoder.kv_heads, decoder.kv_heads)
-        own = [
-            _heads_of_shard(part, count, decoder.head_dim, t, T)
-            for part, count in zip(parts, heads, strict=True)
-        ]
-        return join_rows(own)
-    own = [part.chunk(T, dim=axis)[t] if part.dim() > axis else part for part in parts]
-    return join_rows(own) if own[1:] else own[0]
-
-
-def _quantized(
-    packed: list[Packed],
-    axis: int,
-    decoder: Decoder,
-    shard: tuple[int, int],
-    dtype: torch.dtype,
-) -> dict[str, torch.Tensor]:
+def _quantized(packed: list[Packed], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Tensors of one quantized module of a rank."""
     first = packed[0]
-    codes = _join([p.codes.view(torch.int8) for p in packed], axis, decoder, shard)
-    out = {"weight": codes.view(first.codes.dtype)}
+    out = {"weight": join_rows([p.codes for p in packed])}
     if first.scale.dim():
-        out["weights_scaling_factor"] = _join([p.scale for p in packed], axis, decoder, shard)
+        out["weights_scaling_factor"] = join_rows([p.scale for p in packed])
     else:
         assert all(torch.equal(p.scale, first.scale) for p in packed), "parts share one scale"
         out["weights_scaling_factor"] = first.scale.reshape(1)
     if first.kind in PACK:
         out["weight"] = PACK[first.kind](out["weight"])
     if first.prequant is not None:
-        prequant = first.prequant.chunk(shard[1])[shard[0]] if axis == 1 else first.prequant
-        out["prequant_scaling_factor"] = prequant.to(dtype)
+        out["prequant_scaling_factor"] = first.prequant.to(dtype)
     if first.input_scale is not None:
         out["activation_scaling_factor"] = first.input_scale.reshape(1)
     if first.scale_2 is not None:

@@ -11,7 +11,7 @@ follow the layout of their weight, so a scale travels by the row of its weight.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -85,14 +85,21 @@ def take(kind: Kind, parts: Sequence[Any], sizes: Sizes, t: int, T: int) -> torc
     return _cut(part, t, T)
 
 
-def give(kind: Kind, full: torch.Tensor, sizes: Sizes) -> tuple[torch.Tensor, ...]:
-    """The HF tensors of one row from Megatron's whole tensor; the inverse of `take(..., 0, 1)`."""
+def give(kind: Kind, whole: Any, sizes: Sizes, t: int = 0, T: int = 1) -> tuple[torch.Tensor, ...]:
+    """What shard `t` of `T` holds of each HF tensor of one row, from Megatron's whole tensor.
+
+    The inverse of `take(..., 0, 1)` for one shard. KV heads fewer than shards are repeated; a
+    vocabulary loses its padding, and gets as much as T shards ask for.
+    """
     if kind == "qkv":
-        return _give_qkv(full, sizes)
+        return _give_qkv(whole, sizes, t, T)
     if kind == "gated":
-        gate, up = full.chunk(2)
-        return gate, up
-    return (full[: sizes.vocab],) if kind == "vocab" else (full,)
+        half = _shape(whole)[0] // 2
+        return tuple(_cut(Window(whole, start, half), t, T) for start in (0, half))
+    if kind == "vocab":
+        padded = replace(sizes, vocab_rows=-(-sizes.vocab // T) * T)
+        return (_take_vocab(Window(whole, 0, sizes.vocab), padded, t, T),)
+    return (take(kind, [whole], sizes, t, T),)
 
 
 def take_input(kind: Kind, vector_K: torch.Tensor, t: int, T: int) -> torch.Tensor:
@@ -128,9 +135,15 @@ def _take_qkv(parts: Sequence[Any], sizes: Sizes, t: int, T: int) -> torch.Tenso
     return merged.reshape(-1, *merged.shape[2:])
 
 
-def _give_qkv(full: torch.Tensor, sizes: Sizes) -> tuple[torch.Tensor, ...]:
-    heads = [sizes.queries * sizes.head_dim, sizes.head_dim, sizes.head_dim]
-    grouped = full.reshape(sizes.kv_heads, sum(heads), *full.shape[1:])
-    return tuple(
-        piece.reshape(-1, *full.shape[1:]).contiguous() for piece in grouped.split(heads, dim=1)
+def _give_qkv(whole: Any, sizes: Sizes, t: int, T: int) -> tuple[torch.Tensor, ...]:
+    """Heads of one shard: those of q, of k and of v."""
+    dim, queries = sizes.head_dim, sizes.queries
+    first, groups = t * sizes.kv_heads // T, max(1, sizes.kv_heads // T)
+    rows = [queries * dim, dim, dim]
+    local = whole[first * sum(rows) : (first + groups) * sum(rows)]
+    grouped = local.reshape(groups, sum(rows), *local.shape[1:])
+    q, k, v = (
+        piece.reshape(-1, *local.shape[1:]).contiguous() for piece in grouped.split(rows, dim=1)
     )
+    start, own = (t * sizes.heads // T - first * queries) * dim, sizes.heads // T * dim
+    return q[start : start + own], k, v

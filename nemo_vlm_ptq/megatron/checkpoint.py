@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt import GPTModel
 
+from nemo_vlm_ptq.blocks import Slices, Stacked
 from nemo_vlm_ptq.families.base import Decoder
 from nemo_vlm_ptq.mapping.layouts import take
 from nemo_vlm_ptq.mapping.rows import STORED_NORMS, Row, expand
@@ -26,7 +27,7 @@ from nemo_vlm_ptq.megatron.session import Session
 from nemo_vlm_ptq.plan import VOCAB_MULTIPLE
 from nemo_vlm_ptq.progress import progress_bar
 from nemo_vlm_ptq.source import Reader, all_finite, finite
-from nemo_vlm_ptq.torch_dist import read_index, read_tensor
+from nemo_vlm_ptq.torch_dist import read_index
 
 LAYERS = "decoder.layers."
 
@@ -115,21 +116,29 @@ def load_model(model: GPTModel, folder: Path) -> None:
 
 
 class LayerReader:
-    """Whole tensors of a torch_dist checkpoint by name, without a model and without peers."""
+    """Tensors of a torch_dist checkpoint by name, without a model and without peers."""
 
     def __init__(self, folder: Path) -> None:
         self._stored = read_index(folder).tensors
 
-    def _names(self, name: str) -> list[str]:
-        """The names under which a parameter is stored; halves of a gated linear come apart."""
-        for own, stored in STORED_NORMS.items():
+    def slices(self, names: Iterable[str]) -> dict[str, Slices | Stacked]:
+        """Whole parameters by their names in the model, to be cut: nothing is read before.
+
+        Raises:
+            UserError: damaged files, when they are read.
+        """
+        return {name: self._slices(name) for name in names}
+
+    def _slices(self, name: str) -> Slices | Stacked:
+        stored = name
+        for own, other in STORED_NORMS.items():
             if name.endswith(own):
-                name = name.removesuffix(own) + stored
-        if name in self._stored:
-            return [name]
+                stored = name.removesuffix(own) + other
+        if stored in self._stored:
+            return Slices(self._stored[stored])
         halves = [f"{name}_w", f"{name}_v"]  # gate and up, as modelopt's MLP stores them
         assert all(half in self._stored for half in halves), f"{name} is not in the checkpoint"
-        return halves
+        return Stacked([Slices(self._stored[half]) for half in halves])
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Whole parameters by their names in the model, on the CPU.
@@ -137,8 +146,4 @@ class LayerReader:
         Raises:
             UserError: damaged files.
         """
-        tensors = {}
-        for name in names:
-            parts = [read_tensor(self._stored[part]) for part in self._names(name)]
-            tensors[name] = torch.cat(parts) if parts[1:] else parts[0]
-        return tensors
+        return {name: found[:] for name, found in self.slices(names).items()}

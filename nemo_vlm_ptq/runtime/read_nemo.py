@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
+from nemo_vlm_ptq.blocks import read_tensor
 from nemo_vlm_ptq.errors import ProofError
 from nemo_vlm_ptq.families.base import Decoder
 from nemo_vlm_ptq.runtime.checkpoint import ReadCheckpoint, ReadLinear
 from nemo_vlm_ptq.runtime.numbers import E2M1_BLOCK, E2M1_TOP, FP8_TOP, Rounding, to_e2m1, to_fp8
-from nemo_vlm_ptq.torch_dist import Index, read_index, read_object, read_tensor
+from nemo_vlm_ptq.torch_dist import Index, read_index, read_object
 
 START = "module.language_model."
 ENDS = {

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
+from nemo_vlm_ptq.blocks import read_tensor
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families import llava
 from nemo_vlm_ptq.mapping.layouts import Sizes, give
 from nemo_vlm_ptq.mapping.rows import STORED_NORMS, Row
 from nemo_vlm_ptq.source import Tensor
-from nemo_vlm_ptq.torch_dist import Index, Stored, read_tensor
+from nemo_vlm_ptq.torch_dist import Index, Stored
 
 START, LAYERS = "module.language_model.", "module.language_model.decoder.layers."
 EMBEDDING = f"{START}embedding.word_embeddings.weight"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nemo_vlm_ptq import store
 from nemo_vlm_ptq.export import trtllm
-from nemo_vlm_ptq.formats import QuantFormat
+from nemo_vlm_ptq.formats import KV_CACHES, QuantFormat
 from nemo_vlm_ptq.job import Job, Written, run_stage
 from nemo_vlm_ptq.parallel import deal
 from nemo_vlm_ptq.progress import progress_bar
@@ -53,39 +56,57 @@ def _write(job: Job, fmt: QuantFormat, target: str, folder: Path) -> Written:
 
 def _write_trtllm(job: Job, fmt: QuantFormat, folder: Path) -> Written:
     """llm/ with one file per inference rank, vision/ with what its engine is built from."""
+    for name in ("llm", "vision"):
+        (folder / name).mkdir(exist_ok=True)
+    if job.session.rank:
+        return Written(_write_ranks(job, fmt, folder))
+    with ThreadPoolExecutor(1) as beside:
+        vision = beside.submit(_copy_vision, job, folder / "vision", "vision")
+        files = _write_ranks(job, fmt, folder)
+        return Written([*files, *_write_config(job, fmt, folder), *vision.result()])
+
+
+def _write_config(job: Job, fmt: QuantFormat, folder: Path) -> list[str]:
+    plan = job.plan
+    chosen, quantize = plan.recipe.export, plan.recipe.quantize
+    config = trtllm.config(
+        plan.family.trtllm_architecture,
+        plan.decoder,
+        fmt,
+        quantize.group_size,
+        plan.dtype,
+        (chosen.tensor, chosen.pipeline),
+        KV_CACHES.get(quantize.kv_cache),
+    )
+    store.write_json(folder / "llm" / "config.json", config)
+    return ["llm/config.json"]
+
+
+def _write_ranks(job: Job, fmt: QuantFormat, folder: Path) -> list[str]:
+    """Files of the inference ranks that this rank deals with."""
     plan, session = job.plan, job.session
     T, P = plan.recipe.export.tensor, plan.recipe.export.pipeline
     architecture = plan.family.trtllm_architecture
-    files = []
-    for name in ("llm", "vision"):
-        (folder / name).mkdir(exist_ok=True)
     mine = deal([(p, t) for p in range(P) for t in range(T)], session.layout.world, session.rank)
-    stream = Stream(job, fmt)
+    stream, files = Stream(job, fmt), []
     for p in sorted({p for p, _ in mine}):
-        shards = {t: {} for q, t in mine if q == p}  # type: ignore[var-annotated]
+        shards: dict[int, dict[str, torch.Tensor]] = {t: {} for q, t in mine if q == p}
         layers = list(trtllm.layers_of(plan.decoder, p, P))
         label = f"export {fmt.name} trtllm"
         for local, index in enumerate(progress_bar(label, "layer", session.rank, layers)):
-            layer, kv = stream.layer(index), stream.kv(index)
+            kv = stream.kv(index)
             for t, tensors in shards.items():
-                own = trtllm.layer_tensors(layer, architecture, plan.decoder, (t, T), job.dtype)
+                layer = stream.layer(index, (t, T))
+                own = trtllm.layer_tensors(layer, architecture, job.dtype)
                 own |= {} if kv is None else trtllm.kv_tensors(kv)
                 start = f"transformer.layers.{local}."
                 tensors.update({start + name: value for name, value in own.items()})
-        ends = stream.ends()
         for t, tensors in shards.items():
-            place = (t, T, p, P)
-            tensors.update(trtllm.end_tensors(ends, architecture, plan.decoder, place, job.dtype))
+            ends = stream.ends((t, T))
+            tensors.update(trtllm.end_tensors(ends, architecture, (p, P), job.dtype))
             files.append(f"llm/rank{p * T + t}.safetensors")
             store.save_tensors(tensors, folder / files[-1])
-    if session.rank == 0:
-        group = plan.recipe.quantize.group_size
-        config = trtllm.config(
-            architecture, plan.decoder, fmt, group, plan.dtype, (T, P), stream.kv_format
-        )
-        store.write_json(folder / "llm" / "config.json", config)
-        files += ["llm/config.json", *_copy_vision(job, folder / "vision", "vision")]
-    return Written(files)
+    return files
 
 
 def _copy_vision(job: Job, folder: Path, prefix: str) -> list[str]:

@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from nemo_vlm_ptq import store
+from nemo_vlm_ptq.blocks import read_tensor
 from nemo_vlm_ptq.calibrate.solve import load_scales
 from nemo_vlm_ptq.export import nemo
 from nemo_vlm_ptq.export.fiddle import to_json, to_tree
@@ -25,7 +26,7 @@ from nemo_vlm_ptq.parallel import deal
 from nemo_vlm_ptq.plan import VOCAB_MULTIPLE
 from nemo_vlm_ptq.stages.importing import VISION, own_files
 from nemo_vlm_ptq.stages.publishing import DESCRIBING, copy_new
-from nemo_vlm_ptq.torch_dist import Index, read_index, read_object, read_tensor
+from nemo_vlm_ptq.torch_dist import Index, read_index, read_object
 
 WEIGHTS, CONTEXT, STATE = "weights", "context", "modelopt_state"
 SHARD = "/shard_0_1"

@@ -32,12 +32,12 @@ class Stream:
         if fmt.weight != "nf4":
             self.reader = LayerReader(job.folder(fmt.name, "quantized"))
 
-    def layer(self, index: int) -> Layer:
-        """One layer."""
+    def layer(self, index: int, shard: tuple[int, int] = (0, 1)) -> Layer:
+        """One layer, as shard t of T holds it."""
         scales = load_scales(self.scales, index)
         rows, decoder = self.plan.family.rows, self.plan.decoder
-        read, device = self.reader.read, self.device
-        layer = stream_layer(rows, index, read, scales, self.fmt, decoder, device)
+        read, device = self.reader.slices, self.device
+        layer = stream_layer(rows, index, read, scales, self.fmt, decoder, device, shard)
         if not self.folds:
             return layer
         return fold_layer(layer, scales, self.imported.read, self.fmt, decoder)
@@ -52,6 +52,7 @@ class Stream:
             return kv
         return fold_kv(kv, load_scales(self.scales, index), self.plan.decoder.sizes(1))
 
-    def ends(self) -> Layer:
-        """Embedding, last norm, head."""
-        return stream_ends(self.plan.family.rows, self.reader.read, self.plan.decoder)
+    def ends(self, shard: tuple[int, int] = (0, 1)) -> Layer:
+        """Embedding, last norm, head, as shard t of T holds them."""
+        read = self.reader.slices
+        return stream_ends(self.plan.family.rows, read, self.plan.decoder, shard)

@@ -1,5 +1,7 @@
 """Codes made piece by piece on a device: those of the whole weight."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -18,7 +20,8 @@ def test_codes_made_some_rows_at_a_time_on_any_device_are_the_same(
     weight = torch.randn(33, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
     granularity = {"int8": "channel", "int4": "group"}.get(kind, "tensor")
     amax = numerics.weight_amax(weight, granularity, 32)
-    codes = numerics.encode_on(torch.device(device), weight, amax, kind)
+    encode = partial(numerics.encode, kind=kind)
+    codes = numerics.on_device(torch.device(device), encode, weight, amax)
     whole = numerics.encode(weight, amax, kind)
     assert codes.device.type == "cpu" and codes.dtype == whole.dtype
     assert torch.equal(codes.view(torch.int8), whole.view(torch.int8))
