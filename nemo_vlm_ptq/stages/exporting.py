@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from nemo_vlm_ptq.stages.importing import VISION
 from nemo_vlm_ptq.stages.nemo_form import write_nemo
 from nemo_vlm_ptq.stages.publishing import copy_new, write_published
 from nemo_vlm_ptq.stages.streaming import Stream
+from nemo_vlm_ptq.tensor_file import TensorFile
 
 
 def export(job: Job) -> None:
@@ -83,30 +85,37 @@ def _write_config(job: Job, fmt: QuantFormat, folder: Path) -> list[str]:
 
 
 def _write_ranks(job: Job, fmt: QuantFormat, folder: Path) -> list[str]:
-    """Files of the inference ranks that this rank deals with."""
+    """Files of the inference ranks that this rank deals with, written layer by layer."""
     plan, session = job.plan, job.session
     T, P = plan.recipe.export.tensor, plan.recipe.export.pipeline
-    architecture = plan.family.trtllm_architecture
     mine = deal([(p, t) for p in range(P) for t in range(T)], session.layout.world, session.rank)
-    stream, files = Stream(job, fmt), []
+    stream, names = Stream(job, fmt), []
     for p in sorted({p for p, _ in mine}):
-        shards: dict[int, dict[str, torch.Tensor]] = {t: {} for q, t in mine if q == p}
+        shards = {t: f"llm/rank{p * T + t}.safetensors" for q, t in mine if q == p}
+        names += list(shards.values())
         layers = list(trtllm.layers_of(plan.decoder, p, P))
         label = f"export {fmt.name} trtllm"
-        for local, index in enumerate(progress_bar(label, "layer", session.rank, layers)):
-            kv = stream.kv(index)
-            for t, tensors in shards.items():
-                layer = stream.layer(index, (t, T))
-                own = trtllm.layer_tensors(layer, architecture, job.dtype)
-                own |= {} if kv is None else trtllm.kv_tensors(kv)
-                start = f"transformer.layers.{local}."
-                tensors.update({start + name: value for name, value in own.items()})
-        for t, tensors in shards.items():
-            ends = stream.ends((t, T))
-            tensors.update(trtllm.end_tensors(ends, architecture, (p, P), job.dtype))
-            files.append(f"llm/rank{p * T + t}.safetensors")
-            store.save_tensors(tensors, folder / files[-1])
-    return files
+        with ExitStack() as opened:
+            files: dict[int, TensorFile] = {}
+            for local, index in enumerate(progress_bar(label, "layer", session.rank, layers)):
+                for t, name in shards.items():
+                    own = _layer(job, stream, index, (t, T))
+                    if t not in files:
+                        count = len(own) * len(layers) + len(trtllm.ENDS)
+                        files[t] = opened.enter_context(TensorFile(folder / name, count))
+                    start = f"transformer.layers.{local}."
+                    files[t].add({start + key: value for key, value in own.items()})
+            for t, file in files.items():
+                architecture, ends = plan.family.trtllm_architecture, stream.ends((t, T))
+                file.add(trtllm.end_tensors(ends, architecture, (p, P), job.dtype))
+    return names
+
+
+def _layer(job: Job, stream: Stream, index: int, shard: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """Tensors of a layer for one inference rank."""
+    layer, kv = stream.layer(index, shard), stream.kv(index)
+    tensors = trtllm.layer_tensors(layer, job.plan.family.trtllm_architecture, job.dtype)
+    return tensors | ({} if kv is None else trtllm.kv_tensors(kv))
 
 
 def _copy_vision(job: Job, folder: Path, prefix: str) -> list[str]:
