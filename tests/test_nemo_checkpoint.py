@@ -18,7 +18,7 @@ from conftest import Export
 from nemo_folders import FC1, NAMES, job, refusal
 from safetensors.torch import load_file, save_file
 
-from nemo_vlm_ptq import store, torch_dist
+from nemo_vlm_ptq import blocks, store, torch_dist
 from nemo_vlm_ptq.errors import ProofError
 from nemo_vlm_ptq.formats import FORMATS
 from nemo_vlm_ptq.plan import make_plan
@@ -73,7 +73,7 @@ def test_two_tensor_ranks_write_what_one_writes(nemo_line, tmp_path, name):
     )
     assert set(one.tensors) == set(two.tensors) and set(one.objects) == set(two.objects)
     for key in one.tensors:
-        mine, theirs = (torch_dist.read_tensor(index.tensors[key]) for index in (one, two))
+        mine, theirs = (blocks.read_tensor(index.tensors[key]) for index in (one, two))
         assert torch.equal(mine, theirs), key
     for key in one.objects:
         mine, theirs = (torch_dist.read_object(index, key) for index in (one, two))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from nemo_folders import refusal
 
-from nemo_vlm_ptq import torch_dist
+from nemo_vlm_ptq import blocks, torch_dist
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.nemo.checkpoint import write_checkpoint
 from nemo_vlm_ptq.plan import make_plan
@@ -43,7 +43,7 @@ def test_a_source_of_nemo_is_imported_and_written_again_the_same(nemo_line, tmp_
     )
     assert set(first) == set(second)
     for name in first:
-        one, two = map(torch_dist.read_tensor, (first[name], second[name]))
+        one, two = map(blocks.read_tensor, (first[name], second[name]))
         assert torch.equal(one, two), name
     files = ("io.json", "model.yaml", "tokenizer/preprocessor_config.json")
     for file in files:
@@ -123,7 +123,7 @@ def test_a_tensor_that_would_run_code_is_refused(copy, monkeypatch):
     raw[place.offset : place.offset + place.length] = bad[: place.length].ljust(place.length)
     place.file.write_bytes(raw)
     with pytest.raises(UserError, match="is damaged at byte"):
-        torch_dist.read_tensor(index.tensors["module.vision_projection.0.bias"])
+        blocks.read_tensor(index.tensors["module.vision_projection.0.bias"])
     assert not (copy / "was-run").exists()
 
 

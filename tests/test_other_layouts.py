@@ -69,6 +69,25 @@ def test_another_cut_is_the_same_bytes_as_if_it_were_the_first(works, tmp_path, 
     same_model(*reads)
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_exported_again_is_the_same_bytes_and_every_file_is_listed(works, tmp_path, name):
+    targets = tuple(target for target in FORMATS[name].targets if target != "nemo")
+    shutil.copytree(works[ONE] / "megatron", tmp_path / "megatron")
+    ignore = shutil.ignore_patterns(*FORMATS[name].targets)
+    shutil.copytree(works[ONE] / name, tmp_path / name, ignore=ignore)
+    listed = []
+    with models.alone() as own:
+        for _ in range(2):
+            export(job(own, tmp_path, name, targets))
+            listed.append([read_manifest(tmp_path / name / target)["files"] for target in targets])
+            for target in targets:
+                home = tmp_path / name / target
+                files = {str(one.relative_to(home)) for one in home.rglob("*") if one.is_file()}
+                assert files - {"manifest.json"} == set(listed[-1][targets.index(target)])
+                shutil.rmtree(home)
+    assert listed[0] == listed[1]
+
+
 def same_model(mine, theirs):
     """Dequantized weights, scales, and tensors in 16 bit are equal bit for bit."""
     assert set(mine.linears) == set(theirs.linears) and set(mine.plain) == set(theirs.plain)
