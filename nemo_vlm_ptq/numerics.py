@@ -9,8 +9,6 @@ nvfp4 has the sign in bit 3 and the ordinal of its magnitude below, nf4 the plac
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from nemo_vlm_ptq.formats import LARGEST, LOWEST, NVFP4_BLOCK, Granularity, Kind
@@ -33,7 +31,6 @@ NF4 = (
     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
     0.7229568362236023, 1.0,
 )  # fmt: skip
-ON_CPU, ON_GPU = 1 << 20, 1 << 24  # entries of a weight that are encoded at a time
 NF4_NESTED_BLOCK = 256  # absmaxes that share a scale of their own
 
 
@@ -91,50 +88,6 @@ def encode(weight_OK: torch.Tensor, amax: torch.Tensor, kind: Kind) -> torch.Ten
     if kind == "fp8":
         return exact.clamp(LOWEST[kind], LARGEST[kind]).to(torch.float8_e4m3fn)
     return exact.round().clamp(LOWEST[kind], LARGEST[kind]).to(torch.int8)
-
-
-def on_device(
-    device: torch.device,
-    make: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    weight_OK: torch.Tensor,
-    amax: torch.Tensor,
-) -> torch.Tensor:
-    """`make(weight, amax)`, such as `encode`, some rows at a time on a device, in little memory.
-
-    Args:
-        device: where it is made; what is returned is on the CPU.
-        make: makes rows of its result from rows alone.
-        weight_OK: the weight.
-        amax: as `make` takes it.
-    """
-    made: torch.Tensor | None = None
-    gpu = device.type == "cuda"
-    step = max(1, (ON_GPU if gpu else ON_CPU) // weight_OK.shape[1])
-    stream = torch.cuda.Stream(device) if gpu else None
-    with torch.cuda.stream(stream):  # None: nothing changes
-        for start in range(0, len(weight_OK), step):
-            rows = slice(start, start + step)
-            own = amax[rows] if amax.dim() else amax
-            part = make(_locked(weight_OK[rows], gpu).to(device, non_blocking=True), own.to(device))
-            if made is None:
-                made = torch.empty((len(weight_OK), *part.shape[1:]), dtype=part.dtype)
-            part = _locked(part, gpu)
-            if stream is not None:
-                stream.synchronize()
-            made[rows] = part
-    assert made is not None, "a weight has rows"
-    return made
-
-
-def _locked(tensor: torch.Tensor, gpu: bool) -> torch.Tensor:
-    """A copy in page-locked memory, from where and to where a GPU copies several times faster.
-
-    torch keeps such memory for the next one. Without a GPU the tensor itself.
-    """
-    if not gpu:
-        return tensor
-    place = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return place.copy_(tensor, non_blocking=True)
 
 
 def decode(codes_OK: torch.Tensor, scale: torch.Tensor, kind: Kind) -> torch.Tensor:

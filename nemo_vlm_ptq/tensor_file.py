@@ -7,79 +7,64 @@ first, and filled in at the end: no more is held than what waits to be written.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 
 NAMES = {
-    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
-    torch.float8_e4m3fn: "F8_E4M3", torch.int8: "I8", torch.uint8: "U8",
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.int64: "I64", torch.int8: "I8", torch.uint8: "U8",
 }  # fmt: skip
 ENTRY = 256  # bytes of the header that a tensor may take
 LENGTH = 8  # bytes that tell the header's
 
+Add = Callable[[Mapping[str, torch.Tensor]], None]
 
-class TensorFile:
-    """The file; a thread writes while the next tensors are made.
+
+@contextmanager
+def tensor_file(path: Path, count: int) -> Iterator[Add]:
+    """What takes tensors of the CPU; a thread writes them while the next ones are made.
+
+    It comes back when those given before have been written. Those given together lie in the file
+    with the largest entries first, so that each begins at a multiple of its entries' size. Where
+    the block fails, the header is missing.
 
     Args:
         path: of the file.
         count: tensors that come, at most.
     """
+    room, end = ENTRY * (count + 1), 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    last: list[Future[None]] = []
 
-    def __init__(self, path: Path, count: int) -> None:
-        self._room = ENTRY * (count + 1)
-        self._header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        self._end = 0
-        self._file = path.open("wb")
-        self._file.seek(LENGTH + self._room)
-        self._writer = ThreadPoolExecutor(1)
-        self._last: Future[None] | None = None
-
-    def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Write tensors of the CPU; comes back when those given before have been written.
-
-        Largest entries first, so that each begins at a multiple of the size of its own.
-        """
-        named = sorted(tensors.items(), key=lambda one: -one[1].element_size())
-        if self._last is not None:
-            self._last.result()
-        self._last = self._writer.submit(self._write, named)
-
-    def _write(self, named: list[tuple[str, torch.Tensor]]) -> None:
+    def write(named: list[tuple[str, torch.Tensor]]) -> None:
+        nonlocal end
         for name, tensor in named:
-            assert self._end % tensor.element_size() == 0, f"{name} would begin between two entries"
-            start, self._end = self._end, self._end + tensor.nbytes
+            assert end % tensor.element_size() == 0, f"{name} would begin between two entries"
+            start, end = end, end + tensor.nbytes
             about = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape)}
-            self._header[name] = about | {"data_offsets": [start, self._end]}
+            header[name] = about | {"data_offsets": [start, end]}
             every = tensor.detach().contiguous().view(-1)
-            self._file.write(every.view(torch.uint8).numpy().data)
+            file.write(every.view(torch.uint8).numpy().data)
 
-    def _finish(self) -> None:
-        if self._last is not None:
-            self._last.result()
-        text = json.dumps(self._header, separators=(",", ":")).encode()
-        assert len(text) <= self._room, f"a header of {len(text)} bytes, room for {self._room}"
-        self._file.seek(0)
-        self._file.write(self._room.to_bytes(LENGTH, "little") + text.ljust(self._room))
+    def wait() -> None:
+        while last:
+            last.pop().result()
 
-    def __enter__(self) -> TensorFile:
-        return self
+    def add(tensors: Mapping[str, torch.Tensor]) -> None:
+        named = sorted(tensors.items(), key=lambda one: -one[1].element_size())
+        wait()
+        last.append(writer.submit(write, named))
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """The header is written if all went well."""
-        try:
-            if kind is None:
-                self._finish()
-        finally:
-            self._writer.shutdown()
-            self._file.close()
+    with path.open("wb") as file, ThreadPoolExecutor(1) as writer:
+        file.seek(LENGTH + room)
+        yield add
+        wait()
+        text = json.dumps(header, separators=(",", ":")).encode()
+        assert len(text) <= room, f"a header of {len(text)} bytes, room for {room}"
+        file.seek(0)
+        file.write(room.to_bytes(LENGTH, "little") + text.ljust(room))

@@ -5,7 +5,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from nemo_vlm_ptq.tensor_file import TensorFile
+from nemo_vlm_ptq.tensor_file import tensor_file
 
 
 def layers(count):
@@ -23,9 +23,9 @@ def layers(count):
 
 def write(path, count=3):
     given = {}
-    with TensorFile(path, 6 * count) as file:
+    with tensor_file(path, 6 * count) as add:
         for tensors in layers(count):
-            file.add(tensors)
+            add(tensors)
             given |= tensors
     return given
 
@@ -47,19 +47,19 @@ def test_the_same_tensors_are_the_same_bytes(tmp_path):
 
 
 def test_a_file_that_was_not_finished_is_not_read(tmp_path):
-    with pytest.raises(ZeroDivisionError), TensorFile(tmp_path / "file", 6) as file:
-        file.add(next(layers(1)))
+    with pytest.raises(ZeroDivisionError), tensor_file(tmp_path / "file", 6) as add:
+        add(next(layers(1)))
         raise ZeroDivisionError
     with pytest.raises(Exception, match="header"):
         load_file(tmp_path / "file")
 
 
 def test_what_cannot_be_written_is_raised(tmp_path):
-    with pytest.raises(KeyError), TensorFile(tmp_path / "file", 1) as file:
-        file.add({"a": torch.zeros(2, dtype=torch.complex64)})
+    with pytest.raises(KeyError), tensor_file(tmp_path / "file", 1) as add:
+        add({"a": torch.zeros(2, dtype=torch.complex64)})
     crooked = [{"a": torch.zeros(3, dtype=torch.int8)}, {"b": torch.zeros(1)}]
     many = [{str(index): torch.zeros(1) for index in range(9)}]
     for given, said in ((crooked, "begin between two entries"), (many, "room for 512")):
-        with pytest.raises(AssertionError, match=said), TensorFile(tmp_path / "file", 1) as file:
+        with pytest.raises(AssertionError, match=said), tensor_file(tmp_path / "file", 1) as add:
             for tensors in given:
-                file.add(tensors)
+                add(tensors)

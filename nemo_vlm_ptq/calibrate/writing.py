@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
+from nemo_vlm_ptq.tensor_file import NAMES
+
 PIECE = 1 << 26  # bytes
-NAMES = {torch.float64: "F64", torch.float32: "F32", torch.int64: "I64"}
 
 
 def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write a file of tensors that are on one device; dtypes as in NAMES."""
+    """Write a file of tensors that are on one device."""
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

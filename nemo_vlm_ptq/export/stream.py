@@ -16,11 +16,12 @@ from typing import Any
 import torch
 
 from nemo_vlm_ptq.export import nf4
+from nemo_vlm_ptq.export.on_device import on_device
 from nemo_vlm_ptq.families.base import Decoder
 from nemo_vlm_ptq.formats import Kind, KvFormat, QuantFormat
 from nemo_vlm_ptq.mapping.layouts import give, take_input
 from nemo_vlm_ptq.mapping.rows import Row
-from nemo_vlm_ptq.numerics import encode, nvfp4_scales, on_device, scale_of
+from nemo_vlm_ptq.numerics import encode, nvfp4_scales, scale_of
 
 CPU = torch.device("cpu")
 AT_ONCE = 4  # rows that are read and encoded beside each other

@@ -20,7 +20,7 @@ from nemo_vlm_ptq.stages.importing import VISION
 from nemo_vlm_ptq.stages.nemo_form import write_nemo
 from nemo_vlm_ptq.stages.publishing import copy_new, write_published
 from nemo_vlm_ptq.stages.streaming import Stream
-from nemo_vlm_ptq.tensor_file import TensorFile
+from nemo_vlm_ptq.tensor_file import Add, tensor_file
 
 
 def export(job: Job) -> None:
@@ -96,18 +96,18 @@ def _write_ranks(job: Job, fmt: QuantFormat, folder: Path) -> list[str]:
         layers = list(trtllm.layers_of(plan.decoder, p, P))
         label = f"export {fmt.name} trtllm"
         with ExitStack() as opened:
-            files: dict[int, TensorFile] = {}
+            add: dict[int, Add] = {}
             for local, index in enumerate(progress_bar(label, "layer", session.rank, layers)):
                 for t, name in shards.items():
                     own = _layer(job, stream, index, (t, T))
-                    if t not in files:
+                    if t not in add:
                         count = len(own) * len(layers) + len(trtllm.ENDS)
-                        files[t] = opened.enter_context(TensorFile(folder / name, count))
+                        add[t] = opened.enter_context(tensor_file(folder / name, count))
                     start = f"transformer.layers.{local}."
-                    files[t].add({start + key: value for key, value in own.items()})
-            for t, file in files.items():
+                    add[t]({start + key: value for key, value in own.items()})
+            for t in shards:
                 architecture, ends = plan.family.trtllm_architecture, stream.ends((t, T))
-                file.add(trtllm.end_tensors(ends, architecture, (p, P), job.dtype))
+                add[t](trtllm.end_tensors(ends, architecture, (p, P), job.dtype))
     return names
 
 

@@ -1,0 +1,53 @@
+"""Arithmetic over a weight some rows at a time, on a GPU where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+ON_CPU, ON_GPU = 1 << 20, 1 << 24  # entries of a weight that are dealt with at a time
+
+
+def on_device(
+    device: torch.device,
+    make: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    weight_OK: torch.Tensor,
+    amax: torch.Tensor,
+) -> torch.Tensor:
+    """`make(weight, amax)`, such as `encode`, some rows at a time on a device, in little memory.
+
+    Args:
+        device: where it is made; what is returned is on the CPU.
+        make: makes rows of its result from rows alone.
+        weight_OK: the weight.
+        amax: as `make` takes it.
+    """
+    made: torch.Tensor | None = None
+    gpu = device.type == "cuda"
+    step = max(1, (ON_GPU if gpu else ON_CPU) // weight_OK.shape[1])
+    stream = torch.cuda.Stream(device) if gpu else None
+    with torch.cuda.stream(stream):  # None: nothing changes
+        for start in range(0, len(weight_OK), step):
+            rows = slice(start, start + step)
+            own = amax[rows] if amax.dim() else amax
+            part = make(_locked(weight_OK[rows], gpu).to(device, non_blocking=True), own.to(device))
+            if made is None:
+                made = torch.empty((len(weight_OK), *part.shape[1:]), dtype=part.dtype)
+            part = _locked(part, gpu)
+            if stream is not None:
+                stream.synchronize()
+            made[rows] = part
+    assert made is not None, "a weight has rows"
+    return made
+
+
+def _locked(tensor: torch.Tensor, gpu: bool) -> torch.Tensor:
+    """A copy in page-locked memory, from where and to where a GPU copies several times faster.
+
+    torch keeps such memory for the next one. Without a GPU the tensor itself.
+    """
+    if not gpu:
+        return tensor
+    place = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return place.copy_(tensor, non_blocking=True)
