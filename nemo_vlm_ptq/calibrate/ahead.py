@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
+
+from nemo_vlm_ptq.ahead import made_ahead
 
 Item = TypeVar("Item")
 Read = TypeVar("Read")
@@ -29,11 +30,4 @@ def read_ahead(
             stream.synchronize()
         return result
 
-    with ThreadPoolExecutor(1) as thread:
-        waiting: tuple[Item, Future[Read]] | None = None
-        for item in items:
-            before, waiting = waiting, (item, thread.submit(aside, item))
-            if before is not None:
-                yield before[0], before[1].result()
-        if waiting is not None:
-            yield waiting[0], waiting[1].result()
+    return made_ahead(items, aside)

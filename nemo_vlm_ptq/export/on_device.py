@@ -33,21 +33,20 @@ def on_device(
             own = amax[rows] if amax.dim() else amax
             part = make(_locked(weight_OK[rows], gpu).to(device, non_blocking=True), own.to(device))
             if made is None:
-                made = torch.empty((len(weight_OK), *part.shape[1:]), dtype=part.dtype)
-            part = _locked(part, gpu)
-            if stream is not None:
-                stream.synchronize()
-            made[rows] = part
+                shape = (len(weight_OK), *part.shape[1:])
+                made = torch.empty(shape, dtype=part.dtype, pin_memory=gpu)
+            made[rows].copy_(part, non_blocking=True)
+    if stream is not None:
+        stream.synchronize()
     assert made is not None, "a weight has rows"
     return made
 
 
 def _locked(tensor: torch.Tensor, gpu: bool) -> torch.Tensor:
-    """A copy in page-locked memory, from where and to where a GPU copies several times faster.
+    """A copy in page-locked memory, from where a GPU copies several times faster.
 
     torch keeps such memory for the next one. Without a GPU the tensor itself.
     """
     if not gpu:
         return tensor
-    place = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return place.copy_(tensor, non_blocking=True)
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)

@@ -8,7 +8,6 @@ its tensors are whole here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,7 +23,6 @@ from nemo_vlm_ptq.mapping.rows import Row
 from nemo_vlm_ptq.numerics import encode, nvfp4_scales, scale_of
 
 CPU = torch.device("cpu")
-AT_ONCE = 4  # rows that are read and encoded beside each other
 ReadTensors = Callable[[Iterable[str]], Mapping[str, Any]]
 
 
@@ -172,9 +170,7 @@ def stream_layer(
             return Piece(row, pack_row(*given))
         return Piece(row, give(row.layout, weight, decoder.sizes(1), *shard))
 
-    own = [row.at(layer) for row in rows if row.layered]
-    with ThreadPoolExecutor(AT_ONCE) as threads:
-        return {done.row.short: done for done in threads.map(piece, own)}
+    return {row.short: piece(row.at(layer)) for row in rows if row.layered}
 
 
 def stream_ends(

@@ -7,7 +7,7 @@ and layers are counted from 0 within a pipeline stage.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ ENDS = {
     "transformer.ln_f.weight": "final_layernorm",
     "lm_head.weight": "output_layer",
 }
+MOST = 40  # tensors of a layer
 
 
 def config(
@@ -167,7 +168,7 @@ def _quantized(packed: list[Packed], dtype: torch.dtype) -> dict[str, torch.Tens
     return out
 
 
-def layers_of(decoder: Decoder, p: int, P: int) -> Iterable[int]:
+def layers_of(decoder: Decoder, p: int, P: int) -> range:
     """Global layer indices of pipeline stage p of P."""
     size = decoder.layers // P
     return range(p * size, (p + 1) * size)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from nemo_vlm_ptq import store
+from nemo_vlm_ptq.ahead import made_ahead
 from nemo_vlm_ptq.export import trtllm
 from nemo_vlm_ptq.formats import KV_CACHES, QuantFormat
 from nemo_vlm_ptq.job import Job, Written, run_stage
@@ -19,7 +20,7 @@ from nemo_vlm_ptq.progress import progress_bar
 from nemo_vlm_ptq.stages.importing import VISION
 from nemo_vlm_ptq.stages.nemo_form import write_nemo
 from nemo_vlm_ptq.stages.publishing import copy_new, write_published
-from nemo_vlm_ptq.stages.streaming import Stream
+from nemo_vlm_ptq.stages.streaming import AHEAD, Stream
 from nemo_vlm_ptq.tensor_file import Add, tensor_file
 
 
@@ -93,21 +94,21 @@ def _write_ranks(job: Job, fmt: QuantFormat, folder: Path) -> list[str]:
     for p in sorted({p for p, _ in mine}):
         shards = {t: f"llm/rank{p * T + t}.safetensors" for q, t in mine if q == p}
         names += list(shards.values())
-        layers = list(trtllm.layers_of(plan.decoder, p, P))
-        label = f"export {fmt.name} trtllm"
-        with ExitStack() as opened:
+        layers = trtllm.layers_of(plan.decoder, p, P)
+        parts = [(index, t) for index in layers for t in shards]
+        made = made_ahead(parts, lambda part: _layer(job, stream, part[0], (part[1], T)), AHEAD)
+        bar = progress_bar(f"export {fmt.name} trtllm", "layer", session.rank, len(parts))
+        with bar, ExitStack() as opened:
             add: dict[int, Add] = {}
-            for local, index in enumerate(progress_bar(label, "layer", session.rank, layers)):
-                for t, name in shards.items():
-                    own = _layer(job, stream, index, (t, T))
-                    if t not in add:
-                        count = len(own) * len(layers) + len(trtllm.ENDS)
-                        add[t] = opened.enter_context(tensor_file(folder / name, count))
-                    start = f"transformer.layers.{local}."
-                    add[t]({start + key: value for key, value in own.items()})
-            for t in shards:
+            for t, name in shards.items():  # what needs no work is written while the first is made
+                count = trtllm.MOST * len(layers) + len(trtllm.ENDS)
+                add[t] = opened.enter_context(tensor_file(folder / name, count))
                 architecture, ends = plan.family.trtllm_architecture, stream.ends((t, T))
                 add[t](trtllm.end_tensors(ends, architecture, (p, P), job.dtype))
+            for (index, t), own in made:
+                start = f"transformer.layers.{index - layers[0]}."
+                add[t]({start + key: value for key, value in own.items()})
+                bar.update()
     return names
 
 

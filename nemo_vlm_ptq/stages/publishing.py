@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,14 +15,17 @@ import torch
 from safetensors.torch import load_file
 
 from nemo_vlm_ptq import store
+from nemo_vlm_ptq.ahead import made_ahead
 from nemo_vlm_ptq.export import compressed_tensors, hf, nf4
 from nemo_vlm_ptq.formats import KV_CACHES, QuantFormat
 from nemo_vlm_ptq.job import Job, Written
 from nemo_vlm_ptq.parallel import deal, split_evenly
 from nemo_vlm_ptq.stages.importing import VISION
-from nemo_vlm_ptq.stages.streaming import Stream
+from nemo_vlm_ptq.stages.streaming import AHEAD, Stream
+from nemo_vlm_ptq.tensor_file import Add, tensor_file
 
 DESCRIBING = (".json", ".model", ".txt")  # files of tokenizers, processors, configs
+MOST = 64  # tensors of a layer
 FILE_BYTES = 5 << 30  # of 16 bit weights a file, whatever the number of ranks
 # Target -> what names and packs its tensors.
 TARGETS: dict[str, ModuleType] = {"hf": hf, "compressed_tensors": compressed_tensors}
@@ -42,39 +48,62 @@ def write_published(job: Job, fmt: QuantFormat, target: str, folder: Path) -> Wr
 
     A family of several folders keeps them: its quantized decoder is a checkpoint of its own.
     """
-    plan, session, names = job.plan, job.session, TARGETS[target]
+    plan, session = job.plan, job.session
     stream = Stream(job, fmt, folds=target == "compressed_tensors")
-    count, home = _count_files(job), plan.family.decoder_part
     for part in plan.family.parts:
         (folder / part).mkdir(exist_ok=True)
-    index: dict[str, str] = {}
+    count, index = _count_files(job), dict[str, str]()
     for number in deal(range(count), session.layout.world, session.rank):
-        tensors: dict[str, torch.Tensor] = {}
-        for layer in split_evenly(range(plan.decoder.layers), count, number):
-            pieces, kv = stream.layer(layer), stream.kv(layer)
-            for piece in pieces.values():
-                tensors |= names.tensors_of(piece, job.dtype)
-            tensors |= {} if kv is None else names.kv_tensors(pieces["linear_qkv"], kv)
-        if number == count - 1:
-            for piece in stream.ends().values():
-                tensors |= names.tensors_of(piece, job.dtype)
-            tensors |= load_file(job.folder("megatron", VISION))
-        for part in {name.rpartition("/")[0] for name in tensors}:
-            start = f"{part}/" if part else ""
-            own = {
-                name.removeprefix(start): tensor
-                for name, tensor in tensors.items()
-                if name.rpartition("/")[0] == part
-            }
-            file = f"model-{number + 1:05d}-of-{count:05d}" if part == home else "model"
-            store.save_tensors(own, folder / part / f"{file}.safetensors")
-            index |= {start + name: f"{start}{file}.safetensors" for name in own}
+        index |= _write_file(job, stream, TARGETS[target], folder, number, count)
     gathered = session.gather(index)
     files = sorted(set(index.values()))
     if session.rank == 0:
         whole = {key: name for part in gathered for key, name in part.items()}
         files += _sidecars(job, fmt, target, folder, whole)
     return Written(files)
+
+
+def _write_file(
+    job: Job, stream: Stream, names: ModuleType, folder: Path, number: int, count: int
+) -> dict[str, str]:
+    """File `number` of `count`, written layer by layer; tensor -> file, as published."""
+    plan, home = job.plan, job.plan.family.decoder_part
+    layers = split_evenly(range(plan.decoder.layers), count, number)
+    made = made_ahead(layers, partial(_layer, job, stream, names), AHEAD)
+    given = chain(
+        (own for _, own in made), _ends(job, stream, names) if number == count - 1 else ()
+    )
+    index: dict[str, str] = {}
+    with ExitStack() as opened:
+        add: dict[str, Add] = {}
+        for tensors in given:
+            for part in sorted({name.rpartition("/")[0] for name in tensors}):
+                start = f"{part}/" if part else ""
+                numbered = f"-{number + 1:05d}-of-{count:05d}" if part == home else ""
+                file = f"{start}model{numbered}.safetensors"
+                if part not in add:
+                    room = MOST * len(layers) + len(plan.tensors)
+                    add[part] = opened.enter_context(tensor_file(folder / file, room))
+                own = [name for name in tensors if name.rpartition("/")[0] == part]
+                add[part]({name.removeprefix(start): tensors[name] for name in own})
+                index |= dict.fromkeys(own, file)
+    return index
+
+
+def _ends(job: Job, stream: Stream, names: ModuleType) -> Iterator[dict[str, torch.Tensor]]:
+    """What is no layer: embedding, last norm, head, tower and projector."""
+    for piece in stream.ends().values():
+        yield names.tensors_of(piece, job.dtype)
+    yield load_file(job.folder("megatron", VISION))
+
+
+def _layer(job: Job, stream: Stream, names: ModuleType, index: int) -> dict[str, torch.Tensor]:
+    """Tensors of a layer under published names."""
+    pieces, kv = stream.layer(index), stream.kv(index)
+    tensors = {} if kv is None else dict(names.kv_tensors(pieces["linear_qkv"], kv))
+    for piece in pieces.values():
+        tensors |= names.tensors_of(piece, job.dtype)
+    return tensors
 
 
 def _count_files(job: Job) -> int:

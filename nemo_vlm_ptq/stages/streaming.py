@@ -9,6 +9,8 @@ from nemo_vlm_ptq.formats import KV_CACHES, QuantFormat
 from nemo_vlm_ptq.job import Job
 from nemo_vlm_ptq.megatron.checkpoint import LayerReader
 
+AHEAD = 3  # layers that are made while one is written
+
 
 class Stream:
     """Layers of a quantized checkpoint, read and encoded one at a time.
