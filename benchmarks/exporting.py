@@ -3,9 +3,9 @@
     python benchmarks/exporting.py RECIPE [KEY=VALUE ...] [--repeats 3]
 
 Every format of the recipe must have been solved in its workdir; what was exported to TensorRT-LLM
-is removed and written again, by the recipe's ranks. Then as many processes as there are shards hold
-one each and write it with safetensors beside, all at once. Prints a markdown table with medians;
-1 GB is 10^9 bytes. Nothing is dropped from the kernel's cache before.
+is removed and written again, by the recipe's ranks. Then as many processes as it has safetensors
+files, the tower's among them, hold one each and write it beside, all at once. Prints a markdown
+table with medians; 1 GB is 10^9 bytes. Nothing is dropped from the kernel's cache before.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from nemo_vlm_ptq.plan import Plan, make_plan
 from nemo_vlm_ptq.recipe import load_recipe
 from nemo_vlm_ptq.store import read_json
 
+FILES = "*/*.safetensors"
 HEAD = {
     "format": "",
     "shards, GB": "bytes of each rank's file",
     "export, s": "seconds of the stage, without hashes",
-    "export, GB/s": "bytes of all files / these seconds",
+    "export, GB/s": "bytes of the shards and the tower's file / these seconds",
     "plain write, GB/s": "the same bytes / seconds of the slowest plain write",
     "share": "of the plain write that the export reaches: the aim is 80 %",
     "over start, GB": "peak of a rank's own host memory over what it held when it began",
@@ -38,8 +39,8 @@ HEAD = {
 
 
 def plain_write(folder: Path, scratch: Path) -> float:
-    """Seconds until all shards of a checkpoint are written again from memory."""
-    files = sorted(folder.glob("rank*.safetensors"))
+    """Seconds until all safetensors files of a checkpoint are written again from memory."""
+    files = sorted(folder.glob(FILES))
     spawn = multiprocessing.get_context("spawn")
     barrier, times = spawn.Barrier(len(files)), spawn.Queue()
     writers = [
@@ -55,7 +56,7 @@ def plain_write(folder: Path, scratch: Path) -> float:
 
 
 def write_again(source: Path, target: Path, barrier: Any, times: Any) -> None:
-    """One shard, held in memory, written when all are held."""
+    """One file, held in memory, written when all are held."""
     tensors = {name: tensor.clone() for name, tensor in load_file(source).items()}
     barrier.wait()
     begin = time.monotonic()
@@ -76,13 +77,16 @@ def measure(name: str, words: list[str], plan: Plan, repeats: int) -> list[str]:
         seconds.append(read_json(folder / "manifest.json")["facts"]["seconds"])
         scratch = work / "plain-write"
         scratch.mkdir()
-        plain.append(plain_write(folder / "llm", scratch))
+        plain.append(plain_write(folder, scratch))
         shutil.rmtree(scratch)
-    sizes = [path.stat().st_size for path in sorted((folder / "llm").glob("rank*.safetensors"))]
+    every = {path: path.stat().st_size for path in sorted(folder.glob(FILES))}
+    sizes = [size for path, size in every.items() if path.parent.name == "llm"]
     decoder = plan.decoder
     layer = 2 * decoder.hidden * (2 * decoder.heads * decoder.head_dim + 3 * decoder.ffn)
     layer += 4 * decoder.hidden * decoder.kv_heads * decoder.head_dim
-    own, write = (sum(sizes) / statistics.median(found) / 1e9 for found in (seconds, plain))
+    own, write = (
+        sum(every.values()) / statistics.median(found) / 1e9 for found in (seconds, plain)
+    )
     cells = [name, _gigabytes(sizes), f"{statistics.median(seconds):.2f}", f"{own:.2f}"]
     cells += [f"{write:.2f}", f"{100 * own / write:.0f} %"]
     return [
