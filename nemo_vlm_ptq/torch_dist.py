@@ -11,6 +11,7 @@ import io
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,15 @@ class _Unused:
         """An unused function."""
 
 
+def _member(record: Any, name: str) -> Any:
+    """`getattr` of an index: how some releases of Python 3.11 pickle members of enumerations."""
+    if record is _Unused:
+        return _Unused()
+    if isinstance(record, type) and issubclass(record, Enum):
+        return record[name]
+    raise pickle.UnpicklingError(f"it asks for {name} of {record!r}")
+
+
 METADATA = "torch.distributed.checkpoint.metadata"
 KNOWN: dict[tuple[str, str], Any] = {
     **{
@@ -51,6 +61,7 @@ KNOWN: dict[tuple[str, str], Any] = {
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
     ("collections", "OrderedDict"): dict,
+    ("builtins", "getattr"): _member,
 }  # fmt: skip
 UNUSED = {
     ("torch.distributed.checkpoint.planner", name)
