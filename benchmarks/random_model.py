@@ -2,7 +2,8 @@
 
     python benchmarks/random_model.py MODEL FOLDER [LAYERS] [--weights-only]
 
-MODEL is a name of tests/families/*.json (llava-1.5-7b-hf, VILA1.5-3b, Phi-3-vision-128k-instruct).
+MODEL is a name of tests/families/*.json (llava-1.5-7b-hf, VILA1.5-3b, Phi-3-vision-128k-instruct),
+or llava-34b: LLaVA-1.5 with a decoder of Yi-34B's sizes, which was not published as such.
 Published layout and names, bf16, in files of at most 5 GB; LAYERS: decoder layers, all unless told.
 Weights are made on the GPU when there is one. Tokenizer and image processor are those of the small
 model of the family in assets/, at the real sizes; --weights-only leaves them out.
@@ -11,6 +12,7 @@ model of the family in assets/, at the real sizes; --weights-only leaves them ou
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import shutil
 from collections.abc import Iterator, Mapping
@@ -25,6 +27,14 @@ from nemo_vlm_ptq.store import read_json, save_tensors, write_json
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = sorted((ROOT / "tests" / "families").glob("*.json"))
 TINY = {"llava": "tiny-llava", "llava_next": "tiny-llava", "phi": "tiny-phi", "vila": "tiny-vila"}
+YI_34B = {
+    "hidden_size": 7168,
+    "intermediate_size": 20480,
+    "num_hidden_layers": 60,
+    "num_attention_heads": 56,
+    "num_key_value_heads": 8,
+    "vocab_size": 64000,
+}
 FILE_BYTES = 5e9  # transformers' rule, by which the published folders were cut
 PHI_CROPS = 16  # as published
 STD = 0.02
@@ -37,6 +47,8 @@ def published_config(model: str) -> dict[str, Any]:
     known: dict[str, Any] = {}
     for path in FIXTURES:
         known |= read_json(path)["models"]
+    known["llava-34b"] = copy.deepcopy(known["llava-1.5-7b-hf"])
+    known["llava-34b"]["config"]["text_config"] |= YI_34B
     if model not in known:
         raise SystemExit(f"{model} is not known; known: {', '.join(known)}")
     return known[model]["config"]

@@ -90,6 +90,11 @@ def observe_bytes(plan: Plan, tensor: int, pipeline: int = 1) -> int:
     return int(width * (weights + SAMPLE * batch * (inside + logits + ready)) + moments)
 
 
+def moments_bytes(plan: Plan, tensor: int, pipeline: int = 1) -> int:
+    """Second moments on a rank while all its layers are observed in one pass."""
+    return plan.decoder.layers * _layer_moments(plan, tensor) // pipeline
+
+
 def beside_parameters(plan: Plan) -> int:
     """Parameters of tower and projector, which every rank holds whole."""
     return sum(math.prod(plan.tensors[name].shape) for name in plan.vision)
@@ -126,7 +131,7 @@ def _layer_moments(plan: Plan, tensor: int) -> int:
 def _moments(plan: Plan) -> str:
     """What a rank holds if all its layers are observed in one pass, and what is written."""
     parallel, layers = plan.recipe.parallel, plan.decoder.layers
-    own = layers * _layer_moments(plan, int(parallel.tensor)) / int(parallel.pipeline)
+    own = moments_bytes(plan, int(parallel.tensor), int(parallel.pipeline))
     disk = layers * _layer_moments(plan, 1) / 2  # as float32
     return (
         f"           second moments: {own / 1e6:,.1f} MB a rank, or several passes; "

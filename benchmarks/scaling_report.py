@@ -1,0 +1,180 @@
+"""The report of benchmarks/scaling.py: tables in markdown, and a plot."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+PHASES = {
+    "import": "import",
+    "observe": "observe, maxima",
+    "calibrate": "observe, second moments, and solve",
+    "export": "export",
+}
+KINDS = {"data": "o", "tensor": "s", "pipeline": "^"}  # marks of ranks of one kind
+
+Lines = Sequence[Mapping[str, Any]]
+
+
+class Measured:
+    """All runs of a model at a layout (tensor, pipeline, data)."""
+
+    def __init__(self, point: str, lines: Lines) -> None:
+        self.point = point
+        self.tensor, self.pipeline, self.data = map(int, point.split("x"))
+        self.ranks = self.tensor * self.pipeline * self.data
+        self.runs = [line for line in lines if "phases" in line]
+        self.profiles = [line["profile"] for line in lines if "profile" in line]
+
+    def seconds(self, phase: str, kind: str = "seconds") -> float:
+        """Median of a phase."""
+        return statistics.median(run["phases"][phase][kind] for run in self.runs)
+
+    def peaks(self, phase: str) -> list[float]:
+        """GB of each rank at most."""
+        return [one / 1e9 for one in self.runs[-1]["phases"][phase]["peak"]]
+
+    def sent(self, phase: str) -> list[float]:
+        """GB that each rank sent."""
+        return [sum(one.values()) / 1e9 for one in self.runs[-1]["phases"][phase]["sent"]]
+
+    @property
+    def kind(self) -> str:
+        """The only kind of ranks there are several of, "" for mixes; one rank is of all."""
+        several = [kind for kind in KINDS if getattr(self, kind) > 1]
+        return several[0] if len(several) == 1 else ""
+
+    @property
+    def name(self) -> str:
+        """The layout in words."""
+        return f"TP {self.tensor} x PP {self.pipeline} x DP {self.data}"
+
+
+def by_model(lines: Lines) -> dict[str, list[Measured]]:
+    """Model -> its layouts, few ranks first."""
+    found: dict[str, list[Measured]] = {}
+    for name in dict.fromkeys(line["name"] for line in lines):
+        own = [line for line in lines if line["name"] == name]
+        points = dict.fromkeys(line["point"] for line in own)
+        made = [Measured(one, [line for line in own if line["point"] == one]) for one in points]
+        found[name] = sorted((one for one in made if one.runs), key=lambda one: one.ranks)
+    return found
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Markdown."""
+    return [
+        "| " + " | ".join(head) + " |",
+        "|" + " --- |" * len(head),
+        *("| " + " | ".join(row) + " |" for row in rows),
+        "",
+    ]
+
+
+def times(points: Sequence[Measured]) -> list[str]:
+    """Seconds of every phase, and how many times as fast as the fewest ranks."""
+    base, rows = points[0], []
+    for one in points:
+        cells = [one.name, str(one.ranks), str(len(one.runs))]
+        for phase in PHASES:
+            cells.append(f"{one.seconds(phase):.2f}")
+            if phase in ("observe", "calibrate"):
+                faster = base.seconds(phase) / one.seconds(phase)
+                share = 100 * faster * base.ranks / one.ranks
+                cells.append(f"{faster:.2f} x ({share:.0f} %)")
+        rows.append([*cells, f"{one.seconds('calibrate', 'with hashes'):.2f}"])
+    head = ["layout", "ranks", "runs", PHASES["import"], PHASES["observe"], "speed-up"]
+    head += [PHASES["calibrate"], "speed-up", PHASES["export"], "observe and solve with hashes"]
+    about = "Seconds, medians; speed-ups over the first row, in brackets the share of the ideal."
+    return [about, "", *table(head, rows)]
+
+
+def memory(points: Sequence[Measured]) -> list[str]:
+    """GPU memory against what the plan said."""
+    if not any(points[0].peaks("observe")):
+        return []
+    rows = []
+    for one in points:
+        cells = [one.name]
+        for phase in ("observe", "calibrate"):
+            peaks, said = one.peaks(phase), one.runs[-1]["forecast"][phase] / 1e9
+            cells += [" / ".join(f"{peak:.1f}" for peak in peaks), f"{said:.1f}"]
+            cells.append(f"{100 * (said / max(peaks) - 1):+.0f} %")
+        rows.append(cells)
+    head = ["layout"]
+    for phase in ("maxima", "second moments"):
+        head += [f"{phase}: peak of each rank", "forecast", "off"]
+    return ["GPU memory, GB:", "", *table(head, rows)]
+
+
+def traffic(points: Sequence[Measured]) -> list[str]:
+    """GB that a rank sent, at most, by phase."""
+    rows = [
+        [one.name, *(f"{max(one.sent(phase)):.3f}" for phase in PHASES)]
+        for one in points
+        if one.ranks > 1
+    ]
+    about = "GB that a rank sent, at most:"
+    return [about, "", *table(["layout", *PHASES.values()], rows)] if rows else []
+
+
+def hashes(points: Sequence[Measured]) -> list[str]:
+    """Whether packed weights are those of the first row's, where ranks hold whole weights."""
+    base = points[0]
+    own = base.runs[0]["sha256"]
+    rows = [
+        [one.name, "the same" if all(run["sha256"] == own for run in one.runs) else "others"]
+        for one in points
+        if one.tensor == base.tensor
+    ]
+    return table(["layout", f"sha256 of the int4_awq checkpoint, against {base.name}"], rows)
+
+
+def profiles(points: Sequence[Measured]) -> Iterator[str]:
+    """The longest kernels of the first rank."""
+    for one in points:
+        for seen in one.profiles:
+            spent = f"{seen['total']:.2f} s in kernels and copies of {seen['wall']:.2f} s"
+            yield f"{one.name}, observe and solve on the first rank: {spent} by the clock.\n"
+            rows = [
+                [f"`{name[:70]}`", str(count), f"{time:.3f}"] for name, count, time in seen["rows"]
+            ]
+            yield from table(["kernel", "calls", "s"], rows)
+
+
+def report(lines: Lines, left: Mapping[str, Mapping[str, str]]) -> str:
+    """The page; left: model -> point -> why it was not measured."""
+    text: list[str] = []
+    for name, points in by_model(lines).items():
+        setting = points[0].runs[0]
+        text += [f"## {name}", ""]
+        about = f"{setting['samples']} samples, layers: {setting['layers'] or 'all'}"
+        text += [f"{setting['machine']}; {about}.", ""]
+        text += times(points)
+        text += [*memory(points), *traffic(points), *hashes(points), *profiles(points)]
+        missing = left.get(name, {})
+        text += [f"Not measured: {point}, {why}." for point, why in missing.items()]
+    return "\n".join(text)
+
+
+def plot(lines: Lines, path: Path) -> None:
+    """Speed of the third phase over ranks, of ranks of one kind, beside what would be ideal."""
+    from matplotlib.figure import Figure
+
+    models = by_model(lines)
+    figure = Figure((4.6 * len(models), 3.8), layout="constrained")
+    for axes, (name, points) in zip(
+        figure.subplots(1, len(models), squeeze=False)[0], models.items(), strict=True
+    ):
+        base = points[0]
+        counts = sorted({one.ranks for one in points})
+        axes.plot(counts, [count / base.ranks for count in counts], ":", color="#6B6B6B")
+        for kind, mark in KINDS.items():
+            own = [one for one in points if one is base or one.kind == kind]
+            speeds = [base.seconds("calibrate") / one.seconds("calibrate") for one in own]
+            axes.plot([one.ranks for one in own], speeds, marker=mark, label=f"{kind} ranks")
+        axes.set(title=name, xlabel="GPUs", ylabel="times as fast", xticks=counts)
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
