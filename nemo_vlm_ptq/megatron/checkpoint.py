@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import pickle
 import queue
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
@@ -27,7 +29,7 @@ from nemo_vlm_ptq.megatron.session import Session
 from nemo_vlm_ptq.plan import VOCAB_MULTIPLE
 from nemo_vlm_ptq.progress import progress_bar
 from nemo_vlm_ptq.source import Reader, all_finite, finite
-from nemo_vlm_ptq.torch_dist import read_index
+from nemo_vlm_ptq.torch_dist import INDEX, read_index
 
 LAYERS = "decoder.layers."
 
@@ -92,6 +94,16 @@ def save_state(state: dict[str, Any], folder: Path) -> None:
     """Write a torch_dist folder of the shards that the ranks bring (collective)."""
     filesystem_async._results_queue = queue.Queue()  # its own is a process that outlives a kill
     dist_checkpointing.save(state, str(folder))
+    if dist.get_rank() == 0:
+        _settle_index(folder / INDEX)
+
+
+def _settle_index(path: Path) -> None:
+    """Write .metadata again without random id and path, in order and not as threads ended."""
+    index = pickle.loads(path.read_bytes())
+    index.storage_meta = None
+    index.storage_data = dict(sorted(index.storage_data.items(), key=str))
+    path.write_bytes(pickle.dumps(index))
 
 
 def _same_bytes_always(state: Any) -> Any:
