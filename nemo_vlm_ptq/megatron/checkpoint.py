@@ -95,11 +95,12 @@ def save_state(state: dict[str, Any], folder: Path) -> None:
     filesystem_async._results_queue = queue.Queue()  # its own is a process that outlives a kill
     dist_checkpointing.save(state, str(folder))
     if dist.get_rank() == 0:
-        _settle_index(folder / INDEX)
+        settle_index(folder)
 
 
-def _settle_index(path: Path) -> None:
+def settle_index(folder: Path) -> None:
     """Write .metadata again without random id and path, in order and not as threads ended."""
+    path = folder / INDEX
     index = pickle.loads(path.read_bytes())
     index.storage_meta = None
     index.storage_data = dict(sorted(index.storage_data.items(), key=str))

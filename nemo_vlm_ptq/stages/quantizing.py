@@ -13,7 +13,7 @@ from nemo_vlm_ptq.calibrate.solve import load_kv, load_scales
 from nemo_vlm_ptq.formats import KV_CACHES, QuantFormat
 from nemo_vlm_ptq.job import Job, Written, run_stage
 from nemo_vlm_ptq.megatron.build import build_decoder
-from nemo_vlm_ptq.megatron.checkpoint import load_model, save_model
+from nemo_vlm_ptq.megatron.checkpoint import load_model, save_model, settle_index
 from nemo_vlm_ptq.stages.importing import own_files
 
 
@@ -39,6 +39,7 @@ def quantize_format(job: Job, fmt: QuantFormat) -> None:
         quantizers.save_modelopt_state(model, folder)
         files = own_files(folder, session.rank)
         if session.rank == 0:
+            settle_index(folder / "modelopt_state")
             state = sorted((folder / "modelopt_state").rglob("*"))
             files += [str(path.relative_to(folder)) for path in state if path.is_file()]
         return Written(files)
