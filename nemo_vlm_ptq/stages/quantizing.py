@@ -15,6 +15,7 @@ from nemo_vlm_ptq.job import Job, Written, run_stage
 from nemo_vlm_ptq.megatron.build import build_decoder
 from nemo_vlm_ptq.megatron.checkpoint import load_model, save_model, settle_index
 from nemo_vlm_ptq.stages.importing import own_files
+from nemo_vlm_ptq.torch_dist import INDEX
 
 
 def quantize_format(job: Job, fmt: QuantFormat) -> None:
@@ -39,7 +40,8 @@ def quantize_format(job: Job, fmt: QuantFormat) -> None:
         quantizers.save_modelopt_state(model, folder)
         files = own_files(folder, session.rank)
         if session.rank == 0:
-            settle_index(folder / "modelopt_state")
+            for index in (folder / "modelopt_state").rglob(INDEX):  # nf4 has none
+                settle_index(index.parent)
             state = sorted((folder / "modelopt_state").rglob("*"))
             files += [str(path.relative_to(folder)) for path in state if path.is_file()]
         return Written(files)
