@@ -91,20 +91,14 @@ class Model:
     small: Path
     recipe: Path
 
-    def words(self, point: Point, fmt: str) -> list[str]:
-        """What is given to the recipe at a point."""
-        return [f"parallel.{key}={size}" for key, size in vars(point).items()] + [
-            f"model={self.folder}",
-            f"quantize.format={fmt}",
-        ]
-
     def forecast(self, point: Point) -> dict[str, int]:
         """Phase -> bytes that a rank holds at most, by the plan.
 
         Raises:
             UserError: the model has no such layout.
         """
-        plan = make_plan(load_recipe(str(self.recipe), self.words(point, "fp8")))
+        words = [f"parallel.{key}={size}" for key, size in vars(point).items()]
+        plan = make_plan(load_recipe(str(self.recipe), words))
         alone = observe_bytes(plan, point.tensor, point.pipeline)
         moments = moments_bytes(plan, point.tensor, point.pipeline)
         return {"observe": alone, "calibrate": alone + moments}
