@@ -41,7 +41,7 @@ from nemo_vlm_ptq.calibrate.statistics import (
 )
 from nemo_vlm_ptq.formats import FORMATS
 from nemo_vlm_ptq.megatron.build import build_decoder
-from nemo_vlm_ptq.megatron.checkpoint import LayerReader, fill_from_source, save_model
+from nemo_vlm_ptq.megatron.checkpoint import LayerReader, fill_from_source, load_model, save_model
 from nemo_vlm_ptq.megatron.forward import collate, forward
 from nemo_vlm_ptq.megatron.session import Session
 from nemo_vlm_ptq.parallel import deal
@@ -79,8 +79,17 @@ class Ours:
         if own.layout.tensor > 1 and not (self.weights / ".metadata").is_file():
             self._import()  # solve reads whole weights there
         log(f"building {setting.layers} layers")
-        model = build(own, setting, own.device)
+        model = build(own, setting, own.device) if own.layout.tensor == 1 else self._loaded()
         self.work = observing.Work(model, Features(setting, own.device), own, list)
+
+    def _loaded(self) -> GPTModel:
+        """As observe builds it on tensor ranks."""
+        with self.own.device:
+            model = build_decoder(
+                self.setting.decoder, self.own, torch.bfloat16, row_parallel=False
+            )
+        load_model(model, self.weights)
+        return model
 
     def _import(self) -> None:
         """Write the checkpoint, from the host as import does."""

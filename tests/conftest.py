@@ -53,28 +53,25 @@ def tiny(llava, tmp_path_factory):
 def works(tmp_path_factory):
     """TPxPPxDP -> work folder of the little trained model, from import to export.
 
-    One rank in this process; two ranks, in one launch, in the three ways to use them. Names that
-    end in -float32 are of the same model stored in float32, observed and solved but not exported.
+    One rank in this process; two ranks, in one launch, in the three ways to use them.
     """
     import models
 
     folder = tmp_path_factory.getbasetemp() / "works"
     if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: the first makes it for all
         folder = folder.parents[1] / "works"
-    words = ("1x1x2", "1x2x1", "2x1x1", "2x1x1-float32")
+    words = ("1x1x2", "1x2x1", "2x1x1")
     with folder.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "made").exists():
             shutil.rmtree(folder, ignore_errors=True)
-            exact = models.float32_llava(folder / "model32")
             with models.alone() as own:
                 models.run_line(own, folder / "1x1x1")
-                models.run_line(own, folder / "1x1x1-float32", exact, models.STAGES[:3])
             main = models.main_of("test_layout_independence")
             code, _, err = models.launch([*main, folder, *words], 2)
             assert code == 0, err[-3000:]
             (folder / "made").touch()
-    return {word: folder / word for word in ("1x1x1", "1x1x1-float32", *words)}
+    return {word: folder / word for word in ("1x1x1", *words)}
 
 
 @dataclass

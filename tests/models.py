@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_LLAVA = ROOT / "assets" / "tiny-llava"
@@ -219,16 +218,8 @@ def alone():
     return session({"tensor": 1, "pipeline": 1, "data": 1})
 
 
-def float32_llava(folder: Path) -> Path:
-    """The little trained model with the same values stored in float32."""
-    shutil.copytree(TINY_LLAVA, folder)
-    tensors = load_file(TINY_LLAVA / WEIGHTS)
-    save_file({name: tensor.float() for name, tensor in tensors.items()}, folder / WEIGHTS)
-    return folder
-
-
-def run_line(own, workdir: Path, model: Path = TINY_LLAVA, stages=STAGES) -> None:
-    """Stages on a model, in the layout of a session: all formats, 12 samples, export TP 2."""
+def run_line(own, workdir: Path) -> None:
+    """All stages on the little trained model, all formats, in the layout of a session."""
     from nemo_vlm_ptq.formats import FORMATS, TARGETS
     from nemo_vlm_ptq.job import Job
     from nemo_vlm_ptq.plan import make_plan
@@ -236,11 +227,11 @@ def run_line(own, workdir: Path, model: Path = TINY_LLAVA, stages=STAGES) -> Non
     from nemo_vlm_ptq.stages import run_stages
 
     recipe = Recipe(
-        model=str(model),
+        model=str(TINY_LLAVA),
         workdir=str(workdir),
         parallel=vars(own.layout),
         quantize={"format": tuple(FORMATS)},
         calibration={"data": "scenes", "samples": 12, "micro_batch": 2},
         export={"targets": TARGETS, "tensor": 2},
     )
-    run_stages(Job(make_plan(recipe), own), stages)
+    run_stages(Job(make_plan(recipe), own), STAGES)

@@ -1,6 +1,7 @@
 """Ranks of test_parity: the tiny model imported, asked and saved at one layout after the other."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,14 +16,17 @@ from nemo_vlm_ptq.source import list_tensors, open_tensors
 SAVED = "saved_{}x{}"
 
 
-def import_llava(own, folder, dtype=torch.float32):
+def import_llava(own, folder, dtype=torch.float32, row_parallel=True):
     """(decoder, vision) of a model folder on this rank, filled slice by slice from its files."""
     config = read_config(folder)
     family = find_family(config)
     decoder = family.decoder(config)
-    model = build_decoder(decoder, own, dtype)
+    model = build_decoder(decoder, own, dtype, row_parallel=row_parallel)
+    rows = family.rows
+    if not row_parallel:
+        rows = [replace(row, layout="column") if row.layout == "row" else row for row in rows]
     with open_tensors(list_tensors(folder, family.aliases)) as reader:
-        fill_from_source(model, own, family.rows, decoder, reader)
+        fill_from_source(model, own, rows, decoder, reader)
         names = family.vision_shapes(config)
         vision = family.build_vision(config, {name: reader.whole(name) for name in names})
     return model, vision

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from nemo_vlm_ptq.calibrate import moments
 from nemo_vlm_ptq.calibrate.observer import Observer
 from nemo_vlm_ptq.calibrate.resume import Held
-from nemo_vlm_ptq.calibrate.statistics import LINEARS, ROW_PARALLEL, UNIT, layer_file, save_layer
+from nemo_vlm_ptq.calibrate.statistics import LINEARS, UNIT, layer_file, save_layer
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.megatron.session import Session
 from nemo_vlm_ptq.parallel import strip_owner, strips
@@ -95,8 +95,6 @@ def _layer(
     for name in LINEARS:
         place = observer.places[layer, name]
         amax, total = observer.amax[:, place], observer.sum[:, place]
-        if name in ROW_PARALLEL:
-            amax, total = _join(amax, session), _join(total, session)
         tensors |= {f"{name}.amax": amax, f"{name}.sum": total}
         if (layer, name) not in observer.moments:
             continue
@@ -119,7 +117,7 @@ def _strips(
     T, kept = session.layout.tensor, observer.moments[linear]
     data, tensor = map(dist.get_process_group_ranks, (session.data_group, session.tensor_group))
     place, (_, name) = observer.places[linear], linear
-    width = observer.full_width(name, place.stop - place.start)
+    width = place.stop - place.start
     dtype = torch.float64 if exact else torch.float32
     for index, rows in enumerate(strips(width)):
         keeper, shape = strip_owner(index, T), (2, rows.stop - rows.start, width - rows.start)
@@ -136,13 +134,6 @@ def _strips(
         yield f"{name}.moment.{index}", values
 
 
-def _join(part: torch.Tensor, session: Session) -> torch.Tensor:
-    """All inputs of a row-parallel linear, from what each tensor rank has of them."""
-    parts = [torch.empty_like(part) for _ in range(session.layout.tensor)]
-    dist.all_gather(parts, part.contiguous(), group=session.tensor_group)
-    return torch.cat(parts, dim=1)
-
-
 def load_exact(observer: Observer, folder: Path, held: Mapping[int, Held]) -> None:
     """Go on from saved sums: the data rank that a layer's sums end on takes them."""
     session = observer.session
@@ -153,12 +144,8 @@ def load_exact(observer: Observer, folder: Path, held: Mapping[int, Held]) -> No
         with safe_open(path, framework="pt", device=str(session.device)) as file:
             for name in LINEARS:
                 place = observer.places[layer, name]
-                cut = slice(None)
-                if name in ROW_PARALLEL:
-                    width = place.stop - place.start
-                    cut = slice(session.tensor * width, (session.tensor + 1) * width)
-                observer.amax[:, place] = file.get_slice(f"{name}.amax")[:, cut]
-                observer.sum[:, place] = file.get_slice(f"{name}.sum")[:, cut]
+                observer.amax[:, place] = file.get_tensor(f"{name}.amax")
+                observer.sum[:, place] = file.get_tensor(f"{name}.sum")
                 for modality, own in enumerate(observer.moments.get((layer, name), ())):
                     for index, strip in own.items():
                         strip.copy_(file.get_slice(f"{name}.moment.{index}")[modality])

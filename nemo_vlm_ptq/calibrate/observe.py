@@ -12,7 +12,6 @@ import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,11 +30,10 @@ from nemo_vlm_ptq.calibrate.resume import (
     read_progress,
     write_progress,
 )
-from nemo_vlm_ptq.calibrate.statistics import LINEARS, ROW_PARALLEL, layer_file
+from nemo_vlm_ptq.calibrate.statistics import LINEARS, layer_file
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.base import Sample
 from nemo_vlm_ptq.megatron.forward import collate, encode_images, forward
-from nemo_vlm_ptq.megatron.row_sums import row_sums_in_float32
 from nemo_vlm_ptq.megatron.session import Session, local_world
 from nemo_vlm_ptq.parallel import deal, split_evenly, strip_entries
 from nemo_vlm_ptq.progress import progress_bar
@@ -49,8 +47,8 @@ WINDOW = 8  # micro-batches a tensor rank whose images are looked at together
 class Work:
     """A model on this rank, and how samples are made for it.
 
-    vision: pixels -> features, used on the first pipeline stage; prepare: makes the samples of a
-    micro-batch when their turn comes.
+    model: built without row-parallel linears; vision: pixels -> features, used on the first
+    pipeline stage; prepare: makes the samples of a micro-batch when their turn comes.
     """
 
     model: GPTModel
@@ -173,9 +171,8 @@ def run_chunks(
     prepared = _ahead(work.prepare, [chunk for chunk in chunks if chunk is not None], window)
     features: Iterator[Any] = iter(())
     batches: deque[list[Sample]] = deque()
-    exact = nullcontext() if session.layout.tensor == 1 else row_sums_in_float32(model)
     bar = progress_bar("observe", "batch", session.rank, len(chunks))
-    with observer.watching(), exact, bar:
+    with observer.watching(), bar:
         for step, chunk in enumerate(chunks, 1):
             if chunk is not None:
                 if not batches:
@@ -266,9 +263,8 @@ def _passes(work: Work, layers: int, limits: Limits) -> int:
         return min(1, layers)
     T, t = work.session.layout.tensor, work.session.tensor
     block, layer = work.model.decoder.layers[0], 0
-    for name, path in LINEARS.items():
-        width = block.get_submodule(path).weight.shape[1] * (T if name in ROW_PARALLEL else 1)
-        layer += 2 * 8 * strip_entries(width, t, T)
+    for path in LINEARS.values():
+        layer += 2 * 8 * strip_entries(block.get_submodule(path).weight.shape[1], t, T)
     room = _free(work.session.device) if limits.memory is None else limits.memory
     fitting = int(room // layer)
     if not fitting:

@@ -2,8 +2,8 @@
 
 Every statistic is a maximum or a sum of multiples of one unit over micro-batches, and micro-batches
 are formed by sample ids, so the result does not depend on how data or layers are spread over
-ranks. Under tensor parallelism the input of a row-parallel linear is gathered for its second
-moment, and each rank keeps some strips of every moment.
+ranks. Tensor ranks see whole inputs of every linear, and each keeps some strips of every second
+moment.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from torch.linalg import vector_norm
 
 from nemo_vlm_ptq.calibrate.moments import add, empty
-from nemo_vlm_ptq.calibrate.statistics import LINEARS, ROW_PARALLEL, UNIT
+from nemo_vlm_ptq.calibrate.statistics import LINEARS, UNIT
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.base import IMAGE, TEXT
 from nemo_vlm_ptq.megatron.forward import Batch
@@ -51,7 +50,7 @@ class Observer:
                 width = block.get_submodule(path).weight.shape[1]
                 self.places[layer, name] = slice(end, end := end + width)
                 if moments:
-                    self.moments[layer, name] = self._strips(self.full_width(name, width))
+                    self.moments[layer, name] = self._strips(width)
         self.amax = torch.zeros(2, end, device=device)
         self.sum = torch.zeros(2, end, dtype=torch.int64, device=device)
         self.attention = torch.zeros(len(layers), 2, device=device)
@@ -62,10 +61,6 @@ class Observer:
         self._real: torch.Tensor | slice = slice(None)
         self._batch: Batch | None = None
         self._wanted: Collection[int] = ()
-
-    def full_width(self, name: str, width: int) -> int:
-        """Inputs of the whole linear."""
-        return width * self.session.layout.tensor if name in ROW_PARALLEL else width
 
     def _strips(self, width: int) -> list[dict[int, torch.Tensor]]:
         T, t = self.session.layout.tensor, self.session.tensor
@@ -134,9 +129,8 @@ class Observer:
                 return
             for modality, pick in self._picks:
                 own = x_TK[pick]
-                full = self._gather(own) if name in ROW_PARALLEL else own
                 for index, moment in kept[modality].items():
-                    add(moment, index, full)
+                    add(moment, index, own)
 
         return hook
 
@@ -155,14 +149,6 @@ class Observer:
             own = x_TK[pick]
             for norm, seen in ((torch.inf, amax), (1, total)):
                 vector_norm(own, norm, dim=0, dtype=torch.float32, out=seen[modality])
-
-    def _gather(self, x_TK: torch.Tensor) -> torch.Tensor:
-        count = self.session.layout.tensor
-        if count == 1:
-            return x_TK
-        shards = [torch.empty_like(x_TK) for _ in range(count)]
-        dist.all_gather(shards, x_TK.contiguous(), group=self.session.tensor_group)
-        return torch.cat(shards, dim=1)
 
     def _watch(self, layer: int, seen: torch.Tensor) -> Any:
         def watch(key: torch.Tensor, value: torch.Tensor) -> None:

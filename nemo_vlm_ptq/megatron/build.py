@@ -10,6 +10,7 @@ from megatron.core.transformer import TransformerConfig
 
 from nemo_vlm_ptq.families.base import Decoder
 from nemo_vlm_ptq.megatron.attention import SdpaCoreAttention
+from nemo_vlm_ptq.megatron.by_output import ByOutputLinear
 from nemo_vlm_ptq.megatron.rotary import use_long_rope
 from nemo_vlm_ptq.megatron.session import Session
 from nemo_vlm_ptq.plan import VOCAB_MULTIPLE
@@ -49,10 +50,19 @@ def transformer_config(decoder: Decoder, session: Session, dtype: torch.dtype) -
     )
 
 
-def build_decoder(decoder: Decoder, session: Session, dtype: torch.dtype) -> GPTModel:
-    """The decoder with uninitialised weights; logits come out whole on every tensor rank."""
+def build_decoder(
+    decoder: Decoder, session: Session, dtype: torch.dtype, *, row_parallel: bool = True
+) -> GPTModel:
+    """The decoder with uninitialised weights; logits come out whole on every tensor rank.
+
+    row_parallel: o and down are Megatron's; else they are cut by outputs, and tensor ranks compute
+    the numbers of one rank.
+    """
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    spec.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
+    attention, mlp = spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules
+    attention.core_attention = SdpaCoreAttention
+    if not row_parallel:
+        attention.linear_proj = mlp.linear_fc2 = ByOutputLinear
     model = GPTModel(
         config=transformer_config(decoder, session, dtype),
         transformer_layer_spec=spec,

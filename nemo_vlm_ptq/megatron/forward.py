@@ -96,7 +96,7 @@ def embed(
     for row, feature in enumerate(features):
         if feature is not None:
             embedded[row, (batch.modality[row] == IMAGE).to(device)] = feature.to(embedded.dtype)
-    return embedded.transpose(0, 1).contiguous()
+    return embedded.transpose(0, 1).clone(memory_format=torch.contiguous_format)  # strides as well
 
 
 @torch.no_grad()

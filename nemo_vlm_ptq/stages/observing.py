@@ -83,7 +83,7 @@ def observe(job: Job) -> None:
     moments = settings["moments"]
 
     def body() -> Written:
-        model = build_decoder(plan.decoder, session, job.dtype)
+        model = build_decoder(plan.decoder, session, job.dtype, row_parallel=False)
         load_model(model, megatron)
         limits = Limits(moments, wanted.max_statistics_memory, wanted.save_every)
         if "solve" in job.stages and session.layout.tensor == 1:
