@@ -55,8 +55,7 @@ Solved = tuple[str, int, Any]  # format, layer, scales
 
 def build(own: Session, setting: Setting, drawn_on: torch.device) -> GPTModel:
     """The decoder's shards of this rank with the random weights, made where they will lie."""
-    with own.device:
-        model = build_decoder(setting.decoder, own, torch.bfloat16)
+    model = build_decoder(setting.decoder, own, torch.bfloat16)
     weights: Any = Weights(setting, drawn_on)
     fill_from_source(model, own, FAMILY.rows, setting.decoder, weights)
     return model
@@ -84,10 +83,7 @@ class Ours:
 
     def _loaded(self) -> GPTModel:
         """As observe builds it on tensor ranks."""
-        with self.own.device:
-            model = build_decoder(
-                self.setting.decoder, self.own, torch.bfloat16, row_parallel=False
-            )
+        model = build_decoder(self.setting.decoder, self.own, torch.bfloat16, row_parallel=False)
         load_model(model, self.weights)
         return model
 

@@ -218,6 +218,13 @@ def alone():
     return session({"tensor": 1, "pipeline": 1, "data": 1})
 
 
+def load_with_megatron(model, folder: Path) -> None:
+    """As other tools load what is saved: with megatron-core's loader, quantizers' state as well."""
+    from megatron.core import dist_checkpointing
+
+    model.load_state_dict(dist_checkpointing.load(model.sharded_state_dict(), str(folder)))
+
+
 def run_line(own, workdir: Path) -> None:
     """All stages on the little trained model, all formats, in the layout of a session."""
     from nemo_vlm_ptq.formats import FORMATS, TARGETS

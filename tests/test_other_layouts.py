@@ -14,7 +14,6 @@ from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.formats import FORMATS
 from nemo_vlm_ptq.job import Job
 from nemo_vlm_ptq.megatron.build import build_decoder
-from nemo_vlm_ptq.megatron.checkpoint import load_model
 from nemo_vlm_ptq.plan import make_plan
 from nemo_vlm_ptq.questions import SUFFIX, load_questions
 from nemo_vlm_ptq.recipe import Recipe
@@ -126,7 +125,7 @@ def restored_otherwise(own, work, fmt):
     for parameter in model.parameters():
         parameter.data.zero_()  # it makes maxima of whatever is there before it loads
     restore_sharded_modelopt_state([model], folder)
-    load_model(model, folder)
+    models.load_with_megatron(model, folder)
     found, expected = model.state_dict(), load_quantized(whole, fmt).state_dict()
     tensors = {key: one for key, one in expected.items() if isinstance(one, torch.Tensor)}
     return [

@@ -24,7 +24,7 @@ from nemo_vlm_ptq.families.base import Decoder
 from nemo_vlm_ptq.formats import FORMATS, KV_CACHES
 from nemo_vlm_ptq.megatron.attention import SdpaCoreAttention
 from nemo_vlm_ptq.megatron.build import build_decoder
-from nemo_vlm_ptq.megatron.checkpoint import load_model, save_model
+from nemo_vlm_ptq.megatron.checkpoint import save_model
 from nemo_vlm_ptq.numerics import round_nvfp4, round_trip, weight_amax
 
 DECODER = Decoder(256, 512, 2, 8, 4, 32, 500, 1e-5, 1e4, 256)
@@ -285,7 +285,7 @@ def test_saved_and_loaded_it_is_the_same(own, tmp_path, name, kv):
     fill(second, own, name, kv, torch.bfloat16)
     for buffer in second.buffers():
         buffer.zero_()  # so that it is seen to come from the checkpoint
-    load_model(second, tmp_path)
+    models.load_with_megatron(second, tmp_path)
     expected, found = tensors_of(first), tensors_of(second)
     assert set(found) == set(expected)
     for key, tensor in expected.items():
@@ -312,7 +312,7 @@ def test_modelopt_restores_the_saved_model_by_itself(own, tmp_path, request, nam
         parameter.zero_()  # it makes maxima of whatever is there before it loads the saved ones
     assert not mto.ModeloptStateManager.is_converted(second)
     restore_sharded_modelopt_state([second], tmp_path)
-    load_model(second, tmp_path)
+    models.load_with_megatron(second, tmp_path)
     backends = [one.backend for one in second.modules() if isinstance(one, TensorQuantizer)]
     assert backends and not any(backends)
     for model in (first, second):
@@ -363,7 +363,7 @@ def main():
             expected = {key: one.clone() for key, one in tensors_of(other).items() if "low_" in key}
             for buffer in other.buffers():
                 buffer.zero_()
-            load_model(other, folder / "saved1")
+            models.load_with_megatron(other, folder / "saved1")
             branches = tensors_of(other)
             same = all(torch.equal(branches[key], one) for key, one in expected.items())
             found["branches"] = torch.tensor([len(expected), same])

@@ -182,7 +182,10 @@ class ModelFamily:
 
     def build_vision(self, config: Config, tensors: Mapping[str, torch.Tensor]) -> Any:
         """The vision module with published tensors in it, in their dtype; others are left."""
-        module = self.vision(config)
+        from transformers.initialization import no_init_weights
+
+        with no_init_weights():  # random ones take seconds
+            module = self.vision(config)
         module.to(next(iter(tensors.values())).dtype).eval().requires_grad_(False)
         for name, parameter in module.published().items():
             parameter.data.copy_(tensors[name])

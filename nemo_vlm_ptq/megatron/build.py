@@ -63,18 +63,19 @@ def build_decoder(
     attention.core_attention = SdpaCoreAttention
     if not row_parallel:
         attention.linear_proj = mlp.linear_fc2 = ByOutputLinear
-    model = GPTModel(
-        config=transformer_config(decoder, session, dtype),
-        transformer_layer_spec=spec,
-        vocab_size=decoder.sizes(VOCAB_MULTIPLE).vocab_rows,
-        max_sequence_length=decoder.max_positions,
-        pre_process=session.first_stage,
-        post_process=session.last_stage,
-        parallel_output=False,
-        share_embeddings_and_output_weights=False,
-        position_embedding_type="rope",
-        rotary_base=decoder.rope_theta,
-    )
+    with session.device:  # else it would be made on the host and copied
+        model = GPTModel(
+            config=transformer_config(decoder, session, dtype),
+            transformer_layer_spec=spec,
+            vocab_size=decoder.sizes(VOCAB_MULTIPLE).vocab_rows,
+            max_sequence_length=decoder.max_positions,
+            pre_process=session.first_stage,
+            post_process=session.last_stage,
+            parallel_output=False,
+            share_embeddings_and_output_weights=False,
+            position_embedding_type="rope",
+            rotary_base=decoder.rope_theta,
+        )
     if decoder.long_rope is not None:
         use_long_rope(model, decoder, decoder.long_rope)
     return model.to(session.device, dtype).eval().requires_grad_(False)

@@ -21,7 +21,7 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt import GPTModel
 
-from nemo_vlm_ptq.blocks import Slices, Stacked
+from nemo_vlm_ptq.blocks import Slices, Stacked, read_block
 from nemo_vlm_ptq.families.base import Decoder
 from nemo_vlm_ptq.mapping.layouts import take
 from nemo_vlm_ptq.mapping.rows import STORED_NORMS, Row, expand
@@ -123,9 +123,26 @@ def _in_order(value: Any) -> Any:
 
 
 def load_model(model: GPTModel, folder: Path) -> None:
-    """Fill a model, in any layout, from a torch_dist checkpoint (collective)."""
-    loaded = dist_checkpointing.load(model.sharded_state_dict(), str(folder))
-    model.load_state_dict(loaded)
+    """Fill a model's parameters, in any layout, from a torch_dist checkpoint.
+
+    Every rank reads what it holds, straight into its parameters. megatron-core's loader would put
+    the halves of gated linears together in new memory: 5.8 GB of a 7B model's 13.5.
+
+    Raises:
+        UserError: damaged files.
+    """
+    stored, own = read_index(folder).tensors, list(model.parameters())
+    memory, filled = {parameter.untyped_storage().data_ptr() for parameter in own}, 0
+    state = model.sharded_state_dict()
+    apply_factories(state)
+    for shard in nested_values(state):
+        if not isinstance(shard, ShardedTensor) or shard.data is None:
+            continue
+        if shard.data.untyped_storage().data_ptr() in memory:
+            place = tuple(shard.global_offset), tuple(shard.local_shape)
+            shard.data.detach().copy_(read_block(stored[shard.key], *place))
+            filled += shard.data.numel()
+    assert filled == sum(parameter.numel() for parameter in own), folder
 
 
 class LayerReader:

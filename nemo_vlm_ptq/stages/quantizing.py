@@ -63,7 +63,6 @@ def load_quantized(job: Job, fmt: QuantFormat, round_activations: bool = True) -
     quantizers.insert_quantizers(model, fmt, chosen.group_size, KV_CACHES.get(chosen.kv_cache))
     quantizers.fill_quantizers(model, fmt, scales_of, kv_of)
     load_model(model, job.folder(fmt.name, "quantized"))
-    quantizers.fill_quantizers(model, fmt, scales_of, kv_of)
     quantizers.use_own_rounding(model, fmt)
     if not round_activations:
         quantizers.stop_rounding_activations(model)
