@@ -36,7 +36,7 @@ from scaling_report import plot, report
 
 from nemo_vlm_ptq.autolayout import SHARE
 from nemo_vlm_ptq.errors import UserError
-from nemo_vlm_ptq.forecast import moments_bytes, observe_bytes
+from nemo_vlm_ptq.forecast import observe_bytes, one_pass_bytes
 from nemo_vlm_ptq.plan import make_plan
 from nemo_vlm_ptq.recipe import load_recipe
 from nemo_vlm_ptq.store import write_json
@@ -98,10 +98,12 @@ class Model:
             UserError: the model has no such layout.
         """
         words = [f"parallel.{key}={size}" for key, size in vars(point).items()]
-        plan = make_plan(load_recipe(str(self.recipe), words))
-        alone = observe_bytes(plan, point.tensor, point.pipeline)
-        moments = moments_bytes(plan, point.tensor, point.pipeline)
-        return {"observe": alone, "calibrate": alone + moments}
+        forecasts = {"observe": ("fp8", observe_bytes), "calibrate": ("int4_awq", one_pass_bytes)}
+        found = {}
+        for phase, (fmt, forecast) in forecasts.items():
+            plan = make_plan(load_recipe(str(self.recipe), [*words, f"quantize.format={fmt}"]))
+            found[phase] = forecast(plan, point.tensor, point.pipeline)
+        return found
 
 
 def make_model(name: str, home: Path, layers: int | None, warm_layers: int) -> Model:

@@ -1,22 +1,25 @@
-"""The layout that `auto` stands for: the smallest model parallelism whose rank fits a GPU.
+"""The layout that `auto` stands for: the one that observes fastest of those whose rank fits a GPU.
 
-Data parallel ranks need no word between them, so they come first; tensor parallel only where the
-model asks for it, pipeline last. Chosen once, from shapes and the machine alone.
+Data parallel ranks need no word between them, so they come first; tensor parallel where the model
+asks for it, or where second moments would take more passes over the data without it; pipeline last.
+Chosen once, from shapes and the machine alone.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from nemo_vlm_ptq.errors import UserError
-from nemo_vlm_ptq.forecast import observe_bytes
+from nemo_vlm_ptq.forecast import observe_bytes, passes
 from nemo_vlm_ptq.parallel import divisors
 from nemo_vlm_ptq.plan import Plan, calibrating_sizes
 from nemo_vlm_ptq.recipe import Parallel
 
 SHARE = 0.9  # of a GPU's memory that a rank may take
+DOUBLING = 1.25  # what twice as many ranks for one replica cost, over twice as many replicas
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ def lay_out(plan: Plan, machine: Callable[[], Machine]) -> tuple[Plan, str]:
 
 
 def choose(plan: Plan, machine: Machine) -> tuple[Parallel, str]:
-    """The first layout that fits, fewest pipeline stages first, then fewest tensor ranks.
+    """Of the layouts that fit the one of least work; of equals the first of `_candidates`.
 
     Raises:
         UserError: none fits; says what a rank of the best one needs.
@@ -59,15 +62,29 @@ def choose(plan: Plan, machine: Machine) -> tuple[Parallel, str]:
     if machine.memory is None:
         alone = {key: 1 for key in ("tensor", "pipeline") if getattr(wanted, key) == "auto"}
         return wanted.model_copy(update=alone), "there is no GPU"
-    needs = {}
-    for tensor, pipeline in _candidates(plan, machine):
-        need = needs[tensor, pipeline] = observe_bytes(plan, tensor, pipeline)
-        if need <= SHARE * machine.memory:
-            left = machine.ranks // (tensor * pipeline)
-            data = left if wanted.data == "auto" else wanted.data
-            why = f"fits in {need / 1e9:,.1f} of {machine.memory / 1e9:,.1f} GB"
-            return Parallel(tensor=tensor, pipeline=pipeline, data=data), why
-    raise UserError(_refusal(wanted, machine, needs))
+    candidates = list(_candidates(plan, machine))
+    needs = {(t, p): observe_bytes(plan, t, p) for t, p in candidates}
+    fitting = [one for one in candidates if needs[one] <= SHARE * machine.memory]
+    if not fitting:
+        raise UserError(_refusal(wanted, machine, needs))
+    runs = {(t, p): passes(plan, t, p, machine.memory) for t, p in fitting}
+    tensor, pipeline = min(fitting, key=lambda one: _work(one, runs[one], wanted, machine))
+    data = _replicas(wanted, machine, tensor, pipeline)
+    why = f"fits in {needs[tensor, pipeline] / 1e9:,.1f} of {machine.memory / 1e9:,.1f} GB"
+    if (count := runs[tensor, pipeline]) > 1:
+        why += f"; second moments take {count} passes over the data"
+    return Parallel(tensor=tensor, pipeline=pipeline, data=data), why
+
+
+def _replicas(wanted: Parallel, machine: Machine, tensor: int, pipeline: int) -> int:
+    """Data ranks of a layout."""
+    return machine.ranks // (tensor * pipeline) if wanted.data == "auto" else wanted.data
+
+
+def _work(layout: tuple[int, int], runs: int, wanted: Parallel, machine: Machine) -> float:
+    """Time of observe, in that of one rank that runs over the data once."""
+    size = math.prod(layout)
+    return runs * DOUBLING ** math.log2(size) / (size * _replicas(wanted, machine, *layout))
 
 
 def _candidates(plan: Plan, machine: Machine) -> Iterator[tuple[int, int]]:

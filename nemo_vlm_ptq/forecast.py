@@ -8,10 +8,10 @@ from nemo_vlm_ptq.parallel import strip_entries
 from nemo_vlm_ptq.plan import VOCAB_MULTIPLE, Plan, calibrating_sizes
 from nemo_vlm_ptq.source import total_bytes
 
-SAMPLE = 3072  # tokens, at most, of a sample: LLaVA-NeXT's images take 2,880
-# as calibrate/observe.py has them, which is slow to import
-WINDOW = 8  # micro-batches a tensor rank whose image features lie ready
-FREE_SHARE = 0.8  # of the memory left free that second moments may take
+LONG_IMAGE = 2880  # tokens, at most, of an image that is cut up: LLaVA-NeXT's
+TEXT = 256  # tokens of a sample beside its image
+WINDOW = 8  # micro-batches whose images are looked at together
+SHARE = 0.9  # of the memory left free that second moments take unless the recipe says how much
 
 
 def describe(plan: Plan, why: str = "") -> str:
@@ -77,22 +77,54 @@ def rank_parameters(plan: Plan, tensor: int, pipeline: int = 1) -> int:
 def observe_bytes(plan: Plan, tensor: int, pipeline: int = 1) -> int:
     """About what a rank holds at the height of observe, on the stage that holds most.
 
-    Weights, tower and projector, a micro-batch of long samples inside one layer and as logits,
-    image features that lie ready, and the second moments of one layer where a format needs them.
+    Weights, tower and projector, what `working_bytes` says, and the second moments of one layer
+    where a format needs them.
     """
-    decoder, width = plan.decoder, 4 if plan.dtype == "float32" else 2
-    query, batch = decoder.heads * decoder.head_dim, plan.recipe.calibration.micro_batch
-    weights = rank_parameters(plan, tensor, pipeline) + beside_parameters(plan)
-    inside = 6 * decoder.hidden + 3 * (decoder.ffn + query) // tensor
+    moments = _layer_moments(plan, tensor) / SHARE if plan.second_moments else 0
+    return int(_held(plan, tensor, pipeline) + working_bytes(plan, tensor) + moments)
+
+
+def working_bytes(plan: Plan, tensor: int) -> int:
+    """About what a rank takes beside weights and second moments while it observes.
+
+    A micro-batch inside one layer or as logits, image features that lie ready, and a layer's second
+    moments on their way into a file.
+    """
+    decoder, batch = plan.decoder, plan.recipe.calibration.micro_batch
+    query, image = decoder.heads * decoder.head_dim, plan.family.image_tokens
+    tokens = batch * ((image(plan.config) if image else LONG_IMAGE) + TEXT)
+    wide = (decoder.ffn + query) // tensor
+    gathered = max(decoder.ffn, query) if tensor > 1 else 0
+    inside = 6 * decoder.hidden + 3 * wide + gathered
     logits = decoder.vocab + (decoder.vocab // tensor if tensor > 1 else 0)  # whole on each rank
-    ready = WINDOW * tensor * decoder.hidden
-    moments = _layer_moments(plan, tensor) / FREE_SHARE if plan.second_moments else 0
-    return int(width * (weights + SAMPLE * batch * (inside + logits + ready)) + moments)
+    ready = WINDOW * decoder.hidden
+    moments = _layer_moments(plan, 1) if plan.second_moments else 0
+    return _width(plan) * tokens * (max(inside, logits) + ready) + moments
 
 
-def moments_bytes(plan: Plan, tensor: int, pipeline: int = 1) -> int:
-    """Second moments on a rank while all its layers are observed in one pass."""
-    return plan.decoder.layers * _layer_moments(plan, tensor) // pipeline
+def one_pass_bytes(plan: Plan, tensor: int, pipeline: int = 1) -> int:
+    """About what a rank holds while all its layers' second moments are gathered in one pass."""
+    moments = _own_moments(plan, tensor, pipeline)
+    return _held(plan, tensor, pipeline) + working_bytes(plan, tensor) + moments
+
+
+def passes(plan: Plan, tensor: int, pipeline: int, memory: int) -> int:
+    """Times that observe runs over the data with so many bytes of GPU a rank."""
+    if not plan.second_moments:
+        return 1
+    left = memory - _held(plan, tensor, pipeline) - working_bytes(plan, tensor)
+    room = plan.recipe.calibration.max_statistics_memory or SHARE * left
+    fitting = max(1, room // _layer_moments(plan, tensor))
+    return math.ceil(plan.decoder.layers / pipeline / fitting)
+
+
+def _held(plan: Plan, tensor: int, pipeline: int) -> int:
+    """Bytes of a rank's weights, of the tower and of the projector."""
+    return _width(plan) * (rank_parameters(plan, tensor, pipeline) + beside_parameters(plan))
+
+
+def _width(plan: Plan) -> int:
+    return 4 if plan.dtype == "float32" else 2
 
 
 def beside_parameters(plan: Plan) -> int:
@@ -108,9 +140,7 @@ def linear_parameters(plan: Plan) -> int:
 
 def _ranks(plan: Plan) -> list[str]:
     """A line for each tensor size that works: what one rank holds, at one pipeline stage."""
-    beside = beside_parameters(plan)
-    width = 4 if plan.dtype == "float32" else 2
-    lines = []
+    beside, width, lines = beside_parameters(plan), _width(plan), []
     for tensor in calibrating_sizes(plan):
         own = rank_parameters(plan, tensor)
         lines.append(
@@ -128,10 +158,15 @@ def _layer_moments(plan: Plan, tensor: int) -> int:
     return 2 * 8 * sum(strip_entries(width, 0, tensor) for width in widths)
 
 
+def _own_moments(plan: Plan, tensor: int, pipeline: int) -> int:
+    """Bytes of the second moments of all layers of a rank."""
+    return plan.decoder.layers * _layer_moments(plan, tensor) // pipeline
+
+
 def _moments(plan: Plan) -> str:
     """What a rank holds if all its layers are observed in one pass, and what is written."""
     parallel, layers = plan.recipe.parallel, plan.decoder.layers
-    own = moments_bytes(plan, int(parallel.tensor), int(parallel.pipeline))
+    own = _own_moments(plan, int(parallel.tensor), int(parallel.pipeline))
     disk = layers * _layer_moments(plan, 1) / 2  # as float32
     return (
         f"           second moments: {own / 1e6:,.1f} MB a rank, or several passes; "

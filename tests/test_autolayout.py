@@ -51,31 +51,63 @@ def sizes(parallel):
 
 
 @pytest.mark.parametrize(
-    ("name", "gpus", "memory", "expected"),
+    ("name", "fmt", "gpus", "memory", "expected"),
     [
-        ("7b", 1, H100, (1, 1, 1)),
-        ("7b", 2, H100, (1, 1, 2)),
-        ("7b", 8, H100, (1, 1, 8)),
-        ("7b", 2, 24 * GB, (2, 1, 1)),
-        ("34b", 2, H100, (2, 1, 1)),
-        ("34b", 8, H100, (2, 1, 4)),
-        ("34b", 3, H100, (2, 1, 1)),  # one is left over
-        ("70b", 4, H100, (4, 1, 1)),
-        ("70b", 8, H100, (4, 1, 2)),
-        ("70b", 2, 200 * GB, (1, 1, 2)),
+        ("7b", "int4_awq", 1, H100, (1, 1, 1)),
+        ("7b", "int4_awq", 2, H100, (1, 1, 2)),
+        ("7b", "int4_awq", 8, H100, (1, 1, 8)),
+        ("7b", "fp8", 2, 24 * GB, (1, 1, 2)),
+        ("34b", "fp8", 8, H100, (1, 1, 8)),
+        ("34b", "int4_awq", 3, H100, (2, 1, 1)),  # one is left over
+        ("70b", "fp8", 4, H100, (2, 1, 2)),
+        ("70b", "int4_awq", 2, 1000 * GB, (1, 1, 2)),
     ],
 )
 def test_data_parallel_takes_what_the_smallest_fitting_tensor_size_leaves(
-    plan_of, name, gpus, memory, expected
+    plan_of, name, fmt, gpus, memory, expected
 ):
-    plan = plan_of(name)
+    plan = plan_of(name, f"quantize.format={fmt}")
     parallel, why = choose(plan, Machine(gpus, gpus, memory))
     assert sizes(parallel) == expected
     need = forecast.observe_bytes(plan, parallel.tensor)
     assert need <= 0.9 * memory
-    assert why == f"fits in {need / GB:,.1f} of {memory / GB:,.1f} GB"
+    assert why.startswith(f"fits in {need / GB:,.1f} of {memory / GB:,.1f} GB")
     smaller = parallel.tensor // 2
     assert not smaller or forecast.observe_bytes(plan, smaller) > 0.9 * memory
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "memory", "expected", "runs"),
+    [
+        ("7b", 2, 24 * GB, (2, 1, 1), [11, 3]),
+        ("34b", 8, H100, (4, 1, 2), [5, 2]),
+        ("70b", 8, H100, (8, 1, 1), [6, 4]),
+    ],
+)
+def test_more_tensor_ranks_are_taken_where_second_moments_need_fewer_passes(
+    plan_of, name, gpus, memory, expected, runs
+):
+    plan = plan_of(name)
+    parallel, why = choose(plan, Machine(gpus, gpus, memory))
+    assert sizes(parallel) == expected
+    assert why.endswith(f"; second moments take {runs[1]} passes over the data")
+    tensors = (parallel.tensor // 2, parallel.tensor)
+    assert [forecast.passes(plan, tensor, 1, memory) for tensor in tensors] == runs
+
+
+def test_passes_follow_the_memory_that_the_recipe_gives_second_moments(plan_of):
+    layer = 16 * (3 * 4096**2 + 11008**2)  # float64, two modalities; strips are less
+    plan = plan_of("7b", f"calibration.max_statistics_memory={layer}")
+    assert forecast.passes(plan, 1, 1, H100) == 32
+    assert forecast.passes(plan, 1, 2, H100) == 16
+    assert forecast.passes(plan_of("7b", "quantize.format=fp8"), 1, 1, 16 * GB) == 1
+
+
+@pytest.mark.parametrize(("tensor", "measured"), [(1, 69.0), (2, 36.7)])
+def test_the_forecast_of_one_pass_is_what_was_measured(plan_of, tensor, measured):
+    """docs/scaling.md: LLaVA-1.5-7B on H200s, second moments of all layers in one pass."""
+    plan = plan_of("7b", "calibration.micro_batch=16")
+    assert forecast.one_pass_bytes(plan, tensor) / GB == pytest.approx(measured, rel=0.1)
 
 
 def test_a_model_that_fits_nowhere_is_refused_with_what_it_takes(plan_of):
@@ -91,7 +123,7 @@ def test_a_model_that_fits_nowhere_is_refused_with_what_it_takes(plan_of):
 
 
 def test_pipeline_comes_last_and_only_where_it_is_auto(plan_of):
-    machine = Machine(4, 4, 15 * GB)  # groups of 128 allow 7b no more than two tensor ranks
+    machine = Machine(4, 4, 11 * GB)  # groups of 128 allow 7b no more than two tensor ranks
     with pytest.raises(UserError):
         choose(plan_of("7b"), machine)
     assert sizes(choose(plan_of("7b", "parallel.pipeline=auto"), machine)[0]) == (2, 2, 1)
@@ -116,7 +148,7 @@ def test_without_a_gpu_auto_is_one_and_data_takes_the_ranks(plan_of):
 @pytest.mark.parametrize(
     ("ranks", "node", "words", "expected"),
     [
-        (16, 8, [], (4, 1, 4)),  # two hosts
+        (16, 8, [], (8, 1, 2)),  # two hosts
         (4, 2, ["parallel.pipeline=auto"], (2, 2, 1)),  # tensor ranks stay on their host
         (4, 4, ["parallel.data=1"], (4, 1, 1)),
     ],
@@ -140,12 +172,12 @@ def test_second_moments_and_micro_batches_count_in_what_a_rank_takes(plan_of):
     plain = forecast.observe_bytes(plan_of("7b", "quantize.format=fp8"), 1)
     moments = forecast.observe_bytes(plan_of("7b"), 1) - plain
     triangle = (3 * 4096**2 + 11008**2) / 2 * 2 * 8  # two modalities, float64
-    assert triangle < moments < 1.5 * triangle
+    assert 2 * triangle < moments < 3 * triangle  # gathered, and on their way into a file
     small = forecast.observe_bytes(
         plan_of("7b", "quantize.format=fp8", "calibration.micro_batch=1"), 1
     )
     weights = 2 * 7.06e9  # LLaVA-1.5-7B's
-    assert weights < small < weights + 2e9 < plain
+    assert weights < small < weights + 3e8 < plain
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
@@ -217,7 +249,7 @@ def test_ranks_that_the_command_starts_are_told_the_numbers(tmp_path, models, gp
     assert launch.start("observe", str(recipe), []) == 0
     assert started == {
         "count": 4,
-        "words": ("-m", "nemo_vlm_ptq", "observe", "recipe", "workdir=x", "parallel.tensor=2",
+        "words": ("-m", "nemo_vlm_ptq", "observe", "recipe", "workdir=x", "parallel.tensor=4",
                   "parallel.pipeline=1"),
     }  # fmt: skip
 

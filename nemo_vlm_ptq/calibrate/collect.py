@@ -15,8 +15,8 @@ from nemo_vlm_ptq.calibrate.observer import Observer
 from nemo_vlm_ptq.calibrate.resume import Held
 from nemo_vlm_ptq.calibrate.statistics import LINEARS, UNIT, layer_file, save_layer
 from nemo_vlm_ptq.errors import UserError
-from nemo_vlm_ptq.megatron.session import Session
-from nemo_vlm_ptq.parallel import strip_owner, strips
+from nemo_vlm_ptq.megatron.session import Session, free_memory
+from nemo_vlm_ptq.parallel import strip_entries, strip_owner, strips
 
 WRITERS = 8  # files at a time
 Consume = Callable[[int, Mapping[str, torch.Tensor]], None]
@@ -59,13 +59,14 @@ def reduce_and_save(
     with ThreadPoolExecutor(WRITERS) as writers:
         for position, layer in enumerate(observer.blocks):
             holder = _holder(position, session)
+            writes = session.tensor == 0 and holder == session.data
+            if writes and len(written) >= (most := _at_once(observer, layer, exact)):
+                written[-most].result()
             tensors = _layer(observer, layer, session, exact)
-            if session.tensor == 0 and holder == session.data:
+            if writes:
                 key, value = observer.attention[position].split(1)
                 tensors |= {"key.amax": key, "value.amax": value}
                 tensors |= {f"{name}.tokens": observer.tokens[position] for name in LINEARS}
-                if len(written) >= WRITERS:
-                    written[-WRITERS].result()  # no more layers kept than writers
                 written.append(writers.submit(save_layer, folder, layer, tensors))
                 mine.append((layer, tensors))
             if holder != session.data:
@@ -78,6 +79,16 @@ def reduce_and_save(
                 while mine:  # when each data rank has a layer, all consume at once
                     consume(*mine.pop())
     return [file.result() for file in written]
+
+
+def _at_once(observer: Observer, layer: int, exact: bool) -> int:
+    """Layers that may lie ready to be written: as half of the free memory takes, one at least."""
+    if (layer, next(iter(LINEARS))) not in observer.moments:
+        return WRITERS
+    places = [observer.places[layer, name] for name in LINEARS]
+    entries = sum(2 * strip_entries(place.stop - place.start, 0, 1) for place in places)
+    room = free_memory(observer.session.device) // 2 // ((8 if exact else 4) * entries)
+    return min(WRITERS, max(1, room))
 
 
 def _holder(position: int, session: Session) -> int:

@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-import psutil
-import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
@@ -33,14 +31,13 @@ from nemo_vlm_ptq.calibrate.resume import (
 from nemo_vlm_ptq.calibrate.statistics import LINEARS, layer_file
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.base import Sample
+from nemo_vlm_ptq.forecast import SHARE, WINDOW
 from nemo_vlm_ptq.megatron.forward import collate, encode_images, forward
-from nemo_vlm_ptq.megatron.session import Session, local_world
+from nemo_vlm_ptq.megatron.session import Session, free_memory
 from nemo_vlm_ptq.parallel import deal, split_evenly, strip_entries
 from nemo_vlm_ptq.progress import progress_bar
 
 Chunk = Sequence[Any]  # the questions of one micro-batch; each has an `id`
-SHARE = 0.8  # of the free memory that second moments take unless the recipe says how much
-WINDOW = 8  # micro-batches a tensor rank whose images are looked at together
 
 
 @dataclass(frozen=True)
@@ -67,12 +64,13 @@ class Limits:
     """What is gathered, and how.
 
     moments: second moments are wanted; memory: bytes of them on a rank, None: what is free;
-    save_every: micro-batches of a rank between two saves; consume: what a layer's tensors go to as
-    well, while they are written.
+    working: bytes that are left free for all else then; save_every: micro-batches of a rank between
+    two saves; consume: what a layer's tensors go to as well, while they are written.
     """
 
     moments: bool
     memory: int | None = None
+    working: int = 0
     save_every: int = 64
     consume: Consume = lambda layer, tensors: None
 
@@ -167,8 +165,7 @@ def run_chunks(
         ids: layer -> samples that it contains already.
     """
     model, session, hidden = work.model, work.session, work.model.config.hidden_size
-    window = WINDOW * session.layout.tensor
-    prepared = _ahead(work.prepare, [chunk for chunk in chunks if chunk is not None], window)
+    prepared = _ahead(work.prepare, [chunk for chunk in chunks if chunk is not None])
     features: Iterator[Any] = iter(())
     batches: deque[list[Sample]] = deque()
     bar = progress_bar("observe", "batch", session.rank, len(chunks))
@@ -189,10 +186,10 @@ def run_chunks(
 
 
 def _ahead(
-    prepare: Callable[[Chunk], list[Sample]], chunks: Sequence[Chunk], window: int
+    prepare: Callable[[Chunk], list[Sample]], chunks: Sequence[Chunk]
 ) -> Iterator[list[list[Sample]]]:
     """Windows of prepared micro-batches; the next is made by another thread meanwhile."""
-    windows = [chunks[start : start + window] for start in range(0, len(chunks), window)]
+    windows = [chunks[start : start + WINDOW] for start in range(0, len(chunks), WINDOW)]
 
     def prepare_all(part: Sequence[Chunk]) -> list[list[Sample]]:
         return [prepare(chunk) for chunk in part]
@@ -265,7 +262,9 @@ def _passes(work: Work, layers: int, limits: Limits) -> int:
     block, layer = work.model.decoder.layers[0], 0
     for path in LINEARS.values():
         layer += 2 * 8 * strip_entries(block.get_submodule(path).weight.shape[1], t, T)
-    room = _free(work.session.device) if limits.memory is None else limits.memory
+    room = limits.memory
+    if room is None:
+        room = max(0, int(SHARE * (free_memory(work.session.device) - limits.working)))
     fitting = int(room // layer)
     if not fitting:
         raise UserError(
@@ -273,11 +272,3 @@ def _passes(work: Work, layers: int, limits: Limits) -> int:
             f"for {room / 1e6:,.1f} MB; raise calibration.max_statistics_memory or parallel.tensor"
         )
     return -(-layers // fitting)
-
-
-def _free(device: torch.device) -> int:
-    """Bytes that second moments may take on a rank."""
-    if device.type == "cuda":
-        sharing = -(-local_world() // torch.cuda.device_count())
-        return int(SHARE * torch.cuda.mem_get_info(device)[0] / sharing)
-    return int(SHARE * psutil.virtual_memory().available / local_world())

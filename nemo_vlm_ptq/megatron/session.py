@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -134,6 +135,15 @@ def session(parallel: Mapping[str, Any]) -> Iterator[Session]:
         if whole or world == 1:  # NCCL's shutdown waits for peers, and they for a rank that failed
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this rank may still take: its part of what nobody uses."""
+    if device.type == "cpu":
+        return int(psutil.virtual_memory().available) // local_world()
+    sharing = -(-local_world() // torch.cuda.device_count())
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] // sharing + unused
 
 
 def local_world() -> int:

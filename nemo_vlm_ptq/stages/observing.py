@@ -18,6 +18,7 @@ from nemo_vlm_ptq.calibrate.observer import MODALITY_NAMES
 from nemo_vlm_ptq.calibrate.statistics import LINEARS, load_tokens, put_together
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.base import Sample
+from nemo_vlm_ptq.forecast import working_bytes
 from nemo_vlm_ptq.job import Job, Written, run_stage
 from nemo_vlm_ptq.megatron.build import build_decoder
 from nemo_vlm_ptq.megatron.checkpoint import load_model
@@ -85,7 +86,8 @@ def observe(job: Job) -> None:
     def body() -> Written:
         model = build_decoder(plan.decoder, session, job.dtype, row_parallel=False)
         load_model(model, megatron)
-        limits = Limits(moments, wanted.max_statistics_memory, wanted.save_every)
+        memory, working = wanted.max_statistics_memory, working_bytes(plan, session.layout.tensor)
+        limits = Limits(moments, memory, working, wanted.save_every)
         if "solve" in job.stages and session.layout.tensor == 1:
             limits = replace(limits, consume=_solver_beside(job, model))
         vision = plan.family.build_vision(plan.config, load_file(megatron / VISION))
