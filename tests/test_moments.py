@@ -5,7 +5,8 @@ import pytest
 import torch
 from bad_models import write_recipe
 
-from nemo_vlm_ptq.calibrate import moments
+from nemo_vlm_ptq.calibrate import collect, moments
+from nemo_vlm_ptq.calibrate import observe as observing
 from nemo_vlm_ptq.calibrate.observe import Limits, Work, observe
 from nemo_vlm_ptq.calibrate.statistics import layer_file, load_layer
 from nemo_vlm_ptq.errors import UserError
@@ -59,7 +60,7 @@ def test_the_order_of_micro_batches_leaves_no_trace():
     assert torch.equal(gathered(batches, 512), gathered(batches[::-1], 512))
 
 
-def one_line(own, tiny, folder, limit):
+def one_line(own, tiny, folder, limit, working=0):
     """(passes, hashes) of the tiny random model's statistics, with room for `limit` bytes."""
     from rank_parity import import_llava
 
@@ -67,7 +68,7 @@ def one_line(own, tiny, folder, limit):
     model, vision = import_llava(own, tiny.float32)
     samples = models.to_samples(models.random_questions([40] * 4, (0, 2), seed=5))
     work, chunks = Work(model, vision, own, list), [samples[:2], samples[2:]]
-    run = observe(work, chunks, folder, Limits(limit != 0, limit), {})
+    run = observe(work, chunks, folder, Limits(limit != 0, limit, working), {})
     return len(run.passes), {name: hash_file(folder / name) for name in run.files}
 
 
@@ -83,6 +84,27 @@ def test_passes_over_fewer_layers_leave_the_same_bytes(tiny, tmp_path, layer_byt
         twice, cut = one_line(own, tiny, tmp_path / "cut", 3 * layer_bytes)
     assert (once, twice) == (1, 2)
     assert cut == whole and set(whole) == {layer_file(layer) for layer in range(4)}
+
+
+def test_what_is_free_says_how_many_layers_fit_and_how_many_wait_to_be_written(
+    tiny, tmp_path, layer_bytes, monkeypatch
+):
+    working, waiting = 10 * layer_bytes, []
+    real = collect._at_once
+
+    def at_once(*given):
+        waiting.append(real(*given))
+        return waiting[-1]
+
+    with models.alone() as own:
+        _, whole = one_line(own, tiny, tmp_path / "whole", None)
+        monkeypatch.setattr(observing, "free_memory", lambda _: working + 4 * layer_bytes)
+        monkeypatch.setattr(collect, "free_memory", lambda _: 2 * layer_bytes)
+        monkeypatch.setattr(collect, "_at_once", at_once)
+        passes, cut = one_line(own, tiny, tmp_path / "cut", None, working)
+    assert passes == 2  # 0.9 of four layers
+    assert waiting == [2, 2, 2, 2]  # half of what is free; in float32 a layer is half as large
+    assert cut == whole
 
 
 def test_room_for_less_than_a_layer_is_refused_with_what_it_takes(tiny, tmp_path, layer_bytes):
