@@ -173,7 +173,8 @@ def plot(lines: Lines, path: Path) -> None:
         for kind, mark in KINDS.items():
             own = [one for one in points if one is base or one.kind == kind]
             speeds = [base.seconds("calibrate") / one.seconds("calibrate") for one in own]
-            axes.plot([one.ranks for one in own], speeds, marker=mark, label=f"{kind} ranks")
+            if own[1:]:
+                axes.plot([one.ranks for one in own], speeds, marker=mark, label=f"{kind} ranks")
         axes.set(title=name, xlabel="GPUs", ylabel="times as fast", xticks=counts)
         axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
