@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import pickle
 import queue
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
@@ -46,14 +47,26 @@ def global_names(model: GPTModel) -> dict[str, torch.nn.Parameter]:
     return named
 
 
+def writer(name: str, data: int) -> int:
+    """Which of the data ranks writes a parameter: layers are dealt over them."""
+    layer = re.match(r"decoder\.layers\.(\d+)\.", name)
+    if layer is None:
+        return 0 if name.startswith("embedding") else data - 1
+    return int(layer[1]) % data
+
+
 def fill_from_source(
     model: GPTModel,
     session: Session,
     rows: Iterable[Row],
     decoder: Decoder,
     reader: Reader,
+    *,
+    to_write: bool = False,
 ) -> int:
     """Copy into every parameter just the slices of the source that this rank holds.
+
+    to_write: only into those that this data rank writes.
 
     Returns:
         Bytes read by this rank.
@@ -64,7 +77,9 @@ def fill_from_source(
     table = {row.megatron: row for row in expand(rows, range(decoder.layers))}
     sizes = decoder.sizes(VOCAB_MULTIPLE)
     read = 0
-    named = list(global_names(model).items())
+    named, data = list(global_names(model).items()), session.layout.data
+    if to_write:
+        named = [one for one in named if writer(one[0], data) == session.data]
     for name, parameter in progress_bar("import", "tensor", session.rank, named):
         row = table[name]
         parts = [reader.slices(part) for part in row.hf]
@@ -79,12 +94,17 @@ def fill_from_source(
 
 
 def save_model(model: GPTModel, folder: Path) -> None:
-    """Write a torch_dist checkpoint, every rank its own shards (collective)."""
+    """Write a torch_dist checkpoint, every rank its own shards of its own layers (collective)."""
     state = model.sharded_state_dict()
+    data = parallel_state.get_data_parallel_world_size()
+    own = parallel_state.get_data_parallel_rank()
     apply_factories(state)  # a gated linear comes apart into halves, views of one parameter
     for shard in nested_values(state):
-        if isinstance(shard, ShardedTensor) and shard.data is not None and shard.data.is_cpu:
-            shard.data = torch.from_dlpack(shard.data)  # no view: the writer would copy views
+        if isinstance(shard, ShardedTensor):
+            *others, _ = shard.replica_id
+            shard.replica_id = (*others, (own - writer(shard.key, data)) % data)  # 0 writes
+            if shard.data is not None and shard.data.is_cpu:
+                shard.data = torch.from_dlpack(shard.data)  # no view: the writer would copy views
         elif isinstance(shard, ShardedObject):
             shard.data = _same_bytes_always(shard.data)
     save_state(state, folder)

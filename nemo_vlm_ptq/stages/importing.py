@@ -42,7 +42,7 @@ def import_settings(plan: Plan) -> dict[str, Any]:
 
 
 def import_model(job: Job) -> None:
-    """Every rank reads the slices it holds, on the host; tower and projector are kept beside.
+    """Every rank reads the slices it writes, on the host; tower and projector are kept beside.
 
     A model on a GPU would be written from page-locked copies, rounded up to powers of two.
     """
@@ -53,7 +53,8 @@ def import_model(job: Job) -> None:
         host = replace(session, device=torch.device("cpu"))  # where they are written from
         model = build_decoder(plan.decoder, host, job.dtype)
         with open_tensors(plan.tensors) as reader:
-            read = fill_from_source(model, session, plan.family.rows, plan.decoder, reader)
+            given = (model, session, plan.family.rows, plan.decoder, reader)
+            read = fill_from_source(*given, to_write=True)
             save_model(model, folder)
             if session.rank == 0:
                 vision = {name: reader.whole(name).to(job.dtype) for name in plan.vision}
