@@ -64,7 +64,7 @@ def build(own: Session, setting: Setting, drawn_on: torch.device) -> GPTModel:
 def run_plainly(model: GPTModel, own: Session, chunks: list[Any], features: torch.Tensor) -> None:
     """Micro-batches through the model, and nothing else."""
     for chunk in chunks:
-        forward(model, own, collate(chunk), [features for _ in chunk])
+        forward(model, own, collate(chunk), features.repeat(len(chunk), 1))
 
 
 class Ours:

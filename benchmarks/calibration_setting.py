@@ -157,9 +157,9 @@ class Features(torch.nn.Module):
         )
         self.drawn = torch.nn.Parameter(made.to(device, torch.bfloat16), requires_grad=False)
 
-    def forward(self, _: Pixels) -> torch.Tensor:
-        """[tokens,H] of an image."""
-        return self.drawn
+    def forward(self, pixels: Pixels) -> torch.Tensor:
+        """[tokens,H] of all images."""
+        return self.drawn.repeat(len(pixels.views), 1)
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def ask(own, home, model, vision, only=None):
     for name, questions in read_cases(home).items():
         if only is None or name in only:
             samples = to_samples(home / "model", questions)
-            features = encode_images(vision, own, samples, model.config.hidden_size)
+            (features,) = encode_images(vision, own, [samples], model.config.hidden_size)
             logits[name] = forward(model, own, collate(samples), features)
     return logits
 

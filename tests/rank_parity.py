@@ -37,7 +37,7 @@ def ask(own, model, vision, cases_file):
     logits = {}
     for name, case in torch.load(cases_file).items():
         samples = to_samples(Question(**one) for one in case)
-        features = encode_images(vision, own, samples, model.config.hidden_size)
+        (features,) = encode_images(vision, own, [samples], model.config.hidden_size)
         logits[name] = forward(model, own, collate(samples), features)
     return logits
 

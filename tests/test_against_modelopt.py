@@ -64,7 +64,7 @@ def prepare(own, folder, dtype, out):
     model, vision = import_llava(own, folder, dtype)
     vision.to(dtype)
     observe(Work(model, vision, own, list), chunks, out, Limits(moments=True), {})
-    features = [encode_images(vision, own, chunk, model.config.hidden_size) for chunk in chunks]
+    features = encode_images(vision, own, chunks, model.config.hidden_size)
 
     def run(any_model):
         for chunk, chunk_features in zip(chunks, features, strict=True):

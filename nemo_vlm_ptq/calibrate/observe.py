@@ -174,12 +174,11 @@ def run_chunks(
             if chunk is not None:
                 if not batches:
                     batches.extend(next(prepared))
-                    flat = [sample for batch in batches for sample in batch]
-                    features = iter(encode_images(work.vision, session, flat, hidden))
+                    features = iter(encode_images(work.vision, session, batches, hidden))
                 samples, own = batches.popleft(), _ids(chunk)
                 batch = collate(samples)
                 observer.expect(batch, {layer for layer in observer.blocks if own - ids(layer)})
-                forward(model, session, batch, [next(features) for _ in samples])
+                forward(model, session, batch, next(features))
                 done += sorted(own)
             bar.update()
             yield step

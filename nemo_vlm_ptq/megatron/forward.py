@@ -15,9 +15,11 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 
 from nemo_vlm_ptq.errors import UserError
-from nemo_vlm_ptq.families.base import IMAGE, TEXT, Sample
+from nemo_vlm_ptq.families.base import IMAGE, TEXT, Pixels, Sample
 from nemo_vlm_ptq.megatron.rotary import LongRotaryEmbedding
 from nemo_vlm_ptq.megatron.session import Session
+
+TOGETHER = 16  # samples whose images a tower looks at in one call
 
 
 @dataclass(frozen=True)
@@ -59,43 +61,51 @@ def _hidden(mask: torch.Tensor) -> torch.Tensor:
 
 
 def encode_images(
-    vision: Any, session: Session, samples: Sequence[Sample], hidden: int
+    vision: Any, session: Session, batches: Sequence[Sequence[Sample]], hidden: int
 ) -> list[torch.Tensor | None]:
-    """Features [tokens,H] of each sample's images: each tensor rank looks at its share, once.
+    """Features [image tokens,H] of each micro-batch, sample after sample; None without images.
 
-    Images are encoded one sample at a time, so that features do not depend on who is beside them.
-    Only the first pipeline stage looks; others get None.
+    Images of a micro-batch are looked at together, so features depend on no other. The tensor ranks
+    of the first pipeline stage share micro-batches out; other stages get None.
     """
     if not session.first_stage:
-        return [None] * len(samples)
-    T = session.layout.tensor
-    dtype = next(vision.parameters()).dtype
+        return [None] * len(batches)
+    T, dtype = session.layout.tensor, next(vision.parameters()).dtype
+    owners = dist.get_process_group_ranks(session.tensor_group)
     features: list[torch.Tensor | None] = []
-    for i, sample in enumerate(samples):
-        if sample.pixels is None:
+    for i, batch in enumerate(batches):
+        pixels = [sample.pixels for sample in batch if sample.pixels is not None]
+        if not pixels:
             features.append(None)
         elif i % T == session.tensor:
-            features.append(vision(sample.pixels.to(session.device, dtype)))
+            looks = [vision(one.to(session.device, dtype)) for one in _together(pixels)]
+            features.append(torch.cat(looks))
         else:
-            tokens = int(sample.is_image.sum())
+            tokens = sum(int(sample.is_image.sum()) for sample in batch)
             features.append(torch.empty(tokens, hidden, dtype=dtype, device=session.device))
     if T > 1:
-        owners = dist.get_process_group_ranks(session.tensor_group)
-        for i, feature in enumerate(features):
-            if feature is not None:
-                dist.broadcast(feature, owners[i % T], group=session.tensor_group)
+        for i, one in enumerate(features):
+            if one is not None:
+                dist.broadcast(one, owners[i % T], group=session.tensor_group)
     return features
 
 
+def _together(pixels: Sequence[Pixels]) -> list[Pixels]:
+    """Images of several samples as if of one; those that are cut into views stay by themselves."""
+    if any(one.sizes is not None for one in pixels):
+        return list(pixels)
+    parts = [pixels[start : start + TOGETHER] for start in range(0, len(pixels), TOGETHER)]
+    return [Pixels(torch.cat([one.views for one in part])) for part in parts]
+
+
 def embed(
-    model: GPTModel, batch: Batch, features: Sequence[torch.Tensor | None], device: torch.device
+    model: GPTModel, batch: Batch, features: torch.Tensor | None, device: torch.device
 ) -> torch.Tensor:
     """Token embeddings with image features in their places, [S,B,H]."""
     safe_ids = batch.input_ids.clamp(min=0).to(device)
     embedded = model.embedding(safe_ids, None).transpose(0, 1).clone()
-    for row, feature in enumerate(features):
-        if feature is not None:
-            embedded[row, (batch.modality[row] == IMAGE).to(device)] = feature.to(embedded.dtype)
+    if features is not None:
+        embedded[(batch.modality == IMAGE).to(device)] = features.to(embedded.dtype)
     return embedded.transpose(0, 1).clone(memory_format=torch.contiguous_format)  # strides as well
 
 
@@ -104,7 +114,7 @@ def forward(
     model: GPTModel,
     session: Session,
     batch: Batch,
-    features: Sequence[torch.Tensor | None],
+    features: torch.Tensor | None,
 ) -> torch.Tensor | None:
     """One micro-batch through this rank's stage: logits [B,S,V] on the last one, else None."""
     B, S = batch.input_ids.shape

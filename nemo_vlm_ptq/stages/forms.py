@@ -54,7 +54,7 @@ def megatron_logits(
     parts = []
     pairs = list(zip(samples, masks or [None] * len(samples), strict=True))
     for sample, mask in deal(pairs, session.layout.data, session.data):
-        features = encode_images(vision, session, [sample], plan.decoder.hidden)
+        (features,) = encode_images(vision, session, [[sample]], plan.decoder.hidden)
         out = forward(model, session, collate([sample], mask), features)
         if out is not None:
             parts.append(out[0, :, : plan.decoder.vocab].float())
