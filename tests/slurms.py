@@ -48,9 +48,12 @@ def asked(*command):
 
 
 def until(true, what):
-    """Wait for a condition."""
+    """Wait for a condition; a program of Slurm that is cut off while it asks is asked again."""
     end = time.monotonic() + PATIENCE
-    while not true():
+    while True:
+        with contextlib.suppress(subprocess.CalledProcessError):
+            if true():
+                return
         assert time.monotonic() < end, (what, asked("squeue"))
         time.sleep(0.2)
 
