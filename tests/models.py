@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import re
 import socket
 import subprocess
@@ -158,12 +159,15 @@ def ask_transformers(model, question: Question) -> torch.Tensor:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("localhost", 0))
-        return [one.getsockname()[1] for one in sockets]
+    """Ports that nobody listens on now, of those that the system gives no connection meanwhile."""
+    found: list[int] = []
+    for port in random.SystemRandom().sample(range(10_000, 20_000), 1000):
+        with contextlib.suppress(OSError), socket.socket() as one:
+            one.bind(("localhost", port))
+            found.append(port)
+        if len(found) == count:
+            break
+    return found
 
 
 def main_of(module: str) -> list[str]:
