@@ -4,8 +4,11 @@ import contextlib
 import os
 import shutil
 import subprocess
+import tempfile
 import time
+from pathlib import Path
 
+import pytest
 from bad_models import ROOT
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare")
@@ -22,24 +25,25 @@ def missing():
 
 
 @contextlib.contextmanager
-def started(folder):
-    """The cluster; yields why it cannot be had here, or "". SLURM_CONF names it meanwhile."""
-    why, before = missing(), os.environ.get("SLURM_CONF")
-    script = ROOT / "tests" / "slurm" / "cluster.sh"
-    if not why:
-        begun = subprocess.run([script, "start", folder], stderr=subprocess.PIPE, text=True)
-        why = f"Slurm cannot be started: {begun.stderr[-300:]}" if begun.returncode else ""
-    if why:
-        yield why
-        return
-    os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
-    try:
-        yield ""
-    finally:
-        subprocess.run([script, "stop", folder], check=True)
-        os.environ.pop("SLURM_CONF")
-        if before is not None:
-            os.environ["SLURM_CONF"] = before
+def started():
+    """The cluster; yields why it cannot be had here, or "". SLURM_CONF names it meanwhile.
+
+    Its folder is none of pytest's: their names are longer than a socket's may be.
+    """
+    script, why = ROOT / "tests" / "slurm" / "cluster.sh", missing()
+    with tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as folder:
+        if not why:
+            begun = subprocess.run([script, "start", folder], stderr=subprocess.PIPE, text=True)
+            why = f"Slurm cannot be started: {begun.stderr[-300:]}" if begun.returncode else ""
+        if why:
+            yield why
+            return
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SLURM_CONF", f"{folder}/slurm.conf")
+            try:
+                yield ""
+            finally:
+                subprocess.run([script, "stop", folder], check=True)
 
 
 def asked(*command):
@@ -54,8 +58,15 @@ def until(true, what):
         with contextlib.suppress(subprocess.CalledProcessError):
             if true():
                 return
-        assert time.monotonic() < end, (what, asked("squeue"))
+        assert time.monotonic() < end, (what, asked("squeue"), errors())
         time.sleep(0.2)
+
+
+def errors():
+    """What the nodes' daemons complained of."""
+    nodes = sorted(Path(os.environ["SLURM_CONF"]).parent.glob("node*/slurmd.log"))
+    lines = [line for log in nodes for line in log.read_text().splitlines()]
+    return [line for line in lines if "error:" in line or "fatal:" in line]
 
 
 def until_all_is_over():

@@ -112,9 +112,9 @@ def test_ranks_that_nemo_run_starts_leave_the_bytes_of_the_command(tmp_path, exp
 
 
 @pytest.fixture
-def slurm(tmp_path):
+def slurm():
     """A Slurm of two nodes."""
-    with slurms.started(tmp_path / "slurm") as why:
+    with slurms.started() as why:
         if why:
             pytest.skip(why)
         yield

@@ -24,9 +24,9 @@ SITE = {"PARTITION": "test", "NODES": "2", "GPUS_PER_NODE": "0", "GPU_TYPE": "",
 
 
 @pytest.fixture(scope="module")
-def slurm(tmp_path_factory):
+def slurm():
     """A Slurm of two nodes."""
-    with slurms.started(tmp_path_factory.mktemp("slurm")) as why:
+    with slurms.started() as why:
         if why:
             pytest.skip(why)
         yield

@@ -16,6 +16,11 @@ tag=$(printf '%s' "$home" | cksum | cut -d ' ' -f 1)
 bridge=sl$((tag % 100000000))
 network=10.$((tag % 200 + 20)).$((tag / 256 % 250))
 key=$home/munge
+longest=$((107 - 40)) # a socket's name may have 107 letters, its end is /node1/spool/node1_JOB.STEP
+if ((${#home} > longest)); then
+    echo "$home: a folder whose name has at most $longest letters is needed: there are sockets in it" >&2
+    exit 2
+fi
 export SLURM_CONF=$home/slurm.conf
 
 settings() {
@@ -115,14 +120,19 @@ start() {
 }
 
 stop() {
-    local file
+    local file process
     scancel --user="$(id -un)" 2>/dev/null || true
     for _ in $(seq 100); do # jobs outlive the daemons that started them
         [[ $(squeue -h 2>/dev/null) ]] || break
         sleep 0.2
     done
     for file in "$home"/node?.pid "$home"/{slurmctld,munged}.pid; do
-        [[ ! -e $file ]] || kill "$(cat "$file")" 2>/dev/null || true
+        process=$(cat "$file" 2>/dev/null) || continue
+        kill "$process" 2>/dev/null || continue
+        for _ in $(seq 100); do # they write their state at last
+            [[ $(readlink "/proc/$process/exe") ]] || break
+            sleep 0.1
+        done
     done
     ip link del "$bridge" 2>/dev/null || true
 }
