@@ -21,7 +21,7 @@ from nemo_vlm_ptq.errors import UserError
 
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
-HASHERS = 4
+HASHERS = 16  # files at a time, whose bytes a file system may have to bring
 PACKAGES = ("nemo_vlm_ptq", "torch", "transformers", "megatron-core", "nvidia-modelopt")
 
 

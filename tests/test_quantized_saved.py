@@ -13,6 +13,7 @@ from quantized_models import CASES, DECODER, ask, fill, inserted, quantized
 
 from nemo_vlm_ptq.calibrate import modules, quantizers
 from nemo_vlm_ptq.formats import FORMATS, KV_CACHES
+from nemo_vlm_ptq.megatron import checkpoint
 from nemo_vlm_ptq.megatron.attention import SdpaCoreAttention
 from nemo_vlm_ptq.megatron.build import build_decoder
 from nemo_vlm_ptq.megatron.checkpoint import save_model
@@ -48,6 +49,21 @@ def test_saved_and_loaded_it_is_the_same(own, tmp_path, name, kv):
     for model in (first, second):
         quantizers.use_own_rounding(model, FORMATS[name])
     assert torch.equal(ask(second), ask(first))
+
+
+@pytest.mark.parametrize(("wanted", "files"), [(1, 2), (5, 5), (20, 8)])
+def test_a_large_model_is_written_into_more_files(own, tmp_path, monkeypatch, wanted, files):
+    first = build_decoder(DECODER, own, torch.bfloat16)
+    second = build_decoder(DECODER, own, torch.bfloat16)
+    for parameter in first.parameters():
+        parameter.data.normal_()
+    size = sum(parameter.nbytes for parameter in first.parameters())
+    monkeypatch.setattr(checkpoint, "FILE", -(-size // wanted))
+    checkpoint.save_model(first, tmp_path)
+    assert len(list(tmp_path.glob("__0_*.distcp"))) == files
+    checkpoint.load_model(second, tmp_path)
+    for key, tensor in tensors_of(first).items():
+        assert torch.equal(tensors_of(second)[key], tensor), key
 
 
 @pytest.mark.parametrize(

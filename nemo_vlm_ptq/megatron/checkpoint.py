@@ -18,8 +18,10 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
     ShardedTensor,
     apply_factories,
+    is_main_replica,
 )
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.models.gpt import GPTModel
 
 from nemo_vlm_ptq.blocks import Slices, Stacked, read_block
@@ -33,6 +35,8 @@ from nemo_vlm_ptq.source import Reader, all_finite, finite
 from nemo_vlm_ptq.torch_dist import INDEX, read_index
 
 LAYERS = "decoder.layers."
+FILE = 1 << 31  # bytes: a rank writes its files at the same time, a process each
+MOST_FILES = 8
 
 
 def global_names(model: GPTModel) -> dict[str, torch.nn.Parameter]:
@@ -113,7 +117,13 @@ def save_model(model: GPTModel, folder: Path) -> None:
 def save_state(state: dict[str, Any], folder: Path) -> None:
     """Write a torch_dist folder of the shards that the ranks bring (collective)."""
     filesystem_async._results_queue = queue.Queue()  # its own is a process that outlives a kill
-    dist_checkpointing.save(state, str(folder))
+    own = 0
+    for shard in nested_values(state):
+        if isinstance(shard, ShardedTensor) and shard.data is not None:
+            own += shard.data.nbytes * is_main_replica(shard.replica_id)
+    files = min(MOST_FILES, max(2, -(-own // FILE)))
+    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=files)
+    dist_checkpointing.save(state, str(folder), strategy)
     if dist.get_rank() == 0:
         settle_index(folder)
 

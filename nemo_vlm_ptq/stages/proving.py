@@ -157,12 +157,11 @@ def _check_configs(job: Job, fmt: QuantFormat, target: str) -> list[str]:
 
 
 def _check_files(folder: Path) -> list[str]:
-    manifest = store.need_manifest(folder, "export")
-    problems = []
-    for name, entry in manifest["files"].items():
-        if not (folder / name).is_file():
-            problems.append(f"{name} is missing")
-        elif store.hash_file(folder / name) != entry["sha256"]:
+    wanted = store.need_manifest(folder, "export")["files"]
+    found = store.describe(folder, [name for name in wanted if (folder / name).is_file()])
+    problems = [f"{name} is missing" for name in wanted if name not in found]
+    for name, entry in found.items():
+        if entry["sha256"] != wanted[name]["sha256"]:
             problems.append(f"{name} was changed after it was written")
     return problems
 
