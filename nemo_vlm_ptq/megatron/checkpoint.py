@@ -107,7 +107,8 @@ def save_model(model: GPTModel, folder: Path) -> None:
         if isinstance(shard, ShardedTensor):
             *others, _ = shard.replica_id
             shard.replica_id = (*others, (own - writer(shard.key, data)) % data)  # 0 writes
-            if shard.data is not None and shard.data.is_cpu:
+            if shard.data is not None and is_main_replica(shard.replica_id):
+                shard.data = shard.data.detach().cpu()  # the writer would take page-locked memory
                 shard.data = torch.from_dlpack(shard.data)  # no view: the writer would copy views
         elif isinstance(shard, ShardedObject):
             shard.data = _same_bytes_always(shard.data)

@@ -42,10 +42,7 @@ def import_settings(plan: Plan) -> dict[str, Any]:
 
 
 def import_model(job: Job) -> None:
-    """Every rank reads the slices it writes, on the host; tower and projector are kept beside.
-
-    A model on a GPU would be written from page-locked copies, rounded up to powers of two.
-    """
+    """Every rank reads the slices it writes, on the host; tower and projector are kept beside."""
     plan, session, folder = job.plan, job.session, job.folder("megatron")
 
     def body() -> Written:
