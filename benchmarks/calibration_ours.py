@@ -53,9 +53,11 @@ PROFILED_CHUNKS = 2
 Solved = tuple[str, int, Any]  # format, layer, scales
 
 
-def build(own: Session, setting: Setting, drawn_on: torch.device) -> GPTModel:
+def build(
+    own: Session, setting: Setting, drawn_on: torch.device, *, to_observe: bool = False
+) -> GPTModel:
     """The decoder's shards of this rank with the random weights, made where they will lie."""
-    model = build_decoder(setting.decoder, own, torch.bfloat16)
+    model = build_decoder(setting.decoder, own, torch.bfloat16, to_observe=to_observe)
     weights: Any = Weights(setting, drawn_on)
     fill_from_source(model, own, FAMILY.rows, setting.decoder, weights)
     return model
@@ -78,12 +80,13 @@ class Ours:
         if own.layout.tensor > 1 and not (self.weights / ".metadata").is_file():
             self._import()  # solve reads whole weights there
         log(f"building {setting.layers} layers")
-        model = build(own, setting, own.device) if own.layout.tensor == 1 else self._loaded()
+        alone = own.layout.tensor == 1
+        model = build(own, setting, own.device, to_observe=True) if alone else self._loaded()
         self.work = observing.Work(model, Features(setting, own.device), own, list)
 
     def _loaded(self) -> GPTModel:
         """As observe builds it on tensor ranks."""
-        model = build_decoder(self.setting.decoder, self.own, torch.bfloat16, row_parallel=False)
+        model = build_decoder(self.setting.decoder, self.own, torch.bfloat16, to_observe=True)
         load_model(model, self.weights)
         return model
 
@@ -104,7 +107,7 @@ class Ours:
         return self.folder / f"{'moments' if moments else 'maxima'}-{self.setting.layers}"
 
     def forward(self, chunks: list[Any]) -> float:
-        """The plain forward of these ranks."""
+        """The plain forward of these ranks, without the head as observe has it."""
         mine = list(deal(chunks, self.own.layout.data, self.own.data))
         run_plainly(self.work.model, self.own, mine, self.work.vision.drawn)
         return 0.0

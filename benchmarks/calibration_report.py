@@ -77,9 +77,9 @@ def _floor(table: Table) -> str:
             )
         )
     head = ("ranks", "bf16 product, TFLOP/s", "floor, s", "plain forward, s", "reached", "tokens/s")
-    about = f"""A plain forward is {flop / 1e15:.3g} PFLOP (linears, head, and the half of the
-        attention that is not masked); the floor is that at the rate of a large bf16 product in the
-        same process."""
+    about = f"""A plain forward is {flop / 1e15:.3g} PFLOP (linears, and the half of the
+        attention that is not masked; observe has no head); the floor is that at the rate of a
+        large bf16 product in the same process."""
     return f"## The floor\n\n{prose(about)}\n\n{markdown(head, rows)}"
 
 

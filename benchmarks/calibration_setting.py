@@ -110,12 +110,12 @@ class Setting:
 
     @property
     def weights(self) -> int:
-        """Of the linears and the head."""
-        shapes = self.decoder.shapes(FAMILY.rows).items()
-        return sum(math.prod(s) for name, s in shapes if len(s) == 2 and "embed" not in name)
+        """Of the linears."""
+        rows = tuple(row for row in FAMILY.rows if row.linear)
+        return sum(math.prod(shape) for shape in self.decoder.shapes(rows).values())
 
     def flop(self, samples: int) -> float:
-        """Of a forward: linears and head, and the half of the attention that is not masked."""
+        """Of a forward without head: linears, and the half of the attention that is not masked."""
         decoder = self.decoder
         attention = 2 * decoder.layers * self.length**2 * decoder.heads * decoder.head_dim
         return samples * (2.0 * self.weights * self.length + attention)

@@ -52,7 +52,7 @@ def used_names(plan: Plan) -> list[str]:
     return [*plan.decoder.shapes(plan.family.rows), *plan.vision]
 
 
-def rank_parameters(plan: Plan, tensor: int, pipeline: int = 1) -> int:
+def rank_parameters(plan: Plan, tensor: int, pipeline: int = 1, *, head: bool = True) -> int:
     """Parameters of the decoder of the fullest stage, the vocabulary padded as Megatron does.
 
     Norms are whole on every tensor rank; everything else is cut.
@@ -69,7 +69,7 @@ def rank_parameters(plan: Plan, tensor: int, pipeline: int = 1) -> int:
             layers += own // pipeline
         elif row.short == "word_embeddings":
             first += own
-        else:
+        elif head:
             last += own
     return layers + (first + last if pipeline == 1 else max(first, last))
 
@@ -77,8 +77,8 @@ def rank_parameters(plan: Plan, tensor: int, pipeline: int = 1) -> int:
 def observe_bytes(plan: Plan, tensor: int, pipeline: int = 1) -> int:
     """About what a rank holds at the height of observe, on the stage that holds most.
 
-    Weights, tower and projector, what `working_bytes` says, and the second moments of one layer
-    where a format needs them.
+    Weights but the head, tower and projector, what `working_bytes` says, and the second moments of
+    one layer where a format needs them.
     """
     moments = _layer_moments(plan, tensor) / SHARE if plan.second_moments else 0
     return int(_held(plan, tensor, pipeline) + working_bytes(plan, tensor) + moments)
@@ -87,8 +87,8 @@ def observe_bytes(plan: Plan, tensor: int, pipeline: int = 1) -> int:
 def working_bytes(plan: Plan, tensor: int) -> int:
     """About what a rank takes beside weights and second moments while it observes.
 
-    A micro-batch inside one layer or as logits, image features that lie ready, and a layer's second
-    moments on their way into a file.
+    A micro-batch inside one layer, image features that lie ready, and a layer's second moments on
+    their way into a file.
     """
     decoder, batch = plan.decoder, plan.recipe.calibration.micro_batch
     query, image = decoder.heads * decoder.head_dim, plan.family.image_tokens
@@ -96,10 +96,9 @@ def working_bytes(plan: Plan, tensor: int) -> int:
     wide = (decoder.ffn + query) // tensor
     gathered = max(decoder.ffn, query) if tensor > 1 else 0
     inside = 6 * decoder.hidden + 3 * wide + gathered
-    logits = decoder.vocab + (decoder.vocab // tensor if tensor > 1 else 0)  # whole on each rank
     ready = WINDOW * decoder.hidden
     moments = _layer_moments(plan, 1) if plan.second_moments else 0
-    return _width(plan) * tokens * (max(inside, logits) + ready) + moments
+    return _width(plan) * tokens * (inside + ready) + moments
 
 
 def one_pass_bytes(plan: Plan, tensor: int, pipeline: int = 1) -> int:
@@ -119,8 +118,9 @@ def passes(plan: Plan, tensor: int, pipeline: int, memory: int) -> int:
 
 
 def _held(plan: Plan, tensor: int, pipeline: int) -> int:
-    """Bytes of a rank's weights, of the tower and of the projector."""
-    return _width(plan) * (rank_parameters(plan, tensor, pipeline) + beside_parameters(plan))
+    """Bytes of a rank's weights but the head, of the tower and of the projector."""
+    own = rank_parameters(plan, tensor, pipeline, head=False)
+    return _width(plan) * (own + beside_parameters(plan))
 
 
 def _width(plan: Plan) -> int:

@@ -16,14 +16,14 @@ from nemo_vlm_ptq.source import list_tensors, open_tensors
 SAVED = "saved_{}x{}"
 
 
-def import_llava(own, folder, dtype=torch.float32, row_parallel=True):
+def import_llava(own, folder, dtype=torch.float32, to_observe=False):
     """(decoder, vision) of a model folder on this rank, filled slice by slice from its files."""
     config = read_config(folder)
     family = find_family(config)
     decoder = family.decoder(config)
-    model = build_decoder(decoder, own, dtype, row_parallel=row_parallel)
+    model = build_decoder(decoder, own, dtype, to_observe=to_observe)
     rows = family.rows
-    if not row_parallel:
+    if to_observe:
         rows = [replace(row, layout="column") if row.layout == "row" else row for row in rows]
     with open_tensors(list_tensors(folder, family.aliases)) as reader:
         fill_from_source(model, own, rows, decoder, reader)

@@ -79,7 +79,7 @@ def test_data_parallel_takes_what_the_smallest_fitting_tensor_size_leaves(
 @pytest.mark.parametrize(
     ("name", "gpus", "memory", "expected", "runs"),
     [
-        ("7b", 2, 24 * GB, (2, 1, 1), [11, 3]),
+        ("7b", 2, 24 * GB, (2, 1, 1), [8, 3]),
         ("34b", 8, H100, (4, 1, 2), [5, 2]),
         ("70b", 8, H100, (8, 1, 1), [6, 4]),
     ],
@@ -176,7 +176,7 @@ def test_second_moments_and_micro_batches_count_in_what_a_rank_takes(plan_of):
     small = forecast.observe_bytes(
         plan_of("7b", "quantize.format=fp8", "calibration.micro_batch=1"), 1
     )
-    weights = 2 * 7.06e9  # LLaVA-1.5-7B's
+    weights = 2 * 6.93e9  # LLaVA-1.5-7B's without its head
     assert weights < small < weights + 3e8 < plain
 
 

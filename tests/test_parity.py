@@ -3,7 +3,7 @@
 import models
 import pytest
 import torch
-from rank_parity import SAVED, import_llava, reload, run
+from rank_parity import SAVED, ask, import_llava, reload, run
 
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.llava import ALIASES
@@ -57,6 +57,18 @@ def test_a_checkpoint_of_any_layout_loads_on_one_rank(asked, tiny):
             found = reload(own, tiny.float32, vision, saved, tiny.cases)
             for case in CASES:
                 assert torch.equal(found[case], expected[case]), (layout, case)
+
+
+def test_what_observe_runs_is_the_model_without_its_head(tiny):
+    with models.alone() as own:
+        whole, vision = import_llava(own, tiny.float32)
+        layers, _ = import_llava(own, tiny.float32, to_observe=True)
+        left = {name.split(".")[-2] for name in whole.state_dict().keys() - layers.state_dict()}
+        assert left == {"final_layernorm", "output_layer"}
+        expected = ask(own, whole, vision, tiny.cases)
+        for case, out_SBH in ask(own, layers, vision, tiny.cases).items():
+            logits, _ = whole.output_layer(whole.decoder.final_layernorm(out_SBH))
+            assert torch.equal(logits.transpose(0, 1), expected[case])
 
 
 @pytest.mark.parametrize("rename", [models.in_memory, models.in_five])

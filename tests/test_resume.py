@@ -45,7 +45,7 @@ def observed(own, model_folder, folder, stop, room):
     """Observe until a rank is stopped as a story says, saving after every two micro-batches."""
     from rank_parity import import_llava
 
-    model, vision = import_llava(own, model_folder, row_parallel=False)
+    model, vision = import_llava(own, model_folder, to_observe=True)
     samples = models.to_samples(models.random_questions([40] * SAMPLES, range(0, 12, 3), seed=5))
     ran = []
 

@@ -51,17 +51,17 @@ def transformer_config(decoder: Decoder, session: Session, dtype: torch.dtype) -
 
 
 def build_decoder(
-    decoder: Decoder, session: Session, dtype: torch.dtype, *, row_parallel: bool = True
+    decoder: Decoder, session: Session, dtype: torch.dtype, *, to_observe: bool = False
 ) -> GPTModel:
     """The decoder with uninitialised weights; logits come out whole on every tensor rank.
 
-    row_parallel: o and down are Megatron's; else they are cut by outputs, and tensor ranks compute
-    the numbers of one rank.
+    to_observe: for the inputs of linears alone. o and down are cut by outputs, so that tensor ranks
+    compute the numbers of one rank, and what comes out is that of the last layer: there is no head.
     """
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     attention, mlp = spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules
     attention.core_attention = SdpaCoreAttention
-    if not row_parallel:
+    if to_observe:
         attention.linear_proj = mlp.linear_fc2 = ByOutputLinear
     with session.device:  # else it would be made on the host and copied
         model = GPTModel(
@@ -70,7 +70,7 @@ def build_decoder(
             vocab_size=decoder.sizes(VOCAB_MULTIPLE).vocab_rows,
             max_sequence_length=decoder.max_positions,
             pre_process=session.first_stage,
-            post_process=session.last_stage,
+            post_process=session.last_stage and not to_observe,
             parallel_output=False,
             share_embeddings_and_output_weights=False,
             position_embedding_type="rope",

@@ -116,7 +116,11 @@ def forward(
     batch: Batch,
     features: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    """One micro-batch through this rank's stage: logits [B,S,V] on the last one, else None."""
+    """One micro-batch through this rank's stage.
+
+    Returns:
+        On the last stage logits [B,S,V], of a model without a head [S,B,H]; else None.
+    """
     B, S = batch.input_ids.shape
     check_lengths(model, batch)
     decoder_input = None

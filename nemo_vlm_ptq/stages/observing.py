@@ -84,7 +84,7 @@ def observe(job: Job) -> None:
     moments = settings["moments"]
 
     def body() -> Written:
-        model = build_decoder(plan.decoder, session, job.dtype, row_parallel=False)
+        model = build_decoder(plan.decoder, session, job.dtype, to_observe=True)
         load_model(model, megatron)
         memory, working = wanted.max_statistics_memory, working_bytes(plan, session.layout.tensor)
         limits = Limits(moments, memory, working, wanted.save_every)
