@@ -28,7 +28,8 @@ def missing():
 def started():
     """The cluster; yields why it cannot be had here, or "". SLURM_CONF names it meanwhile.
 
-    Its folder is none of pytest's: their names are longer than a socket's may be.
+    Its folder is none of pytest's: their names are longer than a socket's may be. The step of a job
+    may still be ending in it when it is removed.
     """
     script, why = ROOT / "tests" / "slurm" / "cluster.sh", missing()
     with tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as folder:
