@@ -94,7 +94,7 @@ class Line:
         run_stages(Job(plan, self.own), names)
 
     def phase(self, name: str) -> dict[str, Any]:
-        """Seconds of the stages, and with hashes; of each rank, GB at most and bytes sent."""
+        """Seconds of each folder, and of all with hashes; GB at most and bytes sent of each rank."""
         fmt, names, folders = PHASES[name]
         if "observe" in names:
             self.remove("statistics")
@@ -108,7 +108,9 @@ class Line:
         peak = torch.cuda.max_memory_allocated() if self.gpu else 0
         manifests = [json.loads((self.work / one / "manifest.json").read_text()) for one in folders]
         return {
-            "seconds": sum(one["facts"]["seconds"] for one in manifests),
+            "seconds": {
+                name: one["facts"]["seconds"] for name, one in zip(folders, manifests, strict=True)
+            },
             "with hashes": whole,
             "peak": self.own.gather(peak),
             "sent": self.own.gather(sent),

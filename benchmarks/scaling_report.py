@@ -13,6 +13,11 @@ PHASES = {
     "calibrate": "observe, second moments, and solve",
     "export": "export",
 }
+PARTS = {  # folders of the third phase
+    "statistics": "of it observe",
+    "int4_awq/scales": "solve after it",
+    "int4_awq/quantized": "Megatron checkpoint",
+}
 KINDS = {"data": "o", "tensor": "s", "pipeline": "^"}  # marks of ranks of one kind
 
 Lines = Sequence[Mapping[str, Any]]
@@ -28,9 +33,14 @@ class Measured:
         self.runs = [line for line in lines if "phases" in line]
         self.profiles = [line["profile"] for line in lines if "profile" in line]
 
-    def seconds(self, phase: str, kind: str = "seconds") -> float:
-        """Median of a phase."""
-        return statistics.median(run["phases"][phase][kind] for run in self.runs)
+    def seconds(self, phase: str, folder: str = "") -> float:
+        """Median of a phase, or of a folder that it leaves."""
+        runs = [run["phases"][phase]["seconds"] for run in self.runs]
+        return statistics.median(one[folder] if folder else sum(one.values()) for one in runs)
+
+    def with_hashes(self, phase: str) -> float:
+        """Median of a phase by the clock, manifests included."""
+        return statistics.median(run["phases"][phase]["with hashes"] for run in self.runs)
 
     def peaks(self, phase: str) -> list[float]:
         """GB of each rank at most."""
@@ -84,9 +94,12 @@ def times(points: Sequence[Measured]) -> list[str]:
                 faster = base.seconds(phase) / one.seconds(phase)
                 share = 100 * faster * base.ranks / one.ranks
                 cells.append(f"{faster:.2f} x ({share:.0f} %)")
-        rows.append([*cells, f"{one.seconds('calibrate', 'with hashes'):.2f}"])
+                if phase == "calibrate":
+                    cells += [f"{one.seconds(phase, part):.2f}" for part in PARTS]
+        rows.append([*cells, f"{one.with_hashes('calibrate'):.2f}"])
     head = ["layout", "ranks", "runs", PHASES["import"], PHASES["observe"], "speed-up"]
-    head += [PHASES["calibrate"], "speed-up", PHASES["export"], "observe and solve with hashes"]
+    head += [PHASES["calibrate"], "speed-up", *PARTS.values(), PHASES["export"]]
+    head += ["third phase with hashes"]
     about = "Seconds, medians; speed-ups over the first row, in brackets the share of the ideal."
     return [about, "", *table(head, rows)]
 
