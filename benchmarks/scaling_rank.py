@@ -94,7 +94,7 @@ class Line:
         run_stages(Job(plan, self.own), names)
 
     def phase(self, name: str) -> dict[str, Any]:
-        """Seconds of each folder, and of all with hashes; GB at most and bytes sent of each rank."""
+        """Seconds of each folder, and of all with hashes; GB at most and bytes sent by rank."""
         fmt, names, folders = PHASES[name]
         if "observe" in names:
             self.remove("statistics")
