@@ -1,13 +1,12 @@
 """The layout that `auto` stands for: the one that observes fastest of those whose rank fits a GPU.
 
-Data parallel ranks need no word between them, so they come first; tensor parallel where the model
-asks for it, or where second moments would take more passes over the data without it; pipeline last.
-Chosen once, from shapes and the machine alone.
+Data parallel ranks need no word between them, so they come first; tensor and pipeline ranks where
+the model does not fit otherwise, or where second moments would take so many passes over the data
+that what these ranks send and wait is less. Chosen once, from shapes and the machine alone.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from nemo_vlm_ptq.plan import Plan, calibrating_sizes
 from nemo_vlm_ptq.recipe import Parallel
 
 SHARE = 0.9  # of a GPU's memory that a rank may take
-DOUBLING = 1.25  # what twice as many ranks for one replica cost, over twice as many replicas
+GATHERED = 1800  # hidden size at which tensor ranks send a token for as long as one computes it
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def choose(plan: Plan, machine: Machine) -> tuple[Parallel, str]:
     if not fitting:
         raise UserError(_refusal(wanted, machine, needs))
     runs = {(t, p): passes(plan, t, p, machine.memory) for t, p in fitting}
-    tensor, pipeline = min(fitting, key=lambda one: _work(one, runs[one], wanted, machine))
+    tensor, pipeline = min(fitting, key=lambda one: _work(plan, machine, *one) * runs[one])
     data = _replicas(wanted, machine, tensor, pipeline)
     why = f"fits in {needs[tensor, pipeline] / 1e9:,.1f} of {machine.memory / 1e9:,.1f} GB"
     if (count := runs[tensor, pipeline]) > 1:
@@ -81,10 +80,13 @@ def _replicas(wanted: Parallel, machine: Machine, tensor: int, pipeline: int) ->
     return machine.ranks // (tensor * pipeline) if wanted.data == "auto" else wanted.data
 
 
-def _work(layout: tuple[int, int], runs: int, wanted: Parallel, machine: Machine) -> float:
-    """Time of observe, in that of one rank that runs over the data once."""
-    size = math.prod(layout)
-    return runs * DOUBLING ** math.log2(size) / (size * _replicas(wanted, machine, *layout))
+def _work(plan: Plan, machine: Machine, tensor: int, pipeline: int) -> float:
+    """Time that the data takes once, in that of a micro-batch on one rank that has all layers."""
+    wanted, calibration = plan.recipe.parallel, plan.recipe.calibration
+    data = _replicas(wanted, machine, tensor, pipeline)
+    batches = -(-calibration.samples // (calibration.micro_batch * data))
+    share = (1 + (tensor - 1) * GATHERED / plan.decoder.hidden) / tensor
+    return share * (batches + pipeline - 1) / pipeline  # stages wait for the first one's output
 
 
 def _candidates(plan: Plan, machine: Machine) -> Iterator[tuple[int, int]]:

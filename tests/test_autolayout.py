@@ -81,7 +81,6 @@ def test_data_parallel_takes_what_the_smallest_fitting_tensor_size_leaves(
     [
         ("7b", 2, 24 * GB, (2, 1, 1), [8, 3]),
         ("34b", 8, H100, (4, 1, 2), [5, 2]),
-        ("70b", 8, H100, (8, 1, 1), [6, 4]),
     ],
 )
 def test_more_tensor_ranks_are_taken_where_second_moments_need_fewer_passes(
@@ -93,6 +92,12 @@ def test_more_tensor_ranks_are_taken_where_second_moments_need_fewer_passes(
     assert why.endswith(f"; second moments take {runs[1]} passes over the data")
     tensors = (parallel.tensor // 2, parallel.tensor)
     assert [forecast.passes(plan, tensor, 1, memory) for tensor in tensors] == runs
+
+
+def test_more_tensor_ranks_are_not_taken_where_they_send_longer_than_passes_take(plan_of):
+    plan, machine = plan_of("70b"), Machine(8, 8, H100)
+    assert [forecast.passes(plan, tensor, 1, H100) for tensor in (4, 8)] == [6, 4]
+    assert sizes(choose(plan, machine)[0]) == (4, 1, 2)
 
 
 def test_passes_follow_the_memory_that_the_recipe_gives_second_moments(plan_of):
@@ -122,11 +127,14 @@ def test_a_model_that_fits_nowhere_is_refused_with_what_it_takes(plan_of):
     )
 
 
-def test_pipeline_comes_last_and_only_where_it_is_auto(plan_of):
+def test_pipeline_is_taken_for_memory_and_only_where_it_is_auto(plan_of):
     machine = Machine(4, 4, 11 * GB)  # groups of 128 allow 7b no more than two tensor ranks
     with pytest.raises(UserError):
         choose(plan_of("7b"), machine)
-    assert sizes(choose(plan_of("7b", "parallel.pipeline=auto"), machine)[0]) == (2, 2, 1)
+    assert sizes(choose(plan_of("7b", "parallel.pipeline=auto"), machine)[0]) == (1, 4, 1)
+    short = "calibration.samples=16"  # two micro-batches: stages would wait for each other
+    words = [short, "parallel.pipeline=auto"]
+    assert sizes(choose(plan_of("7b", *words), machine)[0]) == (2, 2, 1)
     roomy = Machine(4, 4, H100)
     assert sizes(choose(plan_of("7b", "parallel.pipeline=auto"), roomy)[0]) == (1, 1, 4)
 
@@ -148,8 +156,8 @@ def test_without_a_gpu_auto_is_one_and_data_takes_the_ranks(plan_of):
 @pytest.mark.parametrize(
     ("ranks", "node", "words", "expected"),
     [
-        (16, 8, [], (8, 1, 2)),  # two hosts
-        (4, 2, ["parallel.pipeline=auto"], (2, 2, 1)),  # tensor ranks stay on their host
+        (16, 8, [], (4, 1, 4)),  # two hosts
+        (4, 2, ["parallel.pipeline=2"], (2, 2, 1)),  # tensor ranks stay on their host
         (4, 4, ["parallel.data=1"], (4, 1, 1)),
     ],
 )
