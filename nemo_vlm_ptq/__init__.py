@@ -1,3 +1,14 @@
 """Post-training quantization of vision-language models, independent of the parallel layout."""
 
+import os
+
 __version__ = "0.1.0"
+
+# Intel's libraries add a product's terms in an order that depends on its width and on the number of
+# threads, unless they are told not to before torch is imported: MKL by a strict mode, oneDNN by
+# doing without AMX, whose blocks have no such mode. Elsewhere these say nothing new.
+for _name, _value in {
+    "MKL_CBWR": "AUTO,STRICT",
+    "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
+}.items():
+    os.environ.setdefault(_name, _value)
