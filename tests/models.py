@@ -21,7 +21,7 @@ TINY_LLAVA = ROOT / "assets" / "tiny-llava"
 WEIGHTS = "model.safetensors"
 STAGES = ("import", "observe", "solve", "export")
 IMAGE_ID, IMAGE_TOKENS, VOCAB = 499, 16, 500
-PATIENCE = 240  # seconds that ranks may take
+PATIENCE = 600  # seconds that ranks may take
 PORTS = "TEST_PORTS"  # environment variable: a free port for each session of a launch
 
 # 4 KV heads and 512 MLP features let TP be 4; groups of 128 fit at TP 2; 500 is not 64 * n
