@@ -18,11 +18,6 @@ import nemo_vlm_ptq  # noqa: F401  before torch, which it has settings for
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def pytest_collection_modifyitems(items):
-    """Slurm's tests take minutes each: first, so that no core waits for them in the end."""
-    items.sort(key=lambda item: item.path.name != "test_slurm.py")
-
-
 @pytest.fixture(scope="session")
 def llava():
     """transformers' model with random weights."""
