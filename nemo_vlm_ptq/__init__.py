@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 
 # Intel's libraries add a product's terms in an order that depends on its width and on the number of
 # threads, unless they are told not to before torch is imported: MKL by a strict mode, oneDNN by
-# doing without AMX, whose blocks have no such mode. Elsewhere these say nothing new.
+# doing without AMX, which has no such mode. What was seen and what it costs: docs/calibration.md.
 for _name, _value in {
     "MKL_CBWR": "AUTO,STRICT",
     "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",

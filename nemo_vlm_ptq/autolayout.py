@@ -84,7 +84,7 @@ def _work(plan: Plan, machine: Machine, tensor: int, pipeline: int) -> float:
     """Time that the data takes once, in that of a micro-batch on one rank that has all layers."""
     wanted, calibration = plan.recipe.parallel, plan.recipe.calibration
     data = _replicas(wanted, machine, tensor, pipeline)
-    batches = -(-calibration.samples // (calibration.micro_batch * data))
+    batches = calibration.samples / (calibration.micro_batch * data)
     share = (1 + (tensor - 1) * GATHERED / plan.decoder.hidden) / tensor
     return share * (batches + pipeline - 1) / pipeline  # stages wait for the first one's output
 

@@ -100,6 +100,12 @@ def test_more_tensor_ranks_are_not_taken_where_they_send_longer_than_passes_take
     assert sizes(choose(plan, machine)[0]) == (4, 1, 2)
 
 
+@pytest.mark.parametrize("pipeline", [1, "auto"])
+def test_few_samples_do_not_make_other_ranks_of_data_ranks(plan_of, pipeline):
+    plan = plan_of("7b", "calibration.samples=1", f"parallel.pipeline={pipeline}")
+    assert sizes(choose(plan, Machine(8, 8, H100))[0]) == (1, 1, 8)
+
+
 def test_passes_follow_the_memory_that_the_recipe_gives_second_moments(plan_of):
     layer = 16 * (3 * 4096**2 + 11008**2)  # float64, two modalities; strips are less
     plan = plan_of("7b", f"calibration.max_statistics_memory={layer}")

@@ -1,5 +1,7 @@
 """What is observed, solved and exported is the same bytes on data, pipeline and tensor ranks."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,6 +26,18 @@ def main():
     layouts = [tuple(map(int, word.split("x"))) for word in words]
     for word, own in zip(words, models.each_layout(layouts), strict=True):
         models.run_line(own, folder / word)
+
+
+def test_intels_libraries_are_told_to_add_in_one_order_before_torch_asks_them():
+    names = ("MKL_CBWR", "ONEDNN_MAX_CPU_ISA")
+    bare = {key: value for key, value in os.environ.items() if key not in names}
+    code = (
+        "import nemo_vlm_ptq, os, sys; print('torch' in sys.modules, *map(os.getenv, sys.argv[1:]))"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code, *names], env=bare, capture_output=True, text=True
+    )
+    assert said.stdout.split() == ["False", "AUTO,STRICT", "AVX512_CORE_BF16"]
 
 
 def digests(folder, names):

@@ -1,4 +1,4 @@
-"""Codes made piece by piece on a device are those of the whole weight; copies on the host."""
+"""Codes made piece by piece on a device: those of the whole weight."""
 
 from functools import partial
 
@@ -7,7 +7,6 @@ import torch
 
 from nemo_vlm_ptq import numerics
 from nemo_vlm_ptq.export import on_device
-from nemo_vlm_ptq.megatron import checkpoint
 
 
 @pytest.mark.parametrize("kind", ["fp8", "int8", "int4", "nvfp4"])
@@ -27,14 +26,3 @@ def test_codes_made_some_rows_at_a_time_on_any_device_are_the_same(
     whole = numerics.encode(weight, amax, kind)
     assert codes.device.type == "cpu" and codes.dtype == whole.dtype
     assert torch.equal(codes.view(torch.int8), whole.view(torch.int8))
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_what_a_checkpoint_is_written_from_lies_in_ordinary_memory(device) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    weight = torch.randn(6, 64, device=device)
-    for tensor in (weight, weight[2:4], weight.T, torch.tensor(3, device=device)):
-        copy = checkpoint._on_host(tensor)
-        assert copy.device.type == "cpu" and not copy.is_pinned()
-        assert torch.equal(copy, tensor.cpu())

@@ -108,21 +108,11 @@ def save_model(model: GPTModel, folder: Path) -> None:
             *others, _ = shard.replica_id
             shard.replica_id = (*others, (own - writer(shard.key, data)) % data)  # 0 writes
             if shard.data is not None and is_main_replica(shard.replica_id):
-                on_host = _on_host(shard.data.detach())  # the writer would take page-locked memory
-                shard.data = torch.from_dlpack(on_host)  # no view: the writer would copy views
+                shard.data = shard.data.detach().cpu()  # the writer would take page-locked memory
+                shard.data = torch.from_dlpack(shard.data)  # no view: the writer would copy views
         elif isinstance(shard, ShardedObject):
             shard.data = _same_bytes_always(shard.data)
     save_state(state, folder)
-
-
-def _on_host(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or a copy of one on a GPU in ordinary memory.
-
-    torch's threads touch that memory first: a copy from a GPU does it alone, page by page.
-    """
-    if tensor.device.type == "cpu":
-        return tensor
-    return torch.empty(tensor.shape, dtype=tensor.dtype).zero_().copy_(tensor)
 
 
 def save_state(state: dict[str, Any], folder: Path) -> None:
