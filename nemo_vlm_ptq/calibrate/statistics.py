@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from nemo_vlm_ptq.calibrate.losses import gram, gram_dtype, row_chunks, weighted
 from nemo_vlm_ptq.calibrate.moments import whole
 from nemo_vlm_ptq.calibrate.writing import write_tensors
+from nemo_vlm_ptq.page_locked import moved
 from nemo_vlm_ptq.parallel import strips
 
 UNIT = 2.0**-24
@@ -127,7 +128,8 @@ def load_attention(folder: Path, layer: int) -> tuple[torch.Tensor, torch.Tensor
 
 def load_layer(folder: Path, layer: int, device: torch.device) -> dict[str, InputStatistics]:
     """Statistics of a layer's linears, of all tokens and of each modality."""
-    return put_together(load_file(folder / layer_file(layer), device=str(device)))
+    stored = load_file(folder / layer_file(layer))  # its own way to a GPU is a plain copy
+    return put_together({name: moved(tensor, device) for name, tensor in stored.items()})
 
 
 def put_together(tensors: dict[str, torch.Tensor]) -> dict[str, InputStatistics]:

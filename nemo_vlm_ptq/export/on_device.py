@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from nemo_vlm_ptq.page_locked import moved
+
 ON_CPU, ON_GPU = 1 << 20, 1 << 24  # entries of a weight that are dealt with at a time
 
 
@@ -31,7 +33,7 @@ def on_device(
         for start in range(0, len(weight_OK), step):
             rows = slice(start, start + step)
             own = amax[rows] if amax.dim() else amax
-            part = make(_locked(weight_OK[rows], gpu).to(device, non_blocking=True), own.to(device))
+            part = make(moved(weight_OK[rows], device), own.to(device))
             if made is None:
                 shape = (len(weight_OK), *part.shape[1:])
                 made = torch.empty(shape, dtype=part.dtype, pin_memory=gpu)
@@ -40,13 +42,3 @@ def on_device(
         stream.synchronize()
     assert made is not None, "a weight has rows"
     return made
-
-
-def _locked(tensor: torch.Tensor, gpu: bool) -> torch.Tensor:
-    """A copy in page-locked memory, from where a GPU copies several times faster.
-
-    torch keeps such memory for the next one. Without a GPU the tensor itself.
-    """
-    if not gpu:
-        return tensor
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)

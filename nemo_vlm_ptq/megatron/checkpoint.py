@@ -29,12 +29,14 @@ from nemo_vlm_ptq.families.base import Decoder
 from nemo_vlm_ptq.mapping.layouts import take
 from nemo_vlm_ptq.mapping.rows import STORED_NORMS, Row, expand
 from nemo_vlm_ptq.megatron.session import Session
+from nemo_vlm_ptq.page_locked import copy_into, moved
 from nemo_vlm_ptq.plan import VOCAB_MULTIPLE
 from nemo_vlm_ptq.progress import progress_bar
 from nemo_vlm_ptq.source import Reader, all_finite, finite
 from nemo_vlm_ptq.torch_dist import INDEX, read_index
 
 LAYERS = "decoder.layers."
+HOST = torch.device("cpu")
 FILE = 1 << 31  # bytes: a rank writes its files at the same time, a process each
 MOST_FILES = 8
 
@@ -108,7 +110,7 @@ def save_model(model: GPTModel, folder: Path) -> None:
             *others, _ = shard.replica_id
             shard.replica_id = (*others, (own - writer(shard.key, data)) % data)  # 0 writes
             if shard.data is not None and is_main_replica(shard.replica_id):
-                shard.data = shard.data.detach().cpu()  # the writer would take page-locked memory
+                shard.data = moved(shard.data.detach(), HOST)  # the writer would page-lock it all
                 shard.data = torch.from_dlpack(shard.data)  # no view: the writer would copy views
         elif isinstance(shard, ShardedObject):
             shard.data = _same_bytes_always(shard.data)
@@ -171,7 +173,7 @@ def load_model(model: GPTModel, folder: Path) -> None:
             continue
         if shard.data.untyped_storage().data_ptr() in memory:
             place = tuple(shard.global_offset), tuple(shard.local_shape)
-            shard.data.detach().copy_(read_block(stored[shard.key], *place))
+            copy_into(shard.data.detach(), read_block(stored[shard.key], *place))
             filled += shard.data.numel()
     assert filled == sum(parameter.numel() for parameter in own), folder
 

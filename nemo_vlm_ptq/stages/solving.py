@@ -18,6 +18,7 @@ from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.formats import QuantFormat
 from nemo_vlm_ptq.job import Job, Written, on_first_rank, run_stage
 from nemo_vlm_ptq.megatron.checkpoint import LayerReader
+from nemo_vlm_ptq.page_locked import moved
 from nemo_vlm_ptq.parallel import deal
 from nemo_vlm_ptq.plan import VOCAB_MULTIPLE, Plan
 from nemo_vlm_ptq.progress import progress_bar
@@ -140,7 +141,7 @@ def _solve_from_files(job: Job, formats: Sequence[QuantFormat]) -> Solved:
     def read(layer: int) -> tuple[dict[str, Any], dict[str, InputStatistics]]:
         names = weight_names(layer)
         tensors = reader.read(names.values())
-        weights = {linear: tensors[name].to(session.device) for linear, name in names.items()}
+        weights = {linear: moved(tensors[name], session.device) for linear, name in names.items()}
         return weights, load_layer(statistics, layer, session.device)
 
     mine = deal(range(job.plan.decoder.layers), session.layout.world, session.rank)
