@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,6 +59,8 @@ def megatron_logits(
         out = forward(model, session, collate([sample], mask), features)
         if out is not None:
             parts.append(out[0, :, : plan.decoder.vocab].float())
+    del model
+    gc.collect()  # modelopt's modules hold methods bound to themselves
     return gather_logits(session, parts, len(samples))
 
 

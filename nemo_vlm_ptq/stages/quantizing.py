@@ -8,6 +8,9 @@ from typing import Any
 import torch
 
 from nemo_vlm_ptq import store
+
+# Not where a model is made: pulp, which comes with modelopt, keeps the frames that import it.
+from nemo_vlm_ptq.calibrate import quantizers
 from nemo_vlm_ptq.calibrate.scales import LinearScales, cut_scales
 from nemo_vlm_ptq.calibrate.solve import load_kv, load_scales
 from nemo_vlm_ptq.formats import KV_CACHES, QuantFormat
@@ -28,8 +31,6 @@ def quantize_format(job: Job, fmt: QuantFormat) -> None:
     }
 
     def body() -> Written:
-        from nemo_vlm_ptq.calibrate import quantizers  # modelopt takes seconds to import
-
         scales_of, kv_of = own_scales(job, fmt), own_kv(job, fmt)
         model = build_decoder(plan.decoder, session, job.dtype)
         load_model(model, job.folder("megatron"))
@@ -55,8 +56,6 @@ def load_quantized(job: Job, fmt: QuantFormat, round_activations: bool = True) -
     Scales come from the layout-free files: modelopt's own restore of block scales is wrong when
     the tensor-parallel size has changed.
     """
-    from nemo_vlm_ptq.calibrate import quantizers
-
     scales_of, kv_of = own_scales(job, fmt), own_kv(job, fmt)
     chosen = job.plan.recipe.quantize
     model = build_decoder(job.plan.decoder, job.session, job.dtype)
