@@ -59,7 +59,7 @@ def megatron_logits(
         out = forward(model, session, collate([sample], mask), features)
         if out is not None:
             parts.append(out[0, :, : plan.decoder.vocab].float())
-    del model
+    del model  # frames may be kept: see stages/quantizing.py
     gc.collect()  # modelopt's modules hold methods bound to themselves
     return gather_logits(session, parts, len(samples))
 

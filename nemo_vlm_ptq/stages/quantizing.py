@@ -1,16 +1,19 @@
-"""The quantized Megatron model: written after solve, and loaded again in any layout."""
+"""The quantized Megatron model: written after solve, and loaded again in any layout.
+
+modelopt is imported late, since it takes seconds, and by functions that hold no model: pulp, which
+it imports, keeps what it could not import as exceptions, and with them the frames of its importers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from nemo_vlm_ptq import store
-
-# Not where a model is made: pulp, which comes with modelopt, keeps the frames that import it.
-from nemo_vlm_ptq.calibrate import quantizers
 from nemo_vlm_ptq.calibrate.scales import LinearScales, cut_scales
 from nemo_vlm_ptq.calibrate.solve import load_kv, load_scales
 from nemo_vlm_ptq.formats import KV_CACHES, QuantFormat
@@ -23,22 +26,16 @@ from nemo_vlm_ptq.torch_dist import INDEX
 
 def quantize_format(job: Job, fmt: QuantFormat) -> None:
     """An ordinary modelopt-quantized Megatron checkpoint: its quantizers, its state."""
-    plan, session, folder = job.plan, job.session, job.folder(fmt.name, "quantized")
-    chosen = plan.recipe.quantize
+    session, folder = job.session, job.folder(fmt.name, "quantized")
     settings = {
         "scales": store.hash_manifest(job.folder(fmt.name, "scales")),
-        "kv_cache": chosen.kv_cache,
+        "kv_cache": job.plan.recipe.quantize.kv_cache,
     }
 
     def body() -> Written:
-        scales_of, kv_of = own_scales(job, fmt), own_kv(job, fmt)
-        model = build_decoder(plan.decoder, session, job.dtype)
-        load_model(model, job.folder("megatron"))
-        quantizers.insert_quantizers(model, fmt, chosen.group_size, KV_CACHES.get(chosen.kv_cache))
-        quantizers.prepare_weights(model, fmt, scales_of)
-        quantizers.fill_quantizers(model, fmt, scales_of, kv_of)
-        save_model(model, folder)
-        quantizers.save_modelopt_state(model, folder)
+        from nemo_vlm_ptq.calibrate import quantizers
+
+        _write(job, fmt, folder, quantizers)
         files = own_files(folder, session.rank)
         if session.rank == 0:
             for index in (folder / "modelopt_state").rglob(INDEX):  # nf4 has none
@@ -50,12 +47,30 @@ def quantize_format(job: Job, fmt: QuantFormat) -> None:
     run_stage(job, f"quantize {fmt.name}", folder, settings, body)
 
 
+def _write(job: Job, fmt: QuantFormat, folder: Path, quantizers: ModuleType) -> None:
+    scales_of, kv_of = own_scales(job, fmt), own_kv(job, fmt)
+    model = build_decoder(job.plan.decoder, job.session, job.dtype)
+    load_model(model, job.folder("megatron"))
+    chosen = job.plan.recipe.quantize
+    quantizers.insert_quantizers(model, fmt, chosen.group_size, KV_CACHES.get(chosen.kv_cache))
+    quantizers.prepare_weights(model, fmt, scales_of)
+    quantizers.fill_quantizers(model, fmt, scales_of, kv_of)
+    save_model(model, folder)
+    quantizers.save_modelopt_state(model, folder)
+
+
 def load_quantized(job: Job, fmt: QuantFormat, round_activations: bool = True) -> Any:
     """The quantized model of a finished solve, in this run's layout.
 
     Scales come from the layout-free files: modelopt's own restore of block scales is wrong when
     the tensor-parallel size has changed.
     """
+    from nemo_vlm_ptq.calibrate import quantizers
+
+    return _load(job, fmt, round_activations, quantizers)
+
+
+def _load(job: Job, fmt: QuantFormat, round_activations: bool, quantizers: ModuleType) -> Any:
     scales_of, kv_of = own_scales(job, fmt), own_kv(job, fmt)
     chosen = job.plan.recipe.quantize
     model = build_decoder(job.plan.decoder, job.session, job.dtype)
