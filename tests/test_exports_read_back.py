@@ -42,7 +42,7 @@ def check_read(found, stream):
     assert set(found.linears) == set(packed)
     for key, one in packed.items():
         read = found.linears[key]
-        assert torch.equal(read.weight, streams.values(one)), key
+        assert torch.equal(read.values().weight, streams.values(one)), key
         assert same_tensors(read.prequant, one.prequant), key
         assert same_tensors(read.input_scale, one.input_scale), key
         assert (read.low_rank is None) == (one.low_rank_a is None)

@@ -9,7 +9,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from nemo_vlm_ptq.runtime.cache import RoundedCache
-from nemo_vlm_ptq.runtime.checkpoint import ReadKv, ReadLinear
+from nemo_vlm_ptq.runtime.checkpoint import ReadKv, ReadLinear, Values
 from nemo_vlm_ptq.runtime.model import SimulatedLinear
 from nemo_vlm_ptq.runtime.numbers import E2M1, round_values, to_e2m1
 
@@ -60,8 +60,7 @@ def test_the_low_rank_branch_takes_the_input_scaled_but_not_rounded():
     down, up, prequant = torch.randn(2, 32), torch.randn(8, 2), torch.rand(32) + 0.5
     scale = torch.tensor(0.1)
     read = ReadLinear(
-        weight,
-        torch.ones(1),
+        lambda: Values(weight, torch.ones(1)),
         "nvfp4",
         prequant=prequant,
         low_rank=(down, up),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,20 +14,31 @@ from nemo_vlm_ptq.runtime.numbers import Rounding, to_fp8, unpack_e2m1, unpack_i
 
 
 @dataclass(frozen=True)
-class ReadLinear:
-    """A quantized linear as its consumer computes it: y = Q(x * prequant) W^T + branch.
+class Values:
+    """What the codes of a linear stand for.
 
     weight [O,K] float32, dequantized; step: what multiplies a code, in a shape that spreads to
-    [O,K]; number: kind of a code (fp8, int8, int4, nvfp4, nf4); step_error: how far the step may be
-    off because it was rounded itself (nf4, packed integers), or None; fp8_roundings: how often step
-    or value was rounded once more, to fp8 (W4A8); prequant [K], low_rank (a [r,K], b [O,r]) which
-    x * prequant passes unrounded, input_scale [] and the rounding of inputs, or None.
+    [O,K]; step_error: how far the step may be off because it was rounded itself (nf4, packed
+    integers), or None.
     """
 
     weight: torch.Tensor
     step: torch.Tensor
-    number: str
     step_error: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ReadLinear:
+    """A quantized linear as its consumer computes it: y = Q(x * prequant) W^T + branch.
+
+    values: makes W from the codes, each time anew: a model's are two to eight times its file;
+    number: kind of a code (fp8, int8, int4, nvfp4, nf4); fp8_roundings: how often step or value
+    was rounded once more, to fp8 (W4A8); prequant [K], low_rank (a [r,K], b [O,r]) which
+    x * prequant passes unrounded, input_scale [] and the rounding of inputs, or None.
+    """
+
+    values: Callable[[], Values]
+    number: str
     fp8_roundings: int = 0
     prequant: torch.Tensor | None = None
     low_rank: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -128,23 +140,13 @@ def dequantize(
     if extra := sorted(set(tensors) - needed):
         raise ProofError(f"{where}: {extra[0]} is not for {block['quant_algo']}")
     _check_dtypes(tensors, algorithm.number, where)
-    codes = tensors["weight"]
-    unpack = UNPACK.get(algorithm.number)
-    values = codes.float() if unpack is None else unpack(codes)
-    step = _spread(tensors["scale"].float(), values.shape[1])
     twice = algorithm.number == "int4" and "scale_2" in tensors
-    if "scale_2" in tensors and not twice:
-        step = step * tensors["scale_2"]
-    weight = values * step
-    if twice:
-        weight = to_fp8(weight / tensors["scale_2"]) * tensors["scale_2"]
     prequant, given = tensors.get("prequant"), tensors.get("input_scale")
     low_rank = None
     if "low_rank_a" in tensors:
         low_rank = (tensors["low_rank_a"].float(), tensors["low_rank_b"].float())
     return ReadLinear(
-        weight=weight,
-        step=step,
+        values=partial(_values, tensors, algorithm.number, twice),
         number=algorithm.number,
         fp8_roundings=int(twice),
         prequant=None if prequant is None else prequant.float(),
@@ -152,6 +154,19 @@ def dequantize(
         input_scale=None if given is None else given.reshape(()),
         rounding=algorithm.rounding,
     )
+
+
+def _values(tensors: Mapping[str, torch.Tensor], number: str, twice: bool) -> Values:
+    """Weight and step; twice: their product is rounded to fp8 in units of scale_2."""
+    unpack = UNPACK.get(number)
+    values = tensors["weight"].float() if unpack is None else unpack(tensors["weight"])
+    step = _spread(tensors["scale"].float(), values.shape[1])
+    if "scale_2" in tensors and not twice:
+        step = step * tensors["scale_2"]
+    weight = values * step
+    if twice:
+        weight = to_fp8(weight / tensors["scale_2"]) * tensors["scale_2"]
+    return Values(weight, step)
 
 
 def _spread(scale: torch.Tensor, columns: int) -> torch.Tensor:

@@ -22,7 +22,7 @@ class SimulatedLinear(nn.Module):
 
     def __init__(self, linear: ReadLinear, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.weight = nn.Parameter(linear.weight.to(device, dtype), requires_grad=False)
+        self.weight = nn.Parameter(linear.values().weight.to(device, dtype), requires_grad=False)
         self.prequant = None if linear.prequant is None else linear.prequant.to(device, dtype)
         self.branch = [part.to(device, dtype) for part in linear.low_rank or ()]
         self.scale = None if linear.input_scale is None else linear.input_scale.to(device)

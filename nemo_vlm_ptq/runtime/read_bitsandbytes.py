@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
 import torch
 
 from nemo_vlm_ptq.errors import ProofError
-from nemo_vlm_ptq.runtime.checkpoint import ReadLinear
+from nemo_vlm_ptq.runtime.checkpoint import ReadLinear, Values
 from nemo_vlm_ptq.runtime.numbers import NF4, NF4_BLOCK, unpack_nf4
 
 NESTED_BLOCK = 256
@@ -55,6 +58,10 @@ def _take_linear(tensors: dict[str, torch.Tensor], name: str) -> ReadLinear:
     for key in ("", "absmax"):
         if parts[key].dtype != torch.uint8:
             raise ProofError(f"{name}: {key or 'weight'} is {parts[key].dtype}, not torch.uint8")
+    return ReadLinear(partial(_values, parts, state), "nf4")
+
+
+def _values(parts: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> Values:
     codes, table = parts["absmax"].int(), parts["nested_quant_map"].float()
     nested = parts["nested_absmax"].float().repeat_interleave(NESTED_BLOCK)[: len(codes)]
     absmax = table[codes] * nested + state["nested_offset"]
@@ -66,4 +73,4 @@ def _take_linear(tensors: dict[str, torch.Tensor], name: str) -> ReadLinear:
         for per_block in (absmax, wider * nested / 2)
     )
     weight = values.reshape(state["shape"]).to(DTYPES[state["dtype"]]).float()
-    return ReadLinear(weight, step, "nf4", step_error=off)
+    return Values(weight, step, step_error=off)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ import torch
 
 from nemo_vlm_ptq.errors import ProofError
 from nemo_vlm_ptq.families.base import ModelFamily
-from nemo_vlm_ptq.runtime.checkpoint import ReadCheckpoint, ReadKv, ReadLinear, kv_cache
+from nemo_vlm_ptq.runtime.checkpoint import ReadCheckpoint, ReadKv, ReadLinear, Values, kv_cache
 from nemo_vlm_ptq.runtime.numbers import FP8_TOP, Rounding, to_fp8, unpack_e2m1, unpack_int32
 from nemo_vlm_ptq.runtime.read_hf import read_parts
 
 HALF_ULP = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # relative
 SCALE = "weight_scale"
 LEAST_ROW = 1 / (FP8_TOP * 512)  # scale of a row in vLLM's W4A8
+BITS = {"int4": 4, "nvfp4": 4, "int8": 8}  # of a packed code
 KV_SCHEME = {"type": "float", "num_bits": 8, "strategy": "tensor", "dynamic": False}
 
 
@@ -126,44 +128,46 @@ def _take_linear(tensors: dict[str, torch.Tensor], name: str, scheme: Scheme) ->
         if tensor.dtype not in dtypes:
             raise ProofError(f"{name}.{suffix} is {tensor.dtype}")
         parts[suffix] = tensor
-    numbers = _numbers(parts, scheme, name)
-    scale = parts[SCALE].float()
-    _check_shape(scale, numbers, scheme, name)
-    if "weight_global_scale" in parts:
-        scale = scale / parts["weight_global_scale"]
+    _check_shapes(parts, scheme, name)
     given = None if scheme.input_name is None else parts[scheme.input_name].reshape(())
     if scheme.rounding == "nvfp4" and given is not None:
         given = 1 / given
-    half_ulp = HALF_ULP.get(parts[SCALE].dtype)
     w4a8 = scheme.form.number == "int4" and scheme.rounding == "fp8_token"
-    weight, step = _multiply_w4a8(numbers, scale) if w4a8 else _multiply(numbers, scale)
     return ReadLinear(
-        weight=weight,
-        step=step,
+        values=partial(_values, parts, scheme.form.number, w4a8),
         number=scheme.form.number,
-        step_error=None if half_ulp is None else step * half_ulp,
         fp8_roundings=2 * w4a8,
         input_scale=given,
         rounding=scheme.rounding,
     )
 
 
-def _numbers(parts: Mapping[str, torch.Tensor], scheme: Scheme, name: str) -> torch.Tensor:
+def _values(parts: Mapping[str, torch.Tensor], number: str, w4a8: bool) -> Values:
+    numbers, scale = _numbers(parts, number), parts[SCALE].float()
+    if "weight_global_scale" in parts:
+        scale = scale / parts["weight_global_scale"]
+    weight, step = _multiply_w4a8(numbers, scale) if w4a8 else _multiply(numbers, scale)
+    half_ulp = HALF_ULP.get(parts[SCALE].dtype)
+    return Values(weight, step, None if half_ulp is None else step * half_ulp)
+
+
+def _numbers(parts: Mapping[str, torch.Tensor], number: str) -> torch.Tensor:
     """What the codes stand for [O,K], scales apart."""
     if "weight" in parts:
         return parts["weight"].float()
     packed = parts["weight_packed"]
-    if scheme.form.number == "nvfp4":
-        return unpack_e2m1(packed)
-    numbers = unpack_int32(packed, {"int4": 4, "int8": 8}[scheme.form.number])
-    if list(numbers.shape) != parts["weight_shape"].tolist():
+    return unpack_e2m1(packed) if number == "nvfp4" else unpack_int32(packed, BITS[number])
+
+
+def _check_shapes(parts: Mapping[str, torch.Tensor], scheme: Scheme, name: str) -> None:
+    """Of codes, and of scales: [1] for a tensor, [O,1] for channels, [O,K/group] for groups."""
+    scale = parts[SCALE]
+    codes = parts["weight"] if "weight" in parts else parts["weight_packed"]
+    rows, columns = codes.shape
+    if "weight" not in parts:
+        columns = columns * 8 * codes.element_size() // BITS[scheme.form.number]
+    if "weight_shape" in parts and [rows, columns] != parts["weight_shape"].tolist():
         raise ProofError(f"{name}.weight_shape is not that of weight_packed")
-    return numbers
-
-
-def _check_shape(scale: torch.Tensor, numbers: torch.Tensor, scheme: Scheme, name: str) -> None:
-    """[1] for a tensor, [O,1] for channels, [O,K/group] for groups."""
-    rows, columns = numbers.shape
     expected: tuple[int, ...] = (1,) if scheme.strategy == "tensor" else (rows, 1)
     if scheme.group is not None:
         expected = (rows, columns // scheme.group)

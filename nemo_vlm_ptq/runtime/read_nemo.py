@@ -6,6 +6,8 @@ Weights lie there before rounding; each linear's quantizer state says how modelo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from nemo_vlm_ptq.blocks import read_tensor
 from nemo_vlm_ptq.errors import ProofError
 from nemo_vlm_ptq.families.base import Decoder
-from nemo_vlm_ptq.runtime.checkpoint import ReadCheckpoint, ReadLinear
+from nemo_vlm_ptq.runtime.checkpoint import ReadCheckpoint, ReadLinear, Values
 from nemo_vlm_ptq.runtime.numbers import E2M1_BLOCK, E2M1_TOP, FP8_TOP, Rounding, to_e2m1, to_fp8
 from nemo_vlm_ptq.torch_dist import Index, read_index, read_object
 
@@ -40,6 +42,7 @@ BESIDE = {
     "module.vision_projection.2.": "multi_modal_projector.linear_2.",
 }
 STEPS = {8: 127.0, 4: 7.0}
+FLOATS = {(4, 3): "fp8", (2, 1): "nvfp4"}
 AMAX, PREQUANT = "_amax", "_pre_quant_scale"
 Given = dict[str, torch.Tensor]
 
@@ -130,28 +133,22 @@ def _given(index: Index, linear: str, take: Callable[[str], torch.Tensor]) -> Gi
 
 def _cut(state: Mapping[str, Any], given: Given, stored: str, decoder: Decoder) -> list[ReadLinear]:
     """The Hugging Face linears of a Megatron one."""
-    whole = _round(state, given, stored)
+    whole, height = _round(state, given, stored), given["weight"].shape[0]
     if stored.endswith("linear_qkv"):
         rows = _rows_of_heads(decoder)
     elif stored.endswith("linear_fc1"):
         rows = [torch.arange(decoder.ffn), torch.arange(decoder.ffn, 2 * decoder.ffn)]
     else:
-        rows = [torch.arange(whole.weight.shape[0])]
-    if sum(map(len, rows)) != whole.weight.shape[0]:
-        raise ProofError(f"{stored} has {whole.weight.shape[0]} rows, not {sum(map(len, rows))}")
-    spread = whole.step.expand_as(whole.weight)
-    return [
-        ReadLinear(
-            weight=whole.weight[own],
-            step=whole.step if whole.step.numel() == 1 else spread[own],
-            number=whole.number,
-            fp8_roundings=whole.fp8_roundings,
-            prequant=whole.prequant,
-            input_scale=whole.input_scale,
-            rounding=whole.rounding,
-        )
-        for own in rows
-    ]
+        rows = [torch.arange(height)]
+    if sum(map(len, rows)) != height:
+        raise ProofError(f"{stored} has {height} rows, not {sum(map(len, rows))}")
+    return [replace(whole, values=partial(_rows_of, whole.values, own)) for own in rows]
+
+
+def _rows_of(values: Callable[[], Values], own: torch.Tensor) -> Values:
+    whole = values()
+    one = whole.step.numel() == 1
+    return Values(whole.weight[own], whole.step if one else whole.step.expand_as(whole.weight)[own])
 
 
 def _rows_of_heads(decoder: Decoder) -> list[torch.Tensor]:
@@ -172,7 +169,6 @@ def _round(state: Mapping[str, Any], given: Given, where: str) -> ReadLinear:
     Raises:
         ProofError: quantizers or their tensors are not of a kind that is known.
     """
-    weight = given["weight"].float()
     used = {"weight"}
 
     def tensor(name: str) -> torch.Tensor:
@@ -184,13 +180,8 @@ def _round(state: Mapping[str, Any], given: Given, where: str) -> ReadLinear:
     names = sorted(name for name in state if name.startswith("weight_quantizer"))
     if names not in (["weight_quantizer"], ["weight_quantizer.0", "weight_quantizer.1"]):
         raise ProofError(f"{where}: weights are quantized by {names or 'nothing'}")
-    first = state[names[0]]
-    number, step = _step(first, tensor(f"{names[0]}.{AMAX}"), weight, where)
-    values = _codes(weight / step, number) * step
-    values = torch.where(step > 0, values, torch.zeros_like(values))
-    for name in names[1:]:
-        scale = tensor(f"{name}.{AMAX}").reshape(()) / FP8_TOP
-        values = to_fp8(values / scale) * scale
+    first, amaxes = state[names[0]], [tensor(f"{name}.{AMAX}") for name in names]
+    number = _number(first, where)
     prequant, given_scale, rounding = None, None, None
     if f"input_quantizer.{PREQUANT}" in given:
         prequant = tensor(f"input_quantizer.{PREQUANT}")
@@ -202,8 +193,7 @@ def _round(state: Mapping[str, Any], given: Given, where: str) -> ReadLinear:
     if extra := sorted(set(given) - used):
         raise ProofError(f"{where}: tensor {extra[0]} is extra")
     return ReadLinear(
-        weight=values,
-        step=step,
+        values=partial(_values, given["weight"], first, number, amaxes),
         number=number,
         fp8_roundings=len(names) - 1,
         prequant=prequant,
@@ -212,23 +202,44 @@ def _round(state: Mapping[str, Any], given: Given, where: str) -> ReadLinear:
     )
 
 
-def _step(
-    own: Mapping[str, Any], amax: torch.Tensor, weight: torch.Tensor, where: str
-) -> tuple[str, torch.Tensor]:
-    """Kind of number, and what multiplies a code, in a shape that spreads to the weight."""
-    bits, sizes = own["_num_bits"], own["_block_sizes"] or {}
-    if bits == (2, 1):
-        top = weight.unflatten(-1, (-1, E2M1_BLOCK)).abs().amax(dim=-1)
-        base = amax.reshape(()) / (E2M1_TOP * FP8_TOP)
-        return "nvfp4", (to_fp8(top / (E2M1_TOP * base)) * base).repeat_interleave(E2M1_BLOCK, 1)
-    if bits == (4, 3):
-        return "fp8", amax.reshape((-1, 1) if amax.numel() > 1 else ()) / FP8_TOP
+def _values(
+    stored: torch.Tensor, first: Mapping[str, Any], number: str, amaxes: list[torch.Tensor]
+) -> Values:
+    """The weight after its quantizer, and after the one of fp8 that may follow."""
+    weight = stored.float()
+    step = _step(first, number, amaxes[0], weight)
+    values = _codes(weight / step, number) * step
+    values = torch.where(step > 0, values, torch.zeros_like(values))
+    for amax in amaxes[1:]:
+        scale = amax.reshape(()) / FP8_TOP
+        values = to_fp8(values / scale) * scale
+    return Values(values, step)
+
+
+def _number(own: Mapping[str, Any], where: str) -> str:
+    """Kind of number of a quantizer's codes."""
+    bits = own["_num_bits"]
+    if bits in FLOATS:
+        return FLOATS[bits]
     if bits not in STEPS:
         raise ProofError(f"{where}: numbers of {bits} bits are not known")
+    return f"int{bits}"
+
+
+def _step(
+    own: Mapping[str, Any], number: str, amax: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    """What multiplies a code, in a shape that spreads to the weight."""
+    if number == "nvfp4":
+        top = weight.unflatten(-1, (-1, E2M1_BLOCK)).abs().amax(dim=-1)
+        base = amax.reshape(()) / (E2M1_TOP * FP8_TOP)
+        return (to_fp8(top / (E2M1_TOP * base)) * base).repeat_interleave(E2M1_BLOCK, 1)
+    if number == "fp8":
+        return amax.reshape((-1, 1) if amax.numel() > 1 else ()) / FP8_TOP
+    sizes, top_code = own["_block_sizes"] or {}, STEPS[own["_num_bits"]]
     if -1 not in sizes:
-        return f"int{bits}", amax.reshape(-1, 1) / STEPS[bits]
-    spread = amax.reshape(weight.shape[0], -1).repeat_interleave(sizes[-1], dim=1)
-    return f"int{bits}", spread / STEPS[bits]
+        return amax.reshape(-1, 1) / top_code
+    return amax.reshape(weight.shape[0], -1).repeat_interleave(sizes[-1], dim=1) / top_code
 
 
 def _codes(scaled: torch.Tensor, number: str) -> torch.Tensor:

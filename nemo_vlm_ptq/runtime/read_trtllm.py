@@ -82,7 +82,7 @@ def read_trtllm(folder: Path, prefix: str) -> ReadCheckpoint:
         if hf == "model.norm.weight":
             plain[prefix + hf] = _replicated(own, name)
         else:
-            whole = torch.cat([_get(rank, name) for rank in own])
+            whole = _joined([_get(rank, name) for rank in own])
             plain[prefix + hf] = whole[: config["vocab_size"]]
     kv = None if kv_algorithm is None else kv_cache(kv_algorithm, kv_scales, kv_scales)
     return ReadCheckpoint(linears, plain, kv)
@@ -99,6 +99,11 @@ def _replicated(ranks: list[dict[str, torch.Tensor]], name: str) -> torch.Tensor
     if not all(torch.equal(first, _get(rank, name)) for rank in ranks[1:]):
         raise ProofError(f"tensor {name} differs between tensor ranks")
     return first
+
+
+def _joined(parts: list[torch.Tensor], axis: int = 0) -> torch.Tensor:
+    """Parts in one; a single one as it is, over its mapped file."""
+    return torch.cat(parts, dim=axis) if parts[1:] else parts[0]
 
 
 def _shard(rank: dict[str, torch.Tensor], module: str) -> dict[str, torch.Tensor]:
@@ -124,7 +129,7 @@ def _merge(ranks: list[dict[str, torch.Tensor]], module: str, axis: int) -> dict
             key in ("weight", "scale") and first.dim() > axis and first.numel() > 1
         )
         if cut:
-            whole[key] = torch.cat(parts, dim=0 if key == "prequant" else axis)
+            whole[key] = _joined(parts, 0 if key == "prequant" else axis)
         else:
             whole[key] = _replicated([{key: part} for part in parts], key)
     return whole
@@ -169,7 +174,7 @@ def _cut_rows(shard: dict[str, torch.Tensor], rows: list[int]) -> list[dict[str,
 def _stack(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Parts put above each other; what has no rows must be the same in all."""
     return {
-        key: torch.cat([part[key] for part in parts])
+        key: _joined([part[key] for part in parts])
         if _by_rows(key, first)
         else _replicated([{key: part[key]} for part in parts], key)
         for key, first in parts[0].items()

@@ -14,6 +14,7 @@ from nemo_vlm_ptq.families.base import Sample
 from nemo_vlm_ptq.formats import QuantFormat
 from nemo_vlm_ptq.job import Job
 from nemo_vlm_ptq.megatron.build import build_decoder
+from nemo_vlm_ptq.megatron.casting import compute_in
 from nemo_vlm_ptq.megatron.checkpoint import load_model
 from nemo_vlm_ptq.megatron.forward import collate, encode_images, forward, gather_logits
 from nemo_vlm_ptq.parallel import deal
@@ -48,8 +49,7 @@ def megatron_logits(
         load_model(model, job.folder("megatron"))
     else:
         model = load_quantized(job, fmt, round_activations)
-    model.to(dtype)
-    model.config.pipeline_dtype = dtype
+    compute_in(model, dtype)
     vision = plan.family.build_vision(plan.config, load_file(job.folder("megatron", VISION)))
     vision.to(session.device, dtype)
     parts = []

@@ -8,14 +8,15 @@ Legend: H hidden, K inputs of a linear, O its outputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
 from nemo_vlm_ptq.families.base import Decoder
 from nemo_vlm_ptq.mapping.rows import Row
-from nemo_vlm_ptq.runtime.checkpoint import ReadLinear
+from nemo_vlm_ptq.runtime.checkpoint import ReadLinear, Values
 
 NORM_OF = {"linear_qkv": "input_layernorm", "linear_fc1": "pre_mlp_layernorm"}
 
@@ -79,7 +80,11 @@ def unfold(linears: Mapping[str, ReadLinear], folds: Folds) -> dict[str, ReadLin
     for name, linear in linears.items():
         rows = folds.rows.get(name)
         if rows is not None:
-            weight, step = linear.weight / rows[:, None], linear.step / rows[:, None]
-            linear = replace(linear, weight=weight, step=step)
+            linear = replace(linear, values=partial(_unfolded, linear.values, rows))
         found[name] = replace(linear, prequant=folds.inputs.get(name))
     return found
+
+
+def _unfolded(values: Callable[[], Values], rows_O: torch.Tensor) -> Values:
+    found, factor = values(), rows_O[:, None]
+    return replace(found, weight=found.weight / factor, step=found.step / factor)

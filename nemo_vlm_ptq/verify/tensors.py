@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from nemo_vlm_ptq.progress import progress_bar
-from nemo_vlm_ptq.runtime.checkpoint import ReadCheckpoint, ReadKv, ReadLinear
+from nemo_vlm_ptq.runtime.checkpoint import ReadCheckpoint, ReadKv, ReadLinear, Values
 from nemo_vlm_ptq.runtime.numbers import E2M1, NF4
 from nemo_vlm_ptq.source import Reader
 
@@ -63,10 +63,11 @@ def check_linears(
     problems, worst = [], 0.0
     for name, linear in progress_bar("verify weights", "linear", 0, sorted(linears.items())):
         weight = source.whole(f"{name}.weight").to(dtype).float()
-        if weight.shape != linear.weight.shape:
-            problems.append(f"{name} has shape {tuple(linear.weight.shape)}")
+        values = linear.values()
+        if weight.shape != values.weight.shape:
+            problems.append(f"{name} has shape {tuple(values.weight.shape)}")
             continue
-        excess = half_step_excess(weight, linear)
+        excess = half_step_excess(weight, linear, values)
         worst = max(worst, float(excess.amax()))
         if bool((excess > 1).any()) or not bool(excess.isfinite().all()):
             count = int((excess > 1).sum())
@@ -104,8 +105,8 @@ def check_kv_scales(kv: ReadKv | None, expected: Sequence[tuple[float, float]]) 
     ]
 
 
-def half_step_excess(weight_OK: torch.Tensor, linear: ReadLinear) -> torch.Tensor:
-    """|error| over what rounding allows, [O,K]; values up to 1 are right.
+def half_step_excess(weight_OK: torch.Tensor, linear: ReadLinear, values: Values) -> torch.Tensor:
+    """|error| over what rounding allows, [O,K]; 1 and less is right; `values` are the linear's.
 
     An int4 value at the end of the code range may stand for anything beyond it (clipping).
     """
@@ -115,31 +116,32 @@ def half_step_excess(weight_OK: torch.Tensor, linear: ReadLinear) -> torch.Tenso
         a_rK, b_Or = linear.low_rank  # noqa: N806
         exact = exact - b_Or @ a_rK
         slack = slack + exact.abs() * ROUNDING
-    error = (linear.weight - exact).abs()
-    allowed = _half_step(exact, linear)
-    allowed = allowed + linear.weight.abs() * FP8_HALF_STEP * linear.fp8_roundings  # W4A8
-    if linear.step_error is not None:  # values lie beyond a step that came out too small
-        beyond = exact.abs() > linear.step.abs()
-        allowed = torch.where(beyond, torch.maximum(allowed, linear.step_error), allowed)
-        slack = slack + (linear.weight.abs() + allowed) * ROUNDING  # products or scales to 16 bit
+    found, step = values.weight, values.step
+    error = (found - exact).abs()
+    allowed = _half_step(exact, linear.number, step)
+    allowed = allowed + found.abs() * FP8_HALF_STEP * linear.fp8_roundings  # W4A8
+    if values.step_error is not None:  # values lie beyond a step that came out too small
+        beyond = exact.abs() > step.abs()
+        allowed = torch.where(beyond, torch.maximum(allowed, values.step_error), allowed)
+        slack = slack + (found.abs() + allowed) * ROUNDING  # products or scales to 16 bit
     if linear.number == "int4":
-        top, below = 7 * linear.step, 1 - FP8_HALF_STEP * linear.fp8_roundings
-        beyond = (exact.abs() >= linear.weight.abs()) & (linear.weight.abs() >= top * below * 0.999)
-        same_side = exact.sign() == linear.weight.sign()
+        top, below = 7 * step, 1 - FP8_HALF_STEP * linear.fp8_roundings
+        beyond = (exact.abs() >= found.abs()) & (found.abs() >= top * below * 0.999)
+        same_side = exact.sign() == found.sign()
         error = torch.where(beyond & same_side, torch.zeros_like(error), error)
     return error / (allowed + slack).clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def _half_step(exact_OK: torch.Tensor, linear: ReadLinear) -> torch.Tensor:
+def _half_step(exact_OK: torch.Tensor, number: str, step: torch.Tensor) -> torch.Tensor:
     """Half the distance between the codes around a value, [O,K]."""
-    if linear.number == "fp8":
-        return exact_OK.abs() * FP8_HALF_STEP + linear.step * 2.0**-10
-    if linear.number not in CODES:
-        return linear.step.expand_as(exact_OK) / 2
-    codes = torch.tensor(CODES[linear.number], device=exact_OK.device)
-    ratio = (exact_OK / linear.step).clamp(codes[0], codes[-1])
+    if number == "fp8":
+        return exact_OK.abs() * FP8_HALF_STEP + step * 2.0**-10
+    if number not in CODES:
+        return step.expand_as(exact_OK) / 2
+    codes = torch.tensor(CODES[number], device=exact_OK.device)
+    ratio = (exact_OK / step).clamp(codes[0], codes[-1])
     upper = torch.bucketize(ratio.nan_to_num(), codes).clamp(min=1)
-    return (codes[upper] - codes[upper - 1]) / 2 * linear.step.abs()
+    return (codes[upper] - codes[upper - 1]) / 2 * step.abs()
 
 
 def compare_logits(ours: torch.Tensor, theirs: torch.Tensor) -> dict[str, float]:
