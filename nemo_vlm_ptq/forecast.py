@@ -132,6 +132,11 @@ def beside_parameters(plan: Plan) -> int:
     return sum(math.prod(plan.tensors[name].shape) for name in plan.vision)
 
 
+def whole_bytes(plan: Plan, width: int) -> int:
+    """Bytes of decoder, tower and projector on one device, `width` bytes a parameter."""
+    return width * (rank_parameters(plan, 1) + beside_parameters(plan))
+
+
 def linear_parameters(plan: Plan) -> int:
     """Parameters that the formats quantize."""
     shapes = plan.decoder.shapes(tuple(row for row in plan.family.rows if row.linear))

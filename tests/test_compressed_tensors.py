@@ -122,7 +122,7 @@ def test_transformers_reads_the_logits_of_our_runtime(line, transformers_loader,
             prepare(item.id, item.text + SUFFIX, questions.image(item.image))
             for item in questions.items
         ]
-        runtime = runtime_of(mine, TARGET, FORMATS[name], torch.float32)
+        runtime = runtime_of(mine, TARGET, FORMATS[name], torch.float32, mine.session.device)
         expected = runtime_logits(runtime, samples)
     for sample, logits in zip(samples, expected, strict=True):
         with torch.no_grad():

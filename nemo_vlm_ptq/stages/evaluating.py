@@ -13,16 +13,17 @@ from typing import Any
 
 from nemo_vlm_ptq import store
 from nemo_vlm_ptq.engine.served import EngineRuntime
-from nemo_vlm_ptq.errors import ProofError
+from nemo_vlm_ptq.errors import ProofError, UserError
 from nemo_vlm_ptq.evaluate import compare, gqa, sight
 from nemo_vlm_ptq.evaluate.answer import Model, answer_all
 from nemo_vlm_ptq.families.shared import load_tokenizer
+from nemo_vlm_ptq.forecast import whole_bytes
 from nemo_vlm_ptq.formats import QuantFormat
 from nemo_vlm_ptq.job import Job, Written, run_stage
 from nemo_vlm_ptq.parallel import split_evenly
 from nemo_vlm_ptq.progress import progress_bar
 from nemo_vlm_ptq.questions import Questions, load_questions
-from nemo_vlm_ptq.stages.forms import runtime_of
+from nemo_vlm_ptq.stages.forms import fits, runtime_of
 from nemo_vlm_ptq.stages.importing import source_identity
 from nemo_vlm_ptq.stages.serving import open_engine
 
@@ -34,6 +35,7 @@ def evaluate(job: Job) -> None:
 
     Raises:
         ProofError: a format lost more than the gate allows, or no longer looks at the image.
+        UserError: no room for the model on a GPU.
     """
     _evaluate_form(job, None)
     for fmt in job.plan.formats:
@@ -107,7 +109,23 @@ def _model(job: Job, fmt: QuantFormat | None) -> Iterator[Model]:
         with open_engine(job, fmt) as engine:
             yield Model(engine, prepare, decode)
     else:
-        yield Model(runtime_of(job, form, fmt, job.dtype), prepare, decode, job.seen)
+        _need_room(job)
+        runtime = runtime_of(job, form, fmt, job.dtype, job.session.device)
+        yield Model(runtime, prepare, decode, job.seen)
+
+
+def _need_room(job: Job) -> None:
+    """Every rank has room for the whole model.
+
+    Raises:
+        UserError: one has not; thousands of questions are not for the host.
+    """
+    if not all(job.session.gather(fits(job, job.dtype))):
+        size = whole_bytes(job.plan, job.dtype.itemsize) / 1e9
+        raise UserError(
+            f"evaluate asks a model that is whole on each GPU, {size:,.1f} GB in {job.dtype}, and "
+            "a GPU has no room for it; run evaluate alone where GPUs have more memory"
+        )
 
 
 def _answer(

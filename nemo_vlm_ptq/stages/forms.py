@@ -11,12 +11,14 @@ from safetensors.torch import load_file
 
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.base import Sample
+from nemo_vlm_ptq.forecast import whole_bytes
 from nemo_vlm_ptq.formats import QuantFormat
 from nemo_vlm_ptq.job import Job
 from nemo_vlm_ptq.megatron.build import build_decoder
 from nemo_vlm_ptq.megatron.casting import compute_in
 from nemo_vlm_ptq.megatron.checkpoint import load_model
 from nemo_vlm_ptq.megatron.forward import collate, encode_images, forward, gather_logits
+from nemo_vlm_ptq.megatron.session import free_memory
 from nemo_vlm_ptq.parallel import deal
 from nemo_vlm_ptq.runtime.checkpoint import ReadCheckpoint
 from nemo_vlm_ptq.runtime.model import Runtime
@@ -28,6 +30,7 @@ from nemo_vlm_ptq.stages.importing import VISION
 from nemo_vlm_ptq.stages.quantizing import load_quantized
 
 Masks = Sequence[torch.Tensor | None]
+ROOM = 0.9  # of the memory left free on a GPU, for the weights of a model that answers there
 
 
 def megatron_logits(
@@ -94,11 +97,29 @@ def read_form(
     return ReadCheckpoint(read.linears, plain, read.kv), vision
 
 
-def runtime_of(job: Job, form: str, fmt: QuantFormat | None, dtype: torch.dtype) -> Runtime:
+def runtime_of(
+    job: Job, form: str, fmt: QuantFormat | None, dtype: torch.dtype, device: torch.device
+) -> Runtime:
     """The independent runtime on a written form."""
     read, vision = read_form(job, form, fmt)
-    device = job.session.device
     return Runtime(job.plan.family, job.plan.config, read, vision, dtype, device)
+
+
+def fits(job: Job, dtype: torch.dtype) -> bool:
+    """The runtime, which is never cut, has room on this rank's GPU; always where there is none."""
+    device = job.session.device
+    if device.type == "cpu":
+        return True
+    return whole_bytes(job.plan, dtype.itemsize) < ROOM * free_memory(device)
+
+
+def roomy_device(job: Job, dtype: torch.dtype) -> torch.device:
+    """Where the runtime answers a few samples: this rank's GPU if it has room, else the host."""
+    if fits(job, dtype):
+        return job.session.device
+    size = whole_bytes(job.plan, dtype.itemsize) / 1e9
+    job.session.log(f"the GPU has no room for {size:,.1f} GB in {dtype}: asking the host")
+    return torch.device("cpu")
 
 
 def runtime_logits(

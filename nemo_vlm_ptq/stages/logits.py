@@ -14,7 +14,7 @@ from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.base import Pixels, Sample
 from nemo_vlm_ptq.formats import QuantFormat
 from nemo_vlm_ptq.job import Job
-from nemo_vlm_ptq.stages.forms import megatron_logits, runtime_logits, runtime_of
+from nemo_vlm_ptq.stages.forms import megatron_logits, roomy_device, runtime_logits, runtime_of
 from nemo_vlm_ptq.stages.serving import engine_logits
 
 FORMS = (
@@ -42,7 +42,8 @@ def write_logits(job: Job, options: Mapping[str, str]) -> None:
     elif job.session.rank == 0 and form == "engine" and fmt is not None:
         logits = engine_logits(job, fmt, samples, masks)
     elif job.session.rank == 0:
-        logits = runtime_logits(runtime_of(job, form, fmt, dtype), samples, masks)
+        runtime = runtime_of(job, form, fmt, dtype, roomy_device(job, dtype))
+        logits = runtime_logits(runtime, samples, masks)
     if job.session.rank == 0:
         store.save_tensors({"logits": pad_sequence(logits, batch_first=True)}, output)
     job.session.barrier()

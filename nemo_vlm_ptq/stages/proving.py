@@ -19,7 +19,7 @@ from nemo_vlm_ptq.parallel import deal
 from nemo_vlm_ptq.questions import SUFFIX, load_questions
 from nemo_vlm_ptq.runtime.model import Runtime
 from nemo_vlm_ptq.source import open_tensors
-from nemo_vlm_ptq.stages.forms import megatron_logits, read_form, runtime_logits
+from nemo_vlm_ptq.stages.forms import megatron_logits, read_form, roomy_device, runtime_logits
 from nemo_vlm_ptq.verify import tensors as checks
 from nemo_vlm_ptq.verify.configs import (
     Wanted,
@@ -194,7 +194,8 @@ def _check_content(
     if plan.recipe.quantize.kv_cache != "none":
         pairs = _kv_scales(job, fmt, folds, together=target == "trtllm")
         note("KV scales", checks.check_kv_scales(read.kv, pairs), f"{len(pairs)} layers as solved")
-    runtime = Runtime(plan.family, plan.config, read, vision, torch.float32, job.session.device)
+    dtype = torch.float32
+    runtime = Runtime(plan.family, plan.config, read, vision, dtype, roomy_device(job, dtype))
     return _check_logits(fmt, runtime, expected, _tolerance(job, fmt, target, expected), note)
 
 
