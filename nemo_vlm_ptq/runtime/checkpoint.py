@@ -31,9 +31,9 @@ class Values:
 class ReadLinear:
     """A quantized linear as its consumer computes it: y = Q(x * prequant) W^T + branch.
 
-    values: makes W from the codes, each time anew: a model's are two to eight times its file;
-    number: kind of a code (fp8, int8, int4, nvfp4, nf4); fp8_roundings: how often step or value
-    was rounded once more, to fp8 (W4A8); prequant [K], low_rank (a [r,K], b [O,r]) which
+    values: makes W from the codes, each time anew, since with its steps it is up to 24 times as
+    large; number: kind of a code (fp8, int8, int4, nvfp4, nf4); fp8_roundings: how often step or
+    value was rounded once more, to fp8 (W4A8); prequant [K], low_rank (a [r,K], b [O,r]) which
     x * prequant passes unrounded, input_scale [] and the rounding of inputs, or None.
     """
 
