@@ -6,7 +6,6 @@ Weights lie there before rounding; each linear's quantizer state says how modelo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -133,7 +132,7 @@ def _given(index: Index, linear: str, take: Callable[[str], torch.Tensor]) -> Gi
 
 def _cut(state: Mapping[str, Any], given: Given, stored: str, decoder: Decoder) -> list[ReadLinear]:
     """The Hugging Face linears of a Megatron one."""
-    whole, height = _round(state, given, stored), given["weight"].shape[0]
+    height = len(given["weight"])
     if stored.endswith("linear_qkv"):
         rows = _rows_of_heads(decoder)
     elif stored.endswith("linear_fc1"):
@@ -142,13 +141,7 @@ def _cut(state: Mapping[str, Any], given: Given, stored: str, decoder: Decoder) 
         rows = [torch.arange(height)]
     if sum(map(len, rows)) != height:
         raise ProofError(f"{stored} has {height} rows, not {sum(map(len, rows))}")
-    return [replace(whole, values=partial(_rows_of, whole.values, own)) for own in rows]
-
-
-def _rows_of(values: Callable[[], Values], own: torch.Tensor) -> Values:
-    whole = values()
-    one = whole.step.numel() == 1
-    return Values(whole.weight[own], whole.step if one else whole.step.expand_as(whole.weight)[own])
+    return _round(state, given, stored, rows)
 
 
 def _rows_of_heads(decoder: Decoder) -> list[torch.Tensor]:
@@ -163,8 +156,10 @@ def _rows_of_heads(decoder: Decoder) -> list[torch.Tensor]:
     ]
 
 
-def _round(state: Mapping[str, Any], given: Given, where: str) -> ReadLinear:
-    """A linear as modelopt computes with it.
+def _round(
+    state: Mapping[str, Any], given: Given, where: str, rows: list[torch.Tensor]
+) -> list[ReadLinear]:
+    """Parts of a linear, as modelopt computes with it, each of its rows.
 
     Raises:
         ProofError: quantizers or their tensors are not of a kind that is known.
@@ -192,22 +187,31 @@ def _round(state: Mapping[str, Any], given: Given, where: str) -> ReadLinear:
             given_scale = tensor(f"input_quantizer.{AMAX}").reshape(()) / reach
     if extra := sorted(set(given) - used):
         raise ProofError(f"{where}: tensor {extra[0]} is extra")
-    return ReadLinear(
-        values=partial(_values, given["weight"], first, number, amaxes),
-        number=number,
-        fp8_roundings=len(names) - 1,
-        prequant=prequant,
-        input_scale=given_scale,
-        rounding=rounding,
-    )
+    return [
+        ReadLinear(
+            values=partial(_values, given["weight"], first, number, amaxes, own_rows),
+            number=number,
+            fp8_roundings=len(names) - 1,
+            prequant=prequant,
+            input_scale=given_scale,
+            rounding=rounding,
+        )
+        for own_rows in rows
+    ]
 
 
 def _values(
-    stored: torch.Tensor, first: Mapping[str, Any], number: str, amaxes: list[torch.Tensor]
+    stored: torch.Tensor,
+    first: Mapping[str, Any],
+    number: str,
+    amaxes: list[torch.Tensor],
+    own: torch.Tensor,
 ) -> Values:
-    """The weight after its quantizer, and after the one of fp8 that may follow."""
-    weight = stored.float()
-    step = _step(first, number, amaxes[0], weight)
+    """Rows `own` of the weight after its quantizer, and after the one of fp8 that may follow."""
+    weight, amax = stored[own].float(), amaxes[0]
+    if amax.numel() > 1:
+        amax = amax.reshape(len(stored), -1)[own]
+    step = _step(first, number, amax, weight)
     values = _codes(weight / step, number) * step
     values = torch.where(step > 0, values, torch.zeros_like(values))
     for amax in amaxes[1:]:
