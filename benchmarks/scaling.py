@@ -36,7 +36,7 @@ from scaling_report import plot, report
 
 from nemo_vlm_ptq.autolayout import SHARE
 from nemo_vlm_ptq.errors import UserError
-from nemo_vlm_ptq.forecast import observe_bytes, one_pass_bytes
+from nemo_vlm_ptq.forecast import observe_bytes
 from nemo_vlm_ptq.plan import make_plan
 from nemo_vlm_ptq.recipe import load_recipe
 from nemo_vlm_ptq.store import write_json
@@ -91,19 +91,15 @@ class Model:
     small: Path
     recipe: Path
 
-    def forecast(self, point: Point) -> dict[str, int]:
-        """Phase -> bytes that a rank holds at most, by the plan.
+    def need(self, point: Point) -> int:
+        """Bytes that a rank holds at least, by the plan.
 
         Raises:
             UserError: the model has no such layout.
         """
         words = [f"parallel.{key}={size}" for key, size in vars(point).items()]
-        forecasts = {"observe": ("fp8", observe_bytes), "calibrate": ("int4_awq", one_pass_bytes)}
-        found = {}
-        for phase, (fmt, forecast) in forecasts.items():
-            plan = make_plan(load_recipe(str(self.recipe), [*words, f"quantize.format={fmt}"]))
-            found[phase] = forecast(plan, point.tensor, point.pipeline)
-        return found
+        plan = make_plan(load_recipe(str(self.recipe), [*words, "quantize.format=fp8"]))
+        return observe_bytes(plan, point.tensor, point.pipeline)
 
 
 def make_model(name: str, home: Path, layers: int | None, warm_layers: int) -> Model:
@@ -158,7 +154,7 @@ def refusal(model: Model, point: Point) -> str:
     if gpus and point.ranks > gpus:
         return f"{gpus} GPUs"
     try:
-        need = model.forecast(point)["observe"]
+        need = model.need(point)
     except UserError as error:
         return str(error)
     if gpus:
@@ -199,7 +195,7 @@ def run_model(
         last = index == len(chosen) - 1
         log(f"{model.name}, {point}: repeats may go on until {time.ctime(deadline)}")
         more = {"deadline": deadline, "profile": job["profile"] and last}
-        measure(model, point, job | more | {"forecast": model.forecast(point)}, home)
+        measure(model, point, job | more, home)
     return left
 
 

@@ -81,8 +81,8 @@ class Line:
             shutil.rmtree(self.work / name, ignore_errors=True)
         self.own.barrier()
 
-    def stages(self, fmt: str, names: tuple[str, ...]) -> None:
-        """Run some stages for a format, as the command does."""
+    def stages(self, fmt: str, names: tuple[str, ...]) -> Any:
+        """Run some stages for a format, as the command does; returns the plan."""
         from nemo_vlm_ptq.job import Job
         from nemo_vlm_ptq.plan import make_plan
         from nemo_vlm_ptq.recipe import load_recipe
@@ -92,6 +92,7 @@ class Line:
         words += [f"parallel.{key}={size}" for key, size in self.job["parallel"].items()]
         plan = make_plan(load_recipe(self.job["recipe"], words))
         run_stages(Job(plan, self.own), names)
+        return plan
 
     def phase(self, name: str) -> dict[str, Any]:
         """Seconds of each folder, and of all with hashes; GB at most and bytes sent by rank."""
@@ -102,19 +103,31 @@ class Line:
         if self.gpu:
             torch.cuda.reset_peak_memory_stats()
         begin = time.monotonic()
-        self.stages(fmt, names)
+        plan = self.stages(fmt, names)
         self.own.barrier()
         whole, sent = time.monotonic() - begin, dict(SENT)
         peak = torch.cuda.max_memory_allocated() if self.gpu else 0
         manifests = [json.loads((self.work / one / "manifest.json").read_text()) for one in folders]
-        return {
-            "seconds": {
-                name: one["facts"]["seconds"] for name, one in zip(folders, manifests, strict=True)
-            },
+        facts = {name: one["facts"] for name, one in zip(folders, manifests, strict=True)}
+        found = {
+            "seconds": {name: one["seconds"] for name, one in facts.items()},
             "with hashes": whole,
             "peak": self.own.gather(peak),
             "sent": self.own.gather(sent),
         }
+        if "statistics" in facts:
+            found |= self.forecast(plan, facts["statistics"]["passes"])
+        return found
+
+    def forecast(self, plan: Any, passes: int) -> dict[str, int]:
+        """Bytes that a rank holds at most, by the plan, if the data runs so many times."""
+        from nemo_vlm_ptq.forecast import moments_bytes, observe_bytes
+
+        cut = self.job["parallel"]["tensor"], self.job["parallel"]["pipeline"]
+        said = observe_bytes(plan, *cut)
+        if plan.second_moments:
+            said = moments_bytes(plan, *cut, passes)
+        return {"passes": passes, "forecast": said}
 
     def run(self) -> dict[str, Any]:
         """All phases once, from an empty work folder."""
@@ -130,8 +143,7 @@ class Line:
         """A line of the file of numbers, by the first rank."""
         if self.own.rank == 0:
             about = {
-                key: self.job[key]
-                for key in ("name", "machine", "layers", "samples", "point", "forecast")
+                key: self.job[key] for key in ("name", "machine", "layers", "samples", "point")
             }
             with Path(self.job["numbers"]).open("a") as file:
                 file.write(json.dumps(about | dict(found)) + "\n")

@@ -110,13 +110,13 @@ def memory(points: Sequence[Measured]) -> list[str]:
         return []
     rows = []
     for one in points:
-        cells = [one.name]
+        cells = [one.name, str(one.runs[-1]["phases"]["calibrate"]["passes"])]
         for phase in ("observe", "calibrate"):
-            peaks, said = one.peaks(phase), one.runs[-1]["forecast"][phase] / 1e9
+            peaks, said = one.peaks(phase), one.runs[-1]["phases"][phase]["forecast"] / 1e9
             cells += [" / ".join(f"{peak:.1f}" for peak in peaks), f"{said:.1f}"]
             cells.append(f"{100 * (said / max(peaks) - 1):+.0f} %")
         rows.append(cells)
-    head = ["layout"]
+    head = ["layout", "passes for second moments"]
     for phase in ("maxima", "second moments"):
         head += [f"{phase}: peak of each rank", "forecast", "off"]
     return ["GPU memory, GB:", "", *table(head, rows)]

@@ -101,9 +101,10 @@ def working_bytes(plan: Plan, tensor: int) -> int:
     return _width(plan) * tokens * (inside + ready) + moments
 
 
-def one_pass_bytes(plan: Plan, tensor: int, pipeline: int = 1) -> int:
-    """About what a rank holds while all its layers' second moments are gathered in one pass."""
-    moments = _own_moments(plan, tensor, pipeline)
+def moments_bytes(plan: Plan, tensor: int, pipeline: int = 1, runs: int = 1) -> int:
+    """About what a rank holds while it gathers its layers' second moments in `runs` passes."""
+    layers = math.ceil(plan.decoder.layers / pipeline / runs)
+    moments = layers * _layer_moments(plan, tensor)
     return _held(plan, tensor, pipeline) + working_bytes(plan, tensor) + moments
 
 
@@ -163,15 +164,10 @@ def _layer_moments(plan: Plan, tensor: int) -> int:
     return 2 * 8 * sum(strip_entries(width, 0, tensor) for width in widths)
 
 
-def _own_moments(plan: Plan, tensor: int, pipeline: int) -> int:
-    """Bytes of the second moments of all layers of a rank."""
-    return plan.decoder.layers * _layer_moments(plan, tensor) // pipeline
-
-
 def _moments(plan: Plan) -> str:
     """What a rank holds if all its layers are observed in one pass, and what is written."""
     parallel, layers = plan.recipe.parallel, plan.decoder.layers
-    own = _own_moments(plan, int(parallel.tensor), int(parallel.pipeline))
+    own = layers // int(parallel.pipeline) * _layer_moments(plan, int(parallel.tensor))
     disk = layers * _layer_moments(plan, 1) / 2  # as float32
     return (
         f"           second moments: {own / 1e6:,.1f} MB a rank, or several passes; "

@@ -118,7 +118,7 @@ def test_passes_follow_the_memory_that_the_recipe_gives_second_moments(plan_of):
 def test_the_forecast_of_one_pass_is_what_was_measured(plan_of, tensor, measured):
     """docs/scaling.md: LLaVA-1.5-7B on H200s, second moments of all layers in one pass."""
     plan = plan_of("7b", "calibration.micro_batch=16")
-    assert forecast.one_pass_bytes(plan, tensor) / GB == pytest.approx(measured, rel=0.1)
+    assert forecast.moments_bytes(plan, tensor) / GB == pytest.approx(measured, rel=0.1)
 
 
 def test_a_model_that_fits_nowhere_is_refused_with_what_it_takes(plan_of):

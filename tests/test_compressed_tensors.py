@@ -9,6 +9,7 @@ import models
 import pytest
 import torch
 from conftest import Export
+from pretended_gpu import check_linears_on_it
 from safetensors.torch import load_file
 
 from nemo_vlm_ptq import store
@@ -23,7 +24,8 @@ from nemo_vlm_ptq.recipe import Recipe
 from nemo_vlm_ptq.runtime.read_compressed_tensors import read_compressed_tensors
 from nemo_vlm_ptq.stages import run_stages
 from nemo_vlm_ptq.stages.forms import runtime_logits, runtime_of
-from nemo_vlm_ptq.stages.proving import verify
+from nemo_vlm_ptq.stages.proving import _folds, verify
+from nemo_vlm_ptq.verify.folds import unfold
 
 TARGET = "compressed_tensors"
 NAMES = [name for name, row in FORMATS.items() if TARGET in row.targets]
@@ -91,6 +93,14 @@ def test_the_description_is_one_of_the_librarys_own(line, name):
         f"re:.*{part}.*" for part in ("embed_tokens", "lm_head", "multi_modal_projector",
                                       "vision_tower")
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_read_is_worked_with_on_a_gpu(line, name, monkeypatch):
+    read = read_compressed_tensors(line / name / TARGET, llava.FAMILY)
+    with models.alone() as own:
+        folds = _folds(job(own, line, (name,)), FORMATS[name], TARGET)
+    check_linears_on_it(unfold(read.linears, folds), monkeypatch)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import streams
 import torch
+from pretended_gpu import check_linears_on_it
 from safetensors.torch import load_file
 from streams import DECODER, KV_AMAX, random_stream, write_hf, write_trtllm
 
@@ -65,6 +66,21 @@ def test_a_hugging_face_export_reads_back_the_same(tmp_path, name, family):
     stream = random_stream(FORMATS[name], family)
     write_hf(tmp_path / "hf", stream)
     check_read(read_unified(tmp_path / "hf", FAMILIES[family]), stream)
+
+
+@pytest.mark.parametrize(
+    ("name", "target"), [(name, "trtllm") for name in formats_of("trtllm")]
+    + [(name, "hf") for name in formats_of("hf")],
+)  # fmt: skip
+def test_what_is_read_is_worked_with_on_a_gpu(tmp_path, name, target, monkeypatch):
+    stream = random_stream(FORMATS[name])
+    if target == "trtllm":
+        write_trtllm(tmp_path / "cut", stream)
+        read = read_trtllm(tmp_path / "cut", "")
+    else:
+        write_hf(tmp_path / "hf", stream)
+        read = read_unified(tmp_path / "hf", FAMILIES["llava"])
+    check_linears_on_it(read.linears, monkeypatch)
 
 
 def test_kv_heads_are_repeated_where_there_are_fewer_than_ranks(tmp_path):

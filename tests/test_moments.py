@@ -78,10 +78,13 @@ def layer_bytes():
     return 2 * 8 * sum(strip_entries(width, 0, 1) for width in (256, 256, 256, 512))
 
 
-def test_passes_over_fewer_layers_leave_the_same_bytes(tiny, tmp_path, layer_bytes):
+def test_passes_over_fewer_layers_leave_the_same_bytes(tiny, tmp_path, layer_bytes, capsys):
     with models.alone() as own:
         once, whole = one_line(own, tiny, tmp_path / "whole", None)
+        assert "passes" not in "".join(capsys.readouterr())
         twice, cut = one_line(own, tiny, tmp_path / "cut", 3 * layer_bytes)
+    said = "".join(capsys.readouterr())
+    assert "observe: 2 passes over the data: second moments of one layer take " in said
     assert (once, twice) == (1, 2)
     assert cut == whole and set(whole) == {layer_file(layer) for layer in range(4)}
 

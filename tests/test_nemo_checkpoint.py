@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import Export
 from nemo_folders import FC1, NAMES, job, refusal
+from pretended_gpu import check_linears_on_it
 from safetensors.torch import load_file, save_file
 
 from nemo_vlm_ptq import blocks, store, torch_dist
@@ -52,6 +53,13 @@ def test_every_format_is_verified(nemo_line, name):
     found = checks_of(nemo_line / name / "verify.json")
     wanted = ("configs", "coverage", "quantized set", "untouched", "weights", "logits")
     assert {f"nemo {what}" for what in wanted} <= set(found)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_read_is_worked_with_on_a_gpu(nemo_line, name, monkeypatch):
+    decoder = make_plan(Recipe(model=str(models.TINY_LLAVA), workdir="nowhere")).decoder
+    read = read_nemo(nemo_line / name / "nemo", decoder, "language_model.")
+    check_linears_on_it(read.linears, monkeypatch)
 
 
 def test_a_16_bit_model_has_its_layers_stacked_and_a_quantized_one_apart(nemo_line):

@@ -60,7 +60,8 @@ def test_the_low_rank_branch_takes_the_input_scaled_but_not_rounded():
     down, up, prequant = torch.randn(2, 32), torch.randn(8, 2), torch.rand(32) + 0.5
     scale = torch.tensor(0.1)
     read = ReadLinear(
-        lambda: Values(weight, torch.ones(1)),
+        {"weight": weight},
+        lambda codes: Values(codes["weight"], torch.ones(1)),
         "nvfp4",
         prequant=prequant,
         low_rank=(down, up),

@@ -103,7 +103,10 @@ def observe(
     if session.rank == 0:
         run.files += [layer_file(layer) for layer in progress.finished]
     left = [layer for layer in work.layers if layer not in progress.finished]
-    for share in range(passes := max(session.gather(_passes(work, len(left), limits)))):
+    passes, why = max(session.gather(_passes(work, len(left), limits)))
+    if passes > 1:
+        session.log(f"observe: {passes} passes over the data: {why}")
+    for share in range(passes):
         observer = Observer(work.model, session, split_evenly(left, passes, share), limits.moments)
         progress = _one_pass(work, observer, chunks, folder, limits, progress, run)
     return run
@@ -249,14 +252,14 @@ def _settle(folder: Path, session: Session, progress: Progress) -> None:
         write_progress(folder, progress)
 
 
-def _passes(work: Work, layers: int, limits: Limits) -> int:
-    """Times that the data runs through this rank for so many layers.
+def _passes(work: Work, layers: int, limits: Limits) -> tuple[int, str]:
+    """Times that the data runs through this rank for so many layers, and why.
 
     Raises:
         UserError: there is less memory than one layer takes.
     """
     if not limits.moments or not layers:
-        return min(1, layers)
+        return min(1, layers), ""
     T, t = work.session.layout.tensor, work.session.tensor
     block, layer = work.model.decoder.layers[0], 0
     for path in LINEARS.values():
@@ -265,9 +268,10 @@ def _passes(work: Work, layers: int, limits: Limits) -> int:
     if room is None:
         room = max(0, int(SHARE * (free_memory(work.session.device) - limits.working)))
     fitting = int(room // layer)
+    why = (
+        f"second moments of one layer take {layer / 1e6:,.1f} MB on a rank, and there is room for "
+        f"{room / 1e6:,.1f} MB"
+    )
     if not fitting:
-        raise UserError(
-            f"second moments of one layer take {layer / 1e6:,.1f} MB on a rank, and there is room "
-            f"for {room / 1e6:,.1f} MB; raise calibration.max_statistics_memory or parallel.tensor"
-        )
-    return -(-layers // fitting)
+        raise UserError(f"{why}; raise calibration.max_statistics_memory or parallel.tensor")
+    return -(-layers // fitting), why

@@ -10,7 +10,11 @@ from typing import Any
 import torch
 
 from nemo_vlm_ptq.errors import ProofError
+from nemo_vlm_ptq.page_locked import moved
 from nemo_vlm_ptq.runtime.numbers import Rounding, to_fp8, unpack_e2m1, unpack_int4
+
+CPU = torch.device("cpu")
+Codes = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -31,19 +35,25 @@ class Values:
 class ReadLinear:
     """A quantized linear as its consumer computes it: y = Q(x * prequant) W^T + branch.
 
-    values: makes W from the codes, each time anew, since with its steps it is up to 24 times as
-    large; number: kind of a code (fp8, int8, int4, nvfp4, nf4); fp8_roundings: how often step or
-    value was rounded once more, to fp8 (W4A8); prequant [K], low_rank (a [r,K], b [O,r]) which
-    x * prequant passes unrounded, input_scale [] and the rounding of inputs, or None.
+    codes: tensors as they lie in files, and whatever else W is made of; decode: makes it; number:
+    kind of a code (fp8, int8, int4, nvfp4, nf4); fp8_roundings: how often step or value was rounded
+    once more, to fp8 (W4A8); prequant [K], low_rank (a [r,K], b [O,r]) which x * prequant passes
+    unrounded, input_scale [] and the rounding of inputs, or None.
     """
 
-    values: Callable[[], Values]
+    codes: Codes
+    decode: Callable[[Codes], Values]
     number: str
     fp8_roundings: int = 0
     prequant: torch.Tensor | None = None
     low_rank: tuple[torch.Tensor, torch.Tensor] | None = None
     input_scale: torch.Tensor | None = None
     rounding: Rounding | None = None
+
+    def values(self, device: torch.device = CPU) -> Values:
+        """W on a device; made each time anew, since with its steps it is up to 24 times as large as
+        the codes."""
+        return self.decode({name: moved(tensor, device) for name, tensor in self.codes.items()})
 
 
 @dataclass(frozen=True)
@@ -146,7 +156,8 @@ def dequantize(
     if "low_rank_a" in tensors:
         low_rank = (tensors["low_rank_a"].float(), tensors["low_rank_b"].float())
     return ReadLinear(
-        values=partial(_values, tensors, algorithm.number, twice),
+        codes=tensors,
+        decode=partial(_values, algorithm.number, twice),
         number=algorithm.number,
         fp8_roundings=int(twice),
         prequant=None if prequant is None else prequant.float(),
@@ -156,7 +167,7 @@ def dequantize(
     )
 
 
-def _values(tensors: Mapping[str, torch.Tensor], number: str, twice: bool) -> Values:
+def _values(number: str, twice: bool, tensors: Codes) -> Values:
     """Weight and step; twice: their product is rounded to fp8 in units of scale_2."""
     unpack = UNPACK.get(number)
     values = tensors["weight"].float() if unpack is None else unpack(tensors["weight"])

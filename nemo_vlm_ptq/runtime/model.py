@@ -13,6 +13,7 @@ from torch import nn
 
 from nemo_vlm_ptq.errors import ProofError
 from nemo_vlm_ptq.families.base import ModelFamily, Pixels, Sample
+from nemo_vlm_ptq.page_locked import moved
 from nemo_vlm_ptq.runtime.checkpoint import ReadCheckpoint, ReadKv, ReadLinear
 from nemo_vlm_ptq.runtime.numbers import round_values
 
@@ -22,7 +23,8 @@ class SimulatedLinear(nn.Module):
 
     def __init__(self, linear: ReadLinear, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.weight = nn.Parameter(linear.values().weight.to(device, dtype), requires_grad=False)
+        weight = linear.values(device).weight.to(dtype)
+        self.weight = nn.Parameter(weight, requires_grad=False)
         self.prequant = None if linear.prequant is None else linear.prequant.to(device, dtype)
         self.branch = [part.to(device, dtype) for part in linear.low_rank or ()]
         self.scale = None if linear.input_scale is None else linear.input_scale.to(device)
@@ -173,7 +175,7 @@ def _build_decoder(
         if tensor is None or tensor.shape != parameter.shape:
             raise ProofError(f"tensor {family.decoder_prefix + name} is missing or misshapen")
         parent, _, leaf = name.rpartition(".")
-        fresh = nn.Parameter(tensor.to(device, dtype), requires_grad=False)
+        fresh = nn.Parameter(moved(tensor, device).to(dtype), requires_grad=False)
         setattr(model.get_submodule(parent), leaf, fresh)
     _rebuild_rotary(model, device)
     return model.eval()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from nemo_vlm_ptq.errors import ProofError
-from nemo_vlm_ptq.runtime.checkpoint import ReadLinear, Values
+from nemo_vlm_ptq.runtime.checkpoint import Codes, ReadLinear, Values
 from nemo_vlm_ptq.runtime.numbers import NF4, NF4_BLOCK, unpack_nf4
 
 NESTED_BLOCK = 256
@@ -58,10 +58,10 @@ def _take_linear(tensors: dict[str, torch.Tensor], name: str) -> ReadLinear:
     for key in ("", "absmax"):
         if parts[key].dtype != torch.uint8:
             raise ProofError(f"{name}: {key or 'weight'} is {parts[key].dtype}, not torch.uint8")
-    return ReadLinear(partial(_values, parts, state), "nf4")
+    return ReadLinear(parts, partial(_values, state), "nf4")
 
 
-def _values(parts: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> Values:
+def _values(state: Mapping[str, Any], parts: Codes) -> Values:
     codes, table = parts["absmax"].int(), parts["nested_quant_map"].float()
     nested = parts["nested_absmax"].float().repeat_interleave(NESTED_BLOCK)[: len(codes)]
     absmax = table[codes] * nested + state["nested_offset"]

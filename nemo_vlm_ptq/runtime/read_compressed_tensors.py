@@ -16,7 +16,14 @@ import torch
 
 from nemo_vlm_ptq.errors import ProofError
 from nemo_vlm_ptq.families.base import ModelFamily
-from nemo_vlm_ptq.runtime.checkpoint import ReadCheckpoint, ReadKv, ReadLinear, Values, kv_cache
+from nemo_vlm_ptq.runtime.checkpoint import (
+    Codes,
+    ReadCheckpoint,
+    ReadKv,
+    ReadLinear,
+    Values,
+    kv_cache,
+)
 from nemo_vlm_ptq.runtime.numbers import FP8_TOP, Rounding, to_fp8, unpack_e2m1, unpack_int32
 from nemo_vlm_ptq.runtime.read_hf import read_parts
 
@@ -134,7 +141,8 @@ def _take_linear(tensors: dict[str, torch.Tensor], name: str, scheme: Scheme) ->
         given = 1 / given
     w4a8 = scheme.form.number == "int4" and scheme.rounding == "fp8_token"
     return ReadLinear(
-        values=partial(_values, parts, scheme.form.number, w4a8),
+        codes=parts,
+        decode=partial(_values, scheme.form.number, w4a8),
         number=scheme.form.number,
         fp8_roundings=2 * w4a8,
         input_scale=given,
@@ -142,7 +150,7 @@ def _take_linear(tensors: dict[str, torch.Tensor], name: str, scheme: Scheme) ->
     )
 
 
-def _values(parts: Mapping[str, torch.Tensor], number: str, w4a8: bool) -> Values:
+def _values(number: str, w4a8: bool, parts: Codes) -> Values:
     numbers, scale = _numbers(parts, number), parts[SCALE].float()
     if "weight_global_scale" in parts:
         scale = scale / parts["weight_global_scale"]
@@ -151,7 +159,7 @@ def _values(parts: Mapping[str, torch.Tensor], number: str, w4a8: bool) -> Value
     return Values(weight, step, None if half_ulp is None else step * half_ulp)
 
 
-def _numbers(parts: Mapping[str, torch.Tensor], number: str) -> torch.Tensor:
+def _numbers(parts: Codes, number: str) -> torch.Tensor:
     """What the codes stand for [O,K], scales apart."""
     if "weight" in parts:
         return parts["weight"].float()

@@ -5,7 +5,7 @@ Weights lie there before rounding; each linear's quantizer state says how modelo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from nemo_vlm_ptq.blocks import read_tensor
 from nemo_vlm_ptq.errors import ProofError
 from nemo_vlm_ptq.families.base import Decoder
-from nemo_vlm_ptq.runtime.checkpoint import ReadCheckpoint, ReadLinear, Values
+from nemo_vlm_ptq.runtime.checkpoint import Codes, ReadCheckpoint, ReadLinear, Values
 from nemo_vlm_ptq.runtime.numbers import E2M1_BLOCK, E2M1_TOP, FP8_TOP, Rounding, to_e2m1, to_fp8
 from nemo_vlm_ptq.torch_dist import Index, read_index, read_object
 
@@ -175,7 +175,7 @@ def _round(
     names = sorted(name for name in state if name.startswith("weight_quantizer"))
     if names not in (["weight_quantizer"], ["weight_quantizer.0", "weight_quantizer.1"]):
         raise ProofError(f"{where}: weights are quantized by {names or 'nothing'}")
-    first, amaxes = state[names[0]], [tensor(f"{name}.{AMAX}") for name in names]
+    first, amaxes = state[names[0]], {name: tensor(f"{name}.{AMAX}") for name in names}
     number = _number(first, where)
     prequant, given_scale, rounding = None, None, None
     if f"input_quantizer.{PREQUANT}" in given:
@@ -189,7 +189,8 @@ def _round(
         raise ProofError(f"{where}: tensor {extra[0]} is extra")
     return [
         ReadLinear(
-            values=partial(_values, given["weight"], first, number, amaxes, own_rows),
+            codes={"weight": given["weight"], "rows": own_rows, **amaxes},
+            decode=partial(_values, first, number, list(amaxes)),
             number=number,
             fp8_roundings=len(names) - 1,
             prequant=prequant,
@@ -200,22 +201,17 @@ def _round(
     ]
 
 
-def _values(
-    stored: torch.Tensor,
-    first: Mapping[str, Any],
-    number: str,
-    amaxes: list[torch.Tensor],
-    own: torch.Tensor,
-) -> Values:
-    """Rows `own` of the weight after its quantizer, and after the one of fp8 that may follow."""
-    weight, amax = stored[own].float(), amaxes[0]
+def _values(first: Mapping[str, Any], number: str, amaxes: Sequence[str], codes: Codes) -> Values:
+    """Some rows of the weight after its quantizer, and after the one of fp8 that may follow."""
+    stored, own, amax = codes["weight"], codes["rows"], codes[amaxes[0]]
+    weight = stored[own].float()
     if amax.numel() > 1:
         amax = amax.reshape(len(stored), -1)[own]
     step = _step(first, number, amax, weight)
     values = _codes(weight / step, number) * step
     values = torch.where(step > 0, values, torch.zeros_like(values))
-    for amax in amaxes[1:]:
-        scale = amax.reshape(()) / FP8_TOP
+    for name in amaxes[1:]:
+        scale = codes[name].reshape(()) / FP8_TOP
         values = to_fp8(values / scale) * scale
     return Values(values, step)
 

@@ -185,7 +185,8 @@ def _check_content(
         count, scaled = len(read.plain) + len(vision), len(folds.norms)
         note("untouched", problems, f"{count - scaled} tensors bit-equal, {scaled} norms scaled")
         linears = unfold(read.linears, folds) if folds.inputs else read.linears
-        problems, worst = checks.check_linears(linears, source, job.dtype)
+        device = roomy_device(job, torch.float32)
+        problems, worst = checks.check_linears(linears, source, job.dtype, device)
         note("weights", problems, f"at most {worst:.3f} of what rounding allows")
     if fmt.activation in REACH and not _by_token(fmt, target):
         wanted = _input_scales(job, fmt)
@@ -194,8 +195,7 @@ def _check_content(
     if plan.recipe.quantize.kv_cache != "none":
         pairs = _kv_scales(job, fmt, folds, together=target == "trtllm")
         note("KV scales", checks.check_kv_scales(read.kv, pairs), f"{len(pairs)} layers as solved")
-    dtype = torch.float32
-    runtime = Runtime(plan.family, plan.config, read, vision, dtype, roomy_device(job, dtype))
+    runtime = Runtime(plan.family, plan.config, read, vision, torch.float32, device)
     return _check_logits(fmt, runtime, expected, _tolerance(job, fmt, target, expected), note)
 
 

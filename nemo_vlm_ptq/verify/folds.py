@@ -16,8 +16,9 @@ import torch
 
 from nemo_vlm_ptq.families.base import Decoder
 from nemo_vlm_ptq.mapping.rows import Row
-from nemo_vlm_ptq.runtime.checkpoint import ReadLinear, Values
+from nemo_vlm_ptq.runtime.checkpoint import Codes, ReadLinear, Values
 
+ROWS = "factors of rows"  # beside the codes of a linear
 NORM_OF = {"linear_qkv": "input_layernorm", "linear_fc1": "pre_mlp_layernorm"}
 
 
@@ -80,11 +81,12 @@ def unfold(linears: Mapping[str, ReadLinear], folds: Folds) -> dict[str, ReadLin
     for name, linear in linears.items():
         rows = folds.rows.get(name)
         if rows is not None:
-            linear = replace(linear, values=partial(_unfolded, linear.values, rows))
+            codes = {**linear.codes, ROWS: rows}
+            linear = replace(linear, codes=codes, decode=partial(_unfolded, linear.decode))
         found[name] = replace(linear, prequant=folds.inputs.get(name))
     return found
 
 
-def _unfolded(values: Callable[[], Values], rows_O: torch.Tensor) -> Values:
-    found, factor = values(), rows_O[:, None]
+def _unfolded(decode: Callable[[Codes], Values], codes: Codes) -> Values:
+    found, factor = decode(codes), codes[ROWS][:, None]
     return replace(found, weight=found.weight / factor, step=found.step / factor)

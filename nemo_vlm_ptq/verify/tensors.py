@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
+from nemo_vlm_ptq.page_locked import moved
 from nemo_vlm_ptq.progress import progress_bar
 from nemo_vlm_ptq.runtime.checkpoint import ReadCheckpoint, ReadKv, ReadLinear, Values
 from nemo_vlm_ptq.runtime.numbers import E2M1, NF4
@@ -57,13 +58,16 @@ def check_untouched(
 
 
 def check_linears(
-    linears: Mapping[str, ReadLinear], source: Reader, dtype: torch.dtype
+    linears: Mapping[str, ReadLinear], source: Reader, dtype: torch.dtype, device: torch.device
 ) -> tuple[list[str], float]:
-    """Dequantized weights lie within half a step of the source; the worst distance in steps."""
+    """Dequantized weights lie within half a step of the source; the worst distance in steps.
+
+    A linear at a time is compared on the device.
+    """
     problems, worst = [], 0.0
     for name, linear in progress_bar("verify weights", "linear", 0, sorted(linears.items())):
-        weight = source.whole(f"{name}.weight").to(dtype).float()
-        values = linear.values()
+        weight = moved(source.whole(f"{name}.weight"), device).to(dtype).float()
+        values = linear.values(device)
         if weight.shape != values.weight.shape:
             problems.append(f"{name} has shape {tuple(values.weight.shape)}")
             continue
@@ -110,10 +114,12 @@ def half_step_excess(weight_OK: torch.Tensor, linear: ReadLinear, values: Values
 
     An int4 value at the end of the code range may stand for anything beyond it (clipping).
     """
-    exact = weight_OK if linear.prequant is None else weight_OK / linear.prequant
+    exact, device = weight_OK, weight_OK.device
+    if linear.prequant is not None:
+        exact = exact / linear.prequant.to(device)
     slack = exact.abs() * ROUNDING
     if linear.low_rank is not None:
-        a_rK, b_Or = linear.low_rank  # noqa: N806
+        a_rK, b_Or = (part.to(device) for part in linear.low_rank)  # noqa: N806
         exact = exact - b_Or @ a_rK
         slack = slack + exact.abs() * ROUNDING
     found, step = values.weight, values.step
