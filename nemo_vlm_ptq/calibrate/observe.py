@@ -11,7 +11,6 @@ import shutil
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,6 +18,7 @@ from typing import Any, NoReturn
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
+from nemo_vlm_ptq.ahead import made_ahead
 from nemo_vlm_ptq.calibrate.collect import Consume, load_exact, reduce_and_save
 from nemo_vlm_ptq.calibrate.observer import Observer
 from nemo_vlm_ptq.calibrate.resume import (
@@ -168,7 +168,8 @@ def run_chunks(
         ids: layer -> samples that it contains already.
     """
     model, session, hidden = work.model, work.session, work.model.config.hidden_size
-    prepared = _ahead(work.prepare, [chunk for chunk in chunks if chunk is not None])
+    windows = _windows([chunk for chunk in chunks if chunk is not None])
+    prepared = made_ahead(windows, lambda window: [work.prepare(chunk) for chunk in window])
     features: Iterator[Any] = iter(())
     batches: deque[list[Sample]] = deque()
     bar = progress_bar("observe", "batch", session.rank, len(chunks))
@@ -176,7 +177,7 @@ def run_chunks(
         for step, chunk in enumerate(chunks, 1):
             if chunk is not None:
                 if not batches:
-                    batches.extend(next(prepared))
+                    batches.extend(next(prepared)[1])
                     features = iter(encode_images(work.vision, session, batches, hidden))
                 samples, own = batches.popleft(), _ids(chunk)
                 batch = collate(samples)
@@ -187,23 +188,12 @@ def run_chunks(
             yield step
 
 
-def _ahead(
-    prepare: Callable[[Chunk], list[Sample]], chunks: Sequence[Chunk]
-) -> Iterator[list[list[Sample]]]:
-    """Windows of prepared micro-batches; the next is made by another thread meanwhile."""
-    windows = [chunks[start : start + WINDOW] for start in range(0, len(chunks), WINDOW)]
-
-    def prepare_all(part: Sequence[Chunk]) -> list[list[Sample]]:
-        return [prepare(chunk) for chunk in part]
-
-    with ThreadPoolExecutor(1) as thread:  # tokenizers are not for two at a time
-        waiting: deque[Future[list[list[Sample]]]] = deque()
-        for part in windows:
-            waiting.append(thread.submit(prepare_all, part))
-            if len(waiting) > 1:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+def _windows(chunks: Sequence[Chunk]) -> Iterator[Sequence[Chunk]]:
+    """A micro-batch by itself, so that the model has not long to wait; then ever twice as many."""
+    start, size = 0, 1
+    while start < len(chunks):
+        yield chunks[start : start + size]
+        start, size = start + size, min(2 * size, WINDOW)
 
 
 def _ids(chunk: Iterable[Any]) -> frozenset[str]:

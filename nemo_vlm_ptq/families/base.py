@@ -180,15 +180,27 @@ class ModelFamily:
             module = self.vision(config)
         return {name: tuple(tensor.shape) for name, tensor in module.published().items()}
 
-    def build_vision(self, config: Config, tensors: Mapping[str, torch.Tensor]) -> Any:
-        """The vision module with published tensors in it, in their dtype; others are left."""
+    def build_vision(
+        self,
+        config: Config,
+        tensors: Mapping[str, torch.Tensor],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> Any:
+        """The vision module on a device with published tensors in it; others are left.
+
+        dtype: that of the tensors unless told.
+        """
+        import torch
         from transformers.initialization import no_init_weights
 
-        with no_init_weights():  # random ones take seconds
+        from nemo_vlm_ptq.page_locked import copy_into
+
+        with no_init_weights(), torch.device(device):  # random ones take seconds
             module = self.vision(config)
-        module.to(next(iter(tensors.values())).dtype).eval().requires_grad_(False)
+        module.to(dtype or next(iter(tensors.values())).dtype).eval().requires_grad_(False)
         for name, parameter in module.published().items():
-            parameter.data.copy_(tensors[name])
+            copy_into(parameter.data, tensors[name])
         return module
 
     def decoder_config(self, config: Config) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class Runtime:
         self.decoder = _build_decoder(family, config, checkpoint, dtype, device)
         self.kv = checkpoint.kv and _on(checkpoint.kv, device)
         self.rounds = True
-        self.vision = family.build_vision(config, vision).to(device, dtype)
+        self.vision = family.build_vision(config, vision, device, dtype)
         eos = self.decoder.generation_config.eos_token_id
         self.stop = set(eos if isinstance(eos, list) else [eos])
 

@@ -53,8 +53,8 @@ def megatron_logits(
     else:
         model = load_quantized(job, fmt, round_activations)
     compute_in(model, dtype)
-    vision = plan.family.build_vision(plan.config, load_file(job.folder("megatron", VISION)))
-    vision.to(session.device, dtype)
+    beside = load_file(job.folder("megatron", VISION))
+    vision = plan.family.build_vision(plan.config, beside, session.device, dtype)
     parts = []
     pairs = list(zip(samples, masks or [None] * len(samples), strict=True))
     for sample, mask in deal(pairs, session.layout.data, session.data):

@@ -90,8 +90,8 @@ def observe(job: Job) -> None:
         limits = Limits(moments, memory, working, wanted.save_every)
         if "solve" in job.stages and session.layout.tensor == 1:
             limits = replace(limits, consume=_solver_beside(job, model))
-        vision = plan.family.build_vision(plan.config, load_file(megatron / VISION))
-        vision.to(session.device, job.dtype)
+        beside = load_file(megatron / VISION)
+        vision = plan.family.build_vision(plan.config, beside, session.device, job.dtype)
         chunks, prepare = calibration_chunks(plan)
         run = observe_model(Work(model, vision, session, prepare), chunks, folder, limits, settings)
         tokens = dict(zip(MODALITY_NAMES.values(), load_tokens(folder, 0), strict=True))

@@ -44,7 +44,7 @@ def _torch_tower(job: Job, fmt: QuantFormat) -> Callable[[Pixels], torch.Tensor]
     """Images -> features, where TensorRT-LLM's engine does not go all the way to image tokens."""
     plan, device = job.plan, job.session.device
     file = job.folder(fmt.name, "trtllm", "vision", "model.safetensors")
-    tower = plan.family.build_vision(plan.config, load_file(file)).to(device, job.dtype)
+    tower = plan.family.build_vision(plan.config, load_file(file), device, job.dtype)
 
     @torch.no_grad()
     def look(pixels: Pixels) -> torch.Tensor:
