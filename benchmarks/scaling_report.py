@@ -18,7 +18,15 @@ PARTS = {  # folders of the third phase
     "int4_awq/scales": "solve after it",
     "int4_awq/quantized": "Megatron checkpoint",
 }
-KINDS = {"data": "o", "tensor": "s", "pipeline": "^"}  # marks of ranks of one kind
+PLOTTED = (  # label, phase, folder
+    ("import", "import", ""),
+    ("observe, maxima", "observe", ""),
+    ("observe, second moments", "calibrate", "statistics"),
+    ("solve after it", "calibrate", "int4_awq/scales"),
+    ("Megatron checkpoint", "calibrate", "int4_awq/quantized"),
+    ("export, TP 2", "export", ""),
+)
+COLORS = ("#B8B8B8", "#9CC3E6", "#2E75B6", "#1B3F66", "#F2B36B", "#8FBF7F")
 
 Lines = Sequence[Mapping[str, Any]]
 
@@ -51,15 +59,15 @@ class Measured:
         return [sum(one.values()) / 1e9 for one in self.runs[-1]["phases"][phase]["sent"]]
 
     @property
-    def kind(self) -> str:
-        """The only kind of ranks there are several of, "" for mixes; one rank is of all."""
-        several = [kind for kind in KINDS if getattr(self, kind) > 1]
-        return several[0] if len(several) == 1 else ""
-
-    @property
     def name(self) -> str:
         """The layout in words."""
         return f"TP {self.tensor} x PP {self.pipeline} x DP {self.data}"
+
+    @property
+    def short(self) -> str:
+        """The kinds of ranks that there are several of."""
+        sizes = {"TP": self.tensor, "PP": self.pipeline, "DP": self.data}
+        return " x ".join(f"{kind} {size}" for kind, size in sizes.items() if size > 1) or "1 rank"
 
 
 def by_model(lines: Lines) -> dict[str, list[Measured]]:
@@ -172,22 +180,33 @@ def report(lines: Lines, left: Mapping[str, Mapping[str, str]]) -> str:
 
 
 def plot(lines: Lines, path: Path) -> None:
-    """Speed of the third phase over ranks, of ranks of one kind, beside what would be ideal."""
+    """Where the seconds of each layout go, and how many times as fast the third phase is."""
     from matplotlib.figure import Figure
 
     models = by_model(lines)
-    figure = Figure((4.6 * len(models), 3.8), layout="constrained")
-    for axes, (name, points) in zip(
-        figure.subplots(1, len(models), squeeze=False)[0], models.items(), strict=True
-    ):
-        base = points[0]
-        counts = sorted({one.ranks for one in points})
-        axes.plot(counts, [count / base.ranks for count in counts], ":", color="#6B6B6B")
-        for kind, mark in KINDS.items():
-            own = [one for one in points if one is base or one.kind == kind]
-            speeds = [base.seconds("calibrate") / one.seconds("calibrate") for one in own]
-            if own[1:]:
-                axes.plot([one.ranks for one in own], speeds, marker=mark, label=f"{kind} ranks")
-        axes.set(title=name, xlabel="GPUs", ylabel="times as fast", xticks=counts)
-        axes.legend(frameon=False)
+    rows = [1.2 + 0.42 * len(points) for points in models.values()]
+    figure = Figure((8.6, sum(rows)), layout="constrained")
+    panels = figure.subplots(len(models), 1, squeeze=False, sharex=True, height_ratios=rows)[:, 0]
+    for axes, (name, points) in zip(panels, models.items(), strict=True):
+        base, left = points[0], [0.0] * len(points)
+        for (label, phase, folder), color in zip(PLOTTED, COLORS, strict=True):
+            widths = [one.seconds(phase, folder) for one in points]
+            axes.barh(range(len(points)), widths, 0.7, left, label=label, color=color)
+            left = [sum(pair) for pair in zip(left, widths, strict=True)]
+        for row, (one, end) in enumerate(zip(points, left, strict=True)):
+            faster = base.seconds("calibrate") / one.seconds("calibrate")
+            if one is not base:
+                axes.text(
+                    end,
+                    row,
+                    f" {faster:.2f} x",
+                    va="center",
+                    fontsize=9,
+                )
+        axes.set_yticks(range(len(points)), [one.short for one in points])
+        axes.set_title(name, loc="left")
+        axes.invert_yaxis()
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[-1].set_xlabel("seconds; x: as fast as the first, from second moments to checkpoint")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=150)
