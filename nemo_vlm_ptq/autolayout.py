@@ -8,11 +8,11 @@ that what these ranks send and wait is less. Chosen once, from shapes and the ma
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from nemo_vlm_ptq.errors import UserError
-from nemo_vlm_ptq.forecast import observe_bytes, passes
+from nemo_vlm_ptq.forecast import dtype_bytes, observe_bytes, passes, whole_bytes
 from nemo_vlm_ptq.parallel import divisors
 from nemo_vlm_ptq.plan import Plan, calibrating_sizes
 from nemo_vlm_ptq.recipe import Parallel
@@ -49,6 +49,25 @@ def lay_out(plan: Plan, machine: Callable[[], Machine]) -> tuple[Plan, str]:
     parallel, why = choose(plan, machine())
     recipe = plan.recipe.model_copy(update={"parallel": parallel})
     return replace(plan, recipe=recipe), why
+
+
+def check_whole(plan: Plan, stages: Collection[str], machine: Callable[[], Machine]) -> None:
+    """A GPU has room for the model that `evaluate` asks, where it is a stage.
+
+    Raises:
+        UserError: it has not; says which stages can run.
+    """
+    if "evaluate" not in stages or plan.recipe.evaluate.form == "engine":
+        return
+    memory, need = machine().memory, whole_bytes(plan, dtype_bytes(plan))
+    if memory is not None and need > SHARE * memory:
+        others = [stage for stage in stages if stage != "evaluate"]
+        first = f"set stages=[{','.join(others)}], and " if others else ""
+        raise UserError(
+            f"evaluate asks a model that is whole on each GPU, {need / 1e9:,.1f} GB in "
+            f"{plan.dtype}, and {SHARE:.0%} of a GPU here are {SHARE * memory / 1e9:,.1f} GB; "
+            f"{first}run evaluate where GPUs have more memory"
+        )
 
 
 def choose(plan: Plan, machine: Machine) -> tuple[Parallel, str]:

@@ -98,7 +98,7 @@ def working_bytes(plan: Plan, tensor: int) -> int:
     inside = 6 * decoder.hidden + 3 * wide + gathered
     ready = WINDOW * decoder.hidden
     moments = _layer_moments(plan, 1) if plan.second_moments else 0
-    return _width(plan) * tokens * (inside + ready) + moments
+    return dtype_bytes(plan) * tokens * (inside + ready) + moments
 
 
 def moments_bytes(plan: Plan, tensor: int, pipeline: int = 1, runs: int = 1) -> int:
@@ -121,10 +121,11 @@ def passes(plan: Plan, tensor: int, pipeline: int, memory: int) -> int:
 def _held(plan: Plan, tensor: int, pipeline: int) -> int:
     """Bytes of a rank's weights but the head, of the tower and of the projector."""
     own = rank_parameters(plan, tensor, pipeline, head=False)
-    return _width(plan) * (own + beside_parameters(plan))
+    return dtype_bytes(plan) * (own + beside_parameters(plan))
 
 
-def _width(plan: Plan) -> int:
+def dtype_bytes(plan: Plan) -> int:
+    """Bytes of a parameter."""
     return 4 if plan.dtype == "float32" else 2
 
 
@@ -146,7 +147,7 @@ def linear_parameters(plan: Plan) -> int:
 
 def _ranks(plan: Plan) -> list[str]:
     """A line for each tensor size that works: what one rank holds, at one pipeline stage."""
-    beside, width, lines = beside_parameters(plan), _width(plan), []
+    beside, width, lines = beside_parameters(plan), dtype_bytes(plan), []
     for tensor in calibrating_sizes(plan):
         own = rank_parameters(plan, tensor)
         lines.append(

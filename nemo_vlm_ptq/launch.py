@@ -77,7 +77,7 @@ def _plan_and_run(
     command: str, recipe: Recipe, own: list[str], dry_run: bool, as_json: bool
 ) -> int:
     """The plan of a recipe, and then the command; own: words of `logits`."""
-    from nemo_vlm_ptq.autolayout import lay_out, this_machine
+    from nemo_vlm_ptq.autolayout import check_whole, lay_out, this_machine
     from nemo_vlm_ptq.engine.commands import check_engine, script
     from nemo_vlm_ptq.engine.installed import find_builder
     from nemo_vlm_ptq.plan import check_data, make_plan
@@ -104,6 +104,7 @@ def _plan_and_run(
         print(json.dumps(_facts(plan), indent=1))
         return 0
     plan, why = lay_out(plan, this_machine)
+    check_whole(plan, stages, this_machine)
     if command == "plan":
         from nemo_vlm_ptq.forecast import describe
 

@@ -247,6 +247,20 @@ def test_plan_prints_the_choice_and_why(tmp_path, models, gpus, capsys):
     assert refusal("plan", recipe).startswith("no layout of 1 ranks fits: at TP 1 x PP 1 one takes")
 
 
+def test_evaluate_is_refused_early_where_no_gpu_has_room_for_the_model(tmp_path, models, gpus):
+    recipe = write_recipe(tmp_path, models["34b"], quantize={"format": ["fp8"]})
+    gpus(*[48 * GB] * 8)
+    said = refusal("plan", recipe)
+    assert said.startswith("evaluate asks a model that is whole on each GPU, 69.")
+    assert "GB in bfloat16, and 90% of a GPU here are 43.2 GB; set stages=[import," in said
+    stages = said.partition("stages=")[2].partition(", and run")[0]
+    assert launch.start("plan", str(recipe), [f"stages={stages}"]) == 0
+    assert launch.start("plan", str(recipe), ["evaluate.from=engine"]) == 0
+    assert refusal("evaluate", recipe).endswith("43.2 GB; run evaluate where GPUs have more memory")
+    gpus()
+    assert launch.start("plan", str(recipe), []) == 0
+
+
 def test_ranks_that_the_command_starts_are_told_the_numbers(tmp_path, models, gpus, monkeypatch):
     started = {}
 
