@@ -113,7 +113,8 @@ def quantized(session, name, kv, dtype):
     """The model as solve leaves it."""
     row, model = FORMATS[name], plain_model(session, dtype)
     quantizers.insert_quantizers(model, row, GROUP, KV_CACHES.get(kv))
-    quantizers.prepare_weights(model, row, scales_of(name, session, dtype))
+    layers = range(DECODER.layers)
+    quantizers.prepare_weights(model, row, scales_of(name, session, dtype), layers)
     fill(model, session, name, kv, dtype)
     return model
 

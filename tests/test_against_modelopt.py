@@ -168,7 +168,8 @@ def quantize_with_ours(subject, name):
     """(layer, linear) -> module, with modelopt's quantizers filled from our scales."""
     model, solved = subject.fresh(), solve(subject, name)
     quantizers.insert_quantizers(model, FORMATS[name], GROUP)
-    quantizers.prepare_weights(model, FORMATS[name], lambda *at: solved[at])
+    layers = range(model.config.num_layers)
+    quantizers.prepare_weights(model, FORMATS[name], lambda *at: solved[at], layers)
     quantizers.fill_quantizers(model, FORMATS[name], lambda *at: solved[at])
     quantizers.use_own_rounding(model, FORMATS[name])
     quantizers.stop_rounding_activations(model)

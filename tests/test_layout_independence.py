@@ -83,6 +83,20 @@ def test_tensors_of_nemo_checkpoints_are_the_same(works, layout, name):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_tensors_of_quantized_megatron_checkpoints_are_the_same(works, layout, name):
+    """Data ranks write layers of their own. Maxima of rows of gate and up lie rank by rank."""
+    found, expected = (read_index(works[key] / name / "quantized").tensors for key in (layout, ONE))
+    assert set(found) == set(expected) and len(expected) > 20
+    for key, stored in expected.items():
+        mine, theirs = read_tensor(found[key]), read_tensor(stored)
+        if layout == "2x1x1" and "linear_fc1.weight_quantizer" in key and theirs.dim() > 1:
+            halves = (half.chunk(2) for half in theirs.chunk(2))
+            theirs = torch.cat([part for pair in zip(*halves, strict=True) for part in pair])
+        assert torch.equal(mine, theirs), key
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_sample_is_seen_by_one_data_rank(works, layout):
     facts = read_manifest(works[layout] / "statistics")["facts"]
     per_rank = facts["ids_per_rank"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -120,13 +120,16 @@ def fill_quantizers(
         )
 
 
-def prepare_weights(model: GPTModel, row: QuantFormat, scales_of: ScalesOf) -> None:
-    """Make each weight the one that is rounded, in place.
+def prepare_weights(
+    model: GPTModel, row: QuantFormat, scales_of: ScalesOf, layers: Collection[int]
+) -> None:
+    """Make each weight of some layers the one that is rounded, in place.
 
     It is divided by its prequant scale, loses what its branch computes, and is moved off ties. A
     format without a quantizer (nf4) leaves the rounded weight itself.
     """
-    for layer, name, module in _linears(model):
+    own = (one for one in _linears(model) if one[0] in layers)
+    for layer, name, module in own:
         weight = module.weight.data
         scales = _on(scales_of(layer, name), weight.device)
         rest = remainder(divide(weight, scales.prequant), scales.branch)

@@ -61,6 +61,18 @@ def writer(name: str, data: int) -> int:
     return int(layer[1]) % data
 
 
+def writes(name: str) -> bool:
+    """This data rank writes a parameter."""
+    data = parallel_state.get_data_parallel_world_size()
+    return writer(name, data) == parallel_state.get_data_parallel_rank()
+
+
+def written_layers(model: GPTModel) -> set[int]:
+    """Layers that this data rank writes, counted over the whole model."""
+    layers = {block.layer_number - 1 for block in model.decoder.layers}
+    return {layer for layer in layers if writes(f"{LAYERS}{layer}.")}
+
+
 def fill_from_source(
     model: GPTModel,
     session: Session,
@@ -83,9 +95,7 @@ def fill_from_source(
     table = {row.megatron: row for row in expand(rows, range(decoder.layers))}
     sizes = decoder.sizes(VOCAB_MULTIPLE)
     read = 0
-    named, data = list(global_names(model).items()), session.layout.data
-    if to_write:
-        named = [one for one in named if writer(one[0], data) == session.data]
+    named = [one for one in global_names(model).items() if not to_write or writes(one[0])]
     for name, parameter in progress_bar("import", "tensor", session.rank, named):
         row = table[name]
         parts = [reader.slices(part) for part in row.hf]
@@ -155,16 +165,19 @@ def _in_order(value: Any) -> Any:
     return {key: _in_order(value[key]) for key in sorted(value, key=str)}
 
 
-def load_model(model: GPTModel, folder: Path) -> None:
+def load_model(model: GPTModel, folder: Path, *, to_write: bool = False) -> None:
     """Fill a model's parameters, in any layout, from a torch_dist checkpoint.
 
     Every rank reads what it holds, straight into its parameters. megatron-core's loader would put
     the halves of gated linears together in new memory: 5.8 GB of a 7B model's 13.5.
 
+    to_write: only those that this data rank writes.
+
     Raises:
         UserError: damaged files.
     """
-    stored, own = read_index(folder).tensors, list(model.parameters())
+    own = [one for name, one in global_names(model).items() if not to_write or writes(name)]
+    stored = read_index(folder).tensors
     memory, filled = {parameter.untyped_storage().data_ptr() for parameter in own}, 0
     state = model.sharded_state_dict()
     apply_factories(state)

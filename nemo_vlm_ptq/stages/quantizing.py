@@ -19,7 +19,12 @@ from nemo_vlm_ptq.calibrate.solve import load_kv, load_scales
 from nemo_vlm_ptq.formats import KV_CACHES, QuantFormat
 from nemo_vlm_ptq.job import Job, Written, run_stage
 from nemo_vlm_ptq.megatron.build import build_decoder
-from nemo_vlm_ptq.megatron.checkpoint import load_model, save_model, settle_index
+from nemo_vlm_ptq.megatron.checkpoint import (
+    load_model,
+    save_model,
+    settle_index,
+    written_layers,
+)
 from nemo_vlm_ptq.stages.importing import own_files
 from nemo_vlm_ptq.torch_dist import INDEX
 
@@ -50,10 +55,10 @@ def quantize_format(job: Job, fmt: QuantFormat) -> None:
 def _write(job: Job, fmt: QuantFormat, folder: Path, quantizers: ModuleType) -> None:
     scales_of, kv_of = own_scales(job, fmt), own_kv(job, fmt)
     model = build_decoder(job.plan.decoder, job.session, job.dtype)
-    load_model(model, job.folder("megatron"))
+    load_model(model, job.folder("megatron"), to_write=True)
     chosen = job.plan.recipe.quantize
     quantizers.insert_quantizers(model, fmt, chosen.group_size, KV_CACHES.get(chosen.kv_cache))
-    quantizers.prepare_weights(model, fmt, scales_of)
+    quantizers.prepare_weights(model, fmt, scales_of, written_layers(model))
     quantizers.fill_quantizers(model, fmt, scales_of, kv_of)
     save_model(model, folder)
     quantizers.save_modelopt_state(model, folder)
