@@ -32,7 +32,7 @@ check mypy
 check lint-imports
 check shellcheck launch/*.sh slurm/*.sh slurm/*.sbatch tests/slurm/*.sh .ci/run
 if [[ ${1:-} != --lint ]]; then
-    check python -m pytest -q -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
+    check python -m pytest -q -n logical --maxprocesses 4 --dist loadfile "$@"
 fi
 
 for command in "${failed[@]}"; do

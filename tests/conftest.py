@@ -17,21 +17,6 @@ import nemo_vlm_ptq  # noqa: F401  before torch, which it has settings for
 # On a busy machine, threads that wait by spinning take the time of those that work.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# With several processes these begin: what other files wait for, and what takes minutes by itself.
-FIRST = (
-    "test_layout_independence.py",
-    "test_slurm.py",
-    "test_family_line.py",
-    "test_nemo_recipes.py",
-    "test_against_modelopt.py",
-)
-
-
-def pytest_collection_modifyitems(items):
-    """Long files first, so that no process is left alone with one at the end."""
-    order = {name: place for place, name in enumerate(FIRST)}
-    items.sort(key=lambda item: order.get(item.path.name, len(FIRST)))
-
 
 @pytest.fixture(scope="session")
 def llava():
