@@ -196,13 +196,7 @@ def plot(lines: Lines, path: Path) -> None:
         for row, (one, end) in enumerate(zip(points, left, strict=True)):
             faster = base.seconds("calibrate") / one.seconds("calibrate")
             if one is not base:
-                axes.text(
-                    end,
-                    row,
-                    f" {faster:.2f} x",
-                    va="center",
-                    fontsize=9,
-                )
+                axes.text(end, row, f" {faster:.2f} x", va="center", fontsize=9)
         axes.set_yticks(range(len(points)), [one.short for one in points])
         axes.set_title(name, loc="left")
         axes.invert_yaxis()
