@@ -8,9 +8,10 @@ import torch
 
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.forecast import whole_bytes
+from nemo_vlm_ptq.formats import FORMATS
 from nemo_vlm_ptq.plan import make_plan
 from nemo_vlm_ptq.recipe import Recipe
-from nemo_vlm_ptq.stages import evaluating, forms
+from nemo_vlm_ptq.stages import evaluating, forms, proving
 
 
 @pytest.fixture
@@ -51,3 +52,15 @@ def test_evaluate_is_refused_where_one_rank_has_no_room(job, monkeypatch) -> Non
 def test_without_a_gpu_nobody_asks_for_room(job) -> None:
     job.session.device = torch.device("cpu")
     assert forms.roomy_device(job, torch.float32) == torch.device("cpu") and not job.said
+
+
+def test_a_gpu_that_ran_out_of_memory_is_no_finding_about_the_files(monkeypatch, tmp_path) -> None:
+    def run_out(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for name in ("_check_files", "_check_configs"):
+        monkeypatch.setattr(proving, name, lambda *_: [])
+    monkeypatch.setattr(proving, "_check_content", run_out)
+    job = SimpleNamespace(folder=lambda *_: tmp_path)
+    with pytest.raises(torch.OutOfMemoryError):
+        proving._check_target(job, FORMATS["fp8"], "hf", None)

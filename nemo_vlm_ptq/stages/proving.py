@@ -136,6 +136,8 @@ def _check_target(job: Job, fmt: QuantFormat, target: str, expected: Expected) -
     try:
         note("configs", _check_configs(job, fmt, target), "describe the source in this format")
         logits = _check_content(job, fmt, target, expected, note)
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the files
     except Exception as error:  # whatever damage does to a reader is a finding, not a bug
         note("readable", [f"{type(error).__name__}: {error}"], "")
     return {"checks": entries, "logits": logits}
