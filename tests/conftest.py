@@ -193,6 +193,13 @@ def export(works, tmp_path):
 @pytest.fixture
 def proving(works, tmp_path):
     """(the whole stage verify of an fp8 export, its folder), to be damaged."""
+    shutil.copytree(works["2x1x1"] / "megatron", tmp_path / "megatron")
+    shutil.copytree(works["2x1x1"] / "fp8", tmp_path / "fp8")
+    return prover(tmp_path, ["fp8"]), tmp_path / "fp8"
+
+
+def prover(folder, formats):
+    """What runs verify in a work folder, for formats that are exported there for two ranks."""
     import models
 
     from nemo_vlm_ptq import store
@@ -201,21 +208,19 @@ def proving(works, tmp_path):
     from nemo_vlm_ptq.recipe import Recipe
     from nemo_vlm_ptq.stages.proving import verify
 
-    for name in ("megatron", "fp8"):
-        shutil.copytree(works["2x1x1"] / name, tmp_path / name)
     recipe = Recipe(
         model=str(models.TINY_LLAVA),
-        workdir=str(tmp_path),
-        quantize={"format": "fp8"},
+        workdir=str(folder),
+        quantize={"format": formats},
         export={"targets": ("trtllm", "hf"), "tensor": 2},
     )
 
     def run():
         with models.alone() as own:
             verify(Job(make_plan(recipe), own))
-        return store.read_json(tmp_path / "fp8" / "verify.json")
+        return store.read_json(folder / formats[0] / "verify.json")
 
-    return run, tmp_path / "fp8"
+    return run
 
 
 @pytest.fixture(scope="session")

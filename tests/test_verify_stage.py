@@ -1,18 +1,35 @@
 """The stage verify passes an undamaged export, and ends with a finding on a damaged one."""
 
+import shutil
+
 import pytest
 import torch
-from conftest import Export
+from conftest import Export, prover
 from test_verify import LAYER, VISION, flip_bit
 
 from nemo_vlm_ptq import store
 from nemo_vlm_ptq.errors import ProofError
+from nemo_vlm_ptq.stages import asking
 
 
 def test_the_stage_passes_every_check_of_an_undamaged_export(proving):
     result = proving[0]()
     assert result["passed"] and all(check["passed"] for check in result["checks"])
     assert {check["name"].split()[0] for check in result["checks"]} == {"trtllm", "hf"}
+
+
+def test_formats_share_what_the_16_bit_model_says(works, tmp_path, monkeypatch):
+    formats, real, asked = ["fp8", "int8_sq"], asking.megatron_logits, []
+    for name in ("megatron", *formats):
+        shutil.copytree(works["2x1x1"] / name, tmp_path / name)
+
+    def ask(job, fmt, *words, **options):
+        asked.append(fmt and fmt.name)
+        return real(job, fmt, *words, **options)
+
+    monkeypatch.setattr(asking, "megatron_logits", ask)
+    assert prover(tmp_path, formats)()["passed"]
+    assert sorted(map(str, asked)) == ["None", "fp8", "fp8", "int8_sq", "int8_sq"]
 
 
 def test_damage_done_after_the_stage_passed_is_found_when_it_runs_again(proving):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,14 @@ import torch
 from nemo_vlm_ptq import store
 from nemo_vlm_ptq.calibrate.solve import load_kv, load_scales
 from nemo_vlm_ptq.errors import ProofError
-from nemo_vlm_ptq.families.base import Sample
 from nemo_vlm_ptq.families.llava import full_config
 from nemo_vlm_ptq.formats import KV_CACHES, QuantFormat
 from nemo_vlm_ptq.job import Job, on_first_rank
 from nemo_vlm_ptq.parallel import deal
-from nemo_vlm_ptq.questions import SUFFIX, load_questions
 from nemo_vlm_ptq.runtime.model import Runtime
 from nemo_vlm_ptq.source import open_tensors
-from nemo_vlm_ptq.stages.forms import megatron_logits, read_form, roomy_device, runtime_logits
+from nemo_vlm_ptq.stages.asking import Asked, Expected
+from nemo_vlm_ptq.stages.forms import read_form, roomy_device, runtime_logits
 from nemo_vlm_ptq.verify import tensors as checks
 from nemo_vlm_ptq.verify.configs import (
     Wanted,
@@ -31,7 +30,6 @@ from nemo_vlm_ptq.verify.contract import check_contract
 from nemo_vlm_ptq.verify.folds import Folds, find_folds, unfold
 from nemo_vlm_ptq.verify.nemo import check_nemo
 
-SAMPLES = 8
 # Mean distance of logits in units of their standard deviation, float32, activations not rounded:
 # weights, prequant scales and wiring are the same, and only the order of sums is left. W4A8 rounds
 # int4 values once more, to fp8, and some lie on a tie of that grid. compressed-tensors keeps scales
@@ -47,27 +45,19 @@ REACH = {"fp8": 448, "int8": 127, "nvfp4": 6 * 448}
 KV_REACH = {"fp8": 448, "int8": 127, "nvfp4": 448}
 
 
-@dataclass(frozen=True)
-class Expected:
-    """What the quantized Megatron model says to the samples: logits [S,V] float32 each."""
-
-    samples: list[Sample]
-    exact: list[torch.Tensor]  # activations not rounded
-    rounded: list[torch.Tensor]  # as it is
-    source: list[torch.Tensor]  # the 16 bit model
-
-
 def verify(job: Job) -> None:
     """Prove every exported target of every format.
 
     Raises:
         ProofError: a check failed; names the first finding.
     """
+    asked = Asked(job)
     for fmt in job.plan.formats:
-        _verify_format(job, fmt)
+        _verify_format(job, fmt, asked)
 
 
-def _verify_format(job: Job, fmt: QuantFormat) -> None:
+def _verify_format(job: Job, fmt: QuantFormat, asked: Asked) -> None:
+    begin = time.monotonic()
     session, path = job.session, job.folder(fmt.name, "verify.json")
     targets = job.plan.targets(fmt)
     for target in targets:
@@ -76,7 +66,7 @@ def _verify_format(job: Job, fmt: QuantFormat) -> None:
     folders = [job.folder(fmt.name, target) for target in targets]
     if on_first_rank(session, lambda: _still_proven(path, settings, folders)):
         return
-    expected = _expected(job, fmt)
+    expected = asked.in_format(fmt)
     mine = deal(targets, session.layout.world, session.rank)
     found: dict[str, Any] = {}
     for part in session.gather({t: _check_target(job, fmt, t, expected) for t in mine}):
@@ -91,7 +81,8 @@ def _verify_format(job: Job, fmt: QuantFormat) -> None:
     }
     if session.rank == 0:
         store.write_json(path, result)
-        session.log(f"verify {fmt.name}: {'FAILED' if failed else 'passed'}")
+        how = "FAILED" if failed else "passed"
+        session.log(f"verify {fmt.name}: {how} in {time.monotonic() - begin:.1f} s")
     if failed:
         raise ProofError(f"verify {fmt.name}: {failed[0]['name']}: {failed[0]['detail']}")
 
@@ -102,22 +93,6 @@ def _still_proven(path: Path, settings: dict[str, str], folders: list[Path]) -> 
     if not before.get("passed") or before["settings"] != settings:
         return False
     return not any(_check_files(folder) for folder in folders)
-
-
-def _expected(job: Job, fmt: QuantFormat) -> Expected:
-    """Ask the Megatron models (collective)."""
-    plan = job.plan
-    questions = load_questions(plan.recipe.evaluate.data, "test", SAMPLES)
-    prepare = plan.family.preparer(plan.folder, plan.config)
-    samples = [
-        prepare(item.id, item.text + SUFFIX, questions.image(item.image))
-        for item in questions.items
-    ]
-    exact = megatron_logits(job, fmt, samples, round_activations=False)
-    if fmt.activation is None and plan.recipe.quantize.kv_cache == "none":
-        return Expected(samples, exact, exact, exact)
-    rounded = megatron_logits(job, fmt, samples)
-    return Expected(samples, exact, rounded, megatron_logits(job, None, samples))
 
 
 def _check_target(job: Job, fmt: QuantFormat, target: str, expected: Expected) -> dict[str, Any]:
