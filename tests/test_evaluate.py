@@ -137,6 +137,14 @@ def test_a_model_sees_when_half_of_the_gap_is_left(
     assert line.startswith(f"{word}: ") and "\n" not in line
 
 
+def test_a_source_that_does_not_look_is_told_as_the_reason():
+    reason = "16 bit: 0.0, it does not look either; ask questions that need the image"
+    assert reason in sight.verdict(40, 40, 40, 40)
+    assert reason not in sight.verdict(50, 40, 40, 40) and "either" not in sight.verdict(
+        40, 40, 50, 40
+    )
+
+
 def test_answers_are_of_the_right_question_and_image():
     questions = make_questions()
     found = answer.answer_all(Fake().model(), questions, batch=4)

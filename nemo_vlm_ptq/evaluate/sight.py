@@ -63,4 +63,10 @@ def verdict(
     line = f"{word}: its own images are worth {normal - swapped:.1f} points"
     if normal_16bit is None or swapped_16bit is None:
         return f"{line} ({FLOOR:.0f} needed)"
-    return f"{line} (16 bit: {normal_16bit - swapped_16bit:.1f}, half of it needed)"
+    given = normal_16bit - swapped_16bit
+    if word != "sees" and given <= 0:
+        return (
+            f"{line} (16 bit: {given:.1f}, it does not look either; ask questions that need the "
+            "image, evaluate.data, or drop 'sight' from evaluate.tasks)"
+        )
+    return f"{line} (16 bit: {given:.1f}, half of it needed)"
