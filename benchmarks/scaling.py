@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 from random_model import write_model
+from scaling_rank import PHASES
 from scaling_report import plot, report
 
 from nemo_vlm_ptq.autolayout import SHARE
@@ -92,13 +93,14 @@ class Model:
     recipe: Path
 
     def need(self, point: Point) -> int:
-        """Bytes that a rank holds at least, by the plan.
+        """Bytes that a rank holds at least, by the plan of all phases' formats.
 
         Raises:
-            UserError: the model has no such layout.
+            UserError: the model has no such layout, or a format does not fit it.
         """
         words = [f"parallel.{key}={size}" for key, size in vars(point).items()]
-        plan = make_plan(load_recipe(str(self.recipe), [*words, "quantize.format=fp8"]))
+        formats = ",".join(dict.fromkeys(fmt for fmt, *_ in PHASES.values()))
+        plan = make_plan(load_recipe(str(self.recipe), [*words, f"quantize.format=[{formats}]"]))
         return observe_bytes(plan, point.tensor, point.pipeline)
 
 

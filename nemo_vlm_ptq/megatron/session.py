@@ -93,7 +93,7 @@ def _choose_device(local: int) -> tuple[torch.device, torch.device]:
     gpus = torch.cuda.device_count()
     if not gpus:
         _bend_for_cpu()
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world()))
+        torch.set_num_threads(own_cores())
         return torch.device("cpu"), torch.device("cpu")
     device = torch.device("cuda", local % gpus)
     torch.cuda.set_device(device)
@@ -149,3 +149,8 @@ def free_memory(device: torch.device) -> int:
 def local_world() -> int:
     """Ranks on this host."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def own_cores() -> int:
+    """Cores of this host that a rank may take for itself."""
+    return max(1, len(os.sched_getaffinity(0)) // local_world())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,13 @@ from nemo_vlm_ptq.forecast import working_bytes
 from nemo_vlm_ptq.job import Job, Written, run_stage
 from nemo_vlm_ptq.megatron.build import build_decoder
 from nemo_vlm_ptq.megatron.checkpoint import load_model
+from nemo_vlm_ptq.megatron.session import own_cores
 from nemo_vlm_ptq.plan import Plan
-from nemo_vlm_ptq.questions import SUFFIX, load_questions
+from nemo_vlm_ptq.questions import SUFFIX, Question, load_questions
 from nemo_vlm_ptq.stages.importing import VISION
 from nemo_vlm_ptq.stages.solving import layer_solver
+
+LOOKERS = 8  # threads that prepare images, at most
 
 
 def calibration_chunks(plan: Plan) -> tuple[list[Chunk], Callable[[Chunk], list[Sample]]]:
@@ -51,15 +55,14 @@ def calibration_chunks(plan: Plan) -> tuple[list[Chunk], Callable[[Chunk], list[
             "may lose them: add images, or set calibration.modality=text"
         )
     ready = plan.family.preparer(plan.folder, plan.config)
+    threads = ThreadPoolExecutor(min(LOOKERS, own_cores()))
 
-    def prepare(chunk: Chunk) -> list[Sample]:
-        samples = []
-        for item in chunk:
-            image = questions.image(item.image) if looks else None
-            samples.append(ready(item.id, item.text + SUFFIX, image, item.answer))
-        return samples
+    def sample(item: Question) -> Sample:
+        image = questions.image(item.image) if looks else None
+        return ready(item.id, item.text + SUFFIX, image, item.answer)
 
-    return [items[i : i + size] for i in range(0, len(items), size)], prepare
+    chunks = [items[i : i + size] for i in range(0, len(items), size)]
+    return chunks, lambda chunk: list(threads.map(sample, chunk))
 
 
 def observe_settings(plan: Plan, work: Path) -> dict[str, Any]:
