@@ -61,7 +61,7 @@ def calibration_chunks(plan: Plan) -> tuple[list[Chunk], Callable[[Chunk], list[
         image = questions.image(item.image) if looks else None
         return ready(item.id, item.text + SUFFIX, image, item.answer)
 
-    chunks = [items[i : i + size] for i in range(0, len(items), size)]
+    chunks: list[Chunk] = [items[i : i + size] for i in range(0, len(items), size)]
     return chunks, lambda chunk: list(threads.map(sample, chunk))
 
 
