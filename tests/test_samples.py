@@ -1,24 +1,46 @@
 """Samples of a micro-batch, prepared by several threads."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from bad_models import TINY
 
+from nemo_vlm_ptq.families.shared import load_tokenizer
 from nemo_vlm_ptq.plan import make_plan
 from nemo_vlm_ptq.recipe import load_recipe
 from nemo_vlm_ptq.stages import observing
 
+CUT = {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
+FILLED = {"strategy": {"Fixed": 99}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 0,
+          "pad_type_id": 0, "pad_token": "<unk>"}  # fmt: skip
+
+
+def prepared(monkeypatch, folder, cores):
+    """Chunks of a model, and their samples made by so many threads."""
+    words = [f"model={folder}", "calibration.samples=64", "calibration.micro_batch=32"]
+    plan = make_plan(load_recipe("quickstart", words))
+    monkeypatch.setattr(observing, "own_cores", lambda: cores)
+    chunks, prepare = observing.calibration_chunks(plan)
+    return chunks, [sample for chunk in chunks for sample in prepare(chunk)]
+
 
 @pytest.mark.parametrize("name", ["tiny-llava", "tiny-phi", "tiny-vila"])
 def test_threads_prepare_the_samples_of_one_in_their_order(monkeypatch, name):
-    words = [f"model={TINY.parent / name}", "calibration.samples=64", "calibration.micro_batch=32"]
-    plan = make_plan(load_recipe("quickstart", words))
-    made = {}
-    for cores in (1, 64):
-        monkeypatch.setattr(observing, "own_cores", lambda cores=cores: cores)
-        chunks, prepare = observing.calibration_chunks(plan)
-        made[cores] = [sample for chunk in chunks for sample in prepare(chunk)]
-    assert [sample.id for sample in made[64]] == [item.id for chunk in chunks for item in chunk]
-    for one, many in zip(*made.values(), strict=True):
+    _, alone = prepared(monkeypatch, TINY.parent / name, 1)
+    chunks, together = prepared(monkeypatch, TINY.parent / name, 64)
+    assert [sample.id for sample in together] == [item.id for chunk in chunks for item in chunk]
+    for one, many in zip(alone, together, strict=True):
         assert torch.equal(one.input_ids, many.input_ids)
         assert torch.equal(one.pixels.views, many.pixels.views)
+
+
+def test_what_a_tokenizers_file_says_of_cutting_and_filling_is_off_before_threads_ask(tmp_path):
+    """transformers switches it off when it is first asked, which fails while others ask."""
+    folder = shutil.copytree(TINY, tmp_path / "model")
+    file = folder / "tokenizer.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"truncation": CUT, "padding": FILLED}))
+    tokenizer = load_tokenizer(folder).backend_tokenizer
+    assert tokenizer.truncation is None and tokenizer.padding is None

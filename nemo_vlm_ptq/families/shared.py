@@ -136,7 +136,7 @@ def check_feature_layer(
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder; never runs remote code.
+    """The tokenizer of a folder; never runs remote code. Several threads may ask it at a time.
 
     Raises:
         UserError: the folder has none.
@@ -145,7 +145,11 @@ def load_tokenizer(folder: Path) -> Any:
 
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise UserError(f"{folder} has no tokenizer.json or tokenizer.model, which questions need")
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokens = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokens(
+        ""
+    )  # sets for good what transformers sets when asked, and no thread may while others ask
+    return tokens
 
 
 def need_file(folder: Path, name: str) -> Path:
