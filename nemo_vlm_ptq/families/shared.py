@@ -146,9 +146,7 @@ def load_tokenizer(folder: Path) -> Any:
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise UserError(f"{folder} has no tokenizer.json or tokenizer.model, which questions need")
     tokens = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    tokens(
-        ""
-    )  # sets for good what transformers sets when asked, and no thread may while others ask
+    tokens("")  # transformers sets things when it is first asked, which fails while others ask
     return tokens
 
 
