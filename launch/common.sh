@@ -95,5 +95,4 @@ count_ranks() {
     ranks=${GPUS_PER_NODE:-$("$venv/bin/python" -c "$gpus")}
     share=$(($(nproc) / ranks))
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((share > 0 ? share : 1))}
-    export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 }

@@ -19,7 +19,7 @@ check_counts
 NNODES=1 set_up mpi # this machine alone runs this script
 count_ranks
 options=(-n $((nodes * ranks)) --map-by "ppr:$ranks:node:OVERSUBSCRIBE" --bind-to none
-    -x OMP_NUM_THREADS -x OMP_WAIT_POLICY)
+    -x OMP_NUM_THREADS)
 [[ -z ${HOSTFILE:-} ]] || options+=(--hostfile "$HOSTFILE")
 ((UID)) || options+=(--allow-run-as-root)
 exec mpirun "${options[@]}" "$venv/bin/python" -m nemo_vlm_ptq "$@"

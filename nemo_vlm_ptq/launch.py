@@ -185,7 +185,6 @@ def _start_ranks(plan: Plan, words: list[str]) -> int:
         PARENT: "1",
         "PYTHONWARNINGS": "ignore",
         "OMP_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "PASSIVE",  # waiting threads that spin slow others down
         "TRANSFORMERS_VERBOSITY": "error",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }

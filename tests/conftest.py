@@ -14,9 +14,6 @@ import pytest
 
 import nemo_vlm_ptq  # noqa: F401  before torch, which it has settings for
 
-# On a busy machine, threads that wait by spinning take the time of those that work.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 
 @pytest.fixture(scope="session")
 def llava():

@@ -28,8 +28,8 @@ def main():
         models.run_line(own, folder / word)
 
 
-def test_intels_libraries_are_told_to_add_in_one_order_before_torch_asks_them():
-    names = ("MKL_CBWR", "ONEDNN_MAX_CPU_ISA")
+def test_libraries_are_told_how_to_add_and_how_to_wait_before_torch_asks_them():
+    names = ("MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "OMP_WAIT_POLICY")
     bare = {key: value for key, value in os.environ.items() if key not in names}
     code = (
         "import nemo_vlm_ptq, os, sys; print('torch' in sys.modules, *map(os.getenv, sys.argv[1:]))"
@@ -37,7 +37,7 @@ def test_intels_libraries_are_told_to_add_in_one_order_before_torch_asks_them():
     said = subprocess.run(
         [sys.executable, "-c", code, *names], env=bare, capture_output=True, text=True
     )
-    assert said.stdout.split() == ["False", "AUTO,STRICT", "AVX512_CORE_BF16"]
+    assert said.stdout.split() == ["False", "AUTO,STRICT", "AVX512_CORE_BF16", "PASSIVE"]
 
 
 def digests(folder, names):
