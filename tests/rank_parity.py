@@ -2,12 +2,14 @@
 
 import sys
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import torch
 from models import Question, each_layout, to_samples
 
 from nemo_vlm_ptq.families import find_family, read_config
+from nemo_vlm_ptq.megatron import checkpoint
 from nemo_vlm_ptq.megatron.build import build_decoder
 from nemo_vlm_ptq.megatron.checkpoint import fill_from_source, load_model, save_model
 from nemo_vlm_ptq.megatron.forward import collate, encode_images, forward
@@ -43,11 +45,27 @@ def ask(own, model, vision, cases_file):
 
 
 def reload(own, folder, vision, saved, cases_file):
-    """The same, of a model filled from a torch_dist checkpoint, whoever saved it."""
+    """The same, of a model filled from a torch_dist checkpoint, whoever saved it; and what of it
+    every rank read from files and holds then."""
     config = read_config(folder)
     model = build_decoder(find_family(config).decoder(config), own, torch.float32)
+    read, real = [], checkpoint.read_block
+
+    def counting(*asked):
+        read.append(real(*asked))
+        return read[-1]
+
+    checkpoint.read_block = counting
     load_model(model, saved)
-    return ask(own, model, vision, cases_file)
+    checkpoint.read_block = real
+    weights = [one.detach() for one in model.parameters()]
+    loaded = {
+        "replica": (own.tensor, own.pipeline),
+        "read": sum(one.numel() for one in read),
+        "held": sum(one.numel() for one in weights),
+        "sha256": sha256(b"".join(one.numpy().tobytes() for one in weights)).hexdigest(),
+    }
+    return ask(own, model, vision, cases_file), own.gather(loaded)
 
 
 def run(own, folder, cases_file, out):
@@ -59,7 +77,8 @@ def run(own, folder, cases_file, out):
         saved.mkdir()
     own.barrier()
     save_model(model, saved)
-    found["reloaded"] = reload(own, folder, vision, out / SAVED.format(1, 1), cases_file)
+    saved = out / SAVED.format(1, 1)
+    found["reloaded"], found["loaded"] = reload(own, folder, vision, saved, cases_file)
     if own.last_stage and own.tensor == 0 and own.data == 0:
         torch.save(found, out / f"logits_{own.layout.tensor}x{own.layout.pipeline}")
     own.barrier()

@@ -48,13 +48,25 @@ def test_a_checkpoint_of_one_rank_loads_in_any_layout(asked, layout):
         assert torch.equal(found["reloaded"][case], found["imported"][case])
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_data_ranks_read_a_part_each_and_hold_the_same(asked, layout):
+    loaded = logits(asked, layout)["loaded"]
+    replicas = {one["replica"]: [] for one in loaded}
+    for one in loaded:
+        replicas[one["replica"]].append(one)
+    for ranks in replicas.values():
+        assert len({one["sha256"] for one in ranks}) == 1
+        assert sum(one["read"] for one in ranks) == ranks[0]["held"]
+        assert len(ranks) == 1 or max(one["read"] for one in ranks) < ranks[0]["held"]
+
+
 def test_a_checkpoint_of_any_layout_loads_on_one_rank(asked, tiny):
     expected = logits(asked, "1x1")["imported"]
     with models.alone() as own:
         _, vision = import_llava(own, tiny.float32)
         for layout in LAYOUTS:
             saved = asked / SAVED.format(*layout.split("x"))
-            found = reload(own, tiny.float32, vision, saved, tiny.cases)
+            found, _ = reload(own, tiny.float32, vision, saved, tiny.cases)
             for case in CASES:
                 assert torch.equal(found[case], expected[case]), (layout, case)
 

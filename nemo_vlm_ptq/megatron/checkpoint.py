@@ -37,7 +37,7 @@ from nemo_vlm_ptq.torch_dist import INDEX, read_index
 
 LAYERS = "decoder.layers."
 HOST = torch.device("cpu")
-FILE = 1 << 31  # bytes: a rank writes its files at the same time, a process each
+FILE = 1 << 29  # bytes: a rank writes its files at the same time, a process each
 MOST_FILES = 8
 
 
@@ -168,15 +168,17 @@ def _in_order(value: Any) -> Any:
 def load_model(model: GPTModel, folder: Path, *, to_write: bool = False) -> None:
     """Fill a model's parameters, in any layout, from a torch_dist checkpoint.
 
-    Every rank reads what it holds, straight into its parameters. megatron-core's loader would put
-    the halves of gated linears together in new memory: 5.8 GB of a 7B model's 13.5.
+    Every rank reads those that it would write, straight into its parameters, and has the others
+    from the data ranks that read them. megatron-core's loader would put the halves of gated linears
+    together in new memory: 5.8 GB of a 7B model's 13.5.
 
-    to_write: only those that this data rank writes.
+    to_write: without the others (else collective).
 
     Raises:
         UserError: damaged files.
     """
-    own = [one for name, one in global_names(model).items() if not to_write or writes(name)]
+    named = global_names(model)
+    own = [one for name, one in named.items() if writes(name)]
     stored = read_index(folder).tensors
     memory, filled = {parameter.untyped_storage().data_ptr() for parameter in own}, 0
     state = model.sharded_state_dict()
@@ -189,6 +191,10 @@ def load_model(model: GPTModel, folder: Path, *, to_write: bool = False) -> None
             copy_into(shard.data.detach(), read_block(stored[shard.key], *place))
             filled += shard.data.numel()
     assert filled == sum(parameter.numel() for parameter in own), folder
+    group = parallel_state.get_data_parallel_group()
+    ranks = [] if to_write else dist.get_process_group_ranks(group)
+    for name, parameter in named.items() if len(ranks) > 1 else ():
+        dist.broadcast(parameter.data, ranks[writer(name, len(ranks))], group=group)
 
 
 class LayerReader:
