@@ -19,10 +19,14 @@ from nemo_vlm_ptq.plan import Plan
 
 @dataclass(frozen=True)
 class Written:
-    """What a rank wrote into a stage's folder: relative names, and facts for the manifest."""
+    """What a rank wrote into a stage's folder: relative names, and facts for the manifest.
+
+    sha256: of files that were hashed while they were written; the others are read again.
+    """
 
     files: Iterable[str] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    sha256: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -106,11 +110,12 @@ def run_stage(
     start = time.monotonic()
     written = body()
     gc.collect()  # a quantized model: modelopt's modules hold methods bound to themselves
+    gc.freeze()  # what is left, such as modelopt itself; the session's end undoes it
     session.barrier()
     seconds = time.monotonic() - start
     files: dict[str, Any] = {}
     facts: dict[str, Any] = {}
-    own = (store.describe(folder, written.files), dict(written.facts))
+    own = (store.describe(folder, written.files, written.sha256), dict(written.facts))
     for part_files, part_facts in session.gather(own):
         files.update(part_files)
         facts = _merge(facts, part_facts)

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from nemo_vlm_ptq.errors import UserError
@@ -136,11 +137,17 @@ def versions() -> dict[str, str]:
     return found
 
 
-def describe(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Relative name -> bytes and sha256, for files that this rank wrote."""
+def describe(
+    folder: Path, names: Iterable[str], known: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, dict[str, Any]]:
+    """Relative name -> bytes and sha256, for files that this rank wrote; some sha256 are known."""
+
+    def sha256(name: str) -> str:
+        return known.get(name) or hash_file(folder / name)
+
     ordered = sorted(names)
     with ThreadPoolExecutor(HASHERS) as hashers:  # hashing lets other threads run
-        digests = list(hashers.map(lambda name: hash_file(folder / name), ordered))
+        digests = list(hashers.map(sha256, ordered))
     return {
         name: {"bytes": (folder / name).stat().st_size, "sha256": digest}
         for name, digest in zip(ordered, digests, strict=True)

@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 
 from nemo_vlm_ptq.calibrate import writing
 from nemo_vlm_ptq.calibrate.writing import write_tensors
+from nemo_vlm_ptq.store import hash_file
 
 
 @pytest.mark.parametrize("piece", [8, 40, 1 << 26])
@@ -21,7 +22,8 @@ def test_a_file_holds_what_was_given(piece, tmp_path, monkeypatch):
         "tokens": torch.tensor([3, 2**40]),
         "none": torch.zeros(0, 4),
     }
-    write_tensors(given, tmp_path / "layer")
+    sha256 = write_tensors(given, tmp_path / "layer")
+    assert sha256 == hash_file(tmp_path / "layer")
     found = load_file(tmp_path / "layer")
     assert set(found) == set(given)
     assert all(torch.equal(found[name], given[name]) for name in given)

@@ -29,11 +29,12 @@ def reduce_and_save(
     *,
     exact: bool,
     consume: Consume = lambda layer, tensors: None,
-) -> list[str]:
+) -> dict[str, str]:
     """Put the ranks' statistics together and write each layer once (collective).
 
-    Layers are dealt over the data ranks; of those, tensor rank 0 writes. Afterwards a layer's sums
-    are on the data rank that wrote it, and the others begin again from nothing.
+    Layers are dealt over the data ranks, and each one's over its tensor ranks, which write them.
+    Afterwards a layer's sums are on the data rank that wrote it, and the others begin again from
+    nothing.
 
     Args:
         observer: what this rank has seen.
@@ -44,7 +45,7 @@ def reduce_and_save(
         consume: called with each layer and its tensors where they are written, meanwhile.
 
     Returns:
-        Names of the files that this rank wrote.
+        sha256 of the files that this rank wrote, by name.
 
     Raises:
         UserError: activations too large for exact sums of second moments.
@@ -54,12 +55,11 @@ def reduce_and_save(
     dist.all_reduce(observer.tokens, group=session.data_group)
     for group in (session.data_group, session.tensor_group):
         dist.all_reduce(observer.attention, dist.ReduceOp.MAX, group=group)
-    written: list[Future[str]] = []
+    written: list[Future[tuple[str, str]]] = []
     mine: list[tuple[int, Mapping[str, torch.Tensor]]] = []  # not consumed yet
     with ThreadPoolExecutor(WRITERS) as writers:
         for position, layer in enumerate(observer.blocks):
-            holder = _holder(position, session)
-            writes = session.tensor == 0 and holder == session.data
+            holder, writes = _holder(position, session), _writes(position, session)
             if writes and len(written) >= (most := _at_once(observer, layer, exact)):
                 written[-most].result()
             tensors = _layer(observer, layer, session, exact)
@@ -78,7 +78,7 @@ def reduce_and_save(
             if holder == session.layout.data - 1 or position == len(observer.blocks) - 1:
                 while mine:  # when each data rank has a layer, all consume at once
                     consume(*mine.pop())
-    return [file.result() for file in written]
+    return dict(file.result() for file in written)
 
 
 def _at_once(observer: Observer, layer: int, exact: bool) -> int:
@@ -96,12 +96,18 @@ def _holder(position: int, session: Session) -> int:
     return position % session.layout.data
 
 
+def _writes(position: int, session: Session) -> bool:
+    """This rank writes a layer."""
+    turn = position // session.layout.data % session.layout.tensor
+    return _holder(position, session) == session.data and turn == session.tensor
+
+
 def _layer(
     observer: Observer, layer: int, session: Session, exact: bool
 ) -> dict[str, torch.Tensor]:
     """A layer's whole tensors; second moments only where they are written."""
-    holder = _holder(list(observer.blocks).index(layer), session)
-    writes = session.tensor == 0 and holder == session.data
+    position = list(observer.blocks).index(layer)
+    holder, writes = _holder(position, session), _writes(position, session)
     tensors: dict[str, torch.Tensor] = {}
     for name in LINEARS:
         place = observer.places[layer, name]

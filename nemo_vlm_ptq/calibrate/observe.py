@@ -77,9 +77,13 @@ class Limits:
 
 @dataclass
 class Run:
-    """What this rank has done in this run: files it answers for, and samples it ran, by pass."""
+    """What this rank has done in this run.
+
+    files: that it answers for; sha256: of those it wrote, by name; passes: samples it ran.
+    """
 
     files: list[str] = field(default_factory=list)
+    sha256: dict[str, str] = field(default_factory=dict)
     passes: list[list[str]] = field(default_factory=list)
 
 
@@ -144,7 +148,9 @@ def _one_pass(
             progress = _save(observer, session, folder, progress, together, done)
             _end(session, progress, together)
     consume = limits.consume
-    run.files += reduce_and_save(observer, session, folder, exact=False, consume=consume)
+    written = reduce_and_save(observer, session, folder, exact=False, consume=consume)
+    run.files += written
+    run.sha256 |= written
     progress = progress.with_finished(together)
     session.barrier()
     _settle(folder, session, progress)

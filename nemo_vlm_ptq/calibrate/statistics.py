@@ -108,10 +108,9 @@ def layer_file(layer: int) -> str:
     return f"layer_{layer:05d}.safetensors"
 
 
-def save_layer(folder: Path, layer: int, tensors: dict[str, torch.Tensor]) -> str:
-    """Write one layer's statistics; returns the file name."""
-    write_tensors(tensors, folder / layer_file(layer))
-    return layer_file(layer)
+def save_layer(folder: Path, layer: int, tensors: dict[str, torch.Tensor]) -> tuple[str, str]:
+    """Write one layer's statistics; returns the file's name and its sha256."""
+    return layer_file(layer), write_tensors(tensors, folder / layer_file(layer))
 
 
 def load_tokens(folder: Path, layer: int) -> list[int]:

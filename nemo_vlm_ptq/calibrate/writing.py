@@ -8,6 +8,7 @@ as much takes longer than writing it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,8 +21,8 @@ from nemo_vlm_ptq.tensor_file import NAMES
 PIECE = 1 << 26  # bytes
 
 
-def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write a file of tensors that are on one device."""
+def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> str:
+    """Write a file of tensors that are on one device; returns its sha256, hex."""
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -32,13 +33,15 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
         header[name] = about | {"data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    start_of_file = len(text).to_bytes(8, "little") + text
+    digest = hashlib.sha256(start_of_file)
     device = tensors[order[0]].device
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     if stream is not None:
         stream.wait_stream(torch.cuda.default_stream(device))
     piece = torch.empty(min(PIECE, end), dtype=torch.uint8, pin_memory=stream is not None)
     with torch.cuda.stream(stream), path.open("wb") as file:  # None: the stream as it is
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(start_of_file)
         for name in order:
             every = tensors[name].detach().contiguous().view(-1).view(torch.uint8)
             for part in every.split(PIECE):
@@ -47,3 +50,5 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
                 if stream is not None:
                     stream.synchronize()
                 file.write(own.numpy().data)
+                digest.update(own.numpy().data)
+    return digest.hexdigest()

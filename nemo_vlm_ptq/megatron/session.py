@@ -7,6 +7,7 @@ which have no CPU form; with a GPU present nothing is bent.
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -113,6 +114,9 @@ def _start_group(rank: int, world: int, backend: str) -> None:
 def session(parallel: Mapping[str, Any]) -> Iterator[Session]:
     """Join the ranks that were started and lay the three axes over them.
 
+    Until it ends, Python does not look for garbage among what is there already, packages above all:
+    each look takes half a second.
+
     Args:
         parallel: tensor, pipeline and data (or "auto") of the recipe.
 
@@ -127,11 +131,13 @@ def session(parallel: Mapping[str, Any]) -> Iterator[Session]:
     _start_group(rank, world, "gloo" if wire.type == "cpu" else "cpu:gloo,cuda:nccl")
     parallel_state.initialize_model_parallel(tensor, pipeline)
     whole = False
+    gc.freeze()
     try:
         t, p, d = layout.coordinates(rank)
         yield Session(layout, rank, t, p, d, device, wire)
         whole = True
     finally:
+        gc.unfreeze()  # nanobind would call it leaked
         if whole or world == 1:  # NCCL's shutdown waits for peers, and they for a rank that failed
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()

@@ -104,7 +104,7 @@ def observe(job: Job) -> None:
             facts["ids_per_rank"] = run.passes[:1]
         if session.rank == 0:
             facts["tokens"] = tokens
-        return Written(run.files, facts)
+        return Written(run.files, facts, run.sha256)
 
     run_stage(job, "observe", folder, settings, body)
 
