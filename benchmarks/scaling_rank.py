@@ -95,7 +95,7 @@ class Line:
         return plan
 
     def phase(self, name: str) -> dict[str, Any]:
-        """Seconds of each folder, and of all with hashes; GB at most and bytes sent by rank."""
+        """Seconds of each folder, and of all by the clock; GB at most and bytes sent by rank."""
         fmt, names, folders = PHASES[name]
         if "observe" in names:
             self.remove("statistics")
@@ -111,7 +111,7 @@ class Line:
         facts = {name: one["facts"] for name, one in zip(folders, manifests, strict=True)}
         found = {
             "seconds": {name: one["seconds"] for name, one in facts.items()},
-            "with hashes": whole,
+            "clock": whole,
             "peak": self.own.gather(peak),
             "sent": self.own.gather(sent),
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,8 @@ PARTS = {  # folders of the third phase
     "int4_awq/scales": "solve after it",
     "int4_awq/quantized": "Megatron checkpoint",
 }
-PLOTTED = (  # label, phase, folder
-    ("import", "import", ""),
-    ("observe, maxima", "observe", ""),
-    ("observe, second moments", "calibrate", "statistics"),
-    ("solve after it", "calibrate", "int4_awq/scales"),
-    ("Megatron checkpoint", "calibrate", "int4_awq/quantized"),
-    ("export, TP 2", "export", ""),
-)
-COLORS = ("#B8B8B8", "#9CC3E6", "#2E75B6", "#1B3F66", "#F2B36B", "#8FBF7F")
+REST = "hashes and the rest"
+COLORS = ("#B8B8B8", "#9CC3E6", "#2E75B6", "#1B3F66", "#F2B36B", "#DCD2C4", "#8FBF7F")
 
 Lines = Sequence[Mapping[str, Any]]
 
@@ -41,14 +34,17 @@ class Measured:
         self.runs = [line for line in lines if "phases" in line]
         self.profiles = [line["profile"] for line in lines if "profile" in line]
 
-    def seconds(self, phase: str, folder: str = "") -> float:
-        """Median of a phase, or of a folder that it leaves."""
-        runs = [run["phases"][phase]["seconds"] for run in self.runs]
-        return statistics.median(one[folder] if folder else sum(one.values()) for one in runs)
+    def clock(self, phase: str) -> float:
+        """Median of a phase's seconds, all included."""
+        return statistics.median(run["phases"][phase]["clock"] for run in self.runs)
 
-    def with_hashes(self, phase: str) -> float:
-        """Median of a phase by the clock, manifests included."""
-        return statistics.median(run["phases"][phase]["with hashes"] for run in self.runs)
+    def part(self, phase: str, folder: str) -> float:
+        """Median of the seconds of a folder that a phase leaves, until its files are written."""
+        return statistics.median(run["phases"][phase]["seconds"][folder] for run in self.runs)
+
+    def rest(self, phase: str) -> float:
+        """Seconds of a phase beside its folders'."""
+        return self.clock(phase) - sum(self.part(phase, one) for one in PARTS)
 
     def peaks(self, phase: str) -> list[float]:
         """GB of each rank at most."""
@@ -68,6 +64,17 @@ class Measured:
         """The kinds of ranks that there are several of."""
         sizes = {"TP": self.tensor, "PP": self.pipeline, "DP": self.data}
         return " x ".join(f"{kind} {size}" for kind, size in sizes.items() if size > 1) or "1 rank"
+
+
+PLOTTED: dict[str, Callable[[Measured], float]] = {
+    "import": lambda one: one.clock("import"),
+    "observe, maxima": lambda one: one.clock("observe"),
+    "observe, second moments": lambda one: one.part("calibrate", "statistics"),
+    "solve after it": lambda one: one.part("calibrate", "int4_awq/scales"),
+    "Megatron checkpoint": lambda one: one.part("calibrate", "int4_awq/quantized"),
+    REST: lambda one: one.rest("calibrate"),
+    "export, TP 2": lambda one: one.clock("export"),
+}
 
 
 def by_model(lines: Lines) -> dict[str, list[Measured]]:
@@ -97,17 +104,17 @@ def times(points: Sequence[Measured]) -> list[str]:
     for one in points:
         cells = [one.name, str(one.ranks), str(len(one.runs))]
         for phase in PHASES:
-            cells.append(f"{one.seconds(phase):.2f}")
+            cells.append(f"{one.clock(phase):.2f}")
             if phase in ("observe", "calibrate"):
-                faster = base.seconds(phase) / one.seconds(phase)
+                faster = base.clock(phase) / one.clock(phase)
                 share = 100 * faster * base.ranks / one.ranks
                 cells.append(f"{faster:.2f} x ({share:.0f} %)")
                 if phase == "calibrate":
-                    cells += [f"{one.seconds(phase, part):.2f}" for part in PARTS]
-        rows.append([*cells, f"{one.with_hashes('calibrate'):.2f}"])
+                    cells += [f"{one.part(phase, part):.2f}" for part in PARTS]
+                    cells.append(f"{one.rest(phase):.2f}")
+        rows.append(cells)
     head = ["layout", "ranks", "runs", PHASES["import"], PHASES["observe"], "speed-up"]
-    head += [PHASES["calibrate"], "speed-up", *PARTS.values(), PHASES["export"]]
-    head += ["third phase with hashes"]
+    head += [PHASES["calibrate"], "speed-up", *PARTS.values(), REST, PHASES["export"]]
     about = "Seconds, medians; speed-ups over the first row, in brackets the share of the ideal."
     return [about, "", *table(head, rows)]
 
@@ -189,12 +196,12 @@ def plot(lines: Lines, path: Path) -> None:
     panels = figure.subplots(len(models), 1, squeeze=False, sharex=True, height_ratios=rows)[:, 0]
     for axes, (name, points) in zip(panels, models.items(), strict=True):
         base, left = points[0], [0.0] * len(points)
-        for (label, phase, folder), color in zip(PLOTTED, COLORS, strict=True):
-            widths = [one.seconds(phase, folder) for one in points]
+        for (label, seconds), color in zip(PLOTTED.items(), COLORS, strict=True):
+            widths = [seconds(one) for one in points]
             axes.barh(range(len(points)), widths, 0.7, left, label=label, color=color)
             left = [sum(pair) for pair in zip(left, widths, strict=True)]
         for row, (one, end) in enumerate(zip(points, left, strict=True)):
-            faster = base.seconds("calibrate") / one.seconds("calibrate")
+            faster = base.clock("calibrate") / one.clock("calibrate")
             if one is not base:
                 axes.text(end, row, f" {faster:.2f} x", va="center", fontsize=9)
         axes.set_yticks(range(len(points)), [one.short for one in points])
