@@ -9,7 +9,7 @@ from nemo_vlm_ptq.plan import VOCAB_MULTIPLE, Plan, calibrating_sizes
 from nemo_vlm_ptq.source import total_bytes
 
 LONG_IMAGE = 2880  # tokens, at most, of an image that is cut up: LLaVA-NeXT's
-TEXT = 256  # tokens of a sample beside its image
+TEXT = 128  # tokens of a sample beside its image: a prompt, a long question, a short answer
 WINDOW = 8  # micro-batches whose images are looked at together
 SHARE = 0.9  # of the memory left free that second moments take unless the recipe says how much
 
