@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 
 from nemo_vlm_ptq.job import Job
@@ -13,6 +14,7 @@ from nemo_vlm_ptq.stages import run_stages
 
 def run_rank(command: str, plan: Plan, options: Mapping[str, str]) -> int:
     """Run a command on this rank; 0 when done."""
+    gc.enable()
     with session(plan.recipe.parallel.model_dump()) as own:
         job = Job(plan, own)
         if command == "logits":

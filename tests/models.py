@@ -175,7 +175,8 @@ def main_of(module: str) -> list[str]:
 
     Not as a script: each rank's checkpoint writer would start by importing all of it once more.
     """
-    return ["--no-python", sys.executable, "-c", f"from {module} import main; main()"]
+    code = f"import gc; gc.disable(); from {module} import main; gc.enable(); main()"
+    return ["--no-python", sys.executable, "-c", code]
 
 
 def launch(words, ranks: int, timeout: float = PATIENCE) -> tuple[int, str, str]:
