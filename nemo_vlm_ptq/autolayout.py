@@ -10,12 +10,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.forecast import dtype_bytes, observe_bytes, passes, whole_bytes
+from nemo_vlm_ptq.names import BASELINE
 from nemo_vlm_ptq.parallel import divisors
 from nemo_vlm_ptq.plan import Plan, calibrating_sizes
 from nemo_vlm_ptq.recipe import Parallel
+from nemo_vlm_ptq.store import MANIFEST
 
 SHARE = 0.9  # of a GPU's memory that a rank may take
 GATHERED = 1800  # hidden size at which tensor ranks send a token for as long as one computes it
@@ -52,12 +55,15 @@ def lay_out(plan: Plan, machine: Callable[[], Machine]) -> tuple[Plan, str]:
 
 
 def check_whole(plan: Plan, stages: Collection[str], machine: Callable[[], Machine]) -> None:
-    """A GPU has room for the model that `evaluate` asks, where it is a stage.
+    """A GPU has room for the model that `evaluate` asks, where it has yet to ask.
 
     Raises:
         UserError: it has not; says which stages can run.
     """
     if "evaluate" not in stages or plan.recipe.evaluate.form == "engine":
+        return
+    work, asked = Path(plan.recipe.workdir), [BASELINE, *(fmt.name for fmt in plan.formats)]
+    if all((work / name / "evaluate" / MANIFEST).is_file() for name in asked):
         return
     memory, need = machine().memory, whole_bytes(plan, dtype_bytes(plan))
     if memory is not None and need > SHARE * memory:

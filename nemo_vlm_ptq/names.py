@@ -3,4 +3,5 @@
 STAGES = ("import", "observe", "solve", "export", "verify", "build", "evaluate", "report")
 USUAL = tuple(name for name in STAGES if name != "build")  # of a recipe that names none
 GROUPS = {"calibrate": ("observe", "solve")}
+BASELINE = "16bit"  # stands for a format where the source itself is asked
 LOGITS_KEYS = ("from", "inputs", "output", "dtype")

@@ -23,7 +23,6 @@ from nemo_vlm_ptq.names import USUAL
 
 FAILURES = "failures.jsonl"
 FACTS, JOBS = Path("slurm", "recipe.json"), Path("slurm", "jobs")  # of slurm/submit.sh
-BASELINE = "16bit"
 ONCE = {"import": "megatron", "observe": "statistics", "report": "report"}
 FINISHED, BEGUN, MISSING, FAILED = "finished", "in progress", "missing", "failed"
 WELL = ("COMPLETED", "COMPLETING", "RUNNING", "PENDING", "CONFIGURING", "REQUEUED")

@@ -257,6 +257,12 @@ def test_evaluate_is_refused_early_where_no_gpu_has_room_for_the_model(tmp_path,
     assert launch.start("plan", str(recipe), [f"stages={stages}"]) == 0
     assert launch.start("plan", str(recipe), ["evaluate.from=engine"]) == 0
     assert refusal("evaluate", recipe).endswith("43.2 GB; run evaluate where GPUs have more memory")
+    for name in ("16bit", "fp8"):  # nothing is left to ask
+        folder = tmp_path / "work" / name / "evaluate"
+        folder.mkdir(parents=True)
+        assert refusal("plan", recipe).startswith("evaluate asks")
+        (folder / "manifest.json").touch()
+    assert launch.start("plan", str(recipe), []) == 0
     gpus()
     assert launch.start("plan", str(recipe), []) == 0
 

@@ -125,7 +125,8 @@ def test_swap_refuses_a_single_image():
         (45, 40, None, None, "sees"),
         (44.9, 40, None, None, "no longer looks"),
         (44, 40, 80, None, "no longer looks"),
-        (40, 40, 40, 41, "no longer looks"),
+        (40, 40, 40, 41, "blind in 16 bit"),
+        (40, 40, 40, 40, "blind in 16 bit"),
     ],
 )
 def test_a_model_sees_when_half_of_the_gap_is_left(

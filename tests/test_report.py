@@ -103,7 +103,8 @@ def test_table_lines_up_within_100_columns():
     rows = [
         {
             "format": "int8_smoothquant", "gqa": 100.0, "change": -100.0, "p_value": 1e-30,
-            "interval": (-100.0, -100.0), "sees": False, "ratio": 99.94, "verify": False,
+            "interval": (-100.0, -100.0), "sight": "no longer looks", "ratio": 99.94,
+            "verify": False,
         },
         {"format": "fp8"},
         {"format": "16 bit", "baseline": True},

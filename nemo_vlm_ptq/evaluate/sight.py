@@ -13,6 +13,7 @@ from nemo_vlm_ptq.questions import Question
 
 SHARE = 0.5  # of the 16-bit model's gap that must be left
 FLOOR = 5.0  # points that the gap must reach when no 16-bit model was asked
+SEES, LOST, BLIND = "sees", "no longer looks", "blind in 16 bit"
 
 
 def swap(items: Sequence[Question]) -> dict[str, str]:
@@ -58,15 +59,29 @@ def verdict(
     normal_16bit: float | None = None,
     swapped_16bit: float | None = None,
 ) -> str:
-    """One line: "sees" or "no longer looks", and the gaps in points that say so."""
-    word = "sees" if sees(normal, swapped, normal_16bit, swapped_16bit) else "no longer looks"
-    line = f"{word}: its own images are worth {normal - swapped:.1f} points"
+    """One line: what `word` says, and the gaps in points that say so."""
+    said = word(normal, swapped, normal_16bit, swapped_16bit)
+    line = f"{said}: its own images are worth {normal - swapped:.1f} points"
     if normal_16bit is None or swapped_16bit is None:
         return f"{line} ({FLOOR:.0f} needed)"
     given = normal_16bit - swapped_16bit
-    if word != "sees" and given <= 0:
+    if said == BLIND:
         return (
             f"{line} (16 bit: {given:.1f}, it does not look either; ask questions that need the "
             "image, evaluate.data, or drop 'sight' from evaluate.tasks)"
         )
     return f"{line} (16 bit: {given:.1f}, half of it needed)"
+
+
+def word(
+    normal: float,
+    swapped: float,
+    normal_16bit: float | None = None,
+    swapped_16bit: float | None = None,
+) -> str:
+    """`sees` in words, and whether there was anything to lose."""
+    if sees(normal, swapped, normal_16bit, swapped_16bit):
+        return SEES
+    if normal_16bit is None or swapped_16bit is None or normal_16bit > swapped_16bit:
+        return LOST
+    return BLIND

@@ -42,7 +42,7 @@ code { font: .9em/1.4 ui-monospace, "DejaVu Sans Mono", monospace; }
 
 TONES = {
     "passed": "good", "sees": "good", "failed": "bad", "FAILED": "bad", "missed": "bad",
-    "no longer looks": "bad", "not run": "missing",
+    "no longer looks": "bad", "blind in 16 bit": "bad", "not run": "missing",
 }  # fmt: skip
 
 

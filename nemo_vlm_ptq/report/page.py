@@ -12,7 +12,7 @@ from typing import Any
 from nemo_vlm_ptq.report import plots
 from nemo_vlm_ptq.report.layers import finite, layer_parts
 from nemo_vlm_ptq.report.markup import compact, document, element, flatten, missing, picture, table
-from nemo_vlm_ptq.report.table import HEADER, cells, choose, percent, summarize
+from nemo_vlm_ptq.report.table import HEADER, NOT_RUN, cells, choose, percent, summarize
 
 FIRST_IDS = 4  # sample ids shown per rank
 
@@ -96,7 +96,7 @@ def _problems(item: Facts) -> list[str]:
     if (item.get("verify") or {}).get("passed") is False:
         found.append(f"{item['name']}: verification FAILED; do not use this checkpoint.")
     if item.get("sees") is False:
-        found.append(f"{item['name']}: {item.get('verdict') or 'no longer looks'}.")
+        found.append(f"{item['name']}: {item['verdict']}.")
     broken = sum(not finite(entry["error"]) for entry in item.get("layers") or ())
     if broken:
         found.append(f"{item['name']}: the output error of {broken} linears is not a number.")
@@ -125,7 +125,7 @@ def _sight(facts: Facts) -> list[str]:
             item["name"],
             percent((item.get("accuracy") or {}).get("accuracy")),
             percent((item.get("swapped") or {}).get("accuracy")),
-            item.get("verdict") or choose(item.get("sees"), "sees", "no longer looks"),
+            item.get("verdict") or NOT_RUN,
         )
         for item in facts["formats"]
     ]

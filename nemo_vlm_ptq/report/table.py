@@ -25,7 +25,7 @@ def summarize(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
             "change": pair.get("difference"),
             "interval": pair.get("interval"),
             "p_value": pair.get("p_value"),
-            "sees": item.get("sees"),
+            "sight": (item.get("verdict") or NOT_RUN).partition(":")[0],
             "ratio": size / whole if size is not None and whole else None,
             "verify": (item.get("verify") or {}).get("passed"),
         })  # fmt: skip
@@ -37,8 +37,8 @@ def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
 
     Args:
         row: format; gqa in percent; change: points against 16 bit, interval: two of them; p_value;
-            sees, verify: bool; ratio: bytes against 16 bit. All but the format may be missing or
-            None: not run. A row with `baseline` has nothing behind its gqa.
+            sight: the word of it; verify: bool; ratio: bytes against 16 bit. All but the format may
+            be missing or None: not run. A row with `baseline` has nothing behind its gqa.
     """
     first = (str(row["format"]), percent(row.get("gqa")))
     if row.get("baseline"):
@@ -49,7 +49,7 @@ def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         NOT_RUN if change is None else f"{change:+.2f}",
         NOT_RUN if interval is None else f"{interval[0]:+.2f} to {interval[1]:+.2f}",
         chance(row.get("p_value")),
-        choose(row.get("sees"), "sees", "no longer looks"),
+        str(row.get("sight") or NOT_RUN),
         NOT_RUN if ratio is None else f"{ratio:.2f}x",
         choose(row.get("verify"), "passed", "FAILED"),
     )

@@ -20,14 +20,13 @@ from nemo_vlm_ptq.families.shared import load_tokenizer
 from nemo_vlm_ptq.forecast import whole_bytes
 from nemo_vlm_ptq.formats import QuantFormat
 from nemo_vlm_ptq.job import Job, Written, run_stage
+from nemo_vlm_ptq.names import BASELINE
 from nemo_vlm_ptq.parallel import split_evenly
 from nemo_vlm_ptq.progress import progress_bar
 from nemo_vlm_ptq.questions import Questions, load_questions
 from nemo_vlm_ptq.stages.forms import fits, runtime_of
 from nemo_vlm_ptq.stages.importing import source_identity
 from nemo_vlm_ptq.stages.serving import open_engine
-
-BASELINE = "16bit"
 
 
 def evaluate(job: Job) -> None:

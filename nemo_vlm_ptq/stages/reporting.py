@@ -9,9 +9,10 @@ from typing import Any
 from nemo_vlm_ptq import store
 from nemo_vlm_ptq.formats import QuantFormat
 from nemo_vlm_ptq.job import Job
+from nemo_vlm_ptq.names import BASELINE
 from nemo_vlm_ptq.report import page, table
 from nemo_vlm_ptq.source import total_bytes
-from nemo_vlm_ptq.stages.evaluating import BASELINE, read_result
+from nemo_vlm_ptq.stages.evaluating import read_result
 from nemo_vlm_ptq.stages.forms import exported_bytes
 
 
