@@ -28,7 +28,7 @@ from nemo_vlm_ptq.recipe import Recipe
 from nemo_vlm_ptq.runtime.read_nemo import read_nemo
 from nemo_vlm_ptq.sources.nemo import read_context
 from nemo_vlm_ptq.stages import run_stages
-from nemo_vlm_ptq.stages.forms import megatron_logits
+from nemo_vlm_ptq.stages.forms import megatron_logits, rounded_and_exact
 from nemo_vlm_ptq.stages.proving import verify
 
 NEMO = os.environ.get("NEMO_VLM_PTQ_NEMO_PYTHON")
@@ -255,8 +255,7 @@ def test_nemo_restores_every_format(nemo_line, asked, name):
     found = load_file(home / f"{name}.safetensors")
     with models.alone() as own:
         mine = job(own, nemo_line, (name,))
-        exact = megatron_logits(mine, FORMATS[name], samples, round_activations=False)
-        rounded = megatron_logits(mine, FORMATS[name], samples)
+        rounded, exact = rounded_and_exact(mine, FORMATS[name], samples)
     distances = apart(found["exact"], exact), apart(found["rounded"], rounded)
     print(f"{name}: {distances[0]:.1e}, with inputs rounded {distances[1]:.1e}")
     assert distances[0] < EXACT and distances[1] < ROUNDED

@@ -19,7 +19,7 @@ from nemo_vlm_ptq.questions import SUFFIX, load_questions
 from nemo_vlm_ptq.recipe import Recipe
 from nemo_vlm_ptq.runtime.read_trtllm import read_trtllm
 from nemo_vlm_ptq.stages.exporting import export
-from nemo_vlm_ptq.stages.forms import megatron_logits
+from nemo_vlm_ptq.stages.forms import rounded_and_exact
 from nemo_vlm_ptq.stages.quantizing import load_quantized
 from nemo_vlm_ptq.store import read_manifest
 from nemo_vlm_ptq.verify.contract import check_contract
@@ -100,7 +100,7 @@ def same_model(mine, theirs):
 
 
 def ask(own, work):
-    """Format -> logits of three questions, activations not rounded and as they are served."""
+    """Format -> logits of three questions, as they are served and activations not rounded."""
     found = {}
     whole = job(own, work, tuple(FORMATS), ("trtllm", "hf"))
     plan = whole.plan
@@ -110,10 +110,7 @@ def ask(own, work):
         prepare(one.id, one.text + SUFFIX, questions.image(one.image)) for one in questions.items
     ]
     for fmt in plan.formats:
-        found[fmt.name] = [
-            megatron_logits(whole, fmt, samples, round_activations=rounded)
-            for rounded in (False, True)
-        ]
+        found[fmt.name] = rounded_and_exact(whole, fmt, samples)
     return found
 
 
@@ -166,7 +163,7 @@ def test_a_quantized_checkpoint_says_the_same_on_other_pipeline_ranks(asked, nam
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_quantized_checkpoint_says_the_same_on_other_tensor_ranks(asked, name):
     """Activations that lie on a tie may round the other way; how many do is the CPU's affair."""
-    (exact, rounded), (exact_one, rounded_one) = asked[TENSOR][0][name], asked[ONE][0][name]
+    (rounded, exact), (rounded_one, exact_one) = asked[TENSOR][0][name], asked[ONE][0][name]
     for mine, theirs in zip(exact, exact_one, strict=True):
         distance = compare_logits(mine, theirs)
         assert distance["mean"] < EXACT and distance["argmax_equal"] > 0.99

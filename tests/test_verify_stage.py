@@ -9,7 +9,7 @@ from test_verify import LAYER, VISION, flip_bit
 
 from nemo_vlm_ptq import store
 from nemo_vlm_ptq.errors import ProofError
-from nemo_vlm_ptq.stages import asking
+from nemo_vlm_ptq.stages import forms
 
 
 def test_the_stage_passes_every_check_of_an_undamaged_export(proving):
@@ -18,18 +18,22 @@ def test_the_stage_passes_every_check_of_an_undamaged_export(proving):
     assert {check["name"].split()[0] for check in result["checks"]} == {"trtllm", "hf"}
 
 
-def test_formats_share_what_the_16_bit_model_says(works, tmp_path, monkeypatch):
-    formats, real, asked = ["fp8", "int8_sq"], asking.megatron_logits, []
+def test_each_model_is_loaded_once_for_all_formats_and_targets(works, tmp_path, monkeypatch):
+    formats, asked = ["fp8", "int8_sq"], []
     for name in ("megatron", *formats):
         shutil.copytree(works["2x1x1"] / name, tmp_path / name)
 
-    def ask(job, fmt, *words, **options):
-        asked.append(fmt and fmt.name)
-        return real(job, fmt, *words, **options)
+    def counting(real):
+        def load(*given):
+            asked.append(given)
+            return real(*given)
 
-    monkeypatch.setattr(asking, "megatron_logits", ask)
+        return load
+
+    for name in ("load_model", "load_quantized"):
+        monkeypatch.setattr(forms, name, counting(getattr(forms, name)))
     assert prover(tmp_path, formats)()["passed"]
-    assert sorted(map(str, asked)) == ["None", "fp8", "fp8", "int8_sq", "int8_sq"]
+    assert sorted(what.name for _, what in asked) == [*formats, "megatron"]
 
 
 def test_damage_done_after_the_stage_passed_is_found_when_it_runs_again(proving):

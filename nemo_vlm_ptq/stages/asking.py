@@ -11,7 +11,7 @@ from nemo_vlm_ptq.families.base import Sample
 from nemo_vlm_ptq.formats import QuantFormat
 from nemo_vlm_ptq.job import Job
 from nemo_vlm_ptq.questions import SUFFIX, load_questions
-from nemo_vlm_ptq.stages.forms import megatron_logits
+from nemo_vlm_ptq.stages.forms import megatron_logits, rounded_and_exact
 
 SAMPLES = 8
 
@@ -50,8 +50,8 @@ class Asked:
 
     def in_format(self, fmt: QuantFormat) -> Expected:
         """Logits of the quantized model, and of the 16 bit one where they matter (collective)."""
-        exact = megatron_logits(self.job, fmt, self.samples, round_activations=False)
         if fmt.activation is None and self.job.plan.recipe.quantize.kv_cache == "none":
+            exact = megatron_logits(self.job, fmt, self.samples)
             return Expected(self.samples, exact, exact, exact)
-        rounded = megatron_logits(self.job, fmt, self.samples)
+        rounded, exact = rounded_and_exact(self.job, fmt, self.samples)
         return Expected(self.samples, exact, rounded, self.source)

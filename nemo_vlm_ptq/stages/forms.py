@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -27,7 +28,7 @@ from nemo_vlm_ptq.runtime.read_hf import read_source, read_unified
 from nemo_vlm_ptq.runtime.read_nemo import read_nemo
 from nemo_vlm_ptq.runtime.read_trtllm import read_trtllm
 from nemo_vlm_ptq.stages.importing import VISION
-from nemo_vlm_ptq.stages.quantizing import load_quantized
+from nemo_vlm_ptq.stages.quantizing import load_quantized, stop_rounding
 
 Masks = Sequence[torch.Tensor | None]
 ROOM = 0.9  # of the memory left free on a GPU, for the weights of a model that answers there
@@ -38,33 +39,60 @@ def megatron_logits(
     fmt: QuantFormat | None,
     samples: Sequence[Sample],
     dtype: torch.dtype = torch.float32,
-    *,
     masks: Masks = (),
-    round_activations: bool = True,
 ) -> list[torch.Tensor]:
     """Logits [S,V] float32 of each sample, one at a time, on every rank (collective).
 
     fmt None is the imported 16 bit model; masks [S] hide tokens from attention.
     """
+    (logits,) = _ask(job, fmt, samples, dtype, masks)
+    return logits
+
+
+def rounded_and_exact(
+    job: Job, fmt: QuantFormat, samples: Sequence[Sample]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Logits [S,V] of the quantized model as it is, and with activations and KV cache not rounded.
+
+    The weights are in the format both times (collective).
+    """
+    rounded, exact = _ask(job, fmt, samples, torch.float32, (), stop_rounding)
+    return rounded, exact
+
+
+def _ask(
+    job: Job,
+    fmt: QuantFormat | None,
+    samples: Sequence[Sample],
+    dtype: torch.dtype,
+    masks: Masks,
+    *changes: Callable[[Any], None],
+) -> list[list[torch.Tensor]]:
+    """Logits of the model, and again after each change."""
     plan, session = job.plan, job.session
     if fmt is None:
         model = build_decoder(plan.decoder, session, job.dtype)
         load_model(model, job.folder("megatron"))
     else:
-        model = load_quantized(job, fmt, round_activations)
+        model = load_quantized(job, fmt)
     compute_in(model, dtype)
     beside = load_file(job.folder("megatron", VISION))
     vision = plan.family.build_vision(plan.config, beside, session.device, dtype)
-    parts = []
     pairs = list(zip(samples, masks or [None] * len(samples), strict=True))
-    for sample, mask in deal(pairs, session.layout.data, session.data):
-        (features,) = encode_images(vision, session, [[sample]], plan.decoder.hidden)
-        out = forward(model, session, collate([sample], mask), features)
-        if out is not None:
-            parts.append(out[0, :, : plan.decoder.vocab].float())
+    found = []
+    for change in (None, *changes):
+        if change is not None:
+            change(model)
+        parts = []
+        for sample, mask in deal(pairs, session.layout.data, session.data):
+            (features,) = encode_images(vision, session, [[sample]], plan.decoder.hidden)
+            out = forward(model, session, collate([sample], mask), features)
+            if out is not None:
+                parts.append(out[0, :, : plan.decoder.vocab].float())
+        found.append(gather_logits(session, parts, len(samples)))
     del model  # frames may be kept: see stages/quantizing.py
     gc.collect()  # modelopt's modules hold methods bound to themselves
-    return gather_logits(session, parts, len(samples))
+    return found
 
 
 def read_form(

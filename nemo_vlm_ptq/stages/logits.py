@@ -38,7 +38,7 @@ def write_logits(job: Job, options: Mapping[str, str]) -> None:
     fmt = _format(job, form)
     samples, masks = _samples(job, load_file(inputs))
     if form in ("megatron", "quantized"):
-        logits = megatron_logits(job, fmt, samples, dtype, masks=masks)
+        logits = megatron_logits(job, fmt, samples, dtype, masks)
     elif job.session.rank == 0 and form == "engine" and fmt is not None:
         logits = engine_logits(job, fmt, samples, masks)
     elif job.session.rank == 0:

@@ -64,7 +64,7 @@ def _write(job: Job, fmt: QuantFormat, folder: Path, quantizers: ModuleType) -> 
     quantizers.save_modelopt_state(model, folder)
 
 
-def load_quantized(job: Job, fmt: QuantFormat, round_activations: bool = True) -> Any:
+def load_quantized(job: Job, fmt: QuantFormat) -> Any:
     """The quantized model of a finished solve, in this run's layout.
 
     Scales come from the layout-free files: modelopt's own restore of block scales is wrong when
@@ -72,10 +72,10 @@ def load_quantized(job: Job, fmt: QuantFormat, round_activations: bool = True) -
     """
     from nemo_vlm_ptq.calibrate import quantizers
 
-    return _load(job, fmt, round_activations, quantizers)
+    return _load(job, fmt, quantizers)
 
 
-def _load(job: Job, fmt: QuantFormat, round_activations: bool, quantizers: ModuleType) -> Any:
+def _load(job: Job, fmt: QuantFormat, quantizers: ModuleType) -> Any:
     scales_of, kv_of = own_scales(job, fmt), own_kv(job, fmt)
     chosen = job.plan.recipe.quantize
     model = build_decoder(job.plan.decoder, job.session, job.dtype)
@@ -83,9 +83,14 @@ def _load(job: Job, fmt: QuantFormat, round_activations: bool, quantizers: Modul
     quantizers.fill_quantizers(model, fmt, scales_of, kv_of)
     load_model(model, job.folder(fmt.name, "quantized"))
     quantizers.use_own_rounding(model, fmt)
-    if not round_activations:
-        quantizers.stop_rounding_activations(model)
     return model
+
+
+def stop_rounding(model: Any) -> None:
+    """A quantized model rounds weights alone from now on."""
+    from nemo_vlm_ptq.calibrate import quantizers
+
+    quantizers.stop_rounding_activations(model)
 
 
 def own_scales(job: Job, fmt: QuantFormat) -> Callable[[int, str], LinearScales]:
