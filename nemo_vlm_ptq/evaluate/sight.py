@@ -59,29 +59,20 @@ def verdict(
     normal_16bit: float | None = None,
     swapped_16bit: float | None = None,
 ) -> str:
-    """One line: what `word` says, and the gaps in points that say so."""
-    said = word(normal, swapped, normal_16bit, swapped_16bit)
-    line = f"{said}: its own images are worth {normal - swapped:.1f} points"
+    """One line: one of SEES, LOST and BLIND, and the gaps in points that say so."""
+    if sees(normal, swapped, normal_16bit, swapped_16bit):
+        word = SEES
+    elif normal_16bit is None or swapped_16bit is None or normal_16bit > swapped_16bit:
+        word = LOST
+    else:
+        word = BLIND
+    line = f"{word}: its own images are worth {normal - swapped:.1f} points"
     if normal_16bit is None or swapped_16bit is None:
         return f"{line} ({FLOOR:.0f} needed)"
     given = normal_16bit - swapped_16bit
-    if said == BLIND:
+    if word == BLIND:
         return (
             f"{line} (16 bit: {given:.1f}, it does not look either; ask questions that need the "
             "image, evaluate.data, or drop 'sight' from evaluate.tasks)"
         )
     return f"{line} (16 bit: {given:.1f}, half of it needed)"
-
-
-def word(
-    normal: float,
-    swapped: float,
-    normal_16bit: float | None = None,
-    swapped_16bit: float | None = None,
-) -> str:
-    """`sees` in words, and whether there was anything to lose."""
-    if sees(normal, swapped, normal_16bit, swapped_16bit):
-        return SEES
-    if normal_16bit is None or swapped_16bit is None or normal_16bit > swapped_16bit:
-        return LOST
-    return BLIND
