@@ -6,6 +6,8 @@ to the GPU out of a mapped file two and a half times (docs/scaling.md).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 PIECE = 1 << 26  # bytes; torch keeps the page-locked memory of a piece for the next one
@@ -32,3 +34,18 @@ def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     copied = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
     copy_into(copied, tensor)
     return copied
+
+
+def on_its_way(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Start a copy of a small tensor to the host; what comes back waits for it and gives it."""
+    if not tensor.is_cuda:
+        return lambda: tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    arrived = torch.cuda.current_stream(tensor.device).record_event()
+
+    def wait() -> torch.Tensor:
+        arrived.synchronize()
+        return host
+
+    return wait

@@ -73,6 +73,18 @@ def test_questions_without_images_are_refused_unless_text_is_asked_for(tmp_path)
     assert not prepare(chunks[0])[0].is_image.any()
 
 
+def test_a_question_with_a_mark_of_an_image_is_named(tmp_path):
+    from nemo_vlm_ptq.stages.observing import calibration_chunks
+
+    folder = gqa_folder(tmp_path / "data")
+    (folder / "q.json").write_text(json.dumps({"a": {"question": "<image>\nIt?", "answer": "x"}}))
+    calibration = {"data": str(folder), "samples": 1, "modality": "text"}
+    recipe = write_recipe(tmp_path, calibration=calibration)
+    chunks, prepare = calibration_chunks(make_plan(load_recipe(str(recipe))))
+    said = said_by(prepare, chunks[0])
+    assert said.startswith("question 'a' has marks of images in its own text or answer (1 in its")
+
+
 def test_a_kind_of_token_that_never_came_is_refused():
     from nemo_vlm_ptq.stages.observing import _check_modalities
 

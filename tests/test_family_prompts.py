@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from bad_models import said_by
 from PIL import Image
 from processors import PHI_MARKS, llava_next_images, phi_images, vila_images
 from reference_llava_next import CLIP as NEXT_CLIP
@@ -61,6 +62,15 @@ def check(sample, ids, mark, looks=True):
     assert (sample.pixels is not None) is looks
 
 
+def refuses(prepare, mark):
+    """Data of others brings its own marks of images: they would be one too many, or alone."""
+    said = "question 'q' has marks of images in its own text or answer ({} in its prompt, with "
+    question = f"{mark}\n{QUESTION}"
+    assert said_by(prepare, "q", question).startswith(said.format(1) + "0 images)")
+    looking = said_by(prepare, "q", question, picture(50, 30))
+    assert looking.startswith(said.format(2) + "1 images)")
+
+
 def vila_preparer(folder):
     vila_images(folder)
     parts = zip(vila.PARTS, (LLAMA, SIGLIP, PROJECTOR), strict=True)
@@ -82,6 +92,7 @@ def test_vila_splits_its_prompt_at_the_image_and_begins_once(tmp_path, kind):
     check(again, [1, *before, *image, *ids], vila.IMAGE_ID)
     words = spell(tokens, VICUNA.replace("<image>\n", "").format(QUESTION))
     check(prepare("q", QUESTION), [1, *words], vila.IMAGE_ID, looks=False)
+    refuses(prepare, "<image>")
 
 
 def test_vila_reads_a_tokenizer_that_is_sentencepiece_alone(tmp_path):
@@ -141,6 +152,7 @@ def test_phi_begins_again_after_its_image(tmp_path, kind):
     answered = prepare("q", QUESTION, sample.pixels, ANSWER)
     check(answered, [*start, *image, 1, *spell(tokens, asked + ANSWER)], -1)
     check(prepare("q", QUESTION), [1, *spell(tokens, "<|user|>" + asked)], -1, looks=False)
+    refuses(prepare, "<|image_1|>")
 
 
 @pytest.mark.parametrize("text", PROMPTS)
@@ -160,7 +172,9 @@ def test_llava_next_asks_as_its_processor_does(tmp_path, text, size):
         image_token_index=IMAGE,
     ).to_dict()
     write(tmp_path, "config.json", config)
-    sample = llava_next.preparer(tmp_path, config)("q", QUESTION, picture(*size))
+    prepare = llava_next.preparer(tmp_path, config)
+    refuses(prepare, "<image>")
+    sample = prepare("q", QUESTION, picture(*size))
     processor = LlavaNextProcessor(
         LlavaNextImageProcessorPil.from_pretrained(tmp_path),
         AutoTokenizer.from_pretrained(tmp_path),

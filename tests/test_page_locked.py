@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nemo_vlm_ptq import page_locked
-from nemo_vlm_ptq.page_locked import copy_into, moved
+from nemo_vlm_ptq.page_locked import copy_into, moved, on_its_way
 
 HOST = torch.device("cpu")
 
@@ -36,6 +36,7 @@ def test_what_arrives_is_what_was_sent_there_and_back(
     assert there.device.type == device and back.device == HOST
     assert there.shape == sent.shape and there.dtype == sent.dtype
     assert torch.equal(back, sent)
+    assert torch.equal(on_its_way(there)(), sent)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

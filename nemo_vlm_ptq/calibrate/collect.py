@@ -48,8 +48,10 @@ def reduce_and_save(
         sha256 of the files that this rank wrote, by name.
 
     Raises:
-        UserError: activations too large for exact sums of second moments.
+        UserError: NaN or Inf in an activation, or activations too large for exact sums of second
+            moments.
     """
+    observer.settle()
     dist.all_reduce(observer.amax, dist.ReduceOp.MAX, group=session.data_group)
     dist.all_reduce(observer.sum, group=session.data_group)
     dist.all_reduce(observer.tokens, group=session.data_group)

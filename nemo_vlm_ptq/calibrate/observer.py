@@ -8,7 +8,7 @@ moment.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.base import IMAGE, TEXT
 from nemo_vlm_ptq.megatron.forward import Batch
 from nemo_vlm_ptq.megatron.session import Session
+from nemo_vlm_ptq.page_locked import moved, on_its_way
 from nemo_vlm_ptq.parallel import strip_owner, strips
 
 MODALITIES = (TEXT, IMAGE)
@@ -59,8 +60,9 @@ class Observer:
         self._picks: list[tuple[int, torch.Tensor | slice]] = []  # (row of modality, its tokens)
         self._kinds = torch.empty(0, dtype=torch.int8)  # of the micro-batch's tokens
         self._real: torch.Tensor | slice = slice(None)
-        self._batch: Batch | None = None
+        self._batch: Batch
         self._wanted: Collection[int] = ()
+        self._unread: Callable[[], None] = lambda: None  # what refuses the last micro-batch
 
     def _strips(self, width: int) -> list[dict[int, torch.Tensor]]:
         T, t = self.session.layout.tensor, self.session.tensor
@@ -88,34 +90,52 @@ class Observer:
         """The next forward is of this micro-batch, and these layers do not contain it yet."""
         kinds = batch.modality.T.flatten()  # in the order of tokens in [S,B]
         self._batch, self._picks, self._wanted = batch, [], wanted
-        self._kinds = kinds.to(self.session.device)
+        self._kinds = moved(kinds, self.session.device)
         self._real = self._places_of(kinds != 0)
-        self._seen.zero_()
+        self._seen = torch.zeros_like(self._seen)
         counts = []
         for index, modality in enumerate(MODALITIES):
             mask = kinds == modality
             counts.append(int(mask.sum()))
             if counts[-1]:
                 self._picks.append((index, self._places_of(mask)))
-        rows = [row for row, layer in enumerate(self.blocks) if layer in wanted]
-        self.tokens[rows] += torch.tensor(counts, device=self.tokens.device)
+        rows = torch.tensor([layer in wanted for layer in self.blocks], dtype=torch.int64)
+        self.tokens += moved(torch.outer(rows, torch.tensor(counts)), self.tokens.device)
 
     def _places_of(self, mask: torch.Tensor) -> torch.Tensor | slice:
         if bool(mask.all()):
             return slice(None)  # nothing has to be copied
-        return mask.nonzero().flatten().to(self.session.device)
+        return moved(mask.nonzero().flatten(), self.session.device)
 
     def _take_in(self, _: Any, __: Any, out_SBH: torch.Tensor) -> None:
         """What a micro-batch showed, once it has left this rank's layers and before it is sent on.
+
+        What it found is asked for when the next one comes here: meanwhile a GPU has work, which
+        waiting for it would take away.
 
         Raises:
             UserError: NaN or Inf in an activation.
         """
         amax, total = self._seen
-        if not bool(total.isfinite().all()):  # maxima may pass over NaN
-            self._refuse(total, out_SBH)
         torch.maximum(self.amax, amax, out=self.amax)
         self.sum += total.double().mul_(1 / UNIT).round_().long()
+        batch, finite = self._batch, on_its_way(total.isfinite().all())  # maxima pass over NaN
+        self.settle()
+
+        def refuse() -> None:
+            if not bool(finite()):
+                self._refuse(batch, total, out_SBH)
+
+        self._unread = refuse
+
+    def settle(self) -> None:
+        """Nothing is left to be asked of micro-batches that ran.
+
+        Raises:
+            UserError: NaN or Inf in an activation of the last one.
+        """
+        refuse, self._unread = self._unread, lambda: None
+        refuse()
 
     def _hook(self, layer: int, name: str) -> Any:
         place, kept = self.places[layer, name], self.moments.get((layer, name))
@@ -161,12 +181,11 @@ class Observer:
 
         return watch
 
-    def _refuse(self, total: torch.Tensor, out_SBH: torch.Tensor) -> None:
+    def _refuse(self, batch: Batch, total: torch.Tensor, out_SBH: torch.Tensor) -> None:
         """Name the first linear, in the order of the forward, that saw NaN or Inf."""
-        assert self._batch is not None
-        real = (self._batch.modality != 0).to(out_SBH.device)
+        real = (batch.modality != 0).to(out_SBH.device)
         samples = (~out_SBH.isfinite().all(dim=2).T & real).any(dim=1).nonzero().flatten()
-        sample = self._batch.ids[int(samples[0]) if len(samples) else 0]
+        sample = batch.ids[int(samples[0]) if len(samples) else 0]
         for (layer, name), place in self.places.items():
             bad = ~total[:, place].isfinite().all(dim=1)
             if bool(bad.any()):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.mapping.layouts import Sizes
 from nemo_vlm_ptq.mapping.rows import Drop, Row
 
@@ -85,7 +86,9 @@ class Pixels:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Pixels:
         """Views on a device in a dtype; sizes stay where they are, they are only counted with."""
-        return Pixels(self.views.to(device, dtype), self.sizes)
+        from nemo_vlm_ptq.page_locked import moved
+
+        return Pixels(moved(self.views, device).to(dtype), self.sizes)
 
     def part(self, start: int, stop: int | None = None) -> Pixels:
         """Images from `start` to `stop`."""
@@ -209,14 +212,32 @@ class ModelFamily:
 
 
 def place_images(
-    ids: Sequence[int], mark: int, counts: Sequence[int]
+    name: str, ids: Sequence[int], mark: int, counts: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids [S] with the k-th `mark` repeated counts[k] times, and where those stand [S] bool."""
+    """Ids [S] with the k-th `mark` repeated counts[k] times, and where those stand [S] bool.
+
+    Raises:
+        UserError: there are more marks or fewer than counts, in the sample of that name.
+    """
     import torch
 
-    left = iter(counts)
-    out: list[int] = []
-    for token in ids:
-        out += [token] * (next(left) if token == mark else 1)
-    input_ids = torch.tensor(out, dtype=torch.int64)
+    short = torch.tensor(ids, dtype=torch.int64)
+    marks = short == mark
+    need_marks(name, int(marks.sum()), len(counts))
+    times = torch.ones_like(short)
+    times[marks] = torch.tensor(counts, dtype=torch.int64)
+    input_ids = short.repeat_interleave(times)
     return input_ids, input_ids == mark
+
+
+def need_marks(name: str, found: int, images: int) -> None:
+    """Each image of a sample has one mark in its prompt, which puts it there.
+
+    Raises:
+        UserError: there are others.
+    """
+    if found != images:
+        raise UserError(
+            f"question {name!r} has marks of images in its own text or answer ({found} in its "
+            f"prompt, with {images} images); take them out, images get theirs by themselves"
+        )

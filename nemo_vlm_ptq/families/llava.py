@@ -128,7 +128,8 @@ def preparer(folder: Path, config: Config) -> Prepare:
     def prepare(name: str, question: str, image: Any = None, answer: str = "") -> Sample:
         mark = "<image>\n" if image is not None else ""
         text = f"USER: {mark}{question} ASSISTANT:" + (f" {answer}" if answer else "")
-        input_ids, is_image = place_images(tokens(text)["input_ids"], image_id, [count])
+        counts = [] if image is None else [count]
+        input_ids, is_image = place_images(name, tokens(text)["input_ids"], image_id, counts)
         if image is not None and not isinstance(image, Pixels):
             image = Pixels(images(image.convert("RGB"), return_tensors="pt")["pixel_values"])
         return Sample(name, input_ids, is_image, image)

@@ -127,7 +127,7 @@ def preparer(folder: Path, config: Config) -> Prepare:
         text = prompt.format(mark=mark, question=question) + (f" {answer}" if answer else "")
         counts = [] if image is None else token_counts(config, image.sizes)
         ids = tokens(text)["input_ids"]
-        input_ids, is_image = place_images(ids, whole.image_token_index, counts)
+        input_ids, is_image = place_images(name, ids, whole.image_token_index, counts)
         return Sample(name, input_ids, is_image, image)
 
     return prepare

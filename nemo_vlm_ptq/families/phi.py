@@ -25,6 +25,7 @@ from nemo_vlm_ptq.families.base import (
     Pixels,
     Prepare,
     Sample,
+    need_marks,
 )
 from nemo_vlm_ptq.families.shared import (
     COMPUTED,
@@ -214,11 +215,12 @@ def preparer(folder: Path, config: Config) -> Prepare:
             image = Pixels(views[None], torch.tensor([size]))
         mark = "<|image_1|>\n" if image is not None else ""
         text = f"<|user|>\n{mark}{question}<|end|>\n<|assistant|>\n{answer}"
-        counts = iter([] if image is None else token_counts(config, image.sizes))
-        ids: list[int] = []
-        for index, chunk in enumerate(MARK.split(text)):
-            ids += [-index] * next(counts) if index else []
-            ids += tokens(chunk)["input_ids"]
+        counts = [] if image is None else token_counts(config, image.sizes)
+        first, *rest = MARK.split(text)
+        need_marks(name, len(rest), len(counts))
+        ids: list[int] = tokens(first)["input_ids"]
+        for index, (count, chunk) in enumerate(zip(counts, rest, strict=True), 1):
+            ids += [-index] * count + tokens(chunk)["input_ids"]
         input_ids = torch.tensor(ids)
         return Sample(name, input_ids, input_ids < 0, image)
 

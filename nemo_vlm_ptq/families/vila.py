@@ -18,6 +18,7 @@ from nemo_vlm_ptq.families.base import (
     Pixels,
     Prepare,
     Sample,
+    need_marks,
     place_images,
 )
 from nemo_vlm_ptq.families.shared import (
@@ -157,7 +158,7 @@ def preparer(folder: Path, config: Config) -> Prepare:
 
     tokens = load_tokenizer(folder / "llm")
     need_file(folder / "vision_tower", "preprocessor_config.json")
-    images = SiglipImageProcessorPil.from_pretrained(folder / "vision_tower")
+    processor = SiglipImageProcessorPil.from_pretrained(folder / "vision_tower")
     llama_3 = tokens.convert_tokens_to_ids("<|start_header_id|>") not in (
         None,
         tokens.unk_token_id,
@@ -171,17 +172,19 @@ def preparer(folder: Path, config: Config) -> Prepare:
 
     def prepare(name: str, question: str, image: Any = None, answer: str = "") -> Sample:
         if image is not None and not isinstance(image, Pixels):
-            made = images(image.convert("RGB"), return_tensors="pt")
+            made = processor(image.convert("RGB"), return_tensors="pt")
             image = Pixels(made["pixel_values"])
         before, between, after = prompt.partition("{mark}")
         assert between
         space = "" if llama_3 else " "
         after = after.format(question=question) + (f"{space}{answer}" if answer else "")
+        images = int(image is not None)
+        need_marks(name, images + after.count("<image>"), images)
         if image is None:
             ids = piece(before + after)
         else:
             ids = [*piece(before), IMAGE_ID, *piece("\n" + after)]
-        input_ids, is_image = place_images([*first, *ids], IMAGE_ID, [count])
+        input_ids, is_image = place_images(name, [*first, *ids], IMAGE_ID, [count] * images)
         return Sample(name, input_ids, is_image, image)
 
     return prepare

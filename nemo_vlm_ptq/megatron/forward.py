@@ -18,6 +18,7 @@ from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.base import IMAGE, TEXT, Pixels, Sample
 from nemo_vlm_ptq.megatron.rotary import LongRotaryEmbedding
 from nemo_vlm_ptq.megatron.session import Session
+from nemo_vlm_ptq.page_locked import moved
 
 TOGETHER = 16  # samples whose images a tower looks at in one call
 
@@ -78,8 +79,8 @@ def encode_images(
         if not pixels:
             features.append(None)
         elif i % T == session.tensor:
-            looks = [vision(one.to(session.device, dtype)) for one in _together(pixels)]
-            features.append(torch.cat(looks))
+            there = [one.to(session.device, dtype) for one in pixels]
+            features.append(torch.cat([vision(one) for one in _together(there)]))
         else:
             tokens = sum(int(sample.is_image.sum()) for sample in batch)
             features.append(torch.empty(tokens, hidden, dtype=dtype, device=session.device))
@@ -102,11 +103,14 @@ def embed(
     model: GPTModel, batch: Batch, features: torch.Tensor | None, device: torch.device
 ) -> torch.Tensor:
     """Token embeddings with image features in their places, [S,B,H]."""
-    safe_ids = batch.input_ids.clamp(min=0).to(device)
-    embedded = model.embedding(safe_ids, None).transpose(0, 1).clone()
+    safe_ids = moved(batch.input_ids.clamp(min=0), device)
+    embedded = model.embedding(safe_ids, None)
+    embedded = embedded.clone(memory_format=torch.contiguous_format)  # strides as well
     if features is not None:
-        embedded[(batch.modality == IMAGE).to(device)] = features.to(embedded.dtype)
-    return embedded.transpose(0, 1).clone(memory_format=torch.contiguous_format)  # strides as well
+        sample, token = (batch.modality == IMAGE).nonzero(as_tuple=True)
+        places = moved(token * len(batch.input_ids) + sample, device)
+        embedded.flatten(0, 1).index_copy_(0, places, features.to(embedded.dtype))
+    return embedded
 
 
 @torch.no_grad()
@@ -134,7 +138,8 @@ def forward(
         dist.recv(received, session.peer(-1))
         model.set_input_tensor(received.to(session.device))
     hidden = None if batch.hidden is None else batch.hidden.to(session.device)
-    out = model(batch.input_ids.to(session.device), None, hidden, decoder_input=decoder_input)
+    input_ids = moved(batch.input_ids, session.device)
+    out = model(input_ids, None, hidden, decoder_input=decoder_input)
     if session.last_stage:
         return out
     dist.send(out.contiguous().to(session.wire), session.peer(1))
