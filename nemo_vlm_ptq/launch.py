@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_vlm_ptq import mpi
-from nemo_vlm_ptq.errors import ProofError, UserError
+from nemo_vlm_ptq.errors import ProofError, UserError, cannot_write
 from nemo_vlm_ptq.names import GROUPS, LOGITS_KEYS, STAGES
 from nemo_vlm_ptq.status import record_failure
 from nemo_vlm_ptq.store import marker
@@ -80,11 +80,13 @@ def _plan_and_run(
     from nemo_vlm_ptq.autolayout import check_whole, lay_out, this_machine
     from nemo_vlm_ptq.engine.commands import check_engine, script
     from nemo_vlm_ptq.engine.installed import find_builder
-    from nemo_vlm_ptq.plan import check_data, make_plan
+    from nemo_vlm_ptq.plan import make_plan
+    from nemo_vlm_ptq.trial import check_place, check_questions
 
     plan = make_plan(recipe)
     stages = recipe.stages if command in ("run", "plan") else GROUPS.get(command, (command,))
-    check_data(recipe, stages)
+    check_questions(plan, stages)
+    check_place(Path(recipe.workdir))
     options = [word.partition("=") for word in own]
     for key, equals, _ in options:
         if command != "logits" or not equals:
@@ -154,6 +156,8 @@ def _be_a_rank(command: str, plan: Plan, options: Mapping[str, str]) -> int:
     except (UserError, ProofError):
         raise
     except Exception as error:
+        if (reason := cannot_write(error, Path(plan.recipe.workdir))) is not None:
+            raise UserError(f"{plan.recipe.workdir} cannot be written: {reason}") from error
         if not _lost_a_peer(error):
             first = (str(error).strip().splitlines() or [""])[0]
             _leave_note(f"{type(error).__name__}: {first}", 1)

@@ -5,7 +5,7 @@ Reads config.json and the headers of the checkpoint, no weights, and asks for no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families import Decoder, ModelFamily, find_family, read_config
 from nemo_vlm_ptq.formats import INT4_GROUPS, KV_CACHES, NVFP4_BLOCK, QuantFormat, find_format
 from nemo_vlm_ptq.mapping.rows import carried_along, check_coverage
-from nemo_vlm_ptq.questions import questions_file
+from nemo_vlm_ptq.model_config import in_dtype, override
 from nemo_vlm_ptq.recipe import Recipe
-from nemo_vlm_ptq.source import Tensor, list_tensors, model_folder
+from nemo_vlm_ptq.source import Tensor, list_tensors, model_folder, usual_dtype
 from nemo_vlm_ptq.sources.nemo import is_nemo, open_nemo
 
 SIZES = (1, 2, 4, 8, 16)
@@ -41,6 +41,11 @@ class Plan:
     def formats(self) -> list[QuantFormat]:
         """Rows of the requested formats."""
         return [find_format(name) for name in self.recipe.quantize.format]
+
+    @property
+    def written_config(self) -> dict[str, Any]:
+        """config.json of what is exported: the model's, in the dtype of its weights."""
+        return in_dtype(self.config, self.dtype)
 
     def targets(self, fmt: QuantFormat) -> list[str]:
         """Requested targets that can take a format together with the KV cache."""
@@ -81,9 +86,9 @@ def make_plan(recipe: Recipe) -> Plan:
     """
     folder = model_folder(recipe.model)
     nemo = open_nemo(folder) if is_nemo(folder) else None
-    config = (read_config(folder) if nemo is None else nemo.config) | recipe.config
-    family = find_family(config, recipe.family)
-    config = family.complete(folder, config)
+    config: dict[str, Any] = read_config(folder) if nemo is None else nemo.config
+    family = find_family(config | recipe.config, recipe.family)
+    config = override(family.complete(folder, config), recipe.config)
     decoder, vision = _understand(folder, family, config)
     if nemo is None:
         tensors = list_tensors(folder, family.aliases, family.parts)
@@ -101,7 +106,7 @@ def make_plan(recipe: Recipe) -> Plan:
             )
     dtype: str = recipe.export.dtype
     if dtype == "auto":
-        dtype = DTYPES[tensors[family.decoder_prefix + "model.norm.weight"].dtype]
+        dtype = DTYPES[usual_dtype(tensors[name] for name in decoder.shapes(family.rows))]
     beside = (*vision, *carried)
     plan = Plan(recipe, folder, config, family, decoder, tensors, beside, dtype)
     _check_quantize(plan)
@@ -110,18 +115,6 @@ def make_plan(recipe: Recipe) -> Plan:
         _check_format(plan, fmt)
     _check_layouts(plan)
     return plan
-
-
-def check_data(recipe: Recipe, stages: Iterable[str]) -> None:
-    """Data folders that the stages will ask for are there.
-
-    Raises:
-        UserError: a folder is missing, or holds not just one questions file.
-    """
-    wanted = {"observe": recipe.calibration.data, "evaluate": recipe.evaluate.data}
-    for stage in stages:
-        if wanted.get(stage, "scenes") != "scenes":
-            questions_file(Path(wanted[stage]))
 
 
 def _understand(
@@ -144,6 +137,7 @@ class _Rule:
 
     fits: Callable[[int], bool]
     problem: str
+    instead: str = ""  # where no size fits
 
 
 def _require(key: str, size: int, rules: list[_Rule]) -> None:
@@ -151,7 +145,7 @@ def _require(key: str, size: int, rules: list[_Rule]) -> None:
     for rule in rules:
         if not rule.fits(size):
             fitting = [str(s) for s in SIZES if all(other.fits(s) for other in rules)]
-            works = ", ".join(fitting) or "none"
+            works = ", ".join(fitting) or f"none{rule.instead}"
             raise UserError(f"{key}={size} {rule.problem}; these work: {works}")
 
 
@@ -235,7 +229,8 @@ def _whole_tiles(plan: Plan, fmt: QuantFormat) -> _Rule:
         sizes = (decoder.hidden, decoder.ffn, query, merged)
         return all(size % (max(group, 128) * tensor) == 0 for size in sizes)
 
-    return _Rule(fits, f"cuts a group of {group} of format {fmt.name}")
+    problem = f"cuts a group of {group} of format {fmt.name}, or a tile of TensorRT-LLM"
+    return _Rule(fits, problem, "; leave trtllm out of export.targets")
 
 
 def _check_quantize(plan: Plan) -> None:
@@ -277,6 +272,11 @@ def _check_format(plan: Plan, fmt: QuantFormat) -> None:
     kernels = [INT4_GROUPS[one] for one in targets if one in INT4_GROUPS and fmt.weight == "int4"]
     sizes = sorted(set(kernels[0]).intersection(*kernels)) if kernels else [group]
     sizes = sizes if fmt.weight_second is None else [128]
+    if plan.dtype == "float32" and "compressed_tensors" in targets and fmt.weight == "int4":
+        raise UserError(
+            f"readers of compressed_tensors take {fmt.name} in 16 bit, and this model is float32; "
+            "set export.dtype=bfloat16 or float16"
+        )
     if group not in sizes:
         works = f"quantize.group_size={' or '.join(map(str, sizes))}"
         raise UserError(f"format {fmt.name} needs {works}, got {group}")

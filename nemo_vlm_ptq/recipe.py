@@ -3,22 +3,54 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.formats import TARGETS, find_format
 from nemo_vlm_ptq.names import STAGES, USUAL
+
+TEXT, MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
+
+
+def _filled_in(path: str) -> str:
+    """A path with the home folder and variables of the environment in it."""
+    whole = os.path.expandvars(os.path.expanduser(path))
+    if "$" in whole:
+        raise ValueError("a variable in it is not set")
+    return whole
+
+
+Place = Annotated[str, AfterValidator(_filled_in)]
 
 
 class Part(BaseModel):
     """A frozen record that refuses unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML's yes and no are no numbers."""
+        field = cls.model_fields[info.field_name or ""]
+        if isinstance(value, bool) and field.annotation is not bool:
+            raise ValueError(f"Input should not be {str(value).lower()}")
+        return value
 
 
 class Parallel(Part):
@@ -68,7 +100,7 @@ class Quantize(Part):
 class Calibration(Part):
     """Data that observe runs the model over."""
 
-    data: str = "scenes"
+    data: Place = "scenes"
     samples: int = Field(512, ge=1)
     micro_batch: int = Field(8, ge=1)
     seed: int = 0
@@ -106,7 +138,7 @@ class Engine(Part):
     max_seq_len: int = Field(4608, ge=2)
     kv_cache_free_gpu_memory_fraction: float = Field(0.8, gt=0, lt=1)
     context_logits: bool = False
-    vila_path: str | None = None
+    vila_path: Place | None = None
 
 
 class Gate(Part):
@@ -120,7 +152,7 @@ class Evaluate(Part):
 
     form: Literal["export", "engine"] = Field("export", alias="from")
     tasks: tuple[Literal["gqa", "sight"], ...] = ("gqa", "sight")
-    data: str = "scenes"
+    data: Place = "scenes"
     limit: int | None = Field(None, ge=1)
     batch: int = Field(64, ge=1)
     gate: Gate = Gate()
@@ -129,8 +161,8 @@ class Evaluate(Part):
 class Recipe(Part):
     """One whole job, from a Hugging Face folder to proven, scored checkpoints."""
 
-    model: str
-    workdir: str
+    model: Place
+    workdir: Place
     family: str = "auto"
     config: dict[str, Any] = {}  # keys of the model's config.json to override
     stages: tuple[str, ...] = Field(USUAL, min_length=1)
@@ -162,10 +194,13 @@ def _fields(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 def _explain(error: ValidationError) -> str:
     """First problem of a recipe as one line; unknown keys get the nearest known one."""
-    problem = error.errors()[0]
-    key = ".".join(str(part) for part in problem["loc"] if not isinstance(part, int))
+    problem, known = error.errors()[0], _fields(Recipe)
+    parts = [str(part) for part in problem["loc"] if not isinstance(part, int)]
+    key = ".".join(parts)
+    if problem["type"] != "extra_forbidden" and key not in known and ".".join(parts[:-1]) in known:
+        key = ".".join(parts[:-1])  # pydantic adds which kind of value it tried
     if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, _fields(Recipe), n=1, cutoff=0.5)
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         return f"unknown recipe key {key!r}{hint}"
     if problem["type"] == "missing":
@@ -205,7 +240,7 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
     """
     path = recipe_file(name)
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
+        tree = yaml.load(path.read_text(), _Loader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(tree, dict):
@@ -223,6 +258,21 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
         return Recipe.model_validate(tree)
     except ValidationError as error:
         raise UserError(_explain(error)) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without code, whose mappings have each key once, and keys that are text."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if key.tag not in (TEXT, MERGE):
+                raise yaml.YAMLError(f"line {line}: key {key.value!r} is no text")
+            if key.value in seen:
+                raise yaml.YAMLError(f"line {line}: key {key.value!r} comes twice")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:

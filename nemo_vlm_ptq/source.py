@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ def model_folder(model: str) -> Path:
     Raises:
         UserError: neither a folder nor downloadable.
     """
-    folder = Path(model).expanduser()
+    folder = Path(model)
     if folder.is_dir():
         return folder
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
@@ -153,6 +154,14 @@ def list_tensors(
     return found
 
 
+def usual_dtype(tensors: Iterable[Tensor]) -> str:
+    """The dtype of most weights; norms may have another."""
+    counts = Counter[str]()
+    for tensor in tensors:
+        counts[tensor.dtype] += math.prod(tensor.shape)
+    return max(counts, key=lambda dtype: counts[dtype])
+
+
 class Reader:
     """Open safetensors files; `slices(name)` can be cut like a tensor and reads only the cut."""
 
@@ -201,6 +210,20 @@ def finite(tensor: Any, name: str) -> Any:
     if tensor.is_floating_point() and not all_finite(tensor):
         raise UserError(f"tensor {name} holds NaN or Inf")
     return tensor
+
+
+def in_dtype(tensor: Any, name: str, dtype: Any) -> Any:
+    """The tensor in a dtype.
+
+    Raises:
+        UserError: it holds NaN or Inf, or numbers that the dtype cannot hold.
+    """
+    made = finite(tensor, name).to(dtype)
+    if not all_finite(made):
+        raise UserError(
+            f"tensor {name} holds numbers beyond {dtype}'s largest; set export.dtype=bfloat16"
+        )
+    return made
 
 
 def total_bytes(tensors: Mapping[str, Tensor]) -> int:

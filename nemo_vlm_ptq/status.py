@@ -6,6 +6,7 @@ module that knows of Slurm: slurm/submit.sh leaves the recipe's facts and its jo
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -42,8 +43,9 @@ def record_failure(work: Path, command: str, rank: str, error: Exception) -> Non
         "job": os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID"),
         "message": first if user else f"{type(error).__name__}: {first}",
     }
-    with (work / FAILURES).open("a") as file:  # ranks share it; a line is one write
-        file.write(json.dumps(record) + "\n")
+    line = json.dumps(record) + "\n"  # ranks share the file; a line is one write
+    with contextlib.suppress(OSError), (work / FAILURES).open("a") as file:  # the disk may be full
+        file.write(line)
 
 
 def show_status(work: Path, *, as_json: bool) -> str:

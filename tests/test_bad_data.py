@@ -1,12 +1,15 @@
 """Bad questions and images: one line that says what and where."""
 
 import json
+import os
 
 import pytest
 from bad_models import TINY, plan_refusal, said_by, write_recipe
+from PIL import Image
 
+from nemo_vlm_ptq import store
 from nemo_vlm_ptq.plan import make_plan
-from nemo_vlm_ptq.questions import load_questions
+from nemo_vlm_ptq.questions import load_questions, scored_questions
 from nemo_vlm_ptq.recipe import load_recipe
 
 
@@ -25,7 +28,19 @@ def test_a_data_folder_needs_one_file_of_questions(tmp_path):
     assert said_by(load_questions, str(tmp_path), "test", None) == said + "2"
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"7": 3}', '{"7": {"question": "What?"}}'])
+BAD = [
+    "{",
+    "[]",
+    '{"7": 3}',
+    '{"7": {"question": "What?"}}',
+    '{"7": {"question": null, "answer": "x"}}',
+    '{"7": {"question": 3, "answer": "x"}}',
+    '{"7": {"question": "What?", "answer": ["x"]}}',
+    '{"7": {"question": "\\ud800", "answer": "x"}}',
+]
+
+
+@pytest.mark.parametrize("text", BAD)
 def test_a_file_without_questions_in_gqas_format_is_named(tmp_path, text):
     (tmp_path / "q.json").write_text(text)
     assert str(tmp_path / "q.json") in said_by(load_questions, str(tmp_path), "test", None)
@@ -39,13 +54,90 @@ def gqa_folder(folder):
     return folder
 
 
+def with_picture(folder):
+    """The picture is there, with an ending as cameras write it."""
+    (folder / "images").mkdir()
+    Image.new("RGB", (40, 30)).save(folder / "images" / "7.PNG")
+    return folder
+
+
 def test_a_picture_that_is_missing_or_broken_is_named(tmp_path):
     folder = gqa_folder(tmp_path / "data")
     image = load_questions(str(folder), "test", None).image
-    assert said_by(image, "7") == f"{folder}/images has no 7.jpg or 7.png"
+    assert said_by(image, "7") == f"{folder}/images has no 7.jpg, .png, .jpeg or .webp"
     (folder / "images").mkdir()
     (folder / "images" / "7.jpg").write_bytes(b"no picture")
     assert str(folder / "images" / "7.jpg") in said_by(image, "7")
+
+
+def test_a_picture_too_large_to_be_meant_is_named(tmp_path, monkeypatch):
+    folder = with_picture(gqa_folder(tmp_path / "data"))
+    image = load_questions(str(folder), "test", None).image
+    assert image("7").size == (40, 30)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    said = said_by(image, "7")
+    assert said.startswith(
+        f"{folder}/images/7.PNG is no readable picture: Image size (1200 pixels)"
+    )
+
+
+def test_other_questions_answers_or_pictures_are_other_data(tmp_path):
+    folder = with_picture(gqa_folder(tmp_path / "data"))
+
+    def identity():
+        return load_questions(str(folder), "test", None).identity()
+
+    first = identity()
+    assert identity() == first
+    (folder / "images" / "8.png").write_bytes(b"nobody asks about it")
+    assert identity() == first
+    text = (folder / "q.json").read_text()
+    (folder / "q.json").write_text(text.replace("yes", "no"))
+    assert identity() != first
+    (folder / "q.json").write_text(text)
+    os.utime(folder / "images" / "7.PNG", ns=(1, 1))
+    assert identity() != first
+    (folder / "images" / "7.PNG").unlink()
+    assert "images has no 7.jpg" in said_by(identity)
+
+
+def test_statistics_of_other_data_are_refused(tmp_path):
+    from nemo_vlm_ptq.stages.observing import observe_settings
+
+    folder = with_picture(gqa_folder(tmp_path / "data"))
+    recipe = write_recipe(tmp_path, calibration={"data": str(folder), "samples": 3})
+    plan, work = make_plan(load_recipe(str(recipe))), tmp_path / "work"
+    for name in ("megatron", "statistics"):
+        (work / name).mkdir(parents=True)
+    manifest = {"stage": "observe", "files": {}}
+    store.write_json(work / "megatron" / "manifest.json", manifest | {"settings": {}})
+    settings = {"settings": observe_settings(plan, work)}
+    store.write_json(work / "statistics" / "manifest.json", manifest | settings)
+    assert store.is_done(work / "statistics", observe_settings(plan, work))
+    (folder / "q.json").write_text((folder / "q.json").read_text().replace("What", "Which"))
+    said = said_by(store.is_done, work / "statistics", observe_settings(plan, work))
+    assert "was made with questions=" in said
+
+
+def test_a_question_longer_than_the_model_reads_is_named(tmp_path):
+    from nemo_vlm_ptq.stages.observing import calibration_chunks
+
+    folder = with_picture(gqa_folder(tmp_path / "data"))
+    entry = {"imageId": "7", "question": "What?" + " and" * 2000, "answer": "yes"}
+    (folder / "q.json").write_text(json.dumps({"a": entry}))
+    recipe = write_recipe(tmp_path, calibration={"data": str(folder), "samples": 1})
+    chunks, prepare = calibration_chunks(make_plan(load_recipe(str(recipe))))
+    said = said_by(prepare, chunks[0])
+    assert said.startswith(f"question 'a' of {folder} takes ")
+    assert "image included, and the model has 1024 positions" in said
+
+
+def test_models_are_scored_on_questions_about_images(tmp_path):
+    folder = gqa_folder(tmp_path / "data")
+    entry = {"imageId": None, "question": "What?", "answer": 3}
+    (folder / "q.json").write_text(json.dumps({"a": entry}))
+    said = said_by(scored_questions, str(folder), None)
+    assert said.startswith(f"1 of 1 questions of {folder} have no imageId, first 'a'; ")
 
 
 def test_more_samples_than_questions_are_refused_with_both_numbers(tmp_path):

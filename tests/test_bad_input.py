@@ -2,8 +2,10 @@
 
 import json
 import pickle
+import re
 from pathlib import Path
 
+import models
 import pytest
 import torch
 from bad_models import (
@@ -18,11 +20,14 @@ from bad_models import (
     write_recipe,
 )
 
+from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families import read_config
 from nemo_vlm_ptq.families.llava import FAMILY
+from nemo_vlm_ptq.job import Job
 from nemo_vlm_ptq.plan import make_plan
 from nemo_vlm_ptq.recipe import load_recipe
 from nemo_vlm_ptq.source import list_tensors, open_tensors
+from nemo_vlm_ptq.stages.importing import import_model
 
 DOWN = "language_model.model.layers.2.mlp.down_proj.weight"
 NORM = "language_model.model.norm.weight"
@@ -210,6 +215,14 @@ def test_a_weight_that_is_not_finite_is_named_when_read(model, value):
     with open_tensors(list_tensors(model, FAMILY.aliases)) as reader:
         assert reader.whole(NORM).shape == (256,)
         assert said_by(reader.whole, TOWER) == f"tensor {TOWER} holds NaN or Inf"
+
+
+def test_a_number_that_float16_cannot_hold_is_told_by_its_tensor(tmp_path, model):
+    damage(model, lambda tensors: tensors[DOWN][-1:].fill_(1e5))
+    recipe = write_recipe(tmp_path, model, export={"dtype": "float16"})
+    said = f"tensor {DOWN} holds numbers beyond torch.float16's largest; set export.dtype=bfloat16"
+    with models.alone() as own, pytest.raises(UserError, match=f"^{re.escape(said)}$"):
+        import_model(Job(make_plan(load_recipe(str(recipe))), own))
 
 
 # Logits

@@ -69,6 +69,8 @@ class Fake:
 def test_an_answer_counts_as_llava_counts_it(text, right):
     questions = make_questions(1)
     assert gqa.judge(questions, {"q00": text}) == {"q00": right}
+    written = replace(questions, items=(replace(questions.items[0], answer="Yes."),))
+    assert gqa.judge(written, {"q00": text}) == {"q00": right}  # a reference of somebody else's
 
 
 def test_score_counts_by_kind_and_names_its_rule():

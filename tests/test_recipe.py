@@ -125,6 +125,50 @@ def test_a_file_that_is_not_yaml_is_named(tmp_path, text):
     assert refusal(path).startswith(f"{path} is not YAML: ")
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model: x\nworkdir: y\nmodel: z", "line 3: key 'model' comes twice"),
+        ("quantize:\n  format: fp8\n  format: int8_sq", "line 3: key 'format' comes twice"),
+        ("model: x\n3: y", "line 2: key '3' is no text"),
+        ("model: x\n[a]: y", "line 2: key "),
+    ],
+)
+def test_a_key_that_comes_twice_or_is_no_text_is_refused_with_its_line(tmp_path, text, said):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    assert refusal(path).startswith(f"{path} is not YAML: {said}")
+
+
+@pytest.mark.parametrize("word", ["calibration.samples=true", "quantize.group_size=yes"])
+def test_a_truth_value_is_no_number(recipe, word):
+    key = word.partition("=")[0]
+    assert refusal(recipe, word).startswith(f"recipe key {key!r}: Input should not be true")
+
+
+@pytest.mark.parametrize("value", ["serch", "2", "[1]"])
+def test_a_value_of_either_kind_is_refused_by_its_key_alone(recipe, value):
+    word = f"quantize.smoothquant_alpha={value}"
+    assert refusal(recipe, word).startswith("recipe key 'quantize.smoothquant_alpha': ")
+
+
+KEYS = ["model", "workdir", "calibration.data", "evaluate.data", "engine.vila_path"]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_paths_may_name_the_home_folder_and_variables(recipe, monkeypatch, key):
+    monkeypatch.setenv("HOME", "/somewhere")
+    monkeypatch.setenv("SCRATCH", "/fast")
+    for value, path in (("~/a b", "/somewhere/a b"), ("$SCRATCH/x", "/fast/x"), ("./x", "./x")):
+        read = load_recipe(str(recipe), [f"{key}={value}"])
+        for part in key.split("."):
+            read = getattr(read, part)
+        assert read == path
+    monkeypatch.delenv("SCRATCH")
+    said = refusal(recipe, f"{key}=$SCRATCH/x")
+    assert said == f"recipe key {key!r}: a variable in it is not set (got '$SCRATCH/x')"
+
+
 def test_a_file_that_is_not_text_is_named(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_bytes(b"model: \xff\xfe\n")

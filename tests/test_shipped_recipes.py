@@ -8,7 +8,8 @@ from test_full_size import hollow_folder
 
 from nemo_vlm_ptq.forecast import describe
 from nemo_vlm_ptq.formats import FORMATS
-from nemo_vlm_ptq.plan import check_data, make_plan
+from nemo_vlm_ptq.plan import make_plan
+from nemo_vlm_ptq.questions import calibration_questions
 from nemo_vlm_ptq.recipe import load_recipe, shipped_recipes
 
 WRITTEN = make_recipes.recipes()
@@ -40,7 +41,7 @@ def test_a_recipe_loads_by_name_and_plans_for_a_model_of_its_size(folders, model
     assert (recipe.quantize.format, recipe.workdir) == ((fmt,), f"work/{name}")
     folder = folders[recipe.model]
     plan = make_plan(load_recipe(name, [f"model={folder}", "parallel.tensor=1"]))
-    check_data(plan.recipe, plan.recipe.stages)
+    assert len(calibration_questions(recipe.calibration).items) == recipe.calibration.samples
     (row,) = plan.formats
     assert plan.targets(row) == list(plan.recipe.export.targets) != []
     assert fmt in describe(plan)

@@ -111,8 +111,7 @@ def _look(runtime: Runtime, pixels: Pixels | None) -> Seen:
     """One image at a time: its features do not depend on the others asked; values are let go."""
     if pixels is None:
         return Seen(None, None)
-    nothing = torch.device("meta")
-    return Seen(pixels.to(nothing, pixels.views.dtype), runtime.encode(pixels))
+    return Seen(Pixels(pixels.views.to("meta"), pixels.sizes), runtime.encode(pixels))
 
 
 def _check(sample: Sample, image: str, features: torch.Tensor | None) -> None:

@@ -30,7 +30,7 @@ class Score:
 
 
 def normalize(text: str) -> str:
-    """What a model said, as LLaVA's GQA script reads it."""
+    """An answer, as LLaVA's GQA script reads what a model said; GQA's own are so already."""
     return text.strip().rstrip(".").lower()
 
 
@@ -46,7 +46,9 @@ def judge(questions: Questions, answers: Mapping[str, str]) -> dict[str, bool]:
             f"{len(missing)} of {len(questions.items)} questions of {questions.name!r} have no "
             f"answer, first {missing[0]!r}; run the stage 'evaluate' again"
         )
-    return {item.id: normalize(answers[item.id]) == item.answer for item in questions.items}
+    return {
+        item.id: normalize(answers[item.id]) == normalize(item.answer) for item in questions.items
+    }
 
 
 def score(questions: Questions, answers: Mapping[str, str]) -> Score:

@@ -234,9 +234,14 @@ def need_marks(name: str, found: int, images: int) -> None:
     """Each image of a sample has one mark in its prompt, which puts it there.
 
     Raises:
-        UserError: there are others.
+        UserError: there are others, or fewer.
     """
-    if found != images:
+    if found < images:
+        raise UserError(
+            "the tokenizer makes no image token of the prompt's mark: the model's config and its "
+            "tokenizer do not belong together"
+        )
+    if found > images:
         raise UserError(
             f"question {name!r} has marks of images in its own text or answer ({found} in its "
             f"prompt, with {images} images); take them out, images get theirs by themselves"

@@ -27,7 +27,7 @@ from nemo_vlm_ptq.families.shared import (
     llama_rows,
     load_tokenizer,
     need,
-    need_file,
+    need_processor,
 )
 from nemo_vlm_ptq.mapping.rows import Drop
 
@@ -121,7 +121,7 @@ def preparer(folder: Path, config: Config) -> Prepare:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     tokens = load_tokenizer(folder)
-    need_file(folder, "preprocessor_config.json")
+    need_processor(folder)
     images = CLIPImageProcessorPil.from_pretrained(folder)
     image_id, count = image_tokens(config)
 

@@ -24,7 +24,7 @@ from nemo_vlm_ptq.families.shared import (
     llama_facts,
     llama_rows,
     load_tokenizer,
-    need_file,
+    need_processor,
 )
 
 ALIASES = (*llava.ALIASES, (r"^model\.image_newline$", "image_newline"))
@@ -114,7 +114,7 @@ def preparer(folder: Path, config: Config) -> Prepare:
     )
 
     tokens = load_tokenizer(folder)
-    need_file(folder, "preprocessor_config.json")
+    need_processor(folder)
     images = LlavaNextImageProcessorPil.from_pretrained(folder)
     whole = full_config(config)
     prompt = PROMPTS[whole.text_config.model_type]

@@ -9,6 +9,7 @@ from typing import Any
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.base import Decoder
 from nemo_vlm_ptq.mapping.rows import Drop, Row
+from nemo_vlm_ptq.source import read_object
 
 LAYER = "model.layers.{i}."
 QKV = tuple(f"self_attn.{part}_proj.weight" for part in "qkv")
@@ -148,6 +149,17 @@ def load_tokenizer(folder: Path) -> Any:
     tokens = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     tokens("")  # transformers sets things when it is first asked, which fails while others ask
     return tokens
+
+
+def need_processor(folder: Path) -> None:
+    """A model folder has settings of an image processor, in either of transformers' files.
+
+    Raises:
+        UserError: it has not.
+    """
+    path = folder / "processor_config.json"
+    if not (path.is_file() and "image_processor" in read_object(path)):
+        need_file(folder, "preprocessor_config.json")
 
 
 def need_file(folder: Path, name: str) -> Path:

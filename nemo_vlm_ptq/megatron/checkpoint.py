@@ -23,6 +23,7 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.models.gpt import GPTModel
+from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_vlm_ptq.blocks import Slices, Stacked, read_block
 from nemo_vlm_ptq.families.base import Decoder
@@ -32,7 +33,7 @@ from nemo_vlm_ptq.megatron.session import Session
 from nemo_vlm_ptq.page_locked import copy_into, moved
 from nemo_vlm_ptq.plan import VOCAB_MULTIPLE
 from nemo_vlm_ptq.progress import progress_bar
-from nemo_vlm_ptq.source import Reader, all_finite, finite
+from nemo_vlm_ptq.source import Reader, all_finite, in_dtype
 from nemo_vlm_ptq.torch_dist import INDEX, read_index
 
 LAYERS = "decoder.layers."
@@ -90,7 +91,7 @@ def fill_from_source(
         Bytes read by this rank.
 
     Raises:
-        UserError: NaN or Inf in a slice.
+        UserError: NaN or Inf in a slice, or numbers that the model's dtype cannot hold.
     """
     table = {row.megatron: row for row in expand(rows, range(decoder.layers))}
     sizes = decoder.sizes(VOCAB_MULTIPLE)
@@ -100,11 +101,11 @@ def fill_from_source(
         row = table[name]
         parts = [reader.slices(part) for part in row.hf]
         shard = take(row.layout, parts, sizes, session.tensor, session.layout.tensor)
-        if not all_finite(shard):
-            for part, source in zip(parts, row.hf, strict=True):
-                finite(part[:], source)  # names the one that is not
         assert shard.shape == parameter.shape, (name, shard.shape, parameter.shape)
         parameter.data.copy_(shard)
+        if not all_finite(parameter.data):
+            for part, source in zip(parts, row.hf, strict=True):
+                in_dtype(part[:], source, parameter.dtype)  # names the one that is not
         read += shard.nbytes
     return read
 
@@ -136,7 +137,11 @@ def save_state(state: dict[str, Any], folder: Path) -> None:
             own += shard.data.nbytes * is_main_replica(shard.replica_id)
     files = min(MOST_FILES, max(2, -(-own // FILE)))
     strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=files)
-    dist_checkpointing.save(state, str(folder), strategy)
+    try:
+        dist_checkpointing.save(state, str(folder), strategy)
+    except CheckpointException as error:  # which is no Exception
+        reasons = {f"rank {rank}: {failure}" for rank, (failure, _) in error.failures.items()}
+        raise RuntimeError("; ".join(sorted(reasons))) from error
     if dist.get_rank() == 0:
         settle_index(folder)
 

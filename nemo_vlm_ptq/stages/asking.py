@@ -10,7 +10,7 @@ import torch
 from nemo_vlm_ptq.families.base import Sample
 from nemo_vlm_ptq.formats import QuantFormat
 from nemo_vlm_ptq.job import Job
-from nemo_vlm_ptq.questions import SUFFIX, load_questions
+from nemo_vlm_ptq.questions import SUFFIX, scored_questions
 from nemo_vlm_ptq.stages.forms import megatron_logits, rounded_and_exact
 
 SAMPLES = 8
@@ -36,7 +36,7 @@ class Asked:
     def samples(self) -> list[Sample]:
         """Test questions with their images."""
         plan = self.job.plan
-        questions = load_questions(plan.recipe.evaluate.data, "test", SAMPLES)
+        questions = scored_questions(plan.recipe.evaluate.data, SAMPLES)
         prepare = plan.family.preparer(plan.folder, plan.config)
         return [
             prepare(item.id, item.text + SUFFIX, questions.image(item.image))

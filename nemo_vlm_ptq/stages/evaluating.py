@@ -23,7 +23,7 @@ from nemo_vlm_ptq.job import Job, Written, run_stage
 from nemo_vlm_ptq.names import BASELINE
 from nemo_vlm_ptq.parallel import split_evenly
 from nemo_vlm_ptq.progress import progress_bar
-from nemo_vlm_ptq.questions import Questions, load_questions
+from nemo_vlm_ptq.questions import Questions, scored_questions
 from nemo_vlm_ptq.stages.forms import fits, runtime_of
 from nemo_vlm_ptq.stages.importing import source_identity
 from nemo_vlm_ptq.stages.serving import open_engine
@@ -44,9 +44,11 @@ def evaluate(job: Job) -> None:
 
 def _settings(job: Job, fmt: QuantFormat | None) -> dict[str, Any]:
     plan = job.plan
-    chosen = plan.recipe.evaluate.model_dump(exclude={"gate", "batch", "form"})
+    wanted = plan.recipe.evaluate
+    chosen = wanted.model_dump(exclude={"gate", "batch", "form"})
     if fmt is None:
-        return chosen | {"source": source_identity(plan)}
+        asked = scored_questions(wanted.data, wanted.limit).identity()
+        return chosen | {"source": source_identity(plan), "questions": asked}
     target = _target(job, fmt)
     folder = job.folder(fmt.name, target)
     store.need_manifest(folder, "build" if target == "engine" else "export")
@@ -70,7 +72,7 @@ def _evaluate_form(job: Job, fmt: QuantFormat | None) -> None:
 
     def body() -> Written:
         wanted = job.plan.recipe.evaluate
-        questions = load_questions(wanted.data, "test", wanted.limit)
+        questions = scored_questions(wanted.data, wanted.limit)
         result: dict[str, Any] = {}
         shown: dict[str, str] = {}
         with _model(job, fmt) as model:

@@ -122,7 +122,7 @@ def _layer(job: Job, stream: Stream, index: int, shard: tuple[int, int]) -> dict
 def _copy_vision(job: Job, folder: Path, prefix: str) -> list[str]:
     """Tower and projector with the files that describe and feed them."""
     shutil.copy(job.folder("megatron", VISION), folder / "model.safetensors")
-    store.write_json(folder / "config.json", job.plan.config)
+    store.write_json(folder / "config.json", job.plan.written_config)
     names = ["model.safetensors", "config.json"]
     own = ("config.json", "preprocessor_config.json", "processor_config.json")
     for part in ("", *job.plan.family.parts):

@@ -16,7 +16,7 @@ from nemo_vlm_ptq.job import Job, Written, run_stage
 from nemo_vlm_ptq.megatron.build import build_decoder
 from nemo_vlm_ptq.megatron.checkpoint import fill_from_source, save_model
 from nemo_vlm_ptq.plan import Plan
-from nemo_vlm_ptq.source import open_tensors
+from nemo_vlm_ptq.source import in_dtype, open_tensors
 from nemo_vlm_ptq.store import save_tensors
 
 VISION = "vision.safetensors"
@@ -34,7 +34,7 @@ def source_identity(plan: Plan) -> str:
 def import_settings(plan: Plan) -> dict[str, Any]:
     """What the imported model depends on."""
     return {
-        "model": str(plan.folder),
+        "model": str(plan.folder.resolve()),
         "family": plan.family.name,
         "dtype": plan.dtype,
         "source": source_identity(plan),
@@ -54,7 +54,9 @@ def import_model(job: Job) -> None:
             read = fill_from_source(*given, to_write=True)
             save_model(model, folder)
             if session.rank == 0:
-                vision = {name: reader.whole(name).to(job.dtype) for name in plan.vision}
+                vision = {
+                    name: in_dtype(reader.whole(name), name, job.dtype) for name in plan.vision
+                }
                 save_tensors(vision, folder / VISION)
         names = own_files(folder, session.rank)
         memory = {"before": before, "peak": peak_resident()}

@@ -25,7 +25,7 @@ from nemo_vlm_ptq.megatron.build import build_decoder
 from nemo_vlm_ptq.megatron.checkpoint import load_model
 from nemo_vlm_ptq.megatron.session import own_cores
 from nemo_vlm_ptq.plan import Plan
-from nemo_vlm_ptq.questions import SUFFIX, Question, load_questions
+from nemo_vlm_ptq.questions import SUFFIX, Question, calibration_questions
 from nemo_vlm_ptq.stages.importing import VISION
 from nemo_vlm_ptq.stages.solving import layer_solver
 
@@ -36,31 +36,25 @@ def calibration_chunks(plan: Plan) -> tuple[list[Chunk], Callable[[Chunk], list[
     """The recipe's questions as micro-batches, and what makes samples of one.
 
     Raises:
-        UserError: fewer questions than samples, or questions without an image.
+        UserError: fewer questions than samples, questions without an image, or, when samples are
+            made, one that is longer than the model reads.
     """
-    wanted = plan.recipe.calibration
-    questions = load_questions(wanted.data, "calibration", wanted.samples, wanted.seed)
-    items, size = questions.items, wanted.micro_batch
-    if len(items) < wanted.samples:
-        raise UserError(
-            f"calibration.samples={wanted.samples} but {wanted.data} has only "
-            f"{len(items)} questions"
-        )
-    looks = wanted.modality == "image_text"
-    blind = [item.id for item in items if looks and not item.image]
-    if blind:
-        raise UserError(
-            f"calibration.modality=image_text, but {len(blind)} of {len(items)} questions of "
-            f"{wanted.data} have no imageId, first {blind[0]!r}; a model calibrated without images "
-            "may lose them: add images, or set calibration.modality=text"
-        )
+    wanted, most = plan.recipe.calibration, plan.decoder.max_positions
+    questions = calibration_questions(wanted)
     ready = plan.family.preparer(plan.folder, plan.config)
     threads = ThreadPoolExecutor(min(LOOKERS, own_cores()))
 
     def sample(item: Question) -> Sample:
-        image = questions.image(item.image) if looks else None
-        return ready(item.id, item.text + SUFFIX, image, item.answer)
+        image = questions.image(item.image) if item.image else None
+        made = ready(item.id, item.text + SUFFIX, image, item.answer)
+        if len(made.input_ids) > most:
+            raise UserError(
+                f"question {item.id!r} of {wanted.data} takes {len(made.input_ids)} tokens, image "
+                f"included, and the model has {most} positions; shorten it or leave it out"
+            )
+        return made
 
+    items, size = questions.items, wanted.micro_batch
     chunks: list[Chunk] = [items[i : i + size] for i in range(0, len(items), size)]
     return chunks, lambda chunk: list(threads.map(sample, chunk))
 
@@ -74,6 +68,7 @@ def observe_settings(plan: Plan, work: Path) -> dict[str, Any]:
     wanted = plan.recipe.calibration
     return wanted.model_dump(exclude={"max_statistics_memory", "save_every"}) | {
         "moments": moments,
+        "questions": calibration_questions(wanted).identity(),
         "input": store.hash_manifest(work / "megatron"),
     }
 

@@ -117,7 +117,7 @@ def _describe_quantization(
 ) -> dict[str, dict[str, Any]]:
     """Name -> JSON of the files that say how the decoder beside them is quantized."""
     plan, home = job.plan, job.plan.family.decoder_part
-    source = plan.family.decoder_config(plan.config)
+    source = plan.family.decoder_config(plan.written_config)
     if fmt.weight == "nf4":
         beside = [name for name in plan.vision if name.rpartition("/")[0] == home]
         config = nf4.quantization_config(plan.dtype, beside)
@@ -150,7 +150,7 @@ def _sidecars(
     described = _describe_quantization(job, fmt, target, list(own))
     contents: dict[str, Any] = {start + name: content for name, content in described.items()}
     contents[f"{start}model.safetensors.index.json"] = {"metadata": {}, "weight_map": own}
-    for name, content in ({"config.json": plan.config} | contents).items():
+    for name, content in ({"config.json": plan.written_config} | contents).items():
         store.write_json(folder / name, content)
     names = sorted({"config.json", *contents})
 

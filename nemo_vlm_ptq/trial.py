@@ -1,0 +1,65 @@
+"""What can be tried before anything runs: asking the model a question, and writing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from nemo_vlm_ptq.errors import UserError
+from nemo_vlm_ptq.plan import Plan
+from nemo_vlm_ptq.questions import SUFFIX, Questions, calibration_questions, scored_questions
+
+
+def check_questions(plan: Plan, stages: Iterable[str]) -> None:
+    """Data that the stages will ask for is there, and the first question of it makes a sample.
+
+    Raises:
+        UserError: it is not, or a file of the model folder that questions need is missing or of
+            another model.
+    """
+    recipe = plan.recipe
+    if "observe" in stages:
+        _try_first(plan, calibration_questions(recipe.calibration))
+    if {"verify", "evaluate"} & set(stages):
+        _try_first(plan, scored_questions(recipe.evaluate.data, recipe.evaluate.limit))
+
+
+def check_place(work: Path) -> None:
+    """A workdir can be made, or written into.
+
+    Raises:
+        UserError: it cannot.
+    """
+    there = next(place for place in (work, *work.absolute().parents) if place.exists())
+    if not os.access(there, os.W_OK):
+        raise UserError(f"workdir {work}: {there} cannot be written; choose another workdir")
+
+
+def _try_first(plan: Plan, questions: Questions) -> None:
+    """The first question through the prompt and, without weights, through the tower."""
+    import torch
+
+    from nemo_vlm_ptq.families.base import Pixels
+
+    if not questions.items:
+        raise UserError(f"data {questions.name!r} holds no questions")
+    item = questions.items[0]
+    image = questions.image(item.image) if item.image else None
+    sample = plan.family.preparer(plan.folder, plan.config)(item.id, item.text + SUFFIX, image)
+    if sample.pixels is None:
+        return
+    with torch.device("meta"):
+        tower = plan.family.vision(plan.config)
+    try:
+        features = tower(Pixels(sample.pixels.views.to("meta"), sample.pixels.sizes))
+    except ValueError as error:  # transformers', for pictures of another size
+        raise UserError(
+            f"{plan.folder}: the image processor does not fit the tower: {error}"
+        ) from None
+    room = int(sample.is_image.sum())
+    if len(features) != room:
+        raise UserError(
+            f"{plan.folder}: question {item.id!r} has room for {room} image tokens and its image "
+            f"gives {len(features)}; the image processor does not fit the tower"
+        )
