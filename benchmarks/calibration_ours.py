@@ -69,6 +69,11 @@ def run_plainly(model: GPTModel, own: Session, chunks: list[Any], features: torc
         forward(model, own, collate(chunk), features.repeat(len(chunk), 1))
 
 
+def _ready(chunk: observing.Chunk, looks: bool) -> list[Any]:
+    """Samples that need not be prepared."""
+    return list(chunk)
+
+
 class Ours:
     """The model, its checkpoint as import writes it, and the files of observe and solve."""
 
@@ -82,7 +87,7 @@ class Ours:
         log(f"building {setting.layers} layers")
         alone = own.layout.tensor == 1
         model = build(own, setting, own.device, to_observe=True) if alone else self._loaded()
-        self.work = observing.Work(model, Features(setting, own.device), own, list)
+        self.work = observing.Work(model, Features(setting, own.device), own, _ready)
 
     def _loaded(self) -> GPTModel:
         """As observe builds it on tensor ranks."""

@@ -80,17 +80,16 @@ def _plan_and_run(
     from nemo_vlm_ptq.autolayout import check_whole, lay_out, this_machine
     from nemo_vlm_ptq.engine.commands import check_engine, script
     from nemo_vlm_ptq.engine.installed import find_builder
+    from nemo_vlm_ptq.forecast import describe
     from nemo_vlm_ptq.plan import make_plan
-    from nemo_vlm_ptq.trial import check_place, check_questions
 
     plan = make_plan(recipe)
     stages = recipe.stages if command in ("run", "plan") else GROUPS.get(command, (command,))
-    check_questions(plan, stages)
-    check_place(Path(recipe.workdir))
     options = [word.partition("=") for word in own]
     for key, equals, _ in options:
         if command != "logits" or not equals:
             raise UserError(f"{key} is an option of logits; write logits RECIPE {key}=...")
+    _try_out(plan, stages)
     if _needs_engines(command, recipe, stages, own):
         check_engine(plan)
         if dry_run:
@@ -108,13 +107,19 @@ def _plan_and_run(
     plan, why = lay_out(plan, this_machine)
     check_whole(plan, stages, this_machine)
     if command == "plan":
-        from nemo_vlm_ptq.forecast import describe
-
         print(describe(plan, why))
         return 0
     if not inside_ranks():
         return _start_ranks(plan, sys.argv[1:])
     return _be_a_rank(command, plan, {key: value for key, _, value in options})
+
+
+def _try_out(plan: Plan, stages: Iterable[str]) -> None:
+    """Try what can be tried, unless the command that started this rank has."""
+    from nemo_vlm_ptq.trial import try_out
+
+    if PARENT not in os.environ:
+        try_out(plan, stages)
 
 
 def _facts(plan: Plan) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -70,13 +71,17 @@ def is_done(folder: Path, settings: Mapping[str, Any]) -> bool:
     manifest = read_manifest(folder)
     if manifest is not None:
         before = manifest["settings"]
-        for key in sorted(set(before) | set(settings)):
-            old, new = before.get(key), json.loads(json.dumps(settings.get(key)))
-            if old != new:
-                raise UserError(
-                    f"{folder} exists and was made with {key}={old!r}, the recipe says {new!r}; "
-                    "remove the folder or choose another workdir"
-                )
+        now = json.loads(json.dumps(dict(settings)))
+        changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+        if changed:
+            key = min(changed, key=lambda key: _is_hash(now.get(key)))  # a setting tells more
+            said = f"{key}={before.get(key)!r}, the recipe says {now.get(key)!r}"
+            if _is_hash(now.get(key)):
+                said = f"other {key} than there are now"
+            raise UserError(
+                f"{folder} exists and was made with {said}; "
+                "remove the folder or choose another workdir"
+            )
         return True
     for place in (folder, *folder.parents):
         if place.exists() and not place.is_dir():
@@ -84,6 +89,10 @@ def is_done(folder: Path, settings: Mapping[str, Any]) -> bool:
     if folder.is_dir() and any(folder.iterdir()) and not marker(folder).exists():
         raise UserError(f"output folder {folder} exists and is not ours; choose another workdir")
     return False
+
+
+def _is_hash(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def begin(folder: Path, settings: Mapping[str, Any]) -> None:

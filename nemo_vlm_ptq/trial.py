@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.plan import Plan
 from nemo_vlm_ptq.questions import SUFFIX, Questions, calibration_questions, scored_questions
+
+if TYPE_CHECKING:
+    from nemo_vlm_ptq.families.base import Sample
+
+
+def try_out(plan: Plan, stages: Iterable[str]) -> None:
+    """Both, for the stages that are to run.
+
+    Raises:
+        UserError: something will not work.
+    """
+    check_questions(plan, stages)
+    check_place(Path(plan.recipe.workdir))
 
 
 def check_questions(plan: Plan, stages: Iterable[str]) -> None:
@@ -18,11 +32,13 @@ def check_questions(plan: Plan, stages: Iterable[str]) -> None:
         UserError: it is not, or a file of the model folder that questions need is missing or of
             another model.
     """
-    recipe = plan.recipe
+    recipe, asked = plan.recipe, list[Questions]()
     if "observe" in stages:
-        _try_first(plan, calibration_questions(recipe.calibration))
+        asked.append(calibration_questions(recipe.calibration))
     if {"verify", "evaluate"} & set(stages):
-        _try_first(plan, scored_questions(recipe.evaluate.data, recipe.evaluate.limit))
+        asked.append(scored_questions(recipe.evaluate.data, recipe.evaluate.limit))
+    if asked:
+        _try_first(plan, asked)
 
 
 def check_place(work: Path) -> None:
@@ -36,21 +52,28 @@ def check_place(work: Path) -> None:
         raise UserError(f"workdir {work}: {there} cannot be written; choose another workdir")
 
 
-def _try_first(plan: Plan, questions: Questions) -> None:
-    """The first question through the prompt and, without weights, through the tower."""
+def _try_first(plan: Plan, asked: Sequence[Questions]) -> None:
+    """The first question of each through the prompt and, without weights, through the tower."""
     import torch
 
-    from nemo_vlm_ptq.families.base import Pixels
-
-    if not questions.items:
-        raise UserError(f"data {questions.name!r} holds no questions")
-    item = questions.items[0]
-    image = questions.image(item.image) if item.image else None
-    sample = plan.family.preparer(plan.folder, plan.config)(item.id, item.text + SUFFIX, image)
-    if sample.pixels is None:
-        return
+    prepare = plan.family.preparer(plan.folder, plan.config)
     with torch.device("meta"):
         tower = plan.family.vision(plan.config)
+    for questions in asked:
+        if not questions.items:
+            raise UserError(f"data {questions.name!r} holds no questions")
+        item = questions.items[0]
+        image = questions.image(item.image) if item.image else None
+        sample = prepare(item.id, item.text + SUFFIX, image)
+        if sample.pixels is not None:
+            _look(plan, tower, sample)
+
+
+def _look(plan: Plan, tower: Any, sample: Sample) -> None:
+    """A sample's image through a tower without weights."""
+    from nemo_vlm_ptq.families.base import Pixels
+
+    assert sample.pixels is not None
     try:
         features = tower(Pixels(sample.pixels.views.to("meta"), sample.pixels.sizes))
     except ValueError as error:  # transformers', for pictures of another size
@@ -60,6 +83,6 @@ def _try_first(plan: Plan, questions: Questions) -> None:
     room = int(sample.is_image.sum())
     if len(features) != room:
         raise UserError(
-            f"{plan.folder}: question {item.id!r} has room for {room} image tokens and its image "
+            f"{plan.folder}: question {sample.id!r} has room for {room} image tokens and its image "
             f"gives {len(features)}; the image processor does not fit the tower"
         )

@@ -92,6 +92,18 @@ def hollow_model(folder: Path, config: Mapping[str, Any]) -> Path:
     return folder
 
 
+def askable(model: Path) -> Path:
+    """A LLaVA of any size with the small model's tokenizer, and images of its tower's size."""
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (TINY, model)]
+    side = configs[1].get("vision_config", {}).get("image_size", 336)  # transformers' default
+    for path in TINY.glob("*token*.json"):
+        shutil.copy(path, model)
+    settings = json.loads((TINY / "preprocessor_config.json").read_text())
+    settings |= {"crop_size": {"height": side, "width": side}, "size": {"shortest_edge": side}}
+    (model / "preprocessor_config.json").write_text(json.dumps(settings))
+    return configure(model, {"image_token_index": configs[0]["image_token_index"]})
+
+
 def write_recipe(folder: Path, model: Path | str = TINY, **keys: Any) -> Path:
     """A recipe file that works in `folder`/work."""
     path = folder / "recipe.yaml"

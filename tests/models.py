@@ -137,6 +137,11 @@ def random_questions(lengths, images, seed: int) -> list[Question]:
     return made
 
 
+def ready(chunk, looks):
+    """Samples that need not be prepared, for `Work.prepare`."""
+    return list(chunk)
+
+
 def to_samples(questions):
     """Questions as the package's samples."""
     from nemo_vlm_ptq.families.base import Pixels, Sample

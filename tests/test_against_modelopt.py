@@ -63,7 +63,7 @@ def prepare(own, folder, dtype, out):
     chunks = scene_chunks(config, family) if trained else random_chunks()
     model, vision = import_llava(own, folder, dtype)
     vision.to(dtype)
-    observe(Work(model, vision, own, list), chunks, out, Limits(moments=True), {})
+    observe(Work(model, vision, own, models.ready), chunks, out, Limits(moments=True), {})
     features = encode_images(vision, own, chunks, model.config.hidden_size)
 
     def run(any_model):

@@ -1,7 +1,7 @@
 """`auto` in parallel: the smallest model parallelism that fits, on machines that are made up."""
 
 import pytest
-from bad_models import LLAVA_7B, TINY, hollow_model, refusal, write_recipe
+from bad_models import LLAVA_7B, TINY, askable, hollow_model, refusal, write_recipe
 
 from nemo_vlm_ptq import autolayout, forecast, launch
 from nemo_vlm_ptq.autolayout import Machine, choose, lay_out, this_machine
@@ -28,8 +28,10 @@ def models(tmp_path_factory):
     home = tmp_path_factory.mktemp("hollow")
     text = LLAVA_7B["text_config"]
     return {
-        name: hollow_model(
-            home / name, LLAVA_7B | {"text_config": text | dict(zip(KEYS, sizes, strict=True))}
+        name: askable(
+            hollow_model(
+                home / name, LLAVA_7B | {"text_config": text | dict(zip(KEYS, sizes, strict=True))}
+            )
         )
         for name, sizes in SIZES.items()
     }

@@ -116,7 +116,7 @@ def test_statistics_of_other_data_are_refused(tmp_path):
     assert store.is_done(work / "statistics", observe_settings(plan, work))
     (folder / "q.json").write_text((folder / "q.json").read_text().replace("What", "Which"))
     said = said_by(store.is_done, work / "statistics", observe_settings(plan, work))
-    assert "was made with questions=" in said
+    assert "was made with other questions than there are now; " in said
 
 
 def test_a_question_longer_than_the_model_reads_is_named(tmp_path):
@@ -127,7 +127,7 @@ def test_a_question_longer_than_the_model_reads_is_named(tmp_path):
     (folder / "q.json").write_text(json.dumps({"a": entry}))
     recipe = write_recipe(tmp_path, calibration={"data": str(folder), "samples": 1})
     chunks, prepare = calibration_chunks(make_plan(load_recipe(str(recipe))))
-    said = said_by(prepare, chunks[0])
+    said = said_by(prepare, chunks[0], True)
     assert said.startswith(f"question 'a' of {folder} takes ")
     assert "image included, and the model has 1024 positions" in said
 
@@ -162,7 +162,7 @@ def test_questions_without_images_are_refused_unless_text_is_asked_for(tmp_path)
     assert "set calibration.modality=text" in said
     plan = make_plan(load_recipe(str(recipe), ["calibration.modality=text"]))
     chunks, prepare = calibration_chunks(plan)
-    assert not prepare(chunks[0])[0].is_image.any()
+    assert not prepare(chunks[0], True)[0].is_image.any()
 
 
 def test_a_question_with_a_mark_of_an_image_is_named(tmp_path):
@@ -173,7 +173,7 @@ def test_a_question_with_a_mark_of_an_image_is_named(tmp_path):
     calibration = {"data": str(folder), "samples": 1, "modality": "text"}
     recipe = write_recipe(tmp_path, calibration=calibration)
     chunks, prepare = calibration_chunks(make_plan(load_recipe(str(recipe))))
-    said = said_by(prepare, chunks[0])
+    said = said_by(prepare, chunks[0], True)
     assert said.startswith("question 'a' has marks of images in its own text or answer (1 in its")
 
 

@@ -108,6 +108,6 @@ def test_a_rank_that_fails_alone_ends_the_job_with_its_reason(tmp_path):
         start = time.monotonic()
         code, lines = command.end()
     assert time.monotonic() - start < SOON and code == 2
-    assert lines[-1] == f"{PREFIX}{data}/images has no 7.jpg or 7.png"
+    assert lines[-1] == f"{PREFIX}{data}/images has no 7.jpg, .png, .jpeg or .webp"
     assert not [line for line in lines[:-1] if "Traceback" in line or "rror" in line]
     assert not (tmp_path / "work" / "statistics" / "manifest.json").exists()

@@ -67,7 +67,7 @@ def one_line(own, tiny, folder, limit, working=0):
     folder.mkdir()
     model, vision = import_llava(own, tiny.float32)
     samples = models.to_samples(models.random_questions([40] * 4, (0, 2), seed=5))
-    work, chunks = Work(model, vision, own, list), [samples[:2], samples[2:]]
+    work, chunks = Work(model, vision, own, models.ready), [samples[:2], samples[2:]]
     run = observe(work, chunks, folder, Limits(limit != 0, limit, working), {})
     return len(run.passes), {name: hash_file(folder / name) for name in run.files}
 

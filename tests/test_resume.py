@@ -58,7 +58,7 @@ def observed(own, model_folder, folder, stop, room):
         return collate(samples)
 
     memory = None if room is None else room * LAYER + 1
-    work, chunks = Work(model, vision, own, list), [[sample] for sample in samples]
+    work, chunks = Work(model, vision, own, models.ready), [[sample] for sample in samples]
     broken_off = contextlib.suppress(StoppedError, SystemExit)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # which ends a rank once it has saved
     with mock.patch.object(observing, "collate", count), broken_off:

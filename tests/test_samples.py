@@ -17,13 +17,13 @@ FILLED = {"strategy": {"Fixed": 99}, "direction": "Left", "pad_to_multiple_of": 
           "pad_type_id": 0, "pad_token": "<unk>"}  # fmt: skip
 
 
-def prepared(monkeypatch, folder, cores):
-    """Chunks of a model, and their samples made by so many threads."""
+def prepared(monkeypatch, folder, cores, looks=True):
+    """Chunks of a model, and their samples made by so many threads on a rank that looks or not."""
     words = [f"model={folder}", "calibration.samples=64", "calibration.micro_batch=32"]
     plan = make_plan(load_recipe("quickstart", words))
     monkeypatch.setattr(observing, "own_cores", lambda: cores)
     chunks, prepare = observing.calibration_chunks(plan)
-    return chunks, [sample for chunk in chunks for sample in prepare(chunk)]
+    return chunks, [sample for chunk in chunks for sample in prepare(chunk, looks)]
 
 
 @pytest.mark.parametrize("name", ["tiny-llava", "tiny-phi", "tiny-vila"])
@@ -34,6 +34,16 @@ def test_threads_prepare_the_samples_of_one_in_their_order(monkeypatch, name):
     for one, many in zip(alone, together, strict=True):
         assert torch.equal(one.input_ids, many.input_ids)
         assert torch.equal(one.pixels.views, many.pixels.views)
+
+
+@pytest.mark.parametrize("name", ["tiny-llava", "tiny-phi", "tiny-vila"])
+def test_a_rank_that_does_not_look_has_the_same_tokens(monkeypatch, name):
+    _, seen = prepared(monkeypatch, TINY.parent / name, 1)
+    _, blind = prepared(monkeypatch, TINY.parent / name, 1, looks=False)
+    for one, other in zip(seen, blind, strict=True):
+        assert torch.equal(one.input_ids, other.input_ids)
+        assert torch.equal(one.is_image, other.is_image)
+        assert (other.pixels is observing.ELSEWHERE) is (name != "tiny-phi")  # whose images differ
 
 
 def test_what_a_tokenizers_file_says_of_cutting_and_filling_is_off_before_threads_ask(tmp_path):

@@ -7,10 +7,11 @@ import subprocess
 import time
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import scripts
 import slurms
-from bad_models import PREFIX, ROOT, write_recipe
+from bad_models import PREFIX, ROOT, askable, write_recipe
 from slurms import asked, facts, until, until_all_is_over
 from test_full_size import hollow_folder
 from test_ranks_of_others import hashes
@@ -137,9 +138,11 @@ def test_a_rank_that_fails_ends_the_chain_and_status_says_why(slurm, venv, tmp_p
     recipe(tmp_path)
     pictures = tmp_path / "data" / "images"
     pictures.mkdir(parents=True)
-    ask = {"isBalanced": True, "question": "What is it?", "answer": "a box", "imageId": "1"}
-    (tmp_path / "data" / "questions.json").write_text(json.dumps({"1": ask, "2": ask}))
-    (pictures / "1.jpg").write_text("no picture")
+    ask = {"isBalanced": True, "question": "What is it?", "answer": "a box"}
+    both = {name: ask | {"imageId": name} for name in "12"}
+    (tmp_path / "data" / "questions.json").write_text(json.dumps(both))
+    PIL.Image.new("RGB", (64, 64)).save(pictures / "1.jpg")  # the first is tried beforehand
+    (pictures / "2.jpg").write_text("no picture")
     jobs = queued(submit(venv, tmp_path, *WORDS, "calibration.data=data", "calibration.samples=2"))
     until_all_is_over()
     assert facts(jobs["observe"])["JobState"] == "FAILED"
@@ -147,11 +150,11 @@ def test_a_rank_that_fails_ends_the_chain_and_status_says_why(slurm, venv, tmp_p
     said = status(venv, tmp_path)
     print(said)
     assert "last error: run on node" in said, log(tmp_path)
-    assert "\n  data/images/1.jpg is no readable picture: cannot identify" in said
+    assert "\n  data/images/2.jpg is no readable picture: cannot identify" in said
 
 
 def test_a_dry_run_prints_the_commands_for_four_nodes_of_eight_gpus(venv, tmp_path):
-    model = hollow_folder(tmp_path, "llava-1.5-13b-hf")
+    model = askable(hollow_folder(tmp_path, "llava-1.5-13b-hf"))
     site = {"NODES": "4", "GPUS_PER_NODE": "8", "GPU_TYPE": "h100", "ACCOUNT": "me",
             "PARTITION": "batch"}  # fmt: skip
     words = ("--dry-run", "llava15_13b_fp8", f"model={model}", "workdir=work")

@@ -32,7 +32,7 @@ from nemo_vlm_ptq.calibrate.statistics import LINEARS, layer_file
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.base import Sample
 from nemo_vlm_ptq.forecast import SHARE, WINDOW
-from nemo_vlm_ptq.megatron.forward import collate, encode_images, forward
+from nemo_vlm_ptq.megatron.forward import collate, encode_images, forward, looks
 from nemo_vlm_ptq.megatron.session import Session, free_memory
 from nemo_vlm_ptq.parallel import deal, split_evenly, strip_entries
 from nemo_vlm_ptq.progress import progress_bar
@@ -45,13 +45,14 @@ class Work:
     """A model on this rank, and how samples are made for it.
 
     model: built without row-parallel linears; vision: pixels -> features, used on the first
-    pipeline stage; prepare: makes the samples of a micro-batch when their turn comes.
+    pipeline stage; prepare: makes the samples of a micro-batch when their turn comes, and whether
+    this rank looks at their images: else they may be without values.
     """
 
     model: GPTModel
     vision: Any
     session: Session
-    prepare: Callable[[Chunk], list[Sample]]
+    prepare: Callable[[Chunk, bool], list[Sample]]
 
     @property
     def layers(self) -> list[int]:
@@ -175,7 +176,11 @@ def run_chunks(
     """
     model, session, hidden = work.model, work.session, work.model.config.hidden_size
     windows = _windows([chunk for chunk in chunks if chunk is not None])
-    prepared = made_ahead(windows, lambda window: [work.prepare(chunk) for chunk in window])
+
+    def prepare(window: Sequence[Chunk]) -> list[list[Sample]]:
+        return [work.prepare(chunk, looks(session, i)) for i, chunk in enumerate(window)]
+
+    prepared = made_ahead(windows, prepare)
     features: Iterator[Any] = iter(())
     batches: deque[list[Sample]] = deque()
     bar = progress_bar("observe", "batch", session.rank, len(chunks))

@@ -197,8 +197,10 @@ def load_model(model: GPTModel, folder: Path, *, to_write: bool = False) -> None
             filled += shard.data.numel()
     assert filled == sum(parameter.numel() for parameter in own), folder
     group = parallel_state.get_data_parallel_group()
-    ranks = [] if to_write else dist.get_process_group_ranks(group)
-    for name, parameter in named.items() if len(ranks) > 1 else ():
+    ranks = dist.get_process_group_ranks(group)
+    if to_write or len(ranks) == 1:
+        return
+    for name, parameter in named.items():
         dist.broadcast(parameter.data, ranks[writer(name, len(ranks))], group=group)
 
 

@@ -78,7 +78,7 @@ def encode_images(
         pixels = [sample.pixels for sample in batch if sample.pixels is not None]
         if not pixels:
             features.append(None)
-        elif i % T == session.tensor:
+        elif looks(session, i):
             there = [one.to(session.device, dtype) for one in pixels]
             features.append(torch.cat([vision(one) for one in _together(there)]))
         else:
@@ -89,6 +89,11 @@ def encode_images(
             if one is not None:
                 dist.broadcast(one, owners[i % T], group=session.tensor_group)
     return features
+
+
+def looks(session: Session, index: int) -> bool:
+    """This rank looks at the images of micro-batch `index` of those that are encoded together."""
+    return session.first_stage and index % session.layout.tensor == session.tensor
 
 
 def _together(pixels: Sequence[Pixels]) -> list[Pixels]:

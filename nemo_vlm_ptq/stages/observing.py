@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from nemo_vlm_ptq.calibrate.observe import observe as observe_model
 from nemo_vlm_ptq.calibrate.observer import MODALITY_NAMES
 from nemo_vlm_ptq.calibrate.statistics import LINEARS, load_tokens, put_together
 from nemo_vlm_ptq.errors import UserError
-from nemo_vlm_ptq.families.base import Sample
+from nemo_vlm_ptq.families.base import Pixels, Sample
 from nemo_vlm_ptq.forecast import working_bytes
 from nemo_vlm_ptq.job import Job, Written, run_stage
 from nemo_vlm_ptq.megatron.build import build_decoder
@@ -30,10 +31,11 @@ from nemo_vlm_ptq.stages.importing import VISION
 from nemo_vlm_ptq.stages.solving import layer_solver
 
 LOOKERS = 8  # threads that prepare images, at most
+ELSEWHERE = Pixels(torch.empty(0))  # of an image that another rank looks at
 
 
-def calibration_chunks(plan: Plan) -> tuple[list[Chunk], Callable[[Chunk], list[Sample]]]:
-    """The recipe's questions as micro-batches, and what makes samples of one.
+def calibration_chunks(plan: Plan) -> tuple[list[Chunk], Callable[[Chunk, bool], list[Sample]]]:
+    """The recipe's questions as micro-batches, and what makes samples of one (`Work.prepare`).
 
     Raises:
         UserError: fewer questions than samples, questions without an image, or, when samples are
@@ -44,8 +46,11 @@ def calibration_chunks(plan: Plan) -> tuple[list[Chunk], Callable[[Chunk], list[
     ready = plan.family.preparer(plan.folder, plan.config)
     threads = ThreadPoolExecutor(min(LOOKERS, own_cores()))
 
-    def sample(item: Question) -> Sample:
-        image = questions.image(item.image) if item.image else None
+    def sample(item: Question, looks: bool) -> Sample:
+        image: Any = None
+        if item.image:
+            needed = looks or plan.family.image_tokens is None  # its size tells its tokens
+            image = questions.image(item.image) if needed else ELSEWHERE
         made = ready(item.id, item.text + SUFFIX, image, item.answer)
         if len(made.input_ids) > most:
             raise UserError(
@@ -56,7 +61,7 @@ def calibration_chunks(plan: Plan) -> tuple[list[Chunk], Callable[[Chunk], list[
 
     items, size = questions.items, wanted.micro_batch
     chunks: list[Chunk] = [items[i : i + size] for i in range(0, len(items), size)]
-    return chunks, lambda chunk: list(threads.map(sample, chunk))
+    return chunks, lambda chunk, looks: list(threads.map(sample, chunk, repeat(looks)))
 
 
 def observe_settings(plan: Plan, work: Path) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def _check_configs(job: Job, fmt: QuantFormat, target: str) -> list[str]:
         return check_nemo(folder, plan.decoder, whole.vision_config, layer, plan.dtype)
     check = check_hf_configs if target == "hf" else check_compressed_configs
     home = folder / plan.family.decoder_part
-    return check(home, plan.family.decoder_config(plan.config), wanted)
+    return check(home, plan.family.decoder_config(plan.written_config), wanted)
 
 
 def _check_files(folder: Path) -> list[str]:
