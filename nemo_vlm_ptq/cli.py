@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -48,6 +50,7 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 def main() -> None:
     """Entry point of `nemo-vlm-ptq` and `python -m nemo_vlm_ptq`."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is for its own loaders
     gc.disable()  # until a rank works: looking for garbage is a fifth of the time packages take
     words = sys.argv[1:]
     if not words or words[0] == "help" or {"-h", "--help"} & set(words):
@@ -65,6 +68,8 @@ def main() -> None:
         if chosen.debug:
             traceback.print_exc()
         sys.exit(_refuse(error))
+    except KeyboardInterrupt:  # the command that started ranks says so
+        sys.exit(128 + signal.SIGINT)
     except RuntimeError as error:
         from nemo_vlm_ptq import launch
 

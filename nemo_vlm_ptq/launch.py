@@ -194,7 +194,6 @@ def _start_ranks(plan: Plan, words: list[str]) -> int:
         PARENT: "1",
         "PYTHONWARNINGS": "ignore",
         "OMP_NUM_THREADS": str(threads),
-        "TRANSFORMERS_VERBOSITY": "error",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
     os.environ.update({key: os.environ.get(key, value) for key, value in quiet.items()})
