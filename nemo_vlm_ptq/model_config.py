@@ -16,12 +16,12 @@ def override(config: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     return changed
 
 
-def in_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     """A config, and the configs inside it, whose dtypes are this one where they have any."""
     changed = dict(config)
     for key, value in config.items():
         if isinstance(value, dict):
-            changed[key] = in_dtype(value, dtype)
+            changed[key] = with_dtype(value, dtype)
         elif key in ("dtype", "torch_dtype") and value is not None:
             changed[key] = dtype
     return changed

@@ -14,7 +14,7 @@ from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families import Decoder, ModelFamily, find_family, read_config
 from nemo_vlm_ptq.formats import INT4_GROUPS, KV_CACHES, NVFP4_BLOCK, QuantFormat, find_format
 from nemo_vlm_ptq.mapping.rows import carried_along, check_coverage
-from nemo_vlm_ptq.model_config import in_dtype, override
+from nemo_vlm_ptq.model_config import override, with_dtype
 from nemo_vlm_ptq.recipe import Recipe
 from nemo_vlm_ptq.source import Tensor, list_tensors, model_folder, usual_dtype
 from nemo_vlm_ptq.sources.nemo import is_nemo, open_nemo
@@ -45,7 +45,7 @@ class Plan:
     @property
     def written_config(self) -> dict[str, Any]:
         """config.json of what is exported: the model's, in the dtype of its weights."""
-        return in_dtype(self.config, self.dtype)
+        return with_dtype(self.config, self.dtype)
 
     def targets(self, fmt: QuantFormat) -> list[str]:
         """Requested targets that can take a format together with the KV cache."""
@@ -86,8 +86,8 @@ def make_plan(recipe: Recipe) -> Plan:
     """
     folder = model_folder(recipe.model)
     nemo = open_nemo(folder) if is_nemo(folder) else None
-    config: dict[str, Any] = read_config(folder) if nemo is None else nemo.config
-    family = find_family(config | recipe.config, recipe.family)
+    config = override(read_config(folder) if nemo is None else nemo.config, recipe.config)
+    family = find_family(config, recipe.family)
     config = override(family.complete(folder, config), recipe.config)
     decoder, vision = _understand(folder, family, config)
     if nemo is None:

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -266,6 +267,14 @@ def test_a_recipe_changes_configs_of_sub_folders_too(tmp_path):
     before = make_plan(load_recipe(recipe)).decoder
     after = make_plan(load_recipe(recipe, ["config.llm_cfg.rope_theta=77.0"])).decoder
     assert after == replace(before, rope_theta=77.0) != before
+    model = shutil.copytree(ROOT / "assets" / "tiny-vila", tmp_path / "model")
+    given = json.loads((model / "llm" / "config.json").read_text())
+    (model / "llm" / "config.json").unlink()
+    whole = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(whole | {"llm_cfg": None}))
+    assert plan_refusal(tmp_path, model) == f"{model} has no llm/config.json"
+    recipe = str(write_recipe(tmp_path, model, config={"llm_cfg": given}))
+    assert make_plan(load_recipe(recipe)).decoder == before
 
 
 def test_a_float32_model_goes_to_no_reader_that_wants_16_bit(tmp_path):
