@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -211,14 +210,13 @@ def test_a_rank_notes_its_own_bug_and_not_that_a_peer_has_gone(tmp_path, monkeyp
     def fail(*_):
         raise error
 
-    plan = SimpleNamespace(recipe=SimpleNamespace(workdir=str(tmp_path)))
     monkeypatch.setattr("nemo_vlm_ptq.ranks.run_rank", fail)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     path = tmp_path / "note"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
     with pytest.raises(type(error)):
-        launch._be_a_rank("run", plan, {})
+        launch._be_a_rank("run", mock.Mock(recipe=mock.Mock(workdir=str(tmp_path))), {})
     found = json.loads(path.read_text())["message"]["message"] if path.exists() else None
     assert found == noted
 

@@ -1,20 +1,15 @@
 """Plans: layouts and models that cannot work are refused with what would; no weights are read."""
 
 import copy
-import json
 import re
-import shutil
-from dataclasses import replace
 
 import pytest
 from bad_models import (
     LLAVA_7B,
-    ROOT,
     TINY,
     WEIGHTS,
     configure,
     copy_model,
-    damage,
     hollow_model,
     plan_refusal,
     refusal,
@@ -25,7 +20,6 @@ from nemo_vlm_ptq import forecast, plan, source
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.formats import FORMATS, TARGETS
 from nemo_vlm_ptq.parallel import data_axis
-from nemo_vlm_ptq.plan import make_plan
 from nemo_vlm_ptq.recipe import load_recipe
 
 
@@ -255,50 +249,6 @@ def test_a_config_that_makes_no_sense_is_refused_by_the_value(tmp_path, key, val
     assert named in plan_refusal(tmp_path, folder)
 
 
-def test_a_recipe_changes_single_values_of_a_config_inside_the_config(tmp_path):
-    recipe = str(write_recipe(tmp_path))
-    before = make_plan(load_recipe(recipe)).decoder
-    after = make_plan(load_recipe(recipe, ["config.text_config.rms_norm_eps=0.1"])).decoder
-    assert after == replace(before, norm_eps=0.1) != before
-
-
-def test_a_recipe_changes_configs_of_sub_folders_too(tmp_path):
-    recipe = str(write_recipe(tmp_path, ROOT / "assets" / "tiny-vila"))
-    before = make_plan(load_recipe(recipe)).decoder
-    after = make_plan(load_recipe(recipe, ["config.llm_cfg.rope_theta=77.0"])).decoder
-    assert after == replace(before, rope_theta=77.0) != before
-    model = shutil.copytree(ROOT / "assets" / "tiny-vila", tmp_path / "model")
-    given = json.loads((model / "llm" / "config.json").read_text())
-    (model / "llm" / "config.json").unlink()
-    whole = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(whole | {"llm_cfg": None}))
-    assert plan_refusal(tmp_path, model) == f"{model} has no llm/config.json"
-    recipe = str(write_recipe(tmp_path, model, config={"llm_cfg": given}))
-    assert make_plan(load_recipe(recipe)).decoder == before
-
-
-def test_a_float32_model_goes_to_no_reader_that_wants_16_bit(tmp_path):
-    def to_float32(tensors):
-        tensors |= {name: tensor.float() for name, tensor in tensors.items()}
-
-    model = damage(copy_model(tmp_path / "model"), to_float32)
-    words = ["quantize.format=int4_wo", "export.targets=[compressed_tensors]"]
-    said = (
-        "readers of compressed_tensors take int4_wo in 16 bit, and this model is float32; "
-        "set export.dtype=bfloat16 or float16"
-    )
-    assert plan_refusal(tmp_path, model, *words) == said
-    make_plan(load_recipe(str(tmp_path / "recipe.yaml"), [*words, "export.dtype=bfloat16"]))
-
-
-def test_norms_of_another_dtype_do_not_decide_for_the_weights(tmp_path):
-    def norms(tensors):
-        tensors |= {key: one.float() for key, one in tensors.items() if "norm" in key}
-
-    model = damage(copy_model(tmp_path / "model"), norms)
-    assert make_plan(load_recipe(str(write_recipe(tmp_path, model)))).dtype == "bfloat16"
-
-
 def test_where_no_size_fits_a_target_it_is_said_to_be_left_out(tmp_path):
     config = copy.deepcopy(LLAVA_7B)
     config["text_config"] = config["text_config"] | {"num_key_value_heads": 1, "head_dim": 32}
@@ -306,13 +256,6 @@ def test_where_no_size_fits_a_target_it_is_said_to_be_left_out(tmp_path):
     said = plan_refusal(tmp_path, model, "quantize.format=int4_awq")
     assert said.endswith("or a tile of TensorRT-LLM; these work: none; leave trtllm out of "
                          "export.targets")  # fmt: skip
-
-
-def test_what_is_written_says_the_dtype_that_it_is_in(tmp_path):
-    made = make_plan(load_recipe(str(write_recipe(tmp_path)), ["export.dtype=float16"]))
-    text = json.dumps(made.written_config)
-    assert '"bfloat16"' in json.dumps(made.config) and '"bfloat16"' not in text
-    assert made.config.keys() == made.written_config.keys() and '"float16"' in text
 
 
 def test_an_unknown_family_lists_the_known_ones(tmp_path):
