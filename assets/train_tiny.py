@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from nemo_vlm_ptq import scenes
+from nemo_vlm_ptq.checkpoints.huggingface import read_json_object
+from nemo_vlm_ptq.data import scenes
+from nemo_vlm_ptq.data.questions import PROMPT_SUFFIX
 from nemo_vlm_ptq.families import FAMILIES, read_config, vila
-from nemo_vlm_ptq.questions import SUFFIX
-from nemo_vlm_ptq.source import read_object
-from nemo_vlm_ptq.vision.phi import PhiVision, whole_and_crops
+from nemo_vlm_ptq.families.phi_vision import PhiVision, global_view_and_crops
 
 SLOTS = 10  # questions of a scene, at most
 TEST_SCENES = 250
@@ -38,7 +38,7 @@ RATE = 1e-3  # peak learning rate
 REPORT = 500  # steps between reports
 HERE = Path(__file__).resolve().parent
 SPECIALS = ("<s>", "</s>", "<pad>")
-ASK = "\n{question}" + SUFFIX
+ASK = "\n{question}" + PROMPT_SUFFIX
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Net(nn.Module):
 
     def __init__(self, name: str, config: dict[str, Any], pixels: dict[str, Any]) -> None:
         super().__init__()
-        self.vision = FAMILIES[name].vision(config)
+        self.vision = FAMILIES[name].make_vision_module(config)
         self.decoder = AutoModelForCausalLM.from_config(FAMILIES[name].text_config(config))
         for text, parameter in self.vision.named_parameters():
             if text.endswith("GN"):
@@ -93,7 +93,7 @@ class Net(nn.Module):
             return self.vision.project(pixels)
         side = self.vision.side
         rows = pixels.shape[-1] // side
-        return self.vision.project(whole_and_crops(pixels, side), rows, rows)
+        return self.vision.project(global_view_and_crops(pixels, side), rows, rows)
 
 
 class Fixed(nn.Module):
@@ -166,7 +166,7 @@ class Packed:
     """The fixed layout of packed sequences: ids before the questions, attention, positions."""
 
     def __init__(self, name: str, folder: Path, config: dict[str, Any], device: str) -> None:
-        prepare = FAMILIES[name].preparer(folder, config)
+        prepare = FAMILIES[name].make_preprocessor(folder, config)
         sample = prepare("", "Q", scenes.draw("train-000000"))
         stop = int(sample.is_image.nonzero()[-1]) + 1
         self.ids = sample.input_ids[:stop].clamp(min=0).to(device)
@@ -249,8 +249,8 @@ def save_weights(name: str, net: Net, folder: Path) -> None:
     """Writes model.safetensors in bf16 under the published names, a file a sub-folder."""
     prefix = FAMILIES[name].decoder_prefix
     state = {prefix + key: tensor for key, tensor in net.decoder.state_dict().items()}
-    state |= net.vision.published()
-    for part in FAMILIES[name].parts:
+    state |= net.vision.published_parameters()
+    for part in FAMILIES[name].subfolders:
         start = f"{part}/" if part else ""
         own = {
             key.removeprefix(start): tensor.detach().bfloat16().cpu().contiguous()
@@ -274,14 +274,14 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.manual_seed(0)
-    config = FAMILIES[name].complete(folder, read_config(folder))
+    config = FAMILIES[name].complete_config(folder, read_config(folder))
     tokenizer = make_tokenizer(name, config)
-    tokenizer.save(str(folder / FAMILIES[name].decoder_part / "tokenizer.json"))
+    tokenizer.save(str(folder / FAMILIES[name].decoder_subfolder / "tokenizer.json"))
     begun = time.monotonic()
     data = load_scenes(name, "train", options.scenes, tokenizer, device)
     test = load_scenes(name, "test", TEST_SCENES, tokenizer, device)
     print(f"{options.scenes} scenes drawn in {time.monotonic() - begun:.0f} s", flush=True)
-    pixels = read_object(folder / kind.pixels / "preprocessor_config.json")
+    pixels = read_json_object(folder / kind.pixels / "preprocessor_config.json")
     net = Net(name, config, pixels).to(device)
     packed = Packed(name, folder, config, device)
     net.decoder.model.rotary_emb = Fixed(net.decoder.model.rotary_emb, packed.positions)

@@ -47,7 +47,7 @@ from calibration_report import report
 from calibration_setting import POINTS, Numbers, Point, Setting, log
 
 import nemo_vlm_ptq
-from nemo_vlm_ptq.store import write_json
+from nemo_vlm_ptq.workdir.store import write_json
 
 HERE = Path(__file__).resolve().parent
 MEMORY = Path("/dev/shm")

@@ -26,7 +26,7 @@ from transformers import LlamaForCausalLM
 
 from nemo_vlm_ptq.families.base import IMAGE
 from nemo_vlm_ptq.megatron.forward import collate
-from nemo_vlm_ptq.megatron.session import Session
+from nemo_vlm_ptq.megatron.parallel_context import ParallelContext
 
 
 def start_compiling(device: torch.device) -> threading.Thread:
@@ -110,7 +110,7 @@ def _dispatch(model: Any, places: dict[str, torch.device]) -> Any:
 class Megatron:
     """This project's Megatron-core model, as it was imported."""
 
-    def __init__(self, setting: Setting, own: Session) -> None:
+    def __init__(self, setting: Setting, own: ParallelContext) -> None:
         self.setting, self.own = setting, own
         self.features = Features(setting, own.device).drawn
 

@@ -29,24 +29,24 @@ from calibration_setting import (
 )
 from megatron.core.models.gpt import GPTModel
 
-from nemo_vlm_ptq.calibrate import observe as observing
-from nemo_vlm_ptq.calibrate.ahead import read_ahead
-from nemo_vlm_ptq.calibrate.solve import Wishes, save_scales, solve_layer, weight_names
+from nemo_vlm_ptq.calibrate.observe import loop as observing
+from nemo_vlm_ptq.calibrate.solve.layer import SolveOptions, save_scales, solve_layer, weight_names
 from nemo_vlm_ptq.calibrate.statistics import (
     LINEARS,
     InputStatistics,
+    assemble_layer,
     load_layer,
     load_tokens,
-    put_together,
 )
+from nemo_vlm_ptq.distributed.layout import round_robin
 from nemo_vlm_ptq.formats import FORMATS
 from nemo_vlm_ptq.megatron.build import build_decoder
-from nemo_vlm_ptq.megatron.checkpoint import LayerReader, fill_from_source, load_model, save_model
+from nemo_vlm_ptq.megatron.checkpoint import LayerReader, load_from_source, load_model, save_model
 from nemo_vlm_ptq.megatron.forward import collate, forward
-from nemo_vlm_ptq.megatron.session import Session
-from nemo_vlm_ptq.parallel import deal
-from nemo_vlm_ptq.plan import VOCAB_MULTIPLE
-from nemo_vlm_ptq.store import hash_file
+from nemo_vlm_ptq.megatron.parallel_context import ParallelContext
+from nemo_vlm_ptq.planning.plan import VOCAB_MULTIPLE
+from nemo_vlm_ptq.utils.device_prefetch import prefetch_to_device
+from nemo_vlm_ptq.workdir.store import hash_file
 
 TOP = 12  # kernels of a profile
 PROFILED_CHUNKS = 2
@@ -54,22 +54,24 @@ Solved = tuple[str, int, Any]  # format, layer, scales
 
 
 def build(
-    own: Session, setting: Setting, drawn_on: torch.device, *, to_observe: bool = False
+    own: ParallelContext, setting: Setting, drawn_on: torch.device, *, to_observe: bool = False
 ) -> GPTModel:
     """The decoder's shards of this rank with the random weights, made where they will lie."""
     model = build_decoder(setting.decoder, own, torch.bfloat16, to_observe=to_observe)
     weights: Any = Weights(setting, drawn_on)
-    fill_from_source(model, own, FAMILY.rows, setting.decoder, weights)
+    load_from_source(model, own, FAMILY.parameter_map, setting.decoder, weights)
     return model
 
 
-def run_plainly(model: GPTModel, own: Session, chunks: list[Any], features: torch.Tensor) -> None:
+def run_plainly(
+    model: GPTModel, own: ParallelContext, chunks: list[Any], features: torch.Tensor
+) -> None:
     """Micro-batches through the model, and nothing else."""
     for chunk in chunks:
         forward(model, own, collate(chunk), features.repeat(len(chunk), 1))
 
 
-def _ready(chunk: observing.Chunk, looks: bool) -> list[Any]:
+def _ready(chunk: observing.MicroBatch, looks: bool) -> list[Any]:
     """Samples that need not be prepared."""
     return list(chunk)
 
@@ -77,7 +79,7 @@ def _ready(chunk: observing.Chunk, looks: bool) -> list[Any]:
 class Ours:
     """The model, its checkpoint as import writes it, and the files of observe and solve."""
 
-    def __init__(self, own: Session, setting: Setting, folder: Path) -> None:
+    def __init__(self, own: ParallelContext, setting: Setting, folder: Path) -> None:
         self.own, self.setting, self.folder = own, setting, folder
         self.passes = 0  # of the last observe
         self.weights = folder / f"megatron-{setting.layers}"
@@ -87,7 +89,7 @@ class Ours:
         log(f"building {setting.layers} layers")
         alone = own.layout.tensor == 1
         model = build(own, setting, own.device, to_observe=True) if alone else self._loaded()
-        self.work = observing.Work(model, Features(setting, own.device), own, _ready)
+        self.work = observing.ObserveSetup(model, Features(setting, own.device), own, _ready)
 
     def _loaded(self) -> GPTModel:
         """As observe builds it on tensor ranks."""
@@ -113,13 +115,13 @@ class Ours:
 
     def forward(self, chunks: list[Any]) -> float:
         """The plain forward of these ranks, without the head as observe has it."""
-        mine = list(deal(chunks, self.own.layout.data, self.own.data))
+        mine = list(round_robin(chunks, self.own.layout.data, self.own.data))
         run_plainly(self.work.model, self.own, mine, self.work.vision.drawn)
         return 0.0
 
     def observe(self, chunks: list[Any], moments: bool, **options: Any) -> float:
         """As the stage does, its files included; returns the seconds of reducing and saving."""
-        limits = observing.Limits(moments, **options)
+        limits = observing.ObserveOptions(moments, **options)
         with self._saving_timed() as spent:
             run = observing.observe(self.work, chunks, self._statistics(moments), limits, {})
         self.passes = len(run.passes)
@@ -143,7 +145,7 @@ class Ours:
             start = time.perf_counter()
             paths = LINEARS.items()
             weights = {key: blocks[layer].get_submodule(path).weight.data for key, path in paths}
-            solved.extend(self._solve(layer, weights, put_together(dict(tensors)), names))
+            solved.extend(self._solve(layer, weights, assemble_layer(dict(tensors)), names))
             self._wait()
             solving[0] += time.perf_counter() - start
 
@@ -154,10 +156,18 @@ class Ours:
         self, layer: int, weights: Any, seen: dict[str, InputStatistics], names: Sequence[str]
     ) -> Iterator[Solved]:
         sizes = self.setting.decoder.sizes(VOCAB_MULTIPLE)
-        seen = {name: one.with_power(weights[name]) for name, one in seen.items()}
+        seen = {name: one.with_output_power(weights[name]) for name, one in seen.items()}
         for name in names:
-            given = (weights, seen, FORMATS[name], GROUP, sizes, Wishes(), FAMILY.rows)
-            yield name, layer, {key: one.on_host() for key, one in solve_layer(*given).items()}
+            given = (
+                weights,
+                seen,
+                FORMATS[name],
+                GROUP,
+                sizes,
+                SolveOptions(),
+                FAMILY.parameter_map,
+            )
+            yield name, layer, {key: one.to_cpu() for key, one in solve_layer(*given).items()}
 
     def _save(self, solved: list[Solved], folder: Path) -> float:
         begin = time.perf_counter()
@@ -210,9 +220,9 @@ class Ours:
             weights = {linear: tensors[key].to(own.device) for linear, key in linears.items()}
             return weights, load_layer(folder, layer, own.device)
 
-        mine = deal(range(self.setting.layers), own.layout.world, own.rank)
+        mine = round_robin(range(self.setting.layers), own.layout.world, own.rank)
         begin = time.perf_counter()
-        for layer, (weights, seen) in read_ahead(mine, read, own.device):
+        for layer, (weights, seen) in prefetch_to_device(mine, read, own.device):
             spent += time.perf_counter() - begin
             solved.extend(self._solve(layer, weights, seen, names))
             begin = time.perf_counter()

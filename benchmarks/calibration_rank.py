@@ -25,8 +25,8 @@ from calibration_setting import (
     matrix_rate,
 )
 
-from nemo_vlm_ptq.megatron.session import Session, session
-from nemo_vlm_ptq.store import read_json
+from nemo_vlm_ptq.megatron.parallel_context import ParallelContext, parallel_context
+from nemo_vlm_ptq.workdir.store import read_json
 
 WARM_LAYERS = 2  # of the model on which everything runs once before it is measured
 WARM_CHUNKS = 16
@@ -86,7 +86,7 @@ def measure_ours(point: Point, setting: Setting, job: dict[str, Any]) -> None:
     from calibration_ours import Ours
 
     folder = Path(job["scratch"])
-    with session({"tensor": point.tensor, "pipeline": 1, "data": point.data}) as own:
+    with parallel_context({"tensor": point.tensor, "pipeline": 1, "data": point.data}) as own:
         clock, numbers = Clock([own.device], own), _numbers(point, job, own)
         warm = warm_setting(setting)
         warm_up(list(Ours(own, warm, folder).cases(warm.samples)), clock)
@@ -110,7 +110,7 @@ def measure_profile(point: Point, setting: Setting, job: dict[str, Any]) -> None
     """Where the time of observe and of an AWQ solve goes."""
     from calibration_ours import Ours
 
-    with session({"tensor": 1, "pipeline": 1, "data": 1}) as own:
+    with parallel_context({"tensor": 1, "pipeline": 1, "data": 1}) as own:
         clock, numbers = Clock([own.device], own), _numbers(point, job, own)
         few = replace(setting, layers=min(PROFILED_LAYERS, setting.layers))
         ours = Ours(own, few, Path(job["scratch"]))
@@ -130,7 +130,7 @@ def measure_modelopt(point: Point, setting: Setting, job: dict[str, Any]) -> Non
         devices = tuple(map(torch.device, names[:count]))
         _measure_modelopt(point, setting, job, devices, None)
         return
-    with session({"tensor": point.tensor, "pipeline": 1, "data": 1}) as own:
+    with parallel_context({"tensor": point.tensor, "pipeline": 1, "data": 1}) as own:
         _measure_modelopt(point, setting, job, (own.device,), own)
 
 
@@ -139,7 +139,7 @@ def _measure_modelopt(
     setting: Setting,
     job: dict[str, Any],
     devices: tuple[torch.device, ...],
-    own: Session | None,
+    own: ParallelContext | None,
 ) -> None:
     import calibration_modelopt as theirs
 
@@ -162,7 +162,7 @@ def _measure_modelopt(
         rounds.measure(longest_first, [], 1)
 
 
-def _numbers(point: Point, job: dict[str, Any], own: Session | None) -> Numbers:
+def _numbers(point: Point, job: dict[str, Any], own: ParallelContext | None) -> Numbers:
     return Numbers(Path(job["numbers"]), point.name, own is None or own.rank == 0)
 
 

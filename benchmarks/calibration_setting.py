@@ -20,10 +20,10 @@ import torch
 from random_model import _noise, published_config
 
 from nemo_vlm_ptq.families import FAMILIES
-from nemo_vlm_ptq.families.base import Decoder, Pixels, Sample
+from nemo_vlm_ptq.families.base import Decoder, ImageInputs, Sample
 
 if TYPE_CHECKING:
-    from nemo_vlm_ptq.megatron.session import Session
+    from nemo_vlm_ptq.megatron.parallel_context import ParallelContext
 
 FAMILY = FAMILIES["llava"]
 MODEL = "llava-1.5-7b-hf"
@@ -111,7 +111,7 @@ class Setting:
     @property
     def weights(self) -> int:
         """Of the linears."""
-        rows = tuple(row for row in FAMILY.rows if row.linear)
+        rows = tuple(row for row in FAMILY.parameter_map if row.is_linear)
         return sum(math.prod(shape) for shape in self.decoder.shapes(rows).values())
 
     def flop(self, samples: int) -> float:
@@ -123,7 +123,7 @@ class Setting:
     def chunks(self, samples: int) -> list[list[Sample]]:
         """Micro-batches of samples with an image in the middle of their text."""
         generator = torch.Generator().manual_seed(0)
-        start, pixels = self.text_tokens // 2, Pixels(torch.zeros(1, 3, 2, 2))
+        start, pixels = self.text_tokens // 2, ImageInputs(torch.zeros(1, 3, 2, 2))
         is_image = torch.zeros(self.length, dtype=torch.bool)
         is_image[start : start + IMAGE_TOKENS] = True
         vocabulary = self.decoder.vocab
@@ -138,7 +138,7 @@ class Weights:
     """Random weights by published name; each is drawn when asked for, from a seed of its name."""
 
     def __init__(self, setting: Setting, device: torch.device) -> None:
-        self.shapes = setting.decoder.shapes(FAMILY.rows)
+        self.shapes = setting.decoder.shapes(FAMILY.parameter_map)
         self.device = device
 
     def slices(self, name: str) -> torch.Tensor:
@@ -157,9 +157,9 @@ class Features(torch.nn.Module):
         )
         self.drawn = torch.nn.Parameter(made.to(device, torch.bfloat16), requires_grad=False)
 
-    def forward(self, pixels: Pixels) -> torch.Tensor:
+    def forward(self, pixels: ImageInputs) -> torch.Tensor:
         """[tokens,H] of all images."""
-        return self.drawn.repeat(len(pixels.views), 1)
+        return self.drawn.repeat(len(pixels.pixel_values), 1)
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class Run:
 class Clock:
     """Times cases on the devices of this rank and on its peers."""
 
-    def __init__(self, devices: Sequence[torch.device], own: Session | None) -> None:
+    def __init__(self, devices: Sequence[torch.device], own: ParallelContext | None) -> None:
         self.own = own
         self.gpus = [device for device in devices if device.type == "cuda"]
 

@@ -21,9 +21,9 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from watching import Rank, watch
 
-from nemo_vlm_ptq.plan import Plan, make_plan
+from nemo_vlm_ptq.planning.plan import Plan, make_plan
 from nemo_vlm_ptq.recipe import load_recipe
-from nemo_vlm_ptq.store import read_json
+from nemo_vlm_ptq.workdir.store import read_json
 
 FILES = "*/*.safetensors"
 HEAD = {

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_vlm_ptq.formats import FORMATS
-from nemo_vlm_ptq.store import read_json
+from nemo_vlm_ptq.workdir.store import read_json
 
 RECIPES = {"tiny-llava": "quickstart", "tiny-vila": "quickstart_vila", "tiny-phi": "quickstart_phi"}
 TENSORS = (1, 2, 4)

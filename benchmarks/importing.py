@@ -29,10 +29,10 @@ from typing import Any
 from random_model import write_model
 from watching import Rank, watch
 
-from nemo_vlm_ptq.forecast import rank_parameters
-from nemo_vlm_ptq.plan import Plan, make_plan
+from nemo_vlm_ptq.planning.forecast import rank_parameters
+from nemo_vlm_ptq.planning.plan import Plan, make_plan
 from nemo_vlm_ptq.recipe import load_recipe
-from nemo_vlm_ptq.store import read_json, write_json
+from nemo_vlm_ptq.workdir.store import read_json, write_json
 
 COLD = 0.1  # share of a file that may be cached still
 PROBES = 1000  # pages that are looked for in the cache
@@ -134,7 +134,7 @@ def measure(model: Path, tensor: int, scratch: Path) -> dict[str, str]:
 
 def row(plan: Plan, ranks: Sequence[Rank], facts: dict[str, Any], seconds: float) -> dict[str, str]:
     """Cells from what was seen of the ranks and what they said themselves."""
-    tower = 2 * sum(math.prod(plan.tensors[name].shape) for name in plan.vision)
+    tower = 2 * sum(math.prod(plan.tensors[name].shape) for name in plan.vision_names)
     shard = 2 * rank_parameters(plan, plan.recipe.parallel.tensor)
     shards = [shard + tower * (not rank) for rank in range(len(ranks))]
     read = [own + tower * (not rank) for rank, own in enumerate(facts["bytes_read"])]

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from nemo_vlm_ptq.formats import FORMATS
-from nemo_vlm_ptq.store import hash_file
+from nemo_vlm_ptq.workdir.store import hash_file
 
 WIDE = "w4a8_awq"
 ROUNDS = (  # formats, group, stages

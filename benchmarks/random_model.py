@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from nemo_vlm_ptq.families import ModelFamily, find_family
-from nemo_vlm_ptq.store import read_json, save_tensors, write_json
+from nemo_vlm_ptq.workdir.store import read_json, save_tensors, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = sorted((ROOT / "tests" / "families").glob("*.json"))
@@ -65,7 +65,7 @@ def write_model(
     family = find_family(config)
     tiny = ROOT / "assets" / TINY[family.name]
     if not weights_only:
-        tokenizer = tiny / family.decoder_part / "tokenizer.json"
+        tokenizer = tiny / family.decoder_subfolder / "tokenizer.json"
         if not tokenizer.is_file():
             raise SystemExit(
                 f"{tokenizer} is missing: without it no question can be prepared; "
@@ -75,13 +75,13 @@ def write_model(
             config["image_token_index"] = read_json(tiny / "config.json")["image_token_index"]
     folder.mkdir(parents=True)
     write_json(folder / "config.json", config)
-    for part in family.parts:
+    for part in family.subfolders:
         (folder / part).mkdir(exist_ok=True)
         if part:
             write_json(folder / part / "config.json", config[f"{part}_cfg"])
         if not weights_only:
             _copy_processors(tiny / part, folder / part, family, config)
-    shapes = family.decoder(config).shapes(family.rows) | family.vision_shapes(config)
+    shapes = family.decoder(config).shapes(family.parameter_map) | family.vision_shapes(config)
     _write_weights(folder, family, shapes)
 
 
@@ -115,7 +115,7 @@ def _image_settings(family: ModelFamily, config: Mapping[str, Any]) -> dict[str,
 def _write_weights(folder: Path, family: ModelFamily, shapes: Shapes) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(0)
-    for part in family.parts:
+    for part in family.subfolders:
         start = f"{part}/" if part else ""
         own = {name.removeprefix(start): shapes[name] for name in shapes if name.startswith(start)}
         files = list(_cut(own))

@@ -35,12 +35,12 @@ from random_model import write_model
 from scaling_rank import PHASES
 from scaling_report import plot, report
 
-from nemo_vlm_ptq.autolayout import SHARE
 from nemo_vlm_ptq.errors import UserError
-from nemo_vlm_ptq.forecast import observe_bytes
-from nemo_vlm_ptq.plan import make_plan
+from nemo_vlm_ptq.planning.auto_layout import MEMORY_FRACTION
+from nemo_vlm_ptq.planning.forecast import observe_bytes
+from nemo_vlm_ptq.planning.plan import make_plan
 from nemo_vlm_ptq.recipe import load_recipe
-from nemo_vlm_ptq.store import write_json
+from nemo_vlm_ptq.workdir.store import write_json
 
 HERE = Path(__file__).resolve().parent
 MODELS = ("llava-1.5-7b-hf", "llava-1.5-13b-hf", "llava-34b")
@@ -161,7 +161,7 @@ def refusal(model: Model, point: Point) -> str:
         return str(error)
     if gpus:
         memory = min(torch.cuda.get_device_properties(i).total_memory for i in range(gpus))
-        if need > SHARE * memory:
+        if need > MEMORY_FRACTION * memory:
             return f"a rank takes {need / 1e9:.1f} GB of a GPU's {memory / 1e9:.1f}"
     return ""
 

@@ -83,15 +83,15 @@ class Line:
 
     def stages(self, fmt: str, names: tuple[str, ...]) -> Any:
         """Run some stages for a format, as the command does; returns the plan."""
-        from nemo_vlm_ptq.job import Job
-        from nemo_vlm_ptq.plan import make_plan
+        from nemo_vlm_ptq.context import RunContext
+        from nemo_vlm_ptq.planning.plan import make_plan
         from nemo_vlm_ptq.recipe import load_recipe
         from nemo_vlm_ptq.stages import run_stages
 
         words = [*self.given, f"workdir={self.work}", f"quantize.format={fmt}"]
         words += [f"parallel.{key}={size}" for key, size in self.job["parallel"].items()]
         plan = make_plan(load_recipe(self.job["recipe"], words))
-        run_stages(Job(plan, self.own), names)
+        run_stages(RunContext(plan, self.own), names)
         return plan
 
     def phase(self, name: str) -> dict[str, Any]:
@@ -121,12 +121,12 @@ class Line:
 
     def forecast(self, plan: Any, passes: int) -> dict[str, int]:
         """Bytes that a rank holds at most, by the plan, if the data runs so many times."""
-        from nemo_vlm_ptq.forecast import moments_bytes, observe_bytes
+        from nemo_vlm_ptq.planning.forecast import observe_bytes, second_moment_bytes
 
         cut = self.job["parallel"]["tensor"], self.job["parallel"]["pipeline"]
         said = observe_bytes(plan, *cut)
         if plan.second_moments:
-            said = moments_bytes(plan, *cut, passes)
+            said = second_moment_bytes(plan, *cut, passes)
         return {"passes": passes, "forecast": said}
 
     def run(self) -> dict[str, Any]:
@@ -161,10 +161,10 @@ def main() -> None:
     """Warm up on few layers, then run all phases as often as there is time."""
     job = json.loads(Path(sys.argv[1]).read_text())
     count_traffic()
-    from nemo_vlm_ptq.megatron.session import session
+    from nemo_vlm_ptq.megatron.parallel_context import parallel_context
 
     os.dup2(2, 1)  # stdout is for the report
-    with session(job["parallel"]) as own:
+    with parallel_context(job["parallel"]) as own:
         Line(own, job, job["small"], job["warm_samples"]).run()
         line = Line(own, job, job["model"], job["samples"])
         for number in range(job["repeats"]):

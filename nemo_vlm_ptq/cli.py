@@ -13,8 +13,8 @@ import sys
 import traceback
 from pathlib import Path
 
-from nemo_vlm_ptq.errors import ProofError, UserError
-from nemo_vlm_ptq.names import GROUPS, STAGES
+from nemo_vlm_ptq.constants import STAGE_GROUPS, STAGES
+from nemo_vlm_ptq.errors import UserError, VerificationError
 
 USAGE = """\
 nemo-vlm-ptq run       RECIPE [key=value ...]   all stages of the recipe; finished ones are skipped
@@ -38,7 +38,7 @@ RECIPE is a YAML file or the name of one that ships. Exit codes: 0 done, 2 you c
 def parse(words: list[str]) -> argparse.Namespace:
     """Command, recipe and overrides."""
     parser = argparse.ArgumentParser(prog="nemo-vlm-ptq", usage=USAGE, add_help=False)
-    commands = ["run", *STAGES, *GROUPS, "plan", "status", "logits", "families", "formats"]
+    commands = ["run", *STAGES, *STAGE_GROUPS, "plan", "status", "logits", "families", "formats"]
     parser.add_argument("command", choices=commands)
     parser.add_argument("recipe", nargs="?")
     parser.add_argument("overrides", nargs="*")
@@ -64,23 +64,23 @@ def main() -> None:
     chosen = parse(words)
     try:
         sys.exit(_dispatch(chosen))
-    except (UserError, ProofError) as error:
+    except (UserError, VerificationError) as error:
         if chosen.debug:
             traceback.print_exc()
         sys.exit(_refuse(error))
     except KeyboardInterrupt:  # the command that started ranks says so
         sys.exit(128 + signal.SIGINT)
     except RuntimeError as error:
-        from nemo_vlm_ptq import launch
+        from nemo_vlm_ptq import commands as launch
 
         launch.wait_for_end(error)
         raise
 
 
-def _refuse(error: UserError | ProofError) -> int:
-    from nemo_vlm_ptq import launch
+def _refuse(error: UserError | VerificationError) -> int:
+    from nemo_vlm_ptq import commands as launch
 
-    code = 3 if isinstance(error, ProofError) else 2
+    code = 3 if isinstance(error, VerificationError) else 2
     launch.report_failure(str(error), code)
     return code
 
@@ -89,9 +89,9 @@ def _dispatch(chosen: argparse.Namespace) -> int:
     if chosen.dry_run and chosen.command != "build":
         raise UserError("--dry-run is an option of build; write build RECIPE --dry-run")
     if chosen.command in ("families", "formats"):
-        from nemo_vlm_ptq.matrix import show
+        from nemo_vlm_ptq.support_matrix import show_matrix
 
-        print(show(chosen.command, as_json=chosen.json))
+        print(show_matrix(chosen.command, as_json=chosen.json))
         return 0
     if chosen.recipe is None:
         what = (
@@ -103,15 +103,15 @@ def _dispatch(chosen: argparse.Namespace) -> int:
     if chosen.command == "verify" and Path(chosen.recipe).is_dir() and _verify_folder(chosen):
         return 0
     if chosen.command == "status":
-        from nemo_vlm_ptq.status import show_status
+        from nemo_vlm_ptq.workdir.status import show_status
 
         if chosen.overrides:
             raise UserError(f"status WORKDIR takes no recipe keys, got {chosen.overrides[0]!r}")
         print(show_status(Path(chosen.recipe), as_json=chosen.json))
         return 0
-    from nemo_vlm_ptq import launch
+    from nemo_vlm_ptq import commands as launch
 
-    return launch.start(
+    return launch.run_command(
         chosen.command,
         chosen.recipe,
         chosen.overrides,
@@ -123,7 +123,7 @@ def _dispatch(chosen: argparse.Namespace) -> int:
 def _verify_folder(chosen: argparse.Namespace) -> bool:
     """Check a checkpoint by itself; False where a recipe is meant that is called like a folder."""
     from nemo_vlm_ptq.recipe import shipped_recipes
-    from nemo_vlm_ptq.verify.folder import find_checkpoint, verify_folder
+    from nemo_vlm_ptq.targets.trtllm.verify_folder import find_checkpoint, verify_folder
 
     folder = Path(chosen.recipe)
     if find_checkpoint(folder) is None and chosen.recipe in shipped_recipes():

@@ -5,7 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
-FULL = 1 << 20  # bytes: a disk with fewer is full
+DISK_FULL_BYTES = 1 << 20  # bytes: a disk with fewer is full
 
 
 class UserError(Exception):
@@ -15,16 +15,16 @@ class UserError(Exception):
     """
 
 
-class ProofError(Exception):
+class VerificationError(Exception):
     """A written checkpoint failed verification, or a quality gate was missed; exit code 3."""
 
 
-def cannot_write(error: BaseException | None, folder: Path) -> str | None:
+def disk_write_error(error: BaseException | None, folder: Path) -> str | None:
     """What is wrong with the disk of a folder, where that is the cause of an error, or None.
 
     torch's writers do not say it; that nothing is free does.
     """
-    if folder.is_dir() and shutil.disk_usage(folder).free < FULL:
+    if folder.is_dir() and shutil.disk_usage(folder).free < DISK_FULL_BYTES:
         return os.strerror(errno.ENOSPC)
     while error is not None:
         for reason in map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EROFS)):

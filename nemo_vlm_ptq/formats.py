@@ -11,18 +11,18 @@ from typing import Literal
 
 from nemo_vlm_ptq.errors import UserError
 
-Kind = Literal["fp8", "int8", "int4", "nvfp4", "nf4"]
+NumberFormat = Literal["fp8", "int8", "int4", "nvfp4", "nf4"]
 Granularity = Literal["tensor", "channel", "group"]
 # Rounding of a linear's input: static and per tensor; per token as it comes; in blocks of 16 with
 # dynamic e4m3 scales under a static one.
-Input = Literal["fp8", "int8", "fp8_token", "nvfp4"]
+InputFormat = Literal["fp8", "int8", "fp8_token", "nvfp4"]
 
 # Largest code of each kind of number; scale = amax / largest.
-LARGEST: dict[str, float] = {"fp8": 448.0, "int8": 127.0, "int4": 7.0, "nvfp4": 6.0, "nf4": 1.0}
-LOWEST: dict[str, float] = {"fp8": -448.0, "int8": -128.0, "int4": -8.0}
+MAX_CODE: dict[str, float] = {"fp8": 448.0, "int8": 127.0, "int4": 7.0, "nvfp4": 6.0, "nf4": 1.0}
+MIN_CODE: dict[str, float] = {"fp8": -448.0, "int8": -128.0, "int4": -8.0}
 NVFP4_BLOCK, NF4_BLOCK = 16, 64  # inputs that share a scale
 # Inputs of a group that the kernels for int4 behind a target take.
-INT4_GROUPS = {"trtllm": (64, 128), "compressed_tensors": (32, 64, 128)}
+INT4_GROUP_SIZES = {"trtllm": (64, 128), "compressed_tensors": (32, 64, 128)}
 
 
 @dataclass(frozen=True)
@@ -30,21 +30,23 @@ class QuantFormat:
     """One format: what becomes of weights and activations, and where it can be read."""
 
     name: str
-    weight: Kind
+    weight: NumberFormat
     granularity: Granularity  # one solved amax per tensor, per output channel, per group of K
-    activation: Input | None  # None keeps 16 bit
+    activation: InputFormat | None  # None keeps 16 bit
     algorithm: Literal["max", "smoothquant", "awq"]
     quant_algo: str  # in TensorRT-LLM's config.json and modelopt's hf_quant_config.json
     modelopt_preset: str  # name of the preset in modelopt.torch.quantization; "" when it has none
     targets: tuple[str, ...]
     bits: float  # of a weight, its scales included where they are many
     about: str
-    weight_second: Kind | None = None  # second, per-tensor rounding of the dequantized weight
+    second_weight: NumberFormat | None = (
+        None  # second, per-tensor rounding of the dequantized weight
+    )
     block: int | None = None  # inputs of a block where the format fixes it, else recipe.group_size
     low_rank: int = 0  # rank of the 16 bit branch beside the rounded weight (SVDQuant)
 
     @property
-    def prequant(self) -> bool:
+    def pre_quant_scale(self) -> bool:
         """A scale per input channel stands in front of each linear."""
         return self.algorithm != "max"
 
@@ -85,7 +87,7 @@ FORMATS: dict[str, QuantFormat] = {
             "w4a8_awq", "int4", "group", "fp8", "awq", "W4A8_AWQ", "W4A8_AWQ_BETA_CFG",
             ("trtllm", "hf", "compressed_tensors", "nemo"), 4,
             "weights int4 in groups, activations e4m3, AWQ",
-            weight_second="fp8",
+            second_weight="fp8",
         ),
         QuantFormat(
             "nvfp4", "nvfp4", "tensor", "nvfp4", "max", "NVFP4", "NVFP4_DEFAULT_CFG",
@@ -122,25 +124,25 @@ FORMATS: dict[str, QuantFormat] = {
 
 
 @dataclass(frozen=True)
-class KvFormat:
+class KvCacheFormat:
     """Numbers of a KV cache, one static scale for all keys of a layer and one for all values."""
 
     name: str
-    kind: Kind
+    kind: NumberFormat
     quant_algo: str  # kv_cache_quant_algo in TensorRT-LLM's and modelopt's config files
     targets: tuple[str, ...]
 
 
-KV_CACHES: dict[str, KvFormat] = {
+KV_CACHES: dict[str, KvCacheFormat] = {
     row.name: row
     for row in (
-        KvFormat("fp8", "fp8", "FP8", ("trtllm", "hf", "compressed_tensors")),
-        KvFormat("int8", "int8", "INT8", ("trtllm",)),
-        KvFormat("nvfp4", "nvfp4", "NVFP4", ("hf",)),
+        KvCacheFormat("fp8", "fp8", "FP8", ("trtllm", "hf", "compressed_tensors")),
+        KvCacheFormat("int8", "int8", "INT8", ("trtllm",)),
+        KvCacheFormat("nvfp4", "nvfp4", "NVFP4", ("hf",)),
     )
 }
 
-ALIASES = {
+FORMAT_ALIASES = {
     "int8_smoothquant": "int8_sq",
     "w4a8_awq_beta": "w4a8_awq",
     "fp8_default": "fp8",
@@ -161,7 +163,7 @@ def find_format(name: str) -> QuantFormat:
     Raises:
         UserError: unknown name; lists the known ones.
     """
-    row = FORMATS.get(ALIASES.get(name, name))
+    row = FORMATS.get(FORMAT_ALIASES.get(name, name))
     if row is None:
         raise UserError(f"unknown format {name!r}; known: {', '.join(FORMATS)}")
     return row

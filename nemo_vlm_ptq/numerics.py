@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import torch
 
-from nemo_vlm_ptq.formats import LARGEST, LOWEST, NVFP4_BLOCK, Granularity, Kind
+from nemo_vlm_ptq.formats import MAX_CODE, MIN_CODE, NVFP4_BLOCK, Granularity, NumberFormat
 
-TIE = 2.0**-20  # relative; some float32 roundings, far less than a step of 16 bit weights
-MOVE = 2.0**-10  # of the way to its code that a float32 weight is moved off a tie
+TIE_MARGIN = 2.0**-20  # relative; some float32 roundings, far less than a step of 16 bit weights
+TIE_NUDGE = 2.0**-10  # of the way to its code that a float32 weight is moved off a tie
 
-E4M3_LARGEST, E4M3_SMALLEST = 448.0, 2.0**-9
+E4M3_MAX, E4M3_MIN_SUBNORMAL = 448.0, 2.0**-9
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # A value gets the next magnitude if it is larger than this. Half way goes to the even code, so
 # every other bound is the float32 just below half way.
 E2M1_BOUNDS = (0.25, 0.75 - 2.0**-24, 1.25, 1.75 - 2.0**-23, 2.5, 3.5 - 2.0**-22, 5.0)
 # modelopt's CUDA kernel takes scales of nvfp4 below this for one: such blocks round to zeros.
-NVFP4_SILENT = 1e-5
+NVFP4_MIN_SCALE = 1e-5
 
 # Quantiles of the normal distribution (Dettmers et al. 2023), as bitsandbytes has them.
 NF4 = (
@@ -44,7 +44,7 @@ def weight_amax(weight_OK: torch.Tensor, granularity: Granularity, group: int) -
     return magnitude.unflatten(1, (-1, group)).amax(dim=2)
 
 
-def scale_of(amax: torch.Tensor, kind: Kind) -> torch.Tensor:
+def scale_from_amax(amax: torch.Tensor, kind: NumberFormat) -> torch.Tensor:
     """The scale of an amax; any positive one where nothing but zeros was seen.
 
     For nvfp4 the second scale [], which its blocks' e4m3 scales are in units of.
@@ -53,18 +53,18 @@ def scale_of(amax: torch.Tensor, kind: Kind) -> torch.Tensor:
         return amax.float()  # double quantization may leave a small block with a negative one
     safe = _safe(amax)
     if kind == "nvfp4":
-        return safe / torch.full_like(safe, LARGEST[kind] * E4M3_LARGEST)
-    return safe / LARGEST[kind]
+        return safe / torch.full_like(safe, MAX_CODE[kind] * E4M3_MAX)
+    return safe / MAX_CODE[kind]
 
 
-def spread(scale: torch.Tensor, columns: int) -> torch.Tensor:
+def expand_scale(scale: torch.Tensor, columns: int) -> torch.Tensor:
     """A scale [], [O] or [O,G] in a shape that multiplies a weight [O,K]."""
     if scale.dim() == 2:
         return scale.repeat_interleave(columns // scale.shape[1], dim=1)
     return scale[:, None] if scale.dim() == 1 else scale
 
 
-def encode(weight_OK: torch.Tensor, amax: torch.Tensor, kind: Kind) -> torch.Tensor:
+def encode(weight_OK: torch.Tensor, amax: torch.Tensor, kind: NumberFormat) -> torch.Tensor:
     """Codes [O,K] of a weight: float8_e4m3fn for fp8, int8 for int8 and int4, uint8 for the rest.
 
     Multiplies by largest / amax, as modelopt's fake quantization does: dividing by the scale would
@@ -79,18 +79,20 @@ def encode(weight_OK: torch.Tensor, amax: torch.Tensor, kind: Kind) -> torch.Ten
         kind: kind of number.
     """
     if kind == "nvfp4":
-        return _e2m1(weight_OK.float() / spread(_nvfp4_steps(weight_OK, amax), weight_OK.shape[1]))
+        return _e2m1(
+            weight_OK.float() / expand_scale(_nvfp4_steps(weight_OK, amax), weight_OK.shape[1])
+        )
     if kind == "nf4":
         return _nf4(weight_OK, amax)
     safe = _safe(amax)
-    factor = torch.full_like(safe, LARGEST[kind]) / safe
-    exact = weight_OK.float() * spread(factor, weight_OK.shape[1])
+    factor = torch.full_like(safe, MAX_CODE[kind]) / safe
+    exact = weight_OK.float() * expand_scale(factor, weight_OK.shape[1])
     if kind == "fp8":
-        return exact.clamp(LOWEST[kind], LARGEST[kind]).to(torch.float8_e4m3fn)
-    return exact.round().clamp(LOWEST[kind], LARGEST[kind]).to(torch.int8)
+        return exact.clamp(MIN_CODE[kind], MAX_CODE[kind]).to(torch.float8_e4m3fn)
+    return exact.round().clamp(MIN_CODE[kind], MAX_CODE[kind]).to(torch.int8)
 
 
-def decode(codes_OK: torch.Tensor, scale: torch.Tensor, kind: Kind) -> torch.Tensor:
+def decode(codes_OK: torch.Tensor, scale: torch.Tensor, kind: NumberFormat) -> torch.Tensor:
     """Values [O,K] float32 of codes; `scale` multiplies them: [], [O] or [O,G].
 
     For nvfp4 [O,K/16]: the e4m3 scales as float32 times the second one.
@@ -102,12 +104,12 @@ def decode(codes_OK: torch.Tensor, scale: torch.Tensor, kind: Kind) -> torch.Ten
         numbers = codes_OK.new_tensor(NF4, dtype=torch.float32)[codes_OK.int()]
     else:
         numbers = codes_OK.float()
-    return numbers * spread(scale, codes_OK.shape[1])
+    return numbers * expand_scale(scale, codes_OK.shape[1])
 
 
-def round_trip(weight_OK: torch.Tensor, amax: torch.Tensor, kind: Kind) -> torch.Tensor:
+def fake_quantize(weight_OK: torch.Tensor, amax: torch.Tensor, kind: NumberFormat) -> torch.Tensor:
     """The weight as it comes back from its codes, float32."""
-    scale = _nvfp4_steps(weight_OK, amax) if kind == "nvfp4" else scale_of(amax, kind)
+    scale = _nvfp4_steps(weight_OK, amax) if kind == "nvfp4" else scale_from_amax(amax, kind)
     return decode(encode(weight_OK, amax, kind), scale, kind)
 
 
@@ -117,12 +119,12 @@ def nvfp4_scales(weight_OK: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
     One where a block holds zeros alone (before it is clamped to what e4m3 can hold).
     """
     top = weight_OK.float().unflatten(1, (-1, NVFP4_BLOCK)).abs().amax(dim=2)
-    exact = top / (LARGEST["nvfp4"] * scale_of(amax, "nvfp4"))
+    exact = top / (MAX_CODE["nvfp4"] * scale_from_amax(amax, "nvfp4"))
     exact = torch.where(exact == 0, torch.ones_like(exact), exact)
-    return exact.clamp(E4M3_SMALLEST, E4M3_LARGEST).to(torch.float8_e4m3fn)
+    return exact.clamp(E4M3_MIN_SUBNORMAL, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
-def round_nvfp4(x: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
+def fake_quantize_nvfp4(x: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
     """nvfp4 there and back as modelopt 0.47's CUDA kernel fake-quantizes, in the dtype of `x`.
 
     Args:
@@ -130,19 +132,19 @@ def round_nvfp4(x: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
         amax: [] static, largest magnitude of all; larger blocks saturate.
     """
     # Its quotients are products with the reciprocal, up to two units in the last place.
-    second = amax.float() * (1.0 / (LARGEST["nvfp4"] * E4M3_LARGEST))
+    second = amax.float() * (1.0 / (MAX_CODE["nvfp4"] * E4M3_MAX))
     second = torch.where(second > 0, second, torch.full_like(second, 1e-12))
     blocks = x.float().unflatten(-1, (-1, NVFP4_BLOCK))
-    exact = blocks.abs().amax(dim=-1, keepdim=True) * (1.0 / (LARGEST["nvfp4"] * second))
-    scale = exact.clamp(max=E4M3_LARGEST).to(torch.float8_e4m3fn).float() * second
-    scale = torch.where(scale >= NVFP4_SILENT, scale, torch.ones_like(scale))
+    exact = blocks.abs().amax(dim=-1, keepdim=True) * (1.0 / (MAX_CODE["nvfp4"] * second))
+    scale = exact.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).float() * second
+    scale = torch.where(scale >= NVFP4_MIN_SCALE, scale, torch.ones_like(scale))
     codes = _e2m1(blocks.abs() * (1.0 / scale))
     values = x.new_tensor(E2M1, dtype=torch.float32)[codes.int()] * scale
     signed = torch.where(blocks >= 0, values, 0.0 - values)  # the kernel knows no minus zero
     return signed.flatten(-2).to(x.dtype)
 
 
-def nf4_double(absmax_n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def quantize_nf4_absmax(absmax_n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What bitsandbytes' `compress_statistics` stores of the absmaxes of one tensor's blocks.
 
     Args:
@@ -161,12 +163,14 @@ def nf4_double(absmax_n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torc
     return torch.bucketize(exact, bounds).to(torch.uint8), nested, offset
 
 
-def nf4_single(codes_n: torch.Tensor, nested: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+def dequantize_nf4_absmax(
+    codes_n: torch.Tensor, nested: torch.Tensor, offset: torch.Tensor
+) -> torch.Tensor:
     """Absmaxes [n] float32 as bitsandbytes reads back what `nf4_double` gave."""
     return _dynamic_map().to(codes_n.device)[codes_n.int()] * _each(nested, len(codes_n)) + offset
 
 
-def off_ties(weight_OK: torch.Tensor, amax: torch.Tensor, kind: Kind) -> torch.Tensor:
+def nudge_off_ties(weight_OK: torch.Tensor, amax: torch.Tensor, kind: NumberFormat) -> torch.Tensor:
     """The weight, its values half way between two codes moved a little towards the one they get.
 
     largest / amax and the product are rounded in float32, by some readers in other ways than by
@@ -181,15 +185,17 @@ def off_ties(weight_OK: torch.Tensor, amax: torch.Tensor, kind: Kind) -> torch.T
     amax = amax.float()
     if kind == "nvfp4":
         weight_OK = _off_scale_ties(weight_OK, amax)
-        scale = spread(_nvfp4_steps(weight_OK, amax), weight_OK.shape[1])
+        scale = expand_scale(_nvfp4_steps(weight_OK, amax), weight_OK.shape[1])
         exact = weight_OK.float() / scale
         codes = _e2m1(exact)
-        low, high = (_e2m1(exact * (1 + shift)) for shift in (-TIE, TIE))
+        low, high = (_e2m1(exact * (1 + shift)) for shift in (-TIE_MARGIN, TIE_MARGIN))
         value = decode(codes, scale, kind)
     else:
         codes = encode(weight_OK, amax, kind)
-        low, high = (encode(weight_OK, amax * (1 + shift), kind) for shift in (-TIE, TIE))
-        value = decode(codes, scale_of(amax, kind), kind)
+        low, high = (
+            encode(weight_OK, amax * (1 + shift), kind) for shift in (-TIE_MARGIN, TIE_MARGIN)
+        )
+        value = decode(codes, scale_from_amax(amax, kind), kind)
     return torch.where(low.float() == high.float(), weight_OK, _nearer(weight_OK, value))
 
 
@@ -197,8 +203,10 @@ def _off_scale_ties(weight_OK: torch.Tensor, amax: torch.Tensor) -> torch.Tensor
     """The weight with the largest of each block moved if the block's nvfp4 scale is half way."""
     blocks = weight_OK.unflatten(1, (-1, NVFP4_BLOCK))
     top = blocks.abs().amax(dim=2, keepdim=True)
-    low, high = (nvfp4_scales(weight_OK, amax * (1 + shift)).float() for shift in (-TIE, TIE))
-    whole = LARGEST["nvfp4"] * _nvfp4_steps(weight_OK, amax)[..., None]  # largest that it holds
+    low, high = (
+        nvfp4_scales(weight_OK, amax * (1 + shift)).float() for shift in (-TIE_MARGIN, TIE_MARGIN)
+    )
+    whole = MAX_CODE["nvfp4"] * _nvfp4_steps(weight_OK, amax)[..., None]  # largest that it holds
     moved = torch.where(blocks >= 0, _nearer(top, whole), -_nearer(top, whole))
     touched = (low != high)[..., None] & (blocks.abs() == top)
     return torch.where(touched, moved, blocks).flatten(1)
@@ -207,13 +215,13 @@ def _off_scale_ties(weight_OK: torch.Tensor, amax: torch.Tensor) -> torch.Tensor
 def _nearer(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """The weight, moved a little towards a value."""
     if weight.dtype == torch.float32:
-        return torch.lerp(weight, value, MOVE)
+        return torch.lerp(weight, value, TIE_NUDGE)
     return torch.nextafter(weight, value.to(weight.dtype))
 
 
 def _nvfp4_steps(weight_OK: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
     """Scales [O,K/16] float32 that multiply nvfp4 codes."""
-    return nvfp4_scales(weight_OK, amax).float() * scale_of(amax, "nvfp4")
+    return nvfp4_scales(weight_OK, amax).float() * scale_from_amax(amax, "nvfp4")
 
 
 def _e2m1(exact: torch.Tensor) -> torch.Tensor:
@@ -226,7 +234,7 @@ def _e2m1(exact: torch.Tensor) -> torch.Tensor:
 def _nf4(weight_OK: torch.Tensor, amax_OG: torch.Tensor) -> torch.Tensor:
     factor = torch.where(amax_OG == 0, torch.zeros_like(amax_OG), 1.0 / amax_OG)
     table = amax_OG.new_tensor(NF4, dtype=torch.float32)
-    exact = weight_OK.float() * spread(factor, weight_OK.shape[1])
+    exact = weight_OK.float() * expand_scale(factor, weight_OK.shape[1])
     return torch.bucketize(exact, (table[:-1] + table[1:]) / 2).to(torch.uint8)
 
 

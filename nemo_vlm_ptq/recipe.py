@@ -20,9 +20,9 @@ from pydantic import (
     field_validator,
 )
 
+from nemo_vlm_ptq.constants import DEFAULT_STAGES, STAGES
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.formats import TARGETS, find_format
-from nemo_vlm_ptq.names import STAGES, USUAL
 
 TEXT, MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 
@@ -35,10 +35,10 @@ def _filled_in(path: str) -> str:
     return whole
 
 
-Place = Annotated[str, AfterValidator(_filled_in)]
+ExpandedPath = Annotated[str, AfterValidator(_filled_in)]
 
 
-class Part(BaseModel):
+class RecipeSection(BaseModel):
     """A frozen record that refuses unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,7 +53,7 @@ class Part(BaseModel):
         return value
 
 
-class Parallel(Part):
+class Parallel(RecipeSection):
     """Ranks that import, observe and solve run on.
 
     tensor, pipeline: auto takes the smallest that fits a GPU; data: auto takes the other ranks.
@@ -71,7 +71,7 @@ class Parallel(Part):
         return value
 
 
-class Quantize(Part):
+class Quantize(RecipeSection):
     """What is quantized and how; several formats share one observe.
 
     smoothquant_alpha: exponent of int8_sq, or searched per linear. image_share: weight of image
@@ -97,10 +97,10 @@ class Quantize(Part):
             raise ValueError(str(error)) from None
 
 
-class Calibration(Part):
+class Calibration(RecipeSection):
     """Data that observe runs the model over."""
 
-    data: Place = "scenes"
+    data: ExpandedPath = "scenes"
     samples: int = Field(512, ge=1)
     micro_batch: int = Field(8, ge=1)
     seed: int = 0
@@ -109,7 +109,7 @@ class Calibration(Part):
     save_every: int = Field(64, ge=1)  # micro-batches of a rank
 
 
-class Export(Part):
+class Export(RecipeSection):
     """Written checkpoints: targets, and the inference layout of the TensorRT-LLM one."""
 
     targets: tuple[str, ...] = Field(("trtllm",), min_length=1)
@@ -126,7 +126,7 @@ class Export(Part):
         return value
 
 
-class Engine(Part):
+class Engine(RecipeSection):
     """TensorRT-LLM engines: what they are built for, and what of a GPU their KV cache may take.
 
     Lengths are in tokens, image tokens included. context_logits: engines give the logits of every
@@ -138,34 +138,34 @@ class Engine(Part):
     max_seq_len: int = Field(4608, ge=2)
     kv_cache_free_gpu_memory_fraction: float = Field(0.8, gt=0, lt=1)
     context_logits: bool = False
-    vila_path: Place | None = None
+    vila_path: ExpandedPath | None = None
 
 
-class Gate(Part):
+class Gate(RecipeSection):
     """Largest loss that is still accepted, in points of accuracy against 16 bit."""
 
     gqa_drop: float | None = Field(None, ge=0, allow_inf_nan=False)
 
 
-class Evaluate(Part):
+class Evaluate(RecipeSection):
     """Questions answered from the exported checkpoint, or, with from=engine, by the engine."""
 
     form: Literal["export", "engine"] = Field("export", alias="from")
     tasks: tuple[Literal["gqa", "sight"], ...] = ("gqa", "sight")
-    data: Place = "scenes"
+    data: ExpandedPath = "scenes"
     limit: int | None = Field(None, ge=1)
     batch: int = Field(64, ge=1)
     gate: Gate = Gate()
 
 
-class Recipe(Part):
+class Recipe(RecipeSection):
     """One whole job, from a Hugging Face folder to proven, scored checkpoints."""
 
-    model: Place
-    workdir: Place
+    model: ExpandedPath
+    workdir: ExpandedPath
     family: str = "auto"
     config: dict[str, Any] = {}  # keys of the model's config.json to override
-    stages: tuple[str, ...] = Field(USUAL, min_length=1)
+    stages: tuple[str, ...] = Field(DEFAULT_STAGES, min_length=1)
     parallel: Parallel = Parallel()
     quantize: Quantize = Quantize()
     calibration: Calibration = Calibration()

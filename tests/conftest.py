@@ -102,11 +102,11 @@ class Export:
 
     def sign(self):
         """Make the manifest agree with the files; returns the copy."""
-        from nemo_vlm_ptq import store
+        from nemo_vlm_ptq.workdir import store
 
         manifest = store.read_manifest(self.folder)
         names = [name for name in manifest["files"] if (self.folder / name).is_file()]
-        manifest["files"] = store.describe(self.folder, names)
+        manifest["files"] = store.hash_files(self.folder, names)
         store.write_json(self.folder / store.MANIFEST, manifest)
         return self
 
@@ -116,9 +116,9 @@ class Export:
         from safetensors.torch import load_file
 
         from nemo_vlm_ptq.families import llava, read_config
-        from nemo_vlm_ptq.runtime.checkpoint import ReadCheckpoint
-        from nemo_vlm_ptq.runtime.read_hf import read_unified
-        from nemo_vlm_ptq.runtime.read_trtllm import read_trtllm
+        from nemo_vlm_ptq.reference.checkpoint import ReadCheckpoint
+        from nemo_vlm_ptq.targets.hf.reader import read_unified
+        from nemo_vlm_ptq.targets.trtllm.reader import read_trtllm
 
         if self.target == "trtllm":
             read = read_trtllm(self.folder / "llm", llava.FAMILY.decoder_prefix)
@@ -133,21 +133,21 @@ class Export:
 
     def changed(self):
         """Files that are not as the manifest says."""
-        from nemo_vlm_ptq.stages.proving import _check_files
+        from nemo_vlm_ptq.stages.verify import _check_files
 
         return _check_files(self.folder)
 
     def findings(self):
         """Names of the checks that find something; tensors are compared when all are there."""
-        from nemo_vlm_ptq.errors import ProofError
-        from nemo_vlm_ptq.verify.contract import check_contract
+        from nemo_vlm_ptq.errors import VerificationError
+        from nemo_vlm_ptq.targets.trtllm.contract import check_contract
 
         found = {"files": self.changed()}
         if self.target == "trtllm":
             found["contract"] = check_contract(self.folder / "llm")
         try:
             found |= compare_with_source(*self.read())
-        except ProofError as error:
+        except VerificationError as error:
             found["read"] = [str(error)]
         return {name for name, problems in found.items() if problems}
 
@@ -157,17 +157,17 @@ def compare_with_source(read, vision):
     import models
     import torch
 
+    from nemo_vlm_ptq.checkpoints.huggingface import list_tensors, open_source
     from nemo_vlm_ptq.families import llava, read_config
-    from nemo_vlm_ptq.source import list_tensors, open_tensors
     from nemo_vlm_ptq.verify import tensors as checks
 
-    rows, decoder = llava.FAMILY.rows, llava.decoder(read_config(models.TINY_LLAVA))
-    linears = decoder.shapes(tuple(row for row in rows if row.linear))
+    rows, decoder = llava.FAMILY.parameter_map, llava.decoder(read_config(models.TINY_LLAVA))
+    linears = decoder.shapes(tuple(row for row in rows if row.is_linear))
     found = {"coverage": checks.check_names(read, decoder.shapes(rows))}
     found["set"] = checks.check_quantized_set(read, linears)
     if found["coverage"]:
         return found
-    with open_tensors(list_tensors(models.TINY_LLAVA, llava.ALIASES)) as source:
+    with open_source(list_tensors(models.TINY_LLAVA, llava.NAME_ALIASES)) as source:
         plain = read.plain | vision
         found["untouched"] = checks.check_untouched(plain, source, torch.bfloat16)
         cpu = torch.device("cpu")
@@ -199,11 +199,11 @@ def prover(folder, formats):
     """What runs verify in a work folder, for formats that are exported there for two ranks."""
     import models
 
-    from nemo_vlm_ptq import store
-    from nemo_vlm_ptq.job import Job
-    from nemo_vlm_ptq.plan import make_plan
+    from nemo_vlm_ptq.context import RunContext
+    from nemo_vlm_ptq.planning.plan import make_plan
     from nemo_vlm_ptq.recipe import Recipe
-    from nemo_vlm_ptq.stages.proving import verify
+    from nemo_vlm_ptq.stages.verify import verify
+    from nemo_vlm_ptq.workdir import store
 
     recipe = Recipe(
         model=str(models.TINY_LLAVA),
@@ -214,7 +214,7 @@ def prover(folder, formats):
 
     def run():
         with models.alone() as own:
-            verify(Job(make_plan(recipe), own))
+            verify(RunContext(make_plan(recipe), own))
         return store.read_json(folder / formats[0] / "verify.json")
 
     return run
@@ -226,8 +226,8 @@ def nemo_line(tmp_path_factory):
     import models
     from nemo_folders import NAMES, job
 
-    from nemo_vlm_ptq.nemo.checkpoint import write_checkpoint
     from nemo_vlm_ptq.stages import run_stages
+    from nemo_vlm_ptq.targets.nemo2.__main__ import write_checkpoint
 
     home = tmp_path_factory.mktemp("nemo")
     with models.alone() as own:

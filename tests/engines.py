@@ -9,11 +9,11 @@ from pathlib import Path
 
 from models import ROOT, alone
 
-from nemo_vlm_ptq import store
-from nemo_vlm_ptq.job import Job
-from nemo_vlm_ptq.plan import make_plan
+from nemo_vlm_ptq.checkpoints.huggingface import open_source
+from nemo_vlm_ptq.context import RunContext
+from nemo_vlm_ptq.planning.plan import make_plan
 from nemo_vlm_ptq.recipe import Recipe
-from nemo_vlm_ptq.source import open_tensors
+from nemo_vlm_ptq.workdir import store
 
 FAKE = ROOT / "tests" / "fake_trtllm"
 PYTHON = '#!/bin/sh\nPYTHONPATH={} exec {} "$@"\n'  # one that has tensorrt_llm, as ours has not
@@ -86,22 +86,22 @@ def write_checkpoint(plan) -> Path:
     """FORMAT/trtllm/ as far as TensorRT-LLM's place-holder and the tower read it."""
     (fmt,) = plan.formats
     folder = Path(plan.recipe.workdir) / fmt.name / "trtllm"
-    store.begin(folder, {})
+    store.begin_stage(folder, {})
     for name in ("llm", "vision"):
         (folder / name).mkdir()
     export = plan.recipe.export
     mapping = {"world_size": export.tensor * export.pipeline}
     config = {"vocab_size": plan.decoder.vocab, "mapping": mapping}
     store.write_json(folder / "llm" / "config.json", config)
-    with open_tensors(plan.tensors) as reader:
-        vision = {name: reader.whole(name) for name in plan.vision}
+    with open_source(plan.tensors) as reader:
+        vision = {name: reader.whole(name) for name in plan.vision_names}
     store.save_tensors(vision, folder / "vision" / "model.safetensors")
-    files = store.describe(folder, ["llm/config.json", "vision/model.safetensors"])
-    store.finish(folder, stage="export", settings={}, files=files, facts={})
+    files = store.hash_files(folder, ["llm/config.json", "vision/model.safetensors"])
+    store.finish_stage(folder, stage="export", settings={}, files=files, facts={})
     return folder
 
 
 def run(stage, plan, *options):
     """A stage, or another function of a job, in this process alone."""
     with alone() as own:
-        return stage(Job(plan, own), *options)
+        return stage(RunContext(plan, own), *options)

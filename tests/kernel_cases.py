@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from nemo_vlm_ptq.calibrate import kernels
-from nemo_vlm_ptq.calibrate.clip import RATIOS, clip
 from nemo_vlm_ptq.calibrate.losses import group_amax
-from nemo_vlm_ptq.calibrate.rounding import rounded_weight
-from nemo_vlm_ptq.calibrate.scales import divide, stored
-from nemo_vlm_ptq.calibrate.search import _losses_together, candidate_loss, sample_rows
+from nemo_vlm_ptq.calibrate.solve.clipping import CLIP_RATIOS, clip_amax
+from nemo_vlm_ptq.calibrate.solve.fake_quantize import fake_quantize_weight
+from nemo_vlm_ptq.calibrate.solve.scales import divide_by_pre_quant_scale, round_amax
+from nemo_vlm_ptq.calibrate.solve.search import _losses_together, candidate_loss, sample_rows
 from nemo_vlm_ptq.formats import FORMATS
 
 INTERPRETED = not torch.cuda.is_available()
@@ -65,19 +65,21 @@ def test_rounded_products_are_added_as_torch_rounds_them(size):
 def test_the_change_is_that_of_the_rounded_weight(name, scaled, dtype):
     row, weight, group = FORMATS[name], drawn(70, 320, dtype=dtype), 32
     weight[3] = 0
-    prequant = drawn(320, seed=2).exp().to(dtype).float() if scaled else None
-    smooth = divide(weight, prequant)
+    pre_quant_scale = drawn(320, seed=2).exp().to(dtype).float() if scaled else None
+    smooth = divide_by_pre_quant_scale(weight, pre_quant_scale)
     amax = {
         "tensor": lambda: smooth.abs().amax().float(),
         "channel": lambda: group_amax(smooth, 320)[:, 0],
         "group": lambda: group_amax(smooth, group) * 0.8,
     }[row.granularity]()
-    second = None if row.weight_second is None else smooth.abs().amax().float()
-    one = None if prequant is None else prequant[None]
+    second = None if row.second_weight is None else smooth.abs().amax().float()
+    one = None if pre_quant_scale is None else pre_quant_scale[None]
     two = None if second is None else second[None]
-    found = kernels.change(weight, one, amax, row.weight, two, torch.float32)
-    seen = rounded_weight(smooth, amax, row, second)
-    assert torch.equal(found, (seen if prequant is None else seen * prequant) - weight.float())
+    found = kernels.weight_delta(weight, one, amax, row.weight, two, torch.float32)
+    seen = fake_quantize_weight(smooth, amax, row, second)
+    assert torch.equal(
+        found, (seen if pre_quant_scale is None else seen * pre_quant_scale) - weight.float()
+    )
 
 
 @pytest.mark.parametrize("group", [16, 32, 128])
@@ -86,15 +88,17 @@ def test_clipped_takes_the_amax_of_least_cost(dtype, group):
     weight, width = drawn(70, 256, dtype=dtype), 256
     x = drawn(512, width, seed=3) * drawn(width, seed=4).exp()
     moment = x.T @ x / 512
-    prequant = drawn(width, seed=2).exp().to(dtype).float()
-    ratios = torch.tensor(RATIOS, device=DEVICE)
-    plain, found = kernels.clipped(weight, prequant[None], moment, ratios, "int4", group)[0]
-    smooth, row = divide(weight, prequant), FORMATS["int4_awq"]
-    tried = stored(group_amax(smooth, group) * ratios[:, None, None], dtype)
+    pre_quant_scale = drawn(width, seed=2).exp().to(dtype).float()
+    ratios = torch.tensor(CLIP_RATIOS, device=DEVICE)
+    plain, found = kernels.clip_candidates(
+        weight, pre_quant_scale[None], moment, ratios, "int4", group
+    )[0]
+    smooth, row = divide_by_pre_quant_scale(weight, pre_quant_scale), FORMATS["int4_awq"]
+    tried = round_amax(group_amax(smooth, group) * ratios[:, None, None], dtype)
     assert torch.equal(plain, group_amax(smooth, group))
     costs = []
     for amax in tried:
-        moved = (rounded_weight(smooth, amax, row) - smooth.float()) * prequant
+        moved = (fake_quantize_weight(smooth, amax, row) - smooth.float()) * pre_quant_scale
         parts = moved.double().unflatten(1, (-1, group)).transpose(0, 1)
         blocks = moment.double().unflatten(1, (-1, group)).unflatten(0, (-1, group))
         own = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
@@ -114,7 +118,12 @@ def test_candidates_together_lose_what_each_loses_alone(name):
     scales = drawn(3, width, seed=2).exp().half().float()
     sample = sample_rows(weight, 32, 64)
     found = _losses_together(sample, moment, row, 32, scales)
-    for prequant, loss in zip(scales, found, strict=True):
-        clipped = clip(sample.weight_NK.cpu(), prequant.cpu(), moment.cpu(), row, 32).to(DEVICE)
-        alone = [candidate_loss(sample, moment, row, 32, prequant, amax=a) for a in (None, clipped)]
+    for pre_quant_scale, loss in zip(scales, found, strict=True):
+        clipped = clip_amax(
+            sample.weight_NK.cpu(), pre_quant_scale.cpu(), moment.cpu(), row, 32
+        ).to(DEVICE)
+        alone = [
+            candidate_loss(sample, moment, row, 32, pre_quant_scale, amax=a)
+            for a in (None, clipped)
+        ]
         torch.testing.assert_close(loss, min(alone), rtol=1e-3, atol=0)

@@ -144,14 +144,14 @@ def ready(chunk, looks):
 
 def to_samples(questions):
     """Questions as the package's samples."""
-    from nemo_vlm_ptq.families.base import Pixels, Sample
+    from nemo_vlm_ptq.families.base import ImageInputs, Sample
 
     return [
         Sample(
             f"q{index}",
             one.ids,
             one.ids == IMAGE_ID,
-            None if one.pixels is None else Pixels(one.pixels),
+            None if one.pixels is None else ImageInputs(one.pixels),
         )
         for index, one in enumerate(questions)
     ]
@@ -212,20 +212,20 @@ def each_layout(layouts):
 
     Each takes a store of its own: in torchrun's the names of the session before still stand.
     """
-    from nemo_vlm_ptq.megatron.session import session
+    from nemo_vlm_ptq.megatron.parallel_context import parallel_context
 
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
     for sizes, port in zip(layouts, os.environ[PORTS].split(), strict=False):
         os.environ["MASTER_PORT"] = port
-        with session(dict(zip(("tensor", "pipeline", "data"), sizes, strict=True))) as own:
+        with parallel_context(dict(zip(("tensor", "pipeline", "data"), sizes, strict=True))) as own:
             yield own
 
 
 def alone():
     """A session of this process alone."""
-    from nemo_vlm_ptq.megatron.session import session
+    from nemo_vlm_ptq.megatron.parallel_context import parallel_context
 
-    return session({"tensor": 1, "pipeline": 1, "data": 1})
+    return parallel_context({"tensor": 1, "pipeline": 1, "data": 1})
 
 
 def load_with_megatron(model, folder: Path) -> None:
@@ -237,9 +237,9 @@ def load_with_megatron(model, folder: Path) -> None:
 
 def run_line(own, workdir: Path) -> None:
     """All stages on the little trained model, all formats, in the layout of a session."""
+    from nemo_vlm_ptq.context import RunContext
     from nemo_vlm_ptq.formats import FORMATS, TARGETS
-    from nemo_vlm_ptq.job import Job
-    from nemo_vlm_ptq.plan import make_plan
+    from nemo_vlm_ptq.planning.plan import make_plan
     from nemo_vlm_ptq.recipe import Recipe
     from nemo_vlm_ptq.stages import run_stages
 
@@ -251,4 +251,4 @@ def run_line(own, workdir: Path) -> None:
         calibration={"data": "scenes", "samples": 12, "micro_batch": 2},
         export={"targets": TARGETS, "tensor": 2},
     )
-    run_stages(Job(make_plan(recipe), own), STAGES)
+    run_stages(RunContext(make_plan(recipe), own), STAGES)

@@ -9,10 +9,14 @@ import weakref
 
 import models
 
-from nemo_vlm_ptq.job import Job
-from nemo_vlm_ptq.plan import make_plan
+from nemo_vlm_ptq.context import RunContext
+from nemo_vlm_ptq.planning.plan import make_plan
 from nemo_vlm_ptq.recipe import Recipe
-from nemo_vlm_ptq.stages import forms, importing, observing, quantizing, run_stages
+from nemo_vlm_ptq.stages import import_model as importing
+from nemo_vlm_ptq.stages import model_forms as forms
+from nemo_vlm_ptq.stages import observe as observing
+from nemo_vlm_ptq.stages import run_stages
+from nemo_vlm_ptq.targets.megatron import quantized_checkpoint as quantizing
 
 made: list[weakref.ref] = []  # parameters of all models
 
@@ -47,7 +51,7 @@ def main() -> None:
     gc.disable()  # Python's own comes whenever it comes
     with models.alone() as own:
         for stage in stages:
-            run_stages(Job(make_plan(recipe), own), (stage,))
+            run_stages(RunContext(make_plan(recipe), own), (stage,))
             assert not living(), f"a model outlived {stage}"
     assert made, "no stage made a model"
 

@@ -3,10 +3,10 @@
 import models
 import pytest
 
+from nemo_vlm_ptq.context import RunContext
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.formats import FORMATS
-from nemo_vlm_ptq.job import Job
-from nemo_vlm_ptq.plan import make_plan
+from nemo_vlm_ptq.planning.plan import make_plan
 from nemo_vlm_ptq.recipe import Recipe
 
 NAMES = [name for name, row in FORMATS.items() if "nemo" in row.targets]
@@ -22,7 +22,7 @@ def job(own, workdir, names=("fp8",), model=models.TINY_LLAVA, targets=("nemo",)
         calibration={"data": "scenes", "samples": 8, "micro_batch": 8},
         export={"targets": targets},
     )
-    return Job(make_plan(recipe), own)
+    return RunContext(make_plan(recipe), own)
 
 
 def refusal(model, **changes):

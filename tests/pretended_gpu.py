@@ -2,8 +2,8 @@
 
 import torch
 
-from nemo_vlm_ptq.runtime import checkpoint
-from nemo_vlm_ptq.runtime.model import SimulatedLinear
+from nemo_vlm_ptq.reference import checkpoint
+from nemo_vlm_ptq.reference.model import SimulatedLinear
 from nemo_vlm_ptq.verify.tensors import half_step_excess
 
 DEVICE = torch.device("meta")
@@ -19,6 +19,9 @@ def check_linears_on_it(linears, monkeypatch):
         excess = half_step_excess(torch.empty_like(values.weight), linear, values)
         served = SimulatedLinear(linear, torch.float32, DEVICE)
         out = served(torch.empty(3, values.weight.shape[1], device=DEVICE))
-        own = [served.weight, *(one for one in (served.prequant, served.scale) if one is not None)]
+        own = [
+            served.weight,
+            *(one for one in (served.pre_quant_scale, served.scale) if one is not None),
+        ]
         for one in (values.weight, values.step, excess, out, *own, *served.branch):
             assert one.device == DEVICE, name

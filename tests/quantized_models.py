@@ -2,13 +2,13 @@
 
 import torch
 
-from nemo_vlm_ptq.calibrate import quantizers
-from nemo_vlm_ptq.calibrate.scales import LinearScales, cut_scales
+from nemo_vlm_ptq.calibrate.solve.scales import LinearScales, shard_scales
 from nemo_vlm_ptq.calibrate.statistics import LINEARS
 from nemo_vlm_ptq.families.base import Decoder
 from nemo_vlm_ptq.formats import FORMATS, KV_CACHES
 from nemo_vlm_ptq.megatron.build import build_decoder
 from nemo_vlm_ptq.numerics import weight_amax
+from nemo_vlm_ptq.targets.megatron import quantizers
 
 DECODER = Decoder(256, 512, 2, 8, 4, 32, 500, 1e-5, 1e4, 256)
 SHAPES = {
@@ -42,10 +42,10 @@ def cut(weight, linear, t, T):
     return weight.chunk(T)[t]
 
 
-def rounded_part(weight, prequant, a, b):
+def rounded_part(weight, pre_quant_scale, a, b):
     """The weight that is rounded."""
-    if prequant is not None:
-        weight = (weight.float() * (1 / prequant.float())).to(weight.dtype)
+    if pre_quant_scale is not None:
+        weight = (weight.float() * (1 / pre_quant_scale.float())).to(weight.dtype)
     if a is not None:
         weight = (weight.double() - b.double() @ a.double()).to(weight.dtype)
     return weight
@@ -55,18 +55,18 @@ def whole_scales(name, layer, linear, dtype):
     """Random scales of a format for a whole linear, with the maxima that go with them."""
     row, (outputs, inputs) = FORMATS[name], SHAPES[linear]
     seed = 100 + 10 * layer + list(LINEARS).index(linear)
-    prequant = a = b = None
-    if row.prequant:
-        prequant = (1.5 + random(inputs, seed=seed).clamp(-1, 1)).to(dtype)
+    pre_quant_scale = a = b = None
+    if row.pre_quant_scale:
+        pre_quant_scale = (1.5 + random(inputs, seed=seed).clamp(-1, 1)).to(dtype)
     if row.low_rank:
         a = (random(row.low_rank, inputs, seed=seed + 1) / 16).to(dtype)
         b = (random(outputs, row.low_rank, seed=seed + 2) / 16).to(dtype)
-    rest = rounded_part(whole_weight(layer, linear).to(dtype), prequant, a, b)
+    rest = rounded_part(whole_weight(layer, linear).to(dtype), pre_quant_scale, a, b)
     return LinearScales(
         weight_amax(rest, row.granularity, row.group(GROUP)).to(dtype).float(),
-        rest.float().abs().amax() if row.weight_second else None,
+        rest.float().abs().amax() if row.second_weight else None,
         torch.tensor(INPUT_TOP) if row.activation in ("fp8", "int8", "nvfp4") else None,
-        None if prequant is None else prequant.float(),
+        None if pre_quant_scale is None else pre_quant_scale.float(),
         a,
         b,
     )
@@ -76,18 +76,18 @@ def kv_of(layer):
     return torch.tensor(KEY_TOP), torch.tensor([VALUE_TOP])
 
 
-def scales_of(name, session, dtype):
+def scales_of(name, parallel, dtype):
     def cut_to_own(layer, linear):
         whole = whole_scales(name, layer, linear, dtype)
-        return cut_scales(whole, linear, session.tensor, session.layout.tensor)
+        return shard_scales(whole, linear, parallel.tensor, parallel.layout.tensor)
 
     return cut_to_own
 
 
-def plain_model(session, dtype):
+def plain_model(parallel, dtype):
     """The decoder with random weights, the same on every layout."""
-    model = build_decoder(DECODER, session, dtype)
-    t, T = session.tensor, session.layout.tensor
+    model = build_decoder(DECODER, parallel, dtype)
+    t, T = parallel.tensor, parallel.layout.tensor
     for parameter in model.parameters():
         parameter.fill_(1.0)
     for layer, linear, module in quantizers._linears(model):
@@ -97,25 +97,25 @@ def plain_model(session, dtype):
     return model
 
 
-def inserted(session, name, kv, dtype):
+def inserted(parallel, name, kv, dtype):
     """A model without weights, with quantizers."""
-    model = build_decoder(DECODER, session, dtype)
+    model = build_decoder(DECODER, parallel, dtype)
     quantizers.insert_quantizers(model, FORMATS[name], GROUP, KV_CACHES.get(kv))
     return model
 
 
-def fill(model, session, name, kv, dtype):
-    given = scales_of(name, session, dtype)
+def fill(model, parallel, name, kv, dtype):
+    given = scales_of(name, parallel, dtype)
     quantizers.fill_quantizers(model, FORMATS[name], given, None if kv == "none" else kv_of)
 
 
-def quantized(session, name, kv, dtype):
+def quantized(parallel, name, kv, dtype):
     """The model as solve leaves it."""
-    row, model = FORMATS[name], plain_model(session, dtype)
+    row, model = FORMATS[name], plain_model(parallel, dtype)
     quantizers.insert_quantizers(model, row, GROUP, KV_CACHES.get(kv))
     layers = range(DECODER.layers)
-    quantizers.prepare_weights(model, row, scales_of(name, session, dtype), layers)
-    fill(model, session, name, kv, dtype)
+    quantizers.prepare_weights(model, row, scales_of(name, parallel, dtype), layers)
+    fill(model, parallel, name, kv, dtype)
     return model
 
 

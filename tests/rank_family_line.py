@@ -5,10 +5,10 @@ from pathlib import Path
 
 from models import each_layout
 
+from nemo_vlm_ptq.context import RunContext
 from nemo_vlm_ptq.formats import FORMATS
 from nemo_vlm_ptq.formats import TARGETS as EVERY
-from nemo_vlm_ptq.job import Job
-from nemo_vlm_ptq.plan import make_plan
+from nemo_vlm_ptq.planning.plan import make_plan
 from nemo_vlm_ptq.recipe import Recipe
 from nemo_vlm_ptq.stages import run_stages
 from nemo_vlm_ptq.stages.logits import write_logits
@@ -28,7 +28,7 @@ def job(own, home, formats, kv_cache="none"):
         calibration={"data": "scenes", "samples": 8, "micro_batch": 2},
         export={"targets": TARGETS, "tensor": 2, "dtype": "bfloat16"},
     )
-    return Job(make_plan(recipe), own)
+    return RunContext(make_plan(recipe), own)
 
 
 def main():

@@ -7,12 +7,12 @@ import torch
 from models import each_layout
 from references import Question
 
+from nemo_vlm_ptq.checkpoints.huggingface import list_tensors, open_source
 from nemo_vlm_ptq.families import find_family, read_config
-from nemo_vlm_ptq.families.base import Pixels, Sample
+from nemo_vlm_ptq.families.base import ImageInputs, Sample
 from nemo_vlm_ptq.megatron.build import build_decoder
-from nemo_vlm_ptq.megatron.checkpoint import fill_from_source, load_model, save_model
+from nemo_vlm_ptq.megatron.checkpoint import load_from_source, load_model, save_model
 from nemo_vlm_ptq.megatron.forward import collate, encode_images, forward
-from nemo_vlm_ptq.source import list_tensors, open_tensors
 
 SAVED = "saved_{}"
 SAVES = "phi"  # the family whose checkpoint is saved and loaded: its rows are fused
@@ -24,7 +24,7 @@ def read_family(folder):
     """(family, config) of a model folder."""
     config = read_config(folder)
     family = find_family(config)
-    return family, family.complete(folder, config)
+    return family, family.complete_config(folder, config)
 
 
 def import_model(own, folder):
@@ -32,8 +32,8 @@ def import_model(own, folder):
     family, config = read_family(folder)
     decoder = family.decoder(config)
     model = build_decoder(decoder, own, torch.float32)
-    with open_tensors(list_tensors(folder, family.aliases, family.parts)) as reader:
-        fill_from_source(model, own, family.rows, decoder, reader)
+    with open_source(list_tensors(folder, family.name_aliases, family.subfolders)) as reader:
+        load_from_source(model, own, family.parameter_map, decoder, reader)
         names = family.vision_shapes(config)
         vision = family.build_vision(config, {name: reader.whole(name) for name in names})
     return model, vision
@@ -52,8 +52,10 @@ def to_samples(folder, questions):
     family, config = read_family(folder)
     samples = []
     for index, one in enumerate(questions):
-        pixels = None if one.views is None else Pixels(one.views, one.sizes)
-        marks = family.expand(config, one.ids, pixels)
+        pixels = (
+            None if one.pixel_values is None else ImageInputs(one.pixel_values, one.image_sizes)
+        )
+        marks = family.find_placeholders(config, one.ids, pixels)
         repeats = torch.where(marks.is_image, marks.repeat, 1)
         ids, is_image = (x.repeat_interleave(repeats) for x in (one.ids, marks.is_image))
         samples.append(Sample(f"q{index}", ids, is_image, pixels))

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from models import Question, each_layout, to_samples
 
+from nemo_vlm_ptq.checkpoints.huggingface import list_tensors, open_source
 from nemo_vlm_ptq.families import find_family, read_config
 from nemo_vlm_ptq.megatron import checkpoint
 from nemo_vlm_ptq.megatron.build import build_decoder
-from nemo_vlm_ptq.megatron.checkpoint import fill_from_source, load_model, save_model
+from nemo_vlm_ptq.megatron.checkpoint import load_from_source, load_model, save_model
 from nemo_vlm_ptq.megatron.forward import collate, encode_images, forward
-from nemo_vlm_ptq.source import list_tensors, open_tensors
 
 SAVED = "saved_{}x{}"
 
@@ -24,11 +24,11 @@ def import_llava(own, folder, dtype=torch.float32, to_observe=False):
     family = find_family(config)
     decoder = family.decoder(config)
     model = build_decoder(decoder, own, dtype, to_observe=to_observe)
-    rows = family.rows
+    rows = family.parameter_map
     if to_observe:
-        rows = [replace(row, layout="column") if row.layout == "row" else row for row in rows]
-    with open_tensors(list_tensors(folder, family.aliases)) as reader:
-        fill_from_source(model, own, rows, decoder, reader)
+        rows = [replace(row, layout="column") if row.sharding == "row" else row for row in rows]
+    with open_source(list_tensors(folder, family.name_aliases)) as reader:
+        load_from_source(model, own, rows, decoder, reader)
         names = family.vision_shapes(config)
         vision = family.build_vision(config, {name: reader.whole(name) for name in names})
     return model, vision

@@ -55,8 +55,8 @@ class LlavaNext:
         """Logits [S,V]."""
         return self.model(
             input_ids=question.ids[None],
-            pixel_values=question.views,
-            image_sizes=question.sizes,
+            pixel_values=question.pixel_values,
+            image_sizes=question.image_sizes,
         ).logits[0]
 
     @torch.no_grad()

@@ -115,7 +115,11 @@ class Phi:
     def ask(self, question: Question) -> torch.Tensor:
         """Logits [S,V]."""
         pieces, left = [], question.ids
-        images = [] if question.views is None else zip(question.views, question.sizes, strict=True)
+        images = (
+            []
+            if question.pixel_values is None
+            else zip(question.pixel_values, question.image_sizes, strict=True)
+        )
         for index, (views, (height, width)) in enumerate(images):
             features = self.look(views, int(height), int(width))
             start = int((left == -1 - index).nonzero()[0])

@@ -86,7 +86,7 @@ class Vila:
 
     def ask(self, question: Question) -> torch.Tensor:
         """Logits [S,V]; S counts every image token."""
-        views = iter(() if question.views is None else question.views)
+        views = iter(() if question.pixel_values is None else question.pixel_values)
         ids = question.ids.split(1)
         return splice(self.llm, [self.look(next(views)) if i == IMAGE else i for i in ids])
 

@@ -2,29 +2,26 @@
 
 import torch
 
-from nemo_vlm_ptq.calibrate.solve import (
-    Wishes,
-    solve_layer,
-)
+from nemo_vlm_ptq.calibrate.solve.layer import SolveOptions, solve_layer
 from nemo_vlm_ptq.calibrate.statistics import (
     UNIT,
     load_layer,
     save_layer,
 )
+from nemo_vlm_ptq.distributed.layout import strips
 from nemo_vlm_ptq.families import FAMILIES
 from nemo_vlm_ptq.formats import FORMATS
-from nemo_vlm_ptq.mapping.layouts import Sizes
-from nemo_vlm_ptq.parallel import strips
+from nemo_vlm_ptq.parameter_map.sharding import HeadSizes
 
 GROUP = 32
-SIZES = Sizes(heads=8, kv_heads=4, head_dim=16, vocab=64, vocab_rows=64)
+SIZES = HeadSizes(heads=8, kv_heads=4, head_dim=16, vocab=64, padded_vocab=64)
 SHAPES = {  # of Megatron's weights at hidden 128 and MLP 192
     "linear_qkv": (256, 128),
     "linear_proj": (128, 128),
     "linear_fc1": (384, 128),
     "linear_fc2": (128, 192),
 }
-PLAIN = Wishes()
+PLAIN = SolveOptions()
 TOKENS = {"text": 60, "image": 300}
 
 
@@ -75,7 +72,7 @@ def weights(dtype=torch.float32):
 
 
 def rows_of(family):
-    return [row.at(0) for row in FAMILIES[family].rows if row.layered]
+    return [row.for_layer(0) for row in FAMILIES[family].parameter_map if row.per_layer]
 
 
 def solved(name, layer, dtype=torch.float32, wishes=PLAIN):

@@ -11,17 +11,19 @@ from functools import partial
 
 import torch
 
-from nemo_vlm_ptq.calibrate.scales import LinearScales
-from nemo_vlm_ptq.calibrate.solve import weight_names
-from nemo_vlm_ptq.export import hf, nf4, trtllm
-from nemo_vlm_ptq.export.stream import Packed, kv_scales, stream_ends, stream_layer
+from nemo_vlm_ptq.calibrate.solve.layer import weight_names
+from nemo_vlm_ptq.calibrate.solve.scales import LinearScales
 from nemo_vlm_ptq.families import FAMILIES
 from nemo_vlm_ptq.families.base import Decoder, LongRope
 from nemo_vlm_ptq.formats import KV_CACHES
-from nemo_vlm_ptq.mapping.layouts import take
-from nemo_vlm_ptq.mapping.rows import expand
 from nemo_vlm_ptq.numerics import weight_amax
-from nemo_vlm_ptq.store import save_tensors
+from nemo_vlm_ptq.parameter_map.entries import expand_layers
+from nemo_vlm_ptq.parameter_map.sharding import shard_tensor
+from nemo_vlm_ptq.targets.hf import nf4
+from nemo_vlm_ptq.targets.hf import tensors as hf
+from nemo_vlm_ptq.targets.trtllm import tensors as trtllm
+from nemo_vlm_ptq.targets.writing.encode import EncodedLinear, encode_ends, encode_layer, kv_scales
+from nemo_vlm_ptq.workdir.store import save_tensors
 
 ROPE = LongRope((1.0,) * 16, (2.0,) * 16, 128, 1.1)
 DECODER = Decoder(256, 512, 2, 8, 4, 32, 500, 1e-5, 1e4, 256)
@@ -47,9 +49,9 @@ class Stream:
 
 def random_weight(family, row, decoder):
     """Megatron's whole tensor of a row, its vocabulary padded."""
-    shapes = [decoder.shapes(family.rows)[name] for name in row.hf]
+    shapes = [decoder.shapes(family.parameter_map)[name] for name in row.hf_names]
     parts = [torch.randn(shape, dtype=DTYPE) for shape in shapes]
-    return take(row.layout, parts, decoder.sizes(64), 0, 1)
+    return shard_tensor(row.sharding, parts, decoder.sizes(64), 0, 1)
 
 
 def random_scales(weight, fmt, group):
@@ -57,9 +59,9 @@ def random_scales(weight, fmt, group):
     rank = fmt.low_rank
     return LinearScales(
         weight_amax(weight, fmt.granularity, fmt.group(group)),
-        None if fmt.weight_second is None else weight.float().abs().amax(),
+        None if fmt.second_weight is None else weight.float().abs().amax(),
         None if fmt.activation in (None, "fp8_token") else torch.rand(()) + 0.1,
-        (torch.rand(weight.shape[1]) + 0.5).to(DTYPE).float() if fmt.prequant else None,
+        (torch.rand(weight.shape[1]) + 0.5).to(DTYPE).float() if fmt.pre_quant_scale else None,
         torch.randn(rank, weight.shape[1], dtype=DTYPE) if rank else None,
         torch.randn(weight.shape[0], rank, dtype=DTYPE) if rank else None,
     )
@@ -69,12 +71,12 @@ def random_stream(fmt, name="llava", decoder=None, group=GROUP):
     """A random model, taken apart; fmt None leaves it in 16 bit."""
     torch.manual_seed(0)
     family, decoder = FAMILIES[name], decoder or DECODERS[name]
-    rows = expand(family.rows, range(decoder.layers))
-    whole = {row.megatron: random_weight(family, row, decoder) for row in rows}
+    rows = expand_layers(family.parameter_map, range(decoder.layers))
+    whole = {row.megatron_name: random_weight(family, row, decoder) for row in rows}
     scales = {
-        row.megatron: random_scales(whole[row.megatron], fmt, group)
+        row.megatron_name: random_scales(whole[row.megatron_name], fmt, group)
         for row in rows
-        if row.linear and fmt is not None
+        if row.is_linear and fmt is not None
     }
 
     def read(names):
@@ -82,10 +84,10 @@ def random_stream(fmt, name="llava", decoder=None, group=GROUP):
 
     def layer(index, shard=(0, 1)):
         own = {linear: scales.get(key) for linear, key in weight_names(index).items()}
-        return stream_layer(family.rows, index, read, own, fmt, decoder, shard=shard)
+        return encode_layer(family.parameter_map, index, read, own, fmt, decoder, shard=shard)
 
     layers = [layer(index) for index in range(decoder.layers)]
-    ends = partial(stream_ends, family.rows, read, decoder)
+    ends = partial(encode_ends, family.parameter_map, read, decoder)
     return Stream(name, fmt, layers, ends, decoder, group, layer)
 
 
@@ -111,14 +113,14 @@ def by_name(stream):
     found = {}
     for piece in pieces(stream):
         parts = list(piece.parts)
-        if len(parts) > len(piece.row.hf):
+        if len(parts) > len(piece.row.hf_names):
             plain = isinstance(parts[0], torch.Tensor)
             parts = [torch.cat(parts) if plain else stacked(parts)]
-        found |= dict(zip(piece.row.hf, parts, strict=True))
+        found |= dict(zip(piece.row.hf_names, parts, strict=True))
     return found
 
 
-def values(packed: Packed):
+def values(packed: EncodedLinear):
     """What the codes stand for, float32 [O,K]."""
     codes, scale = packed.codes, packed.scale.float()
     if packed.kind == "nvfp4":
@@ -167,7 +169,7 @@ def hf_tensors(stream, kv="none"):
     """Published name -> tensor of a Hugging Face checkpoint."""
     tensors = {}
     for piece in pieces(stream):
-        tensors |= hf.tensors_of(piece, DTYPE)
+        tensors |= hf.published_tensors(piece, DTYPE)
     for layer, scales in zip(stream.layers, random_kv(kv)[1], strict=False):
         tensors |= hf.kv_tensors(layer["linear_qkv"], scales)
     return tensors

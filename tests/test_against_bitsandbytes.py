@@ -9,10 +9,10 @@ import streams
 import torch
 from safetensors.torch import load_file
 
-from nemo_vlm_ptq.export import nf4
 from nemo_vlm_ptq.families import FAMILIES
 from nemo_vlm_ptq.formats import FORMATS
-from nemo_vlm_ptq.runtime.read_hf import read_unified
+from nemo_vlm_ptq.targets.hf import nf4
+from nemo_vlm_ptq.targets.hf.reader import read_unified
 
 STATE = "weight.quant_state.bitsandbytes__nf4"
 

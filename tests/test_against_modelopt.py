@@ -16,14 +16,15 @@ import pytest
 import torch
 from rank_parity import import_llava
 
-from nemo_vlm_ptq.calibrate import modules, quantizers
-from nemo_vlm_ptq.calibrate.observe import Limits, Work, observe
-from nemo_vlm_ptq.calibrate.solve import solve_layer
+from nemo_vlm_ptq.calibrate.observe.loop import ObserveOptions, ObserveSetup, observe
+from nemo_vlm_ptq.calibrate.solve.layer import solve_layer
 from nemo_vlm_ptq.calibrate.statistics import LINEARS, load_layer
+from nemo_vlm_ptq.data.questions import PROMPT_SUFFIX, load_questions
 from nemo_vlm_ptq.families import find_family, read_config
 from nemo_vlm_ptq.formats import FORMATS
 from nemo_vlm_ptq.megatron.forward import collate, encode_images, forward
-from nemo_vlm_ptq.questions import SUFFIX, load_questions
+from nemo_vlm_ptq.targets.megatron import quant_modules as modules
+from nemo_vlm_ptq.targets.megatron import quantizers
 
 GROUP = 128
 LENGTH, LOOKING = 48, (0, 1, 3, 4, 6)  # tokens of a random sample, and who has a picture
@@ -35,8 +36,8 @@ MAX = [name for name, row in PRESETS.items() if row.algorithm == "max"]
 
 @pytest.fixture(scope="module")
 def own():
-    with models.alone() as session:
-        yield session
+    with models.alone() as parallel:
+        yield parallel
 
 
 def random_chunks():
@@ -48,9 +49,9 @@ def random_chunks():
 def scene_chunks(config, family):
     """Micro-batches of one sample of the built-in scenes."""
     questions = load_questions("scenes", "calibration", SCENES)
-    ready = family.preparer(models.TINY_LLAVA, config)
+    ready = family.make_preprocessor(models.TINY_LLAVA, config)
     return [
-        [ready(item.id, item.text + SUFFIX, questions.image(item.image), item.answer)]
+        [ready(item.id, item.text + PROMPT_SUFFIX, questions.image(item.image), item.answer)]
         for item in questions.items
     ]
 
@@ -63,7 +64,13 @@ def prepare(own, folder, dtype, out):
     chunks = scene_chunks(config, family) if trained else random_chunks()
     model, vision = import_llava(own, folder, dtype)
     vision.to(dtype)
-    observe(Work(model, vision, own, models.ready), chunks, out, Limits(moments=True), {})
+    observe(
+        ObserveSetup(model, vision, own, models.ready),
+        chunks,
+        out,
+        ObserveOptions(moments=True),
+        {},
+    )
     features = encode_images(vision, own, chunks, model.config.hidden_size)
 
     def run(any_model):
@@ -140,7 +147,7 @@ def calibrate_with_modelopt(subject, name):
     model = subject.fresh()
     with contextlib.redirect_stdout(io.StringIO()):
         mtq.quantize(model, modelopts_preset(name), subject.run)
-    quantizers.stop_rounding_activations(model)
+    quantizers.disable_activation_quantizers(model)
     return linears(model)
 
 
@@ -160,7 +167,7 @@ def calibrate_plain_linears(subject, name):
 
     with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
         mtq.quantize(plain, modelopts_preset(name), run)
-    quantizers.stop_rounding_activations(plain)
+    quantizers.disable_activation_quantizers(plain)
     return {at: lambda x, at=at: (plain[f"{at[0]} {at[1]}"](x).detach(), None) for at in own}
 
 
@@ -171,8 +178,8 @@ def quantize_with_ours(subject, name):
     layers = range(model.config.num_layers)
     quantizers.prepare_weights(model, FORMATS[name], lambda *at: solved[at], layers)
     quantizers.fill_quantizers(model, FORMATS[name], lambda *at: solved[at])
-    quantizers.use_own_rounding(model, FORMATS[name])
-    quantizers.stop_rounding_activations(model)
+    quantizers.use_custom_backends(model, FORMATS[name])
+    quantizers.disable_activation_quantizers(model)
     return linears(model)
 
 
@@ -199,7 +206,7 @@ def test_smoothquant_scales_are_modelopts(subject, request):
     subject = request.getfixturevalue(subject)
     theirs, ours = calibrate_with_modelopt(subject, "int8_sq"), solve(subject, "int8_sq")
     for at, module in theirs.items():
-        assert same(ours[at].prequant, module.input_quantizer.pre_quant_scale), at
+        assert same(ours[at].pre_quant_scale, module.input_quantizer.pre_quant_scale), at
         assert same(ours[at].input_amax, module.input_quantizer.amax), at
         expected = module.weight_quantizer.amax.float().flatten()
         assert len(expected) == len(module.weight), "one a channel"

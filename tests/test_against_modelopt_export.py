@@ -16,15 +16,15 @@ from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_form
 from modelopt.torch.export.unified_export_hf import _export_transformers_checkpoint
 from random_llama import random_llama
 
-from nemo_vlm_ptq.calibrate.scales import LinearScales
-from nemo_vlm_ptq.export import hf
-from nemo_vlm_ptq.export.stream import kv_scales, stream_ends, stream_layer
+from nemo_vlm_ptq.calibrate.solve.scales import LinearScales
 from nemo_vlm_ptq.families import llava
 from nemo_vlm_ptq.families.base import Decoder
 from nemo_vlm_ptq.formats import FORMATS, KV_CACHES
-from nemo_vlm_ptq.mapping.layouts import take
-from nemo_vlm_ptq.mapping.rows import expand
 from nemo_vlm_ptq.numerics import weight_amax
+from nemo_vlm_ptq.parameter_map.entries import expand_layers
+from nemo_vlm_ptq.parameter_map.sharding import shard_tensor
+from nemo_vlm_ptq.targets.hf import tensors as hf
+from nemo_vlm_ptq.targets.writing.encode import encode_ends, encode_layer, kv_scales
 
 DECODER = Decoder(128, 256, 1, 4, 2, 32, 100, 1e-5, 1e4, 64)
 GROUP = 64
@@ -69,11 +69,11 @@ def linears(model):
 def add_scales(model, fmt):
     """A prequant scale and a branch for each linear, as if searched; inputs share them."""
     width = {name: one.weight.shape[1] for name, one in linears(model).items()}
-    prequant = {size: torch.rand(size) + 0.5 for size in set(width.values())}
+    pre_quant_scale = {size: torch.rand(size) + 0.5 for size in set(width.values())}
     down = {size: torch.randn(fmt.low_rank, size) for size in width.values()}
     for name, one in linears(model).items():
         one.input_quantizer._enable_pre_quant_scale = True
-        one.input_quantizer.pre_quant_scale = prequant[width[name]]
+        one.input_quantizer.pre_quant_scale = pre_quant_scale[width[name]]
         if fmt.low_rank:
             up = torch.randn(one.weight.shape[0], fmt.low_rank)
             one.weight_quantizer.register_buffer("svdquant_lora_a", down[width[name]].clone())
@@ -86,30 +86,35 @@ def quantized(fmt, kv):
         model = mtq.quantize(
             model, preset(fmt, kv), lambda model: model(torch.arange(40).reshape(2, 20))
         )
-    if fmt.prequant:
+    if fmt.pre_quant_scale:
         add_scales(model, fmt)
     return model
 
 
 def ours(model, fmt, kv):
     """(tensors, quantization block) of what our stream makes of a model of modelopt's."""
-    rows = expand(llava.FAMILY.rows, range(DECODER.layers))
-    state = {f"{llava.LM}{name}": one for name, one in model.state_dict().items()}
-    modules = {f"{llava.LM}{name}": one for name, one in linears(model).items()}
+    rows = expand_layers(llava.FAMILY.parameter_map, range(DECODER.layers))
+    state = {f"{llava.DECODER_PREFIX}{name}": one for name, one in model.state_dict().items()}
+    modules = {f"{llava.DECODER_PREFIX}{name}": one for name, one in linears(model).items()}
     whole, scales, sizes = {}, {}, DECODER.sizes(1)
     for row in rows:
-        whole[row.megatron] = take(row.layout, [state[name] for name in row.hf], sizes, 0, 1)
-        if row.linear:
-            own = [modules[name.removesuffix(".weight")] for name in row.hf]
-            scales[row.short] = ours_of(row, own, whole[row.megatron], fmt)
+        whole[row.megatron_name] = shard_tensor(
+            row.sharding, [state[name] for name in row.hf_names], sizes, 0, 1
+        )
+        if row.is_linear:
+            own = [modules[name.removesuffix(".weight")] for name in row.hf_names]
+            scales[row.module_name] = ours_of(row, own, whole[row.megatron_name], fmt)
 
     def read(names):
         return {name: whole[name].clone() for name in names}
 
-    layer = stream_layer(llava.FAMILY.rows, 0, read, scales, fmt, DECODER)
+    layer = encode_layer(llava.FAMILY.parameter_map, 0, read, scales, fmt, DECODER)
     tensors = {}
-    for piece in (*layer.values(), *stream_ends(llava.FAMILY.rows, read, DECODER).values()):
-        tensors |= hf.tensors_of(piece, torch.float32)
+    for piece in (
+        *layer.values(),
+        *encode_ends(llava.FAMILY.parameter_map, read, DECODER).values(),
+    ):
+        tensors |= hf.published_tensors(piece, torch.float32)
     row = KV_CACHES.get(kv)
     if row is not None:
         attention = model.model.layers[0].self_attn
@@ -118,22 +123,24 @@ def ours(model, fmt, kv):
             layer["linear_qkv"], kv_scales(*(one.amax.float() for one in found), row)
         )
     block = hf.quantization_block(fmt, GROUP, ["lm_head", "model.embed_tokens"], row)
-    return {name.removeprefix(llava.LM): tensor for name, tensor in tensors.items()}, block
+    return {
+        name.removeprefix(llava.DECODER_PREFIX): tensor for name, tensor in tensors.items()
+    }, block
 
 
 def ours_of(row, modules, weight, fmt):
     """LinearScales from modelopt's quantizers of the parts of a row."""
-    given = prequant = down = up = None
+    given = pre_quant_scale = down = up = None
     if fmt.activation not in (None, "fp8_token"):
         given = torch.stack([one.input_quantizer.amax.float() for one in modules]).amax()
-    if fmt.prequant:
-        prequant = modules[0].input_quantizer.pre_quant_scale
+    if fmt.pre_quant_scale:
+        pre_quant_scale = modules[0].input_quantizer.pre_quant_scale
     if fmt.low_rank:
         down = modules[0].weight_quantizer.svdquant_lora_a
         ups = [one.weight_quantizer.svdquant_lora_b for one in modules]
-        up = take(row.layout, ups, DECODER.sizes(1), 0, 1)
+        up = shard_tensor(row.sharding, ups, DECODER.sizes(1), 0, 1)
     amax = weight_amax(weight, fmt.granularity, fmt.group(GROUP))
-    return LinearScales(amax, None, given, prequant, down, up)
+    return LinearScales(amax, None, given, pre_quant_scale, down, up)
 
 
 @pytest.mark.parametrize(("name", "kv"), CASES)
@@ -144,7 +151,7 @@ def test_an_export_is_what_modelopt_writes(name, kv):
     with contextlib.redirect_stdout(io.StringIO()):
         theirs, config = _export_transformers_checkpoint(model, torch.float32)
     theirs = {key.replace(LORA, "svdquant_lora_"): one for key, one in theirs.items()}
-    if fmt.prequant:
+    if fmt.pre_quant_scale:
         mine, theirs = (
             {key: one for key, one in tensors.items() if "o_proj" in key}
             for tensors in (mine, theirs)
@@ -166,7 +173,7 @@ def same(mine, theirs):
 
 def check_configs(block, config, fmt):
     expected = dict(config["quantization"])
-    if fmt.weight == "int4" and not fmt.prequant:
+    if fmt.weight == "int4" and not fmt.pre_quant_scale:
         assert expected["pre_quant_scale"]  # modelopt says so, and writes none
         expected["pre_quant_scale"] = False
     if fmt.low_rank:

@@ -18,17 +18,17 @@ from safetensors.torch import load_file
 from streams import Stream, write_trtllm
 from test_contract import CASES, DECODER, NAMES
 
-from nemo_vlm_ptq.calibrate.scales import LinearScales
-from nemo_vlm_ptq.calibrate.solve import weight_names
-from nemo_vlm_ptq.export.stream import kv_scales, stream_ends, stream_layer
-from nemo_vlm_ptq.export.trtllm import kv_tensors
+from nemo_vlm_ptq.calibrate.solve.layer import weight_names
+from nemo_vlm_ptq.calibrate.solve.scales import LinearScales
 from nemo_vlm_ptq.families import llava
 from nemo_vlm_ptq.formats import FORMATS, KV_CACHES
-from nemo_vlm_ptq.mapping.layouts import take
-from nemo_vlm_ptq.mapping.rows import expand
-from nemo_vlm_ptq.numerics import off_ties, weight_amax
-from nemo_vlm_ptq.store import read_json
-from nemo_vlm_ptq.verify.contract import check_contract, contract_checks
+from nemo_vlm_ptq.numerics import nudge_off_ties, weight_amax
+from nemo_vlm_ptq.parameter_map.entries import expand_layers
+from nemo_vlm_ptq.parameter_map.sharding import shard_tensor
+from nemo_vlm_ptq.targets.trtllm.contract import check_contract, contract_checks
+from nemo_vlm_ptq.targets.trtllm.tensors import kv_tensors
+from nemo_vlm_ptq.targets.writing.encode import encode_ends, encode_layer, kv_scales
+from nemo_vlm_ptq.workdir.store import read_json
 
 DTYPE = torch.bfloat16
 GROUP = 128
@@ -37,7 +37,7 @@ ENDS = ("transformer.vocab_embedding.weight", "lm_head.weight")
 ONE_OF_TWO = ("mlp.fc.weights_scaling_factor_2", "mlp.gate.weights_scaling_factor_2")
 INT8_CACHE = {"quantizer_name": "*[kv]_bmm_quantizer", "cfg": {"num_bits": 8}, "enable": True}
 NOTHING = {"quantizer_name": "*", "enable": False}
-ROWS = llava.FAMILY.rows
+ROWS = llava.FAMILY.parameter_map
 
 
 def linears(model):
@@ -47,14 +47,16 @@ def linears(model):
 
 def leave_ties(model, fmt):
     """Move weights that lie half way between two codes, as ours are before they are packed."""
-    for row in expand(ROWS, range(DECODER.layers)):
-        if not row.linear:
+    for row in expand_layers(ROWS, range(DECODER.layers)):
+        if not row.is_linear:
             continue
-        names = [name.removeprefix(llava.LM).removesuffix(".weight") for name in row.hf]
+        names = [
+            name.removeprefix(llava.DECODER_PREFIX).removesuffix(".weight") for name in row.hf_names
+        ]
         weights = [model.get_submodule(name).weight for name in names]
         whole = torch.cat(weights)
         amax = weight_amax(whole, fmt.granularity, fmt.group(GROUP))
-        moved = off_ties(whole, amax, fmt.weight).split([len(one) for one in weights])
+        moved = nudge_off_ties(whole, amax, fmt.weight).split([len(one) for one in weights])
         for weight, part in zip(weights, moved, strict=True):
             weight.copy_(part)
 
@@ -75,11 +77,11 @@ def quantized(name, kv):
         with contextlib.redirect_stdout(io.StringIO()):
             ids = torch.arange(40).reshape(2, 20)
             model = mtq.quantize(model, config, lambda model: model(ids))
-    if fmt and fmt.prequant:
-        prequant = torch.rand(DECODER.hidden) + 0.5
+    if fmt and fmt.pre_quant_scale:
+        pre_quant_scale = torch.rand(DECODER.hidden) + 0.5
         for one in linears(model).values():
             one.input_quantizer._enable_pre_quant_scale = True
-            one.input_quantizer.pre_quant_scale = prequant.to(DTYPE)
+            one.input_quantizer.pre_quant_scale = pre_quant_scale.to(DTYPE)
     return model
 
 
@@ -92,17 +94,20 @@ def modelopt_writes(folder, model, cut):
 def we_write(folder, name, cut):
     """The same model through our stream."""
     fmt, model = FORMATS.get(name), quantized(name, "none")
-    state = {f"{llava.LM}{key}": one for key, one in model.state_dict().items()}
-    modules = {f"{llava.LM}{key}.weight": one for key, one in linears(model).items()}
-    rows = expand(ROWS, range(DECODER.layers))
+    state = {f"{llava.DECODER_PREFIX}{key}": one for key, one in model.state_dict().items()}
+    modules = {f"{llava.DECODER_PREFIX}{key}.weight": one for key, one in linears(model).items()}
+    rows = expand_layers(ROWS, range(DECODER.layers))
     sizes = DECODER.sizes(64)
     whole = {
-        row.megatron: take(row.layout, [state[n] for n in row.hf], sizes, 0, 1) for row in rows
+        row.megatron_name: shard_tensor(row.sharding, [state[n] for n in row.hf_names], sizes, 0, 1)
+        for row in rows
     }
     scales = {
-        row.megatron: scales_of([modules[n] for n in row.hf], whole[row.megatron], fmt)
+        row.megatron_name: scales_of(
+            [modules[n] for n in row.hf_names], whole[row.megatron_name], fmt
+        )
         for row in rows
-        if row.linear and fmt
+        if row.is_linear and fmt
     }
 
     def read(names):
@@ -110,9 +115,9 @@ def we_write(folder, name, cut):
 
     def layer(index, shard):
         own = {linear: scales.get(key) for linear, key in weight_names(index).items()}
-        return stream_layer(ROWS, index, read, own, fmt, DECODER, shard=shard)
+        return encode_layer(ROWS, index, read, own, fmt, DECODER, shard=shard)
 
-    ends = functools.partial(stream_ends, ROWS, read, DECODER)
+    ends = functools.partial(encode_ends, ROWS, read, DECODER)
     write_trtllm(folder, Stream("llava", fmt, [], ends, DECODER, GROUP, layer), cut)
 
 
@@ -123,9 +128,9 @@ def scales_of(modules, weight, fmt):
         given = torch.stack([one.input_quantizer.amax.float() for one in modules]).amax()
     return LinearScales(
         weight_amax(weight, fmt.granularity, fmt.group(GROUP)),
-        None if fmt.weight_second is None else weight.float().abs().amax(),
+        None if fmt.second_weight is None else weight.float().abs().amax(),
         given,
-        modules[0].input_quantizer.pre_quant_scale.float() if fmt.prequant else None,
+        modules[0].input_quantizer.pre_quant_scale.float() if fmt.pre_quant_scale else None,
         None,
         None,
     )

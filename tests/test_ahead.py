@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from nemo_vlm_ptq.ahead import made_ahead
+from nemo_vlm_ptq.utils.prefetch import prefetch
 
 
 def test_items_come_in_order_and_as_many_as_asked_for_are_made_side_by_side():
@@ -18,7 +18,7 @@ def test_items_come_in_order_and_as_many_as_asked_for_are_made_side_by_side():
         return item * item
 
     seen = []
-    for item, made in made_ahead(range(8), make, 3):
+    for item, made in prefetch(range(8), make, 3):
         assert max(begun) <= item + 3
         seen.append((item, made))
     assert seen == [(item, item * item) for item in range(8)]
@@ -26,8 +26,8 @@ def test_items_come_in_order_and_as_many_as_asked_for_are_made_side_by_side():
 
 def test_what_fails_is_raised_where_its_turn_comes():
     with pytest.raises(ZeroDivisionError):
-        list(made_ahead([1, 0, 2], lambda item: 1 // item, 3))
+        list(prefetch([1, 0, 2], lambda item: 1 // item, 3))
 
 
 def test_nothing_comes_of_nothing():
-    assert list(made_ahead([], str, 3)) == []
+    assert list(prefetch([], str, 3)) == []

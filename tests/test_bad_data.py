@@ -7,10 +7,10 @@ import pytest
 from bad_models import TINY, plan_refusal, said_by, write_recipe
 from PIL import Image
 
-from nemo_vlm_ptq import store
-from nemo_vlm_ptq.plan import make_plan
-from nemo_vlm_ptq.questions import load_questions, scored_questions
+from nemo_vlm_ptq.data.questions import evaluation_questions, load_questions
+from nemo_vlm_ptq.planning.plan import make_plan
 from nemo_vlm_ptq.recipe import load_recipe
+from nemo_vlm_ptq.workdir import store
 
 
 def test_a_data_folder_that_is_not_there_stops_the_plan(tmp_path):
@@ -102,7 +102,7 @@ def test_other_questions_answers_or_pictures_are_other_data(tmp_path):
 
 
 def test_statistics_of_other_data_are_refused(tmp_path):
-    from nemo_vlm_ptq.stages.observing import observe_settings
+    from nemo_vlm_ptq.stages.observe import observe_settings
 
     folder = with_picture(gqa_folder(tmp_path / "data"))
     recipe = write_recipe(tmp_path, calibration={"data": str(folder), "samples": 3})
@@ -120,13 +120,13 @@ def test_statistics_of_other_data_are_refused(tmp_path):
 
 
 def test_a_question_longer_than_the_model_reads_is_named(tmp_path):
-    from nemo_vlm_ptq.stages.observing import calibration_chunks
+    from nemo_vlm_ptq.stages.observe import calibration_micro_batches
 
     folder = with_picture(gqa_folder(tmp_path / "data"))
     entry = {"imageId": "7", "question": "What?" + " and" * 2000, "answer": "yes"}
     (folder / "q.json").write_text(json.dumps({"a": entry}))
     recipe = write_recipe(tmp_path, calibration={"data": str(folder), "samples": 1})
-    chunks, prepare = calibration_chunks(make_plan(load_recipe(str(recipe))))
+    chunks, prepare = calibration_micro_batches(make_plan(load_recipe(str(recipe))))
     said = said_by(prepare, chunks[0], True)
     assert said.startswith(f"question 'a' of {folder} takes ")
     assert "image included, and the model has 1024 positions" in said
@@ -136,49 +136,49 @@ def test_models_are_scored_on_questions_about_images(tmp_path):
     folder = gqa_folder(tmp_path / "data")
     entry = {"imageId": None, "question": "What?", "answer": 3}
     (folder / "q.json").write_text(json.dumps({"a": entry}))
-    said = said_by(scored_questions, str(folder), None)
+    said = said_by(evaluation_questions, str(folder), None)
     assert said.startswith(f"1 of 1 questions of {folder} have no imageId, first 'a'; ")
 
 
 def test_more_samples_than_questions_are_refused_with_both_numbers(tmp_path):
-    from nemo_vlm_ptq.stages.observing import calibration_chunks
+    from nemo_vlm_ptq.stages.observe import calibration_micro_batches
 
     folder = gqa_folder(tmp_path / "data")
     calibration = {"data": str(folder), "samples": 4}
     plan = make_plan(load_recipe(str(write_recipe(tmp_path, calibration=calibration))))
     said = f"calibration.samples=4 but {folder} has only 3 questions"
-    assert said_by(calibration_chunks, plan) == said
+    assert said_by(calibration_micro_batches, plan) == said
 
 
 def test_questions_without_images_are_refused_unless_text_is_asked_for(tmp_path):
-    from nemo_vlm_ptq.stages.observing import calibration_chunks
+    from nemo_vlm_ptq.stages.observe import calibration_micro_batches
 
     folder = gqa_folder(tmp_path / "data")
     (folder / "q.json").write_text(json.dumps({"a": {"question": "What?", "answer": "yes"}}))
     calibration = {"data": str(folder), "samples": 1}
     recipe = write_recipe(tmp_path, calibration=calibration)
-    said = said_by(calibration_chunks, make_plan(load_recipe(str(recipe))))
+    said = said_by(calibration_micro_batches, make_plan(load_recipe(str(recipe))))
     assert "1 of 1 questions" in said and "no imageId, first 'a'" in said
     assert "set calibration.modality=text" in said
     plan = make_plan(load_recipe(str(recipe), ["calibration.modality=text"]))
-    chunks, prepare = calibration_chunks(plan)
+    chunks, prepare = calibration_micro_batches(plan)
     assert not prepare(chunks[0], True)[0].is_image.any()
 
 
 def test_a_question_with_a_mark_of_an_image_is_named(tmp_path):
-    from nemo_vlm_ptq.stages.observing import calibration_chunks
+    from nemo_vlm_ptq.stages.observe import calibration_micro_batches
 
     folder = gqa_folder(tmp_path / "data")
     (folder / "q.json").write_text(json.dumps({"a": {"question": "<image>\nIt?", "answer": "x"}}))
     calibration = {"data": str(folder), "samples": 1, "modality": "text"}
     recipe = write_recipe(tmp_path, calibration=calibration)
-    chunks, prepare = calibration_chunks(make_plan(load_recipe(str(recipe))))
+    chunks, prepare = calibration_micro_batches(make_plan(load_recipe(str(recipe))))
     said = said_by(prepare, chunks[0], True)
     assert said.startswith("question 'a' has marks of images in its own text or answer (1 in its")
 
 
 def test_a_kind_of_token_that_never_came_is_refused():
-    from nemo_vlm_ptq.stages.observing import _check_modalities
+    from nemo_vlm_ptq.stages.observe import _check_modalities
 
     said = said_by(_check_modalities, {"text": 9, "image": 0}, "image_text")
     assert said.startswith("calibration.modality=image_text, but the calibration data brought no")

@@ -20,14 +20,14 @@ from bad_models import (
     write_recipe,
 )
 
+from nemo_vlm_ptq.checkpoints.huggingface import list_tensors, open_source
+from nemo_vlm_ptq.context import RunContext
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families import read_config
 from nemo_vlm_ptq.families.llava import FAMILY
-from nemo_vlm_ptq.job import Job
-from nemo_vlm_ptq.plan import make_plan
+from nemo_vlm_ptq.planning.plan import make_plan
 from nemo_vlm_ptq.recipe import load_recipe
-from nemo_vlm_ptq.source import list_tensors, open_tensors
-from nemo_vlm_ptq.stages.importing import import_model
+from nemo_vlm_ptq.stages.import_model import import_model
 
 DOWN = "language_model.model.layers.2.mlp.down_proj.weight"
 NORM = "language_model.model.norm.weight"
@@ -72,7 +72,7 @@ def test_a_config_that_is_no_json_object_is_named(tmp_path, model, text):
 @pytest.mark.parametrize("name", ["tokenizer.json", "preprocessor_config.json"])
 def test_a_folder_that_cannot_make_samples_is_named_with_what_it_lacks(model, name):
     (model / name).unlink()
-    said = said_by(FAMILY.preparer, model, read_config(model))
+    said = said_by(FAMILY.make_preprocessor, model, read_config(model))
     assert str(model) in said and name in said
 
 
@@ -212,7 +212,7 @@ def test_two_tensors_that_mean_the_same_are_named(tmp_path, model):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_weight_that_is_not_finite_is_named_when_read(model, value):
     damage(model, lambda tensors: tensors[TOWER][-1:].fill_(value))
-    with open_tensors(list_tensors(model, FAMILY.aliases)) as reader:
+    with open_source(list_tensors(model, FAMILY.name_aliases)) as reader:
         assert reader.whole(NORM).shape == (256,)
         assert said_by(reader.whole, TOWER) == f"tensor {TOWER} holds NaN or Inf"
 
@@ -222,7 +222,7 @@ def test_a_number_that_float16_cannot_hold_is_told_by_its_tensor(tmp_path, model
     recipe = write_recipe(tmp_path, model, export={"dtype": "float16"})
     said = f"tensor {DOWN} holds numbers beyond torch.float16's largest; set export.dtype=bfloat16"
     with models.alone() as own, pytest.raises(UserError, match=f"^{re.escape(said)}$"):
-        import_model(Job(make_plan(load_recipe(str(recipe))), own))
+        import_model(RunContext(make_plan(load_recipe(str(recipe))), own))
 
 
 # Logits

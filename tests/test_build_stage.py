@@ -8,13 +8,13 @@ from bad_models import PREFIX, running, write_recipe
 from engines import install, plan_for, run, write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from nemo_vlm_ptq import store
-from nemo_vlm_ptq.errors import ProofError, UserError
+from nemo_vlm_ptq.data.questions import load_questions
+from nemo_vlm_ptq.errors import UserError, VerificationError
 from nemo_vlm_ptq.families.shared import load_tokenizer
-from nemo_vlm_ptq.questions import load_questions
-from nemo_vlm_ptq.stages.building import build
-from nemo_vlm_ptq.stages.evaluating import evaluate
+from nemo_vlm_ptq.stages.build import build
+from nemo_vlm_ptq.stages.evaluate import evaluate
 from nemo_vlm_ptq.stages.logits import write_logits
+from nemo_vlm_ptq.workdir import store
 
 TOWER = {"llava": [64, 256], "vila": [25, 256]}  # image tokens, hidden
 
@@ -105,16 +105,16 @@ def built(tmp_path, monkeypatch, family, **keys):
 def prompts(plan, family):
     """A question about an image, and the same as inputs of `logits`."""
     questions = load_questions("scenes", "test", 1)
-    prepare = plan.family.preparer(plan.folder, plan.config)
+    prepare = plan.family.make_preprocessor(plan.folder, plan.config)
     (item,) = questions.items
     sample = prepare("q", item.text, questions.image(item.image))
     ids = sample.input_ids
     if family == "vila":  # published ids have one mark for an image
         first = int(sample.is_image.int().argmax())
         ids = torch.cat([ids[: first + 1], ids[first + int(sample.is_image.sum()) :]])
-    found = {"input_ids": ids[None], "pixel_values": sample.pixels.views}
-    if sample.pixels.sizes is not None:
-        found["image_sizes"] = sample.pixels.sizes
+    found = {"input_ids": ids[None], "pixel_values": sample.pixels.pixel_values}
+    if sample.pixels.image_sizes is not None:
+        found["image_sizes"] = sample.pixels.image_sizes
     return sample, found
 
 
@@ -179,7 +179,9 @@ def test_questions_are_answered_by_the_engine_in_its_batches(tmp_path, monkeypat
     plan = built(
         tmp_path, monkeypatch, "llava", engine={"max_batch_size": 3}, evaluate=wanted
     )  # the place-holder refuses more at once
-    with pytest.raises(ProofError, match="no longer looks"):  # it says the same to every image
+    with pytest.raises(
+        VerificationError, match="no longer looks"
+    ):  # it says the same to every image
         run(evaluate, plan)
     folder = tmp_path / "fp8" / "evaluate"
     settings = store.read_manifest(folder)["settings"]

@@ -21,13 +21,14 @@ from bad_models import (
 )
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from nemo_vlm_ptq import __version__, cli, launch
-from nemo_vlm_ptq.errors import ProofError, UserError
+from nemo_vlm_ptq import __version__, cli
+from nemo_vlm_ptq import commands as launch
+from nemo_vlm_ptq.constants import STAGES
+from nemo_vlm_ptq.data.questions import load_questions
+from nemo_vlm_ptq.errors import UserError, VerificationError
 from nemo_vlm_ptq.families import FAMILIES
 from nemo_vlm_ptq.formats import FORMATS
-from nemo_vlm_ptq.names import STAGES
-from nemo_vlm_ptq.questions import load_questions
-from nemo_vlm_ptq.store import marker
+from nemo_vlm_ptq.workdir.store import in_progress_marker
 
 HEAVY = ("torch", "transformers", "megatron", "modelopt", "numpy", "pydantic")
 DOWN = "language_model.model.layers.{}.mlp.down_proj.weight"
@@ -120,7 +121,7 @@ def test_debug_shows_where_a_refusal_came_from_and_keeps_its_code(tmp_path, caps
 
 def test_a_proof_that_failed_ends_with_3_and_a_bug_with_its_traceback(monkeypatch, capsys):
     def fail(*_, **__):
-        raise ProofError("logits differ")
+        raise VerificationError("logits differ")
 
     monkeypatch.setattr(launch, "start", fail)
     assert call(capsys, "verify", "quickstart") == (3, "", f"{PREFIX}logits differ\n")
@@ -142,7 +143,7 @@ def failures(tmp_path, monkeypatch, *ended):
                 patch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
                 patch.setenv("RANK", str(rank))
                 patch.setenv("WORLD_SIZE", str(len(ended)))
-                patch.setenv(launch.PARENT, "1")
+                patch.setenv(launch.PARENT_VARIABLE, "1")
                 launch.report_failure(message, code)
         failure = ProcessFailure(local_rank=rank, pid=1, exitcode=code, error_file=str(path))
         failure.timestamp = int(time.time())
@@ -150,7 +151,7 @@ def failures(tmp_path, monkeypatch, *ended):
     return ChildFailedError("nemo_vlm_ptq", found)
 
 
-@pytest.mark.parametrize(("code", "kind"), [(2, UserError), (3, ProofError)])
+@pytest.mark.parametrize(("code", "kind"), [(2, UserError), (3, VerificationError)])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_rank_that_knows_the_reason_is_the_one_that_is_told(
     tmp_path, monkeypatch, capsys, code, kind, rank
@@ -190,7 +191,7 @@ def test_the_folder_that_is_being_written_is_found_by_its_marker(tmp_path):
     for parts in (("statistics",), ("fp8", "scales")):
         folder = tmp_path.joinpath(*parts)
         folder.parent.mkdir(exist_ok=True)
-        marker(folder).touch()
+        in_progress_marker(folder).touch()
     (tmp_path / "megatron").mkdir()
     found = launch._being_written(tmp_path)
     assert set(found) == {tmp_path / "statistics", tmp_path / "fp8" / "scales"}

@@ -12,20 +12,20 @@ from conftest import Export
 from pretended_gpu import check_linears_on_it
 from safetensors.torch import load_file
 
-from nemo_vlm_ptq import store
-from nemo_vlm_ptq.errors import ProofError
-from nemo_vlm_ptq.export.compressed_tensors import patterns_to_ignore
+from nemo_vlm_ptq.context import RunContext
+from nemo_vlm_ptq.data.questions import PROMPT_SUFFIX, load_questions
+from nemo_vlm_ptq.errors import VerificationError
 from nemo_vlm_ptq.families import llava
 from nemo_vlm_ptq.formats import FORMATS
-from nemo_vlm_ptq.job import Job
-from nemo_vlm_ptq.plan import make_plan
-from nemo_vlm_ptq.questions import SUFFIX, load_questions
+from nemo_vlm_ptq.planning.plan import make_plan
 from nemo_vlm_ptq.recipe import Recipe
-from nemo_vlm_ptq.runtime.read_compressed_tensors import read_compressed_tensors
 from nemo_vlm_ptq.stages import run_stages
-from nemo_vlm_ptq.stages.forms import runtime_logits, runtime_of
-from nemo_vlm_ptq.stages.proving import _folds, verify
-from nemo_vlm_ptq.verify.folds import unfold
+from nemo_vlm_ptq.stages.model_forms import load_reference_model, reference_logits
+from nemo_vlm_ptq.stages.verify import _folds, verify
+from nemo_vlm_ptq.targets.compressed_tensors.reader import read_compressed_tensors
+from nemo_vlm_ptq.targets.compressed_tensors.tensors import ignore_patterns
+from nemo_vlm_ptq.targets.compressed_tensors.unfolding import unfold
+from nemo_vlm_ptq.workdir import store
 
 TARGET = "compressed_tensors"
 NAMES = [name for name, row in FORMATS.items() if TARGET in row.targets]
@@ -43,7 +43,7 @@ def job(own, workdir, names, kv_cache="none"):
         calibration={"data": "scenes", "samples": 24, "micro_batch": 8},
         export={"targets": (TARGET,)},
     )
-    return Job(make_plan(recipe), own)
+    return RunContext(make_plan(recipe), own)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_every_format_is_verified(line, name):
     )
     static = FORMATS[name].activation in ("fp8", "int8", "nvfp4") and name != "w4a8_awq"
     assert (f"{TARGET} input scales" in found) == static
-    scaled = 8 if FORMATS[name].prequant else 0  # two norms a layer
+    scaled = 8 if FORMATS[name].pre_quant_scale else 0  # two norms a layer
     assert found[f"{TARGET} untouched"].endswith(f"{scaled} norms scaled")
 
 
@@ -127,16 +127,18 @@ def test_transformers_reads_the_logits_of_our_runtime(line, transformers_loader,
         mine = job(own, line, (name,))
         plan = mine.plan
         questions = load_questions("scenes", "test", 2)
-        prepare = plan.family.preparer(plan.folder, plan.config)
+        prepare = plan.family.make_preprocessor(plan.folder, plan.config)
         samples = [
-            prepare(item.id, item.text + SUFFIX, questions.image(item.image))
+            prepare(item.id, item.text + PROMPT_SUFFIX, questions.image(item.image))
             for item in questions.items
         ]
-        runtime = runtime_of(mine, TARGET, FORMATS[name], torch.float32, mine.session.device)
-        expected = runtime_logits(runtime, samples)
+        runtime = load_reference_model(
+            mine, TARGET, FORMATS[name], torch.float32, mine.parallel.device
+        )
+        expected = reference_logits(runtime, samples)
     for sample, logits in zip(samples, expected, strict=True):
         with torch.no_grad():
-            views = sample.pixels.views.float()
+            views = sample.pixels.pixel_values.float()
             found = model(input_ids=sample.input_ids[None], pixel_values=views).logits[0]
         assert (found - logits).abs().mean() < APART.get(name, 5e-3) * logits.std()
 
@@ -203,7 +205,7 @@ def test_damage_is_found(proving, name, kv_cache, change, said):
     run, export = proving(name, kv_cache)
     export.change(change)
     export.sign()
-    with pytest.raises(ProofError, match=f"{TARGET} {said}"):
+    with pytest.raises(VerificationError, match=f"{TARGET} {said}"):
         run()
 
 
@@ -218,7 +220,7 @@ def test_damage_is_found(proving, name, kv_cache, change, said):
 def test_a_missing_tensor_stops_the_reader(proving, name, kv_cache, key):
     _, export = proving(name, kv_cache)
     export.change(lose(LAYER + key))
-    with pytest.raises(ProofError, match=f"{key} is missing"):
+    with pytest.raises(VerificationError, match=f"{key} is missing"):
         read_compressed_tensors(export.folder, llava.FAMILY)
 
 
@@ -236,7 +238,7 @@ def test_a_description_of_another_checkpoint_is_found(proving, change):
     run, export = proving("int4_awq")
     export.configure(lambda config: change(config["quantization_config"]), "config.json")
     export.sign()
-    with pytest.raises(ProofError, match=f"{TARGET} configs"):
+    with pytest.raises(VerificationError, match=f"{TARGET} configs"):
         run()
 
 
@@ -248,4 +250,4 @@ def test_phi_names_what_stays_by_what_sets_it_apart():
         "lm_head.weight": (8, 4),
     }
     expected = ["re:.*lm_head.*", "re:.*vision_embed_tokens.*"]
-    assert patterns_to_ignore(beside, quantized) == expected
+    assert ignore_patterns(beside, quantized) == expected

@@ -17,8 +17,8 @@ from streams import random_stream, write_trtllm
 from nemo_vlm_ptq.families import FAMILIES
 from nemo_vlm_ptq.families.base import Decoder
 from nemo_vlm_ptq.formats import FORMATS
-from nemo_vlm_ptq.runtime.read_trtllm import read_trtllm
-from nemo_vlm_ptq.verify.contract import check_contract, contract_checks
+from nemo_vlm_ptq.targets.trtllm.contract import check_contract, contract_checks
+from nemo_vlm_ptq.targets.trtllm.reader import read_trtllm
 
 DECODER = Decoder(512, 512, 2, 16, 8, 32, 501, 1e-5, 1e4, 256)
 DECODERS = {"llava": DECODER, "phi": replace(DECODER, long_rope=streams.ROPE)}

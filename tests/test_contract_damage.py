@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from streams import write_trtllm
 from test_contract import configure, stream
 
-from nemo_vlm_ptq.verify.contract import check_contract
+from nemo_vlm_ptq.targets.trtllm.contract import check_contract
 
 LAYER = "transformer.layers.1."
 FC, PROJ, QKV = f"{LAYER}mlp.fc.", f"{LAYER}mlp.proj.", f"{LAYER}attention.qkv."

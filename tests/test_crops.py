@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nemo_vlm_ptq.vision.phi import cut
+from nemo_vlm_ptq.families.phi_vision import crop_image
 
 SIDE, MEAN, STD = 24, [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
 SIZES = {  # width, height -> rows and columns of crops out of at most 4, and out of at most 16
@@ -73,7 +73,7 @@ def cut_by_hand(image, crops):
 @pytest.mark.parametrize("shape", SIZES)
 def test_crops_are_those_made_by_hand(shape, crops):
     size, *grids = SIZES[shape]
-    views, padded = cut(picture(*size), crops, SIDE, MEAN, STD)
+    views, padded = crop_image(picture(*size), crops, SIDE, MEAN, STD)
     expected, expected_size = cut_by_hand(picture(*size), crops)
     rows, columns = grids[crops == 16]
     assert tuple(padded) == expected_size == (rows * SIDE, columns * SIDE)
@@ -83,7 +83,7 @@ def test_crops_are_those_made_by_hand(shape, crops):
 
 def test_a_gray_picture_is_cut_like_its_colored_copy():
     gray = picture(50, 40).convert("L")
-    views, size = cut(gray, 4, SIDE, MEAN, STD)
-    expected, expected_size = cut(gray.convert("RGB"), 4, SIDE, MEAN, STD)
+    views, size = crop_image(gray, 4, SIDE, MEAN, STD)
+    expected, expected_size = crop_image(gray.convert("RGB"), 4, SIDE, MEAN, STD)
     assert views.equal(expected)
     assert size == expected_size

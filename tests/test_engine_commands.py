@@ -11,13 +11,17 @@ from bad_models import ROOT, refusal, write_recipe
 from engines import install, plan_for
 from test_cli import call
 
-from nemo_vlm_ptq.engine import installed
-from nemo_vlm_ptq.engine.commands import VISION_BUILDER, engine_commands, script
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families import FAMILIES
 from nemo_vlm_ptq.formats import FORMATS
-from nemo_vlm_ptq.plan import able_targets, make_plan
+from nemo_vlm_ptq.planning.plan import make_plan, supported_targets
 from nemo_vlm_ptq.recipe import load_recipe
+from nemo_vlm_ptq.targets.trtllm.engine import installation as installed
+from nemo_vlm_ptq.targets.trtllm.engine.commands import (
+    VISION_BUILDER,
+    build_script,
+    engine_commands,
+)
 
 TABLE = json.loads((Path(__file__).parent / "trtllm_options.json").read_text())
 BUILT = [name for name, row in FORMATS.items() if "trtllm" in row.targets]
@@ -67,7 +71,7 @@ def test_every_option_and_value_is_one_of_the_table(tmp_path, family):
     seen = set()
     for fmt in BUILT:
         for kv_cache in ("none", "fp8", "int8"):
-            if "trtllm" not in able_targets(FORMATS[fmt], kv_cache):
+            if "trtllm" not in supported_targets(FORMATS[fmt], kv_cache):
                 continue
             for tensor, pipeline in layouts(family):
                 for batch, logits in ((1, True), (8, False)):
@@ -135,7 +139,7 @@ def test_plugins_are_those_of_the_format(tmp_path, fmt, batch, gemm, fused):
 @pytest.mark.parametrize("fmt", BUILT)
 def test_prompts_attend_to_a_paged_cache_only_where_kernels_take_its_numbers(tmp_path, fmt):
     for kv_cache in ("none", "fp8", "int8"):
-        if "trtllm" in able_targets(FORMATS[fmt], kv_cache):
+        if "trtllm" in supported_targets(FORMATS[fmt], kv_cache):
             decoder, _ = told(plan_for("llava", tmp_path, fmt, kv_cache=kv_cache))
             paged = fmt in ("fp8", "w4a8_awq", "nvfp4") and kv_cache != "int8"
             assert decoder["use_paged_context_fmha"] == ("enable" if paged else "disable")
@@ -158,7 +162,7 @@ def test_a_llava_next_has_an_engine_for_tiles_and_room_for_any_number_of_them(tm
 
 
 def test_phi_has_no_vision_engine_and_the_script_says_so(tmp_path):
-    lines = script(plan_for("phi", tmp_path, "int4_awq")).splitlines()
+    lines = build_script(plan_for("phi", tmp_path, "int4_awq")).splitlines()
     assert lines[0] == "# int4_awq: llm" and shlex.split(lines[1])[0] == "trtllm-build"
     assert lines[2:] == ["# int4_awq: no vision engine: TensorRT-LLM runs phi's tower with torch"]
 
@@ -168,7 +172,7 @@ def test_a_dry_run_prints_commands_of_every_format_and_runs_nothing(tmp_path, ca
     recipe = write_recipe(tmp_path, quantize={"format": ["fp8", "int8_sq"]})
     code, out, err = call(capsys, "build", recipe, "--dry-run", "engine.max_batch_size=2")
     assert (code, err) == (0, "")
-    assert out == script(load(recipe, "engine.max_batch_size=2"))
+    assert out == build_script(load(recipe, "engine.max_batch_size=2"))
     assert out.count("trtllm-build") == 2 and out.count("--model_type llava") == 2
     assert not (tmp_path / "work").exists()
     assert refusal("run", recipe, "--dry-run").startswith("--dry-run is an option of build")
@@ -245,7 +249,7 @@ def test_versions_that_build_engines_are_found(tmp_path, monkeypatch, version):
 def test_vilas_code_must_be_there_when_it_is_needed(tmp_path, monkeypatch):
     install(tmp_path / "trt", monkeypatch)
     plan = plan_for("vila", tmp_path, engine={"vila_path": "/nowhere/VILA"})
-    assert "--vila_path /nowhere/VILA" in script(plan)  # it may be there in the container
+    assert "--vila_path /nowhere/VILA" in build_script(plan)  # it may be there in the container
     with pytest.raises(UserError, match=r"^engine.vila_path=/nowhere/VILA is no folder"):
         installed.find_builder(plan)
 

@@ -10,10 +10,12 @@ import PIL.Image
 import pytest
 import torch
 
+from nemo_vlm_ptq.data.questions import PROMPT_SUFFIX, Question, Questions
 from nemo_vlm_ptq.errors import UserError
-from nemo_vlm_ptq.evaluate import answer, compare, gqa, sight
-from nemo_vlm_ptq.families.base import Pixels, Sample
-from nemo_vlm_ptq.questions import SUFFIX, Question, Questions
+from nemo_vlm_ptq.evaluate import answers as answer
+from nemo_vlm_ptq.evaluate import comparison as compare
+from nemo_vlm_ptq.evaluate import gqa, sight
+from nemo_vlm_ptq.families.base import ImageInputs, Sample
 
 IMAGES, TOKENS = 5, 3  # images of the fake data; image tokens of each
 
@@ -35,19 +37,19 @@ class Fake:
     tokens: int = TOKENS
 
     def prepare(self, name, question, image):
-        assert question.endswith(SUFFIX)
+        assert question.endswith(PROMPT_SUFFIX)
         if isinstance(image, PIL.Image.Image):
             self.did["processed"] += 1
-            image = Pixels(torch.full((1, 3, 2, 2), float(image.getpixel((0, 0)))))
+            image = ImageInputs(torch.full((1, 3, 2, 2), float(image.getpixel((0, 0)))))
         else:
-            assert image.views.is_meta  # values are not kept
-        words = len(question) - len(SUFFIX)
+            assert image.pixel_values.is_meta  # values are not kept
+        words = len(question) - len(PROMPT_SUFFIX)
         ids = torch.tensor([0] * TOKENS + [1] * words)
         return Sample(name, ids, ids == 0, image)
 
     def encode(self, pixels):
-        self.did["encoded"] += len(pixels.views)
-        return pixels.views[:, 0, 0, :1].expand(self.tokens, 4)
+        self.did["encoded"] += len(pixels.pixel_values)
+        return pixels.pixel_values[:, 0, 0, :1].expand(self.tokens, 4)
 
     def generate(self, samples, features, max_new_tokens):
         assert max_new_tokens >= 8
@@ -57,7 +59,7 @@ class Fake:
 
     def model(self, seen=None):
         tell = "image {} words {}".format
-        return answer.Model(
+        return answer.AnsweringModel(
             self, self.prepare, lambda ids: tell(*ids), {} if seen is None else seen
         )
 
@@ -105,16 +107,16 @@ def test_wilson_interval_holds_the_shares_that_a_score_test_accepts(correct, tot
 
 def test_swap_shows_every_question_a_stranger_and_uses_each_image_once():
     items = make_questions().items
-    swapped = sight.swap(items)
+    swapped = sight.swap_images(items)
     assert all(swapped[item.id] != item.image for item in items)
     assert len({(item.image, swapped[item.id]) for item in items}) == IMAGES
     assert set(swapped.values()) == {item.image for item in items}
-    assert sight.swap(random.Random(0).sample(items, len(items))) == swapped
+    assert sight.swap_images(random.Random(0).sample(items, len(items))) == swapped
 
 
 def test_swap_refuses_a_single_image():
     with pytest.raises(UserError, match="at least 2 images, got 1"):
-        sight.swap([replace(item, image="one") for item in make_questions().items])
+        sight.swap_images([replace(item, image="one") for item in make_questions().items])
 
 
 @pytest.mark.parametrize(
@@ -188,7 +190,7 @@ def test_each_image_is_processed_and_encoded_once_over_runs_and_formats():
     answer.answer_all(first.model(seen), questions, batch=4)
     assert drawn == {f"scene{i}": 1 for i in range(IMAGES)}
     assert first.did == {"processed": IMAGES, "encoded": IMAGES}
-    swapped = sight.swap(questions.items)
+    swapped = sight.swap_images(questions.items)
     found = answer.answer_all(second.model(seen), questions, swapped, batch=4)
     assert not second.did and drawn.total() == IMAGES
     assert all(text.startswith(f"image {swapped[name][-1]} ") for name, text in found.items())

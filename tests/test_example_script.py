@@ -8,10 +8,10 @@ import scripts
 from bad_models import ROOT, TINY
 from engines import install
 
-from nemo_vlm_ptq import store
-from nemo_vlm_ptq.engine.commands import check_engine
-from nemo_vlm_ptq.plan import make_plan
+from nemo_vlm_ptq.planning.plan import make_plan
 from nemo_vlm_ptq.recipe import load_recipe
+from nemo_vlm_ptq.targets.trtllm.engine.commands import check_engine
+from nemo_vlm_ptq.workdir import store
 
 NAME = "huggingface_example.sh"
 NEEDED = ("--type", "llava", "--model", "dir/LLaVA-1.5.7b", "--quant")

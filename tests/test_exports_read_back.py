@@ -9,14 +9,14 @@ from pretended_gpu import check_linears_on_it
 from safetensors.torch import load_file
 from streams import DECODER, KV_AMAX, random_stream, write_hf, write_trtllm
 
-from nemo_vlm_ptq.errors import ProofError
+from nemo_vlm_ptq.errors import VerificationError
 from nemo_vlm_ptq.families import FAMILIES
 from nemo_vlm_ptq.formats import FORMATS, KV_CACHES
-from nemo_vlm_ptq.runtime.read_hf import read_unified
-from nemo_vlm_ptq.runtime.read_trtllm import read_trtllm
-from nemo_vlm_ptq.store import save_tensors
-from nemo_vlm_ptq.verify.contract import check_contract
+from nemo_vlm_ptq.targets.hf.reader import read_unified
+from nemo_vlm_ptq.targets.trtllm.contract import check_contract
+from nemo_vlm_ptq.targets.trtllm.reader import read_trtllm
 from nemo_vlm_ptq.verify.tensors import check_kv_scales
+from nemo_vlm_ptq.workdir.store import save_tensors
 
 CUTS = [(1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (2, 2)]  # tensor x pipeline; 8 repeats KV heads
 CUT_FAMILIES = [
@@ -44,7 +44,7 @@ def check_read(found, stream):
     for key, one in packed.items():
         read = found.linears[key]
         assert torch.equal(read.values().weight, streams.values(one)), key
-        assert same_tensors(read.prequant, one.prequant), key
+        assert same_tensors(read.pre_quant_scale, one.pre_quant_scale), key
         assert same_tensors(read.input_scale, one.input_scale), key
         assert (read.low_rank is None) == (one.low_rank_a is None)
         if read.low_rank is not None:
@@ -101,7 +101,7 @@ def test_repeated_kv_heads_that_differ_are_found(tmp_path):
     tensors = load_file(path)
     tensors[LAYER + "attention.qkv.weight"].view(torch.uint8)[-1, 0] ^= 0x40
     save_tensors(tensors, path)
-    with pytest.raises(ProofError):
+    with pytest.raises(VerificationError):
         read_trtllm(tmp_path / "cut", FAMILIES["llava"].decoder_prefix)
 
 
@@ -138,7 +138,7 @@ def test_a_kv_scale_that_differs_between_ranks_is_found(tmp_path):
     tensors = load_file(path)
     tensors[LAYER + "attention.kv_cache_scaling_factor"] *= 2
     save_tensors(tensors, path)
-    with pytest.raises(ProofError, match="kv_cache_scaling_factor differs"):
+    with pytest.raises(VerificationError, match="kv_cache_scaling_factor differs"):
         read_trtllm(tmp_path / "cut", FAMILIES["llava"].decoder_prefix)
 
 
@@ -157,7 +157,7 @@ def test_a_missing_trtllm_kv_scale_is_found(tmp_path):
     assert check_contract(tmp_path / "cut") == [
         f"rank1.safetensors: {LAYER}attention.kv_cache_scaling_factor is missing"
     ]
-    with pytest.raises(ProofError, match="kv_cache_scaling_factor is missing"):
+    with pytest.raises(VerificationError, match="kv_cache_scaling_factor is missing"):
         read_trtllm(tmp_path / "cut", FAMILIES["llava"].decoder_prefix)
 
 
@@ -165,7 +165,7 @@ def test_a_missing_trtllm_kv_scale_is_found(tmp_path):
 def test_a_missing_hugging_face_kv_scale_is_found(tmp_path, ending):
     write_hf(tmp_path / "hf", random_stream(FORMATS["fp8"]), "fp8")
     assert lose(tmp_path / "hf" / "model.safetensors", ending)
-    with pytest.raises(ProofError, match="is missing"):
+    with pytest.raises(VerificationError, match="is missing"):
         read_unified(tmp_path / "hf", FAMILIES["llava"])
 
 

@@ -14,9 +14,9 @@ import torch
 
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families import FAMILIES, Decoder, find_family
-from nemo_vlm_ptq.mapping.layouts import give, take
-from nemo_vlm_ptq.mapping.rows import carried_along, check_coverage
-from nemo_vlm_ptq.plan import VOCAB_MULTIPLE
+from nemo_vlm_ptq.parameter_map.entries import carried_names, check_coverage
+from nemo_vlm_ptq.parameter_map.sharding import shard_tensor, unshard_tensor
+from nemo_vlm_ptq.planning.plan import VOCAB_MULTIPLE
 
 FILES = sorted((Path(__file__).parent / "families").glob("*.json"))
 FIXTURES = {path.stem: json.loads(path.read_text())["models"] for path in FILES}
@@ -75,7 +75,7 @@ def family(request):
 def expected(config):
     """Name -> shape of all that a family asks of a model."""
     own = find_family(config)
-    return own.decoder(config).shapes(own.rows) | own.vision_shapes(config)
+    return own.decoder(config).shapes(own.parameter_map) | own.vision_shapes(config)
 
 
 def test_every_family_has_a_fixture_and_every_fixture_a_family():
@@ -99,10 +99,10 @@ def test_a_model_is_found_by_its_config(model):
 
 
 def test_rows_and_vision_name_every_tensor_in_its_shape_and_no_other(model):
-    wanted, drops = expected(model.config), FAMILIES[model.family].drops
+    wanted, drops = expected(model.config), FAMILIES[model.family].ignored_tensors
     check_coverage(model.tensors, wanted, drops, "here")
     unused = [name for name in model.tensors if name not in wanted]
-    assert carried_along(unused, drops) == unused, "lost in exports"
+    assert carried_names(unused, drops) == unused, "lost in exports"
 
 
 def test_looking_at_a_config_leaves_it_as_it_was(model):
@@ -118,31 +118,31 @@ def test_shards_of_every_row_hold_every_parameter_once(model):
     own = find_family(model.config)
     decoder = own.decoder(model.config)
     sizes = decoder.sizes(VOCAB_MULTIPLE)
-    cut = (decoder.heads, decoder.kv_heads, decoder.ffn, sizes.vocab_rows)
+    cut = (decoder.heads, decoder.kv_heads, decoder.ffn, sizes.padded_vocab)
     for T in [T for T in (1, 2, 4, 8) if all(size % T == 0 for size in cut)]:
-        for row in own.rows:
-            shapes = [model.tensors[name] for name in row.at(decoder.layers - 1).hf]
+        for row in own.parameter_map:
+            shapes = [model.tensors[name] for name in row.for_layer(decoder.layers - 1).hf_names]
             parts = [torch.empty(shape, device="meta") for shape in shapes]
             whole = sum(part.numel() for part in parts)
-            if row.layout == "vocab":
-                whole += (sizes.vocab_rows - decoder.vocab) * decoder.hidden
-            share = whole if row.layout == "replicate" else whole / T
-            held = [take(row.layout, parts, sizes, t, T).numel() for t in range(T)]
+            if row.sharding == "vocab":
+                whole += (sizes.padded_vocab - decoder.vocab) * decoder.hidden
+            share = whole if row.sharding == "replicate" else whole / T
+            held = [shard_tensor(row.sharding, parts, sizes, t, T).numel() for t in range(T)]
             assert held == [share] * T, (row, T)
 
 
 def random_parts(family):
     """(row, its tensors at random) for every row of a family, of a small decoder."""
     torch.manual_seed(0)
-    for row in family.rows:
+    for row in family.parameter_map:
         yield row, [torch.randn(shape) for shape in SMALL.shapes((row,)).values()]
 
 
 def test_a_whole_tensor_gives_the_parts_of_its_row_back(family):
     sizes = SMALL.sizes(VOCAB_MULTIPLE)
     for row, parts in random_parts(family):
-        back = give(row.layout, take(row.layout, parts, sizes, 0, 1), sizes)
-        assert row.fused or [one.shape for one in back] == [one.shape for one in parts]
+        back = unshard_tensor(row.sharding, shard_tensor(row.sharding, parts, sizes, 0, 1), sizes)
+        assert row.is_fused or [one.shape for one in back] == [one.shape for one in parts]
         assert torch.equal(torch.cat(back), torch.cat(parts)), row
 
 
@@ -150,12 +150,12 @@ def test_a_whole_tensor_gives_the_parts_of_its_row_back(family):
 def test_a_fused_tensor_is_cut_like_its_parts(family, T):
     sizes = SMALL.sizes(VOCAB_MULTIPLE)
     heights = {"qkv": (32, 16, 16), "gated": (24, 24)}
-    found = {row.layout: torch.cat(parts) for row, parts in random_parts(family)}
+    found = {row.sharding: torch.cat(parts) for row, parts in random_parts(family)}
     for kind, rows in heights.items():
         apart = found[kind].split(rows)
         for t in range(T):
-            fused = take(kind, [found[kind]], sizes, t, T)
-            assert torch.equal(fused, take(kind, apart, sizes, t, T)), kind
+            fused = shard_tensor(kind, [found[kind]], sizes, t, T)
+            assert torch.equal(fused, shard_tensor(kind, apart, sizes, t, T)), kind
 
 
 def refusal(call, *args):
@@ -167,7 +167,7 @@ def refusal(call, *args):
 
 def said_of(tensors, model):
     """What is said of a checkpoint with these tensors and the config of a model."""
-    drops = FAMILIES[model.family].drops
+    drops = FAMILIES[model.family].ignored_tensors
     return refusal(check_coverage, tensors, expected(model.config), drops, "here")
 
 
@@ -180,13 +180,13 @@ def test_a_missing_tensor_is_refused_by_its_name(first):
 
 def test_a_tensor_too_many_is_refused_by_its_name(first):
     own = FAMILIES[first.family]
-    (name,) = own.rows[-1].at(own.decoder(first.config).layers).hf
+    (name,) = own.parameter_map[-1].for_layer(own.decoder(first.config).layers).hf_names
     said = f"here: tensor {name} has no place in this family (1 in all)"
     assert said_of(first.tensors | {name: (1,)}, first) == said
 
 
 def test_a_tensor_of_another_shape_is_refused_by_its_name(first):
-    (name,) = FAMILIES[first.family].rows[-1].at(3).hf
+    (name,) = FAMILIES[first.family].parameter_map[-1].for_layer(3).hf_names
     shape = first.tensors[name]
     said = f"here: tensor {name} has shape {shape[::-1]}, the config asks for {shape}"
     assert said_of(first.tensors | {name: shape[::-1]}, first) == said
@@ -268,7 +268,7 @@ def test_what_a_family_does_not_hold_is_refused_by_its_name(name, changes, said)
 
 def vila_folder(folder, config):
     """The folders of a VILA, each with its own config; the root's say nothing that is true."""
-    for part in FAMILIES["vila"].parts:
+    for part in FAMILIES["vila"].subfolders:
         (folder / part).mkdir()
         (folder / part / "config.json").write_text(json.dumps(config[f"{part}_cfg"]))
     gone = {"_name_or_path": "/gone", "resume_path": "/gone/too", "llm_cfg": {"vocab_size": 1}}
@@ -279,19 +279,19 @@ def test_configs_of_the_folders_of_a_vila_count_over_its_own(tmp_path):
     config = load("vila", "Llama-3-VILA1.5-8b").config
     root = vila_folder(tmp_path, config)
     before = copy.deepcopy(root)
-    whole = FAMILIES["vila"].complete(tmp_path, root)
-    for part in FAMILIES["vila"].parts:
+    whole = FAMILIES["vila"].complete_config(tmp_path, root)
+    for part in FAMILIES["vila"].subfolders:
         assert whole[f"{part}_cfg"] == config[f"{part}_cfg"]
     assert root == before
     assert expected(whole) == expected(config)
 
 
-@pytest.mark.parametrize("part", FAMILIES["vila"].parts)
+@pytest.mark.parametrize("part", FAMILIES["vila"].subfolders)
 def test_a_folder_of_a_vila_without_a_config_needs_one_in_the_root(tmp_path, part):
     config = load("vila", "VILA1.5-3b").config
     root = vila_folder(tmp_path, config) | {f"{part}_cfg": "./dangling"}
     (tmp_path / part / "config.json").unlink()
-    complete = FAMILIES["vila"].complete
+    complete = FAMILIES["vila"].complete_config
     assert refusal(complete, tmp_path, root) == f"{tmp_path} has no {part}/config.json"
     known = complete(tmp_path, root | {f"{part}_cfg": config[f"{part}_cfg"]})
     assert expected(known) == expected(config)

@@ -15,9 +15,9 @@ from rank_family_line import FORMS, TARGETS
 from references import VOCAB
 from safetensors.torch import load_file, save_file
 
-from nemo_vlm_ptq import store
 from nemo_vlm_ptq.families import FAMILIES
 from nemo_vlm_ptq.formats import FORMATS
+from nemo_vlm_ptq.workdir import store
 
 REFERENCES = {
     "llava_next": (reference_llava_next.LlavaNext(0, "mistral"), reference_llava_next),
@@ -47,9 +47,9 @@ def lines(tmp_path_factory):
         write(home / name / "model")
         (home / name / "model" / CODE).write_text(TRAP)
         asked, _ = question(name)
-        tensors = {"input_ids": asked.ids[None], "pixel_values": asked.views}
-        if asked.sizes is not None:
-            tensors["image_sizes"] = asked.sizes
+        tensors = {"input_ids": asked.ids[None], "pixel_values": asked.pixel_values}
+        if asked.image_sizes is not None:
+            tensors["image_sizes"] = asked.image_sizes
         save_file(tensors, home / name / "inputs.safetensors")
     code, _, err = models.launch([*models.main_of("rank_family_line"), home], 2, LONG)
     assert code == 0, err[-3000:]

@@ -21,9 +21,9 @@ from reference_phi import phi_cases, write_phi
 from reference_vila import vila_cases, write_vila
 from references import VOCAB
 
-from nemo_vlm_ptq.runtime.model import Runtime
-from nemo_vlm_ptq.runtime.read_hf import read_source
-from nemo_vlm_ptq.source import list_tensors
+from nemo_vlm_ptq.checkpoints.huggingface import list_tensors
+from nemo_vlm_ptq.reference.model import ReferenceModel
+from nemo_vlm_ptq.targets.hf.reader import read_source
 
 LAYOUTS = ("1x1", "2x1", "1x2", "4x1", "2x2", "4x2")  # TP x PP; other ranks of 8 are data
 FAMILIES = {
@@ -102,9 +102,9 @@ def test_the_independent_runtime_says_the_same(homes, family):
     out, expected = homes
     folder = out / family / "model"
     kind, config = read_family(folder)
-    read = read_source(list_tensors(folder, kind.aliases, kind.parts))
+    read = read_source(list_tensors(folder, kind.name_aliases, kind.subfolders))
     vision = {name: read.plain[name] for name in kind.vision_shapes(config)}
-    runtime = Runtime(kind, config, read, vision, torch.float32, torch.device("cpu"))
+    runtime = ReferenceModel(kind, config, read, vision, torch.float32, torch.device("cpu"))
     for case, questions in read_cases(out / family).items():
         samples = to_samples(folder, questions)
         features = [one.pixels and runtime.encode(one.pixels) for one in samples]

@@ -73,10 +73,10 @@ def refuses(prepare, mark):
 
 def vila_preparer(folder):
     vila_images(folder)
-    parts = zip(vila.PARTS, (LLAMA, SIGLIP, PROJECTOR), strict=True)
+    parts = zip(vila.SUBFOLDERS, (LLAMA, SIGLIP, PROJECTOR), strict=True)
     for part, config in parts:
         write(folder / part, "config.json", config)
-    return vila.preparer(folder, vila.complete(folder, {"llm_cfg": LLAMA}))
+    return vila.make_preprocessor(folder, vila.complete_config(folder, {"llm_cfg": LLAMA}))
 
 
 @pytest.mark.parametrize("kind", ["LlamaTokenizer", "PreTrainedTokenizerFast"])
@@ -129,7 +129,7 @@ def test_vila_asks_in_the_words_of_llama_3_where_its_tokenizer_knows_them(tmp_pa
 
 def test_vila_squeezes_a_picture_into_a_square(tmp_path):
     write_llama(tmp_path / "llm")
-    views = vila_preparer(tmp_path)("q", QUESTION, picture(50, 30)).pixels.views
+    views = vila_preparer(tmp_path)("q", QUESTION, picture(50, 30)).pixels.pixel_values
     small = picture(50, 30).resize((28, 28), Image.Resampling.BICUBIC)
     expected = np.asarray(small).transpose(2, 0, 1) / 127.5 - 1
     np.testing.assert_allclose(views[0].numpy(), expected, rtol=0, atol=1e-5)
@@ -140,15 +140,15 @@ def test_phi_begins_again_after_its_image(tmp_path, kind):
     tokens = write_llama(tmp_path, PHI_MARKS, kind)
     write(tmp_path, "config.json", PUBLISHED)
     phi_images(tmp_path, 4)
-    prepare = phi.preparer(tmp_path, PUBLISHED)
+    prepare = phi.make_preprocessor(tmp_path, PUBLISHED)
     user, space, line = (tokens.token_to_id(token) for token in ("<|user|>", "▁", "<0x0A>"))
     start = [1, user, space, line]
     asked = f"\n{QUESTION}<|end|>\n<|assistant|>\n"
     sample = prepare("q", QUESTION, picture(3 * CROP, CROP + 5))
     image = [-1] * image_tokens(1, 2)
     check(sample, [*start, *image, 1, *spell(tokens, asked)], -1)
-    assert sample.pixels.sizes.tolist() == [[CROP, 2 * CROP]]
-    assert sample.pixels.views.shape == (1, 5, 3, CROP, CROP)
+    assert sample.pixels.image_sizes.tolist() == [[CROP, 2 * CROP]]
+    assert sample.pixels.pixel_values.shape == (1, 5, 3, CROP, CROP)
     answered = prepare("q", QUESTION, sample.pixels, ANSWER)
     check(answered, [*start, *image, 1, *spell(tokens, asked + ANSWER)], -1)
     check(prepare("q", QUESTION), [1, *spell(tokens, "<|user|>" + asked)], -1, looks=False)
@@ -172,7 +172,7 @@ def test_llava_next_asks_as_its_processor_does(tmp_path, text, size):
         image_token_index=IMAGE,
     ).to_dict()
     write(tmp_path, "config.json", config)
-    prepare = llava_next.preparer(tmp_path, config)
+    prepare = llava_next.make_preprocessor(tmp_path, config)
     refuses(prepare, "<image>")
     sample = prepare("q", QUESTION, picture(*size))
     processor = LlavaNextProcessor(
@@ -185,5 +185,5 @@ def test_llava_next_asks_as_its_processor_does(tmp_path, text, size):
     prompt = PROMPTS[text].format(QUESTION)
     expected = processor(text=prompt, images=picture(*size), return_tensors="pt")
     check(sample, expected["input_ids"][0].tolist(), IMAGE)
-    assert torch.equal(sample.pixels.views, expected["pixel_values"])
-    assert torch.equal(sample.pixels.sizes, expected["image_sizes"])
+    assert torch.equal(sample.pixels.pixel_values, expected["pixel_values"])
+    assert torch.equal(sample.pixels.image_sizes, expected["image_sizes"])

@@ -9,8 +9,8 @@ from bad_models import WEIGHTS, plan_refusal, write_recipe
 from test_families import NAMES, load
 
 from nemo_vlm_ptq.families import FAMILIES
-from nemo_vlm_ptq.forecast import describe, rank_parameters
-from nemo_vlm_ptq.plan import make_plan
+from nemo_vlm_ptq.planning.forecast import describe_plan, rank_parameters
+from nemo_vlm_ptq.planning.plan import make_plan
 from nemo_vlm_ptq.recipe import load_recipe
 
 DECODER = re.compile(r"(llm/|language_model\.)?(model\.(embed_tokens|layers|norm)|lm_head)\.")
@@ -33,7 +33,7 @@ def hollow_file(path, shapes):
 def hollow_folder(home, name):
     """A published model in its folder or folders."""
     model, folder = load(NAMES[name], name), home / name
-    for part in FAMILIES[model.family].parts:
+    for part in FAMILIES[model.family].subfolders:
         start = f"{part}/" if part else ""
         (folder / part).mkdir(parents=True)
         found = {key: shape for key, shape in model.tensors.items() if key.startswith(start)}
@@ -76,7 +76,7 @@ def test_a_plan_of_a_published_model_says_what_a_rank_holds(tmp_path, name):
     plan = plan_of(tmp_path, name, "quantize.format=fp8", "parallel.tensor=2")
     assert plan.family.name == NAMES[name]
     assert len(plan.tensors) == len(load(NAMES[name], name).tensors)
-    lines = {int(tensor): count for tensor, count in RANK_LINE.findall(describe(plan))}
+    lines = {int(tensor): count for tensor, count in RANK_LINE.findall(describe_plan(plan))}
     assert [tensor for tensor in lines if tensor <= 8] == fitting(name)
     for tensor in fitting(name):
         assert rank_parameters(plan, tensor) == counted(name, tensor)

@@ -9,11 +9,11 @@ import models
 import pytest
 import torch
 
-from nemo_vlm_ptq.blocks import read_tensor
 from nemo_vlm_ptq.calibrate.statistics import layer_file
+from nemo_vlm_ptq.checkpoints.torch_dist_index import read_index
+from nemo_vlm_ptq.checkpoints.torch_dist_tensors import read_tensor
 from nemo_vlm_ptq.formats import FORMATS
-from nemo_vlm_ptq.store import hash_file, read_manifest
-from nemo_vlm_ptq.torch_dist import read_index
+from nemo_vlm_ptq.workdir.store import hash_file, read_manifest
 
 LAYERS = range(4)
 ONE = "1x1x1"

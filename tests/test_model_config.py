@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from bad_models import ROOT, copy_model, damage, plan_refusal, write_recipe
 
-from nemo_vlm_ptq.plan import make_plan
+from nemo_vlm_ptq.planning.plan import make_plan
 from nemo_vlm_ptq.recipe import load_recipe
 
 
@@ -56,6 +56,6 @@ def test_norms_of_another_dtype_do_not_decide_for_the_weights(tmp_path):
 
 def test_what_is_written_says_the_dtype_that_it_is_in(tmp_path):
     made = make_plan(load_recipe(str(write_recipe(tmp_path)), ["export.dtype=float16"]))
-    text = json.dumps(made.written_config)
+    text = json.dumps(made.export_config)
     assert '"bfloat16"' in json.dumps(made.config) and '"bfloat16"' not in text
-    assert made.config.keys() == made.written_config.keys() and '"float16"' in text
+    assert made.config.keys() == made.export_config.keys() and '"float16"' in text

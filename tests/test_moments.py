@@ -5,25 +5,26 @@ import pytest
 import torch
 from bad_models import write_recipe
 
-from nemo_vlm_ptq.calibrate import collect, moments
-from nemo_vlm_ptq.calibrate import observe as observing
-from nemo_vlm_ptq.calibrate.observe import Limits, Work, observe
+from nemo_vlm_ptq.calibrate import second_moments as moments
+from nemo_vlm_ptq.calibrate.observe import loop as observing
+from nemo_vlm_ptq.calibrate.observe import reduction as collect
+from nemo_vlm_ptq.calibrate.observe.loop import ObserveOptions, ObserveSetup, observe
 from nemo_vlm_ptq.calibrate.statistics import layer_file, load_layer
+from nemo_vlm_ptq.distributed.layout import strip_entries, strip_owner, strips
 from nemo_vlm_ptq.errors import UserError
-from nemo_vlm_ptq.parallel import strip_entries, strip_owner, strips
 from nemo_vlm_ptq.recipe import load_recipe
-from nemo_vlm_ptq.store import hash_file
+from nemo_vlm_ptq.workdir.store import hash_file
 
 WIDTHS = (24, 512, 640, 1032, 4096, 11008)
 
 
 def gathered(batches, width):
     """The whole moment of micro-batches [T,K], taken in one after the other."""
-    kept = [moments.empty(width, i, torch.device("cpu")) for i in range(len(strips(width)))]
+    kept = [moments.zeros(width, i, torch.device("cpu")) for i in range(len(strips(width)))]
     for x_TK in batches:
         for index, strip in enumerate(kept):
-            moments.add(strip, index, x_TK)
-    return moments.whole([moments.values(strip) for strip in kept])
+            moments.accumulate(strip, index, x_TK)
+    return moments.assemble([moments.to_float32(strip) for strip in kept])
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -67,8 +68,8 @@ def one_line(own, tiny, folder, limit, working=0):
     folder.mkdir()
     model, vision = import_llava(own, tiny.float32)
     samples = models.to_samples(models.random_questions([40] * 4, (0, 2), seed=5))
-    work, chunks = Work(model, vision, own, models.ready), [samples[:2], samples[2:]]
-    run = observe(work, chunks, folder, Limits(limit != 0, limit, working), {})
+    work, chunks = ObserveSetup(model, vision, own, models.ready), [samples[:2], samples[2:]]
+    run = observe(work, chunks, folder, ObserveOptions(limit != 0, limit, working), {})
     return len(run.passes), {name: hash_file(folder / name) for name in run.files}
 
 

@@ -19,17 +19,19 @@ from nemo_folders import FC1, NAMES, job, refusal
 from pretended_gpu import check_linears_on_it
 from safetensors.torch import load_file, save_file
 
-from nemo_vlm_ptq import blocks, store, torch_dist
-from nemo_vlm_ptq.errors import ProofError
+from nemo_vlm_ptq.checkpoints import torch_dist_index as torch_dist
+from nemo_vlm_ptq.checkpoints import torch_dist_tensors as blocks
+from nemo_vlm_ptq.data.questions import PROMPT_SUFFIX, load_questions
+from nemo_vlm_ptq.errors import VerificationError
 from nemo_vlm_ptq.formats import FORMATS
-from nemo_vlm_ptq.plan import make_plan
-from nemo_vlm_ptq.questions import SUFFIX, load_questions
+from nemo_vlm_ptq.planning.plan import make_plan
 from nemo_vlm_ptq.recipe import Recipe
-from nemo_vlm_ptq.runtime.read_nemo import read_nemo
-from nemo_vlm_ptq.sources.nemo import read_context
 from nemo_vlm_ptq.stages import run_stages
-from nemo_vlm_ptq.stages.forms import megatron_logits, rounded_and_exact
-from nemo_vlm_ptq.stages.proving import verify
+from nemo_vlm_ptq.stages.model_forms import logits_with_and_without_rounding, megatron_logits
+from nemo_vlm_ptq.stages.verify import verify
+from nemo_vlm_ptq.targets.nemo2.reader import read_nemo
+from nemo_vlm_ptq.targets.nemo2.source import read_context
+from nemo_vlm_ptq.workdir import store
 
 NEMO = os.environ.get("NEMO_VLM_PTQ_NEMO_PYTHON")
 # How far NeMo's logits may be off ours, in spreads of logits: the order of sums is another, and
@@ -167,7 +169,7 @@ def test_a_changed_byte_is_found(proving, stored, said):
     run, export = proving("fp8")
     flip(export.folder, stored)
     export.sign()
-    with pytest.raises(ProofError, match=f"nemo ({said}|readable)"):
+    with pytest.raises(VerificationError, match=f"nemo ({said}|readable)"):
         run()
 
 
@@ -182,13 +184,13 @@ def test_a_context_of_another_model_is_found(proving, key):
                 item[1]["value"] += 1
     path.write_text(json.dumps(facts))
     export.sign()
-    with pytest.raises(ProofError, match=f"nemo configs: context/io.json: .*{key}"):
+    with pytest.raises(VerificationError, match=f"nemo configs: context/io.json: .*{key}"):
         run()
 
 
 def test_a_missing_tensor_stops_the_reader(nemo_line):
     decoder = make_plan(Recipe(model=str(models.TINY_LLAVA), workdir="nowhere")).decoder
-    with pytest.raises(ProofError, match="is missing"):
+    with pytest.raises(VerificationError, match="is missing"):
         read_nemo(nemo_line / "nemo", decoder, "language_model.")  # has no layers apart
 
 
@@ -203,17 +205,17 @@ def asked(nemo_line, tmp_path_factory):
     home = tmp_path_factory.mktemp("nemo")
     plan = make_plan(Recipe(model=str(models.TINY_LLAVA), workdir="nowhere"))
     questions = load_questions("scenes", "test", 2)
-    prepare = plan.family.preparer(plan.folder, plan.config)
+    prepare = plan.family.make_preprocessor(plan.folder, plan.config)
     samples = [
-        prepare(item.id, item.text + SUFFIX, questions.image(item.image))
+        prepare(item.id, item.text + PROMPT_SUFFIX, questions.image(item.image))
         for item in questions.items
     ]
     length = min(len(one.input_ids) for one in samples)
     inputs = {
         "input_ids": torch.stack([one.input_ids[:length] for one in samples]),
-        "pixel_values": torch.cat([one.pixels.views for one in samples]),
+        "pixel_values": torch.cat([one.pixels.pixel_values for one in samples]),
         "image_id": torch.tensor(plan.config["image_token_index"]),
-        "image_tokens": torch.tensor(plan.family.image_tokens(plan.config)),
+        "image_tokens": torch.tensor(plan.family.tokens_per_image(plan.config)),
     }
     save_file(inputs, home / "inputs.safetensors")
     (home / "elsewhere" / "16bit").mkdir(parents=True)
@@ -255,7 +257,7 @@ def test_nemo_restores_every_format(nemo_line, asked, name):
     found = load_file(home / f"{name}.safetensors")
     with models.alone() as own:
         mine = job(own, nemo_line, (name,))
-        rounded, exact = rounded_and_exact(mine, FORMATS[name], samples)
+        rounded, exact = logits_with_and_without_rounding(mine, FORMATS[name], samples)
     distances = apart(found["exact"], exact), apart(found["rounded"], rounded)
     print(f"{name}: {distances[0]:.1e}, with inputs rounded {distances[1]:.1e}")
     assert distances[0] < EXACT and distances[1] < ROUNDED

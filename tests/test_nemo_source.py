@@ -12,12 +12,13 @@ import pytest
 import torch
 from nemo_folders import refusal
 
-from nemo_vlm_ptq import blocks, torch_dist
+from nemo_vlm_ptq.checkpoints import torch_dist_index as torch_dist
+from nemo_vlm_ptq.checkpoints import torch_dist_tensors as blocks
+from nemo_vlm_ptq.checkpoints.huggingface import open_source
 from nemo_vlm_ptq.errors import UserError
-from nemo_vlm_ptq.nemo.checkpoint import write_checkpoint
-from nemo_vlm_ptq.plan import make_plan
+from nemo_vlm_ptq.planning.plan import make_plan
 from nemo_vlm_ptq.recipe import Recipe
-from nemo_vlm_ptq.source import open_tensors
+from nemo_vlm_ptq.targets.nemo2.__main__ import write_checkpoint
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def test_our_checkpoint_as_a_source_holds_the_bytes_it_came_from(nemo_line):
     first = make_plan(Recipe(model=str(models.TINY_LLAVA), workdir="nowhere"))
     assert mine.decoder == first.decoder and mine.family is first.family
     assert set(mine.tensors) == set(first.tensors) and mine.dtype == first.dtype
-    with open_tensors(mine.tensors) as ours, open_tensors(first.tensors) as theirs:
+    with open_source(mine.tensors) as ours, open_source(first.tensors) as theirs:
         for name in first.tensors:
             assert torch.equal(ours.whole(name), theirs.whole(name)), name
 

@@ -5,19 +5,19 @@ import pytest
 import torch
 from modelopt.torch.quantization.qtensor import NVFP4QTensor
 
-from nemo_vlm_ptq.formats import LARGEST
+from nemo_vlm_ptq.formats import MAX_CODE
 from nemo_vlm_ptq.numerics import (
     E2M1,
     NF4,
     decode,
+    dequantize_nf4_absmax,
     encode,
-    nf4_double,
-    nf4_single,
+    fake_quantize,
+    fake_quantize_nvfp4,
+    nudge_off_ties,
     nvfp4_scales,
-    off_ties,
-    round_nvfp4,
-    round_trip,
-    scale_of,
+    quantize_nf4_absmax,
+    scale_from_amax,
     weight_amax,
 )
 
@@ -46,14 +46,14 @@ def test_weights_off_ties_get_the_same_codes_however_a_reader_divides(kind, dtyp
     torch.manual_seed(0)
     ties = 0
     for amax in torch.linspace(0.08, 0.16, 41).bfloat16().float():
-        scale = amax / LARGEST[kind]
+        scale = amax / MAX_CODE[kind]
         codes = torch.randint(-7, 7, (64, 64)) + 0.5 * torch.randint(0, 2, (64, 64))
         codes = codes * 6 if kind == "fp8" else codes  # steps of fp8 are 2 from 16 to 32
         weight = (codes * scale).to(dtype)
-        kept = off_ties(weight, amax, kind)
+        kept = nudge_off_ties(weight, amax, kind)
         wanted = encode(weight, amax, kind).float()
         assert torch.equal(encode(kept, amax, kind).float(), wanted)
-        for factor in (LARGEST[kind] / amax, 1 / scale):  # a reciprocal, as torch has it; and ours
+        for factor in (MAX_CODE[kind] / amax, 1 / scale):  # a reciprocal, as torch has it; and ours
             exact = kept.float() * factor
             found = exact.to(torch.float8_e4m3fn).float() if kind == "fp8" else exact.round()
             assert torch.equal(found, wanted)
@@ -63,10 +63,10 @@ def test_weights_off_ties_get_the_same_codes_however_a_reader_divides(kind, dtyp
 
 def test_a_bfloat16_weight_half_way_between_two_codes_of_fp8_is_moved():
     weight, amax = torch.tensor([[0.016845703125]]).bfloat16(), torch.tensor(0.08984375)
-    reciprocal = LARGEST["fp8"] * amax.reciprocal()  # as torch divides a number by a tensor
+    reciprocal = MAX_CODE["fp8"] * amax.reciprocal()  # as torch divides a number by a tensor
     assert (weight.float() * (amax.new_tensor(448.0) / amax)).item() == 84.0  # between 80 and 88
     assert (weight.float() * reciprocal).item() > 84.0
-    kept = off_ties(weight, amax, "fp8")
+    kept = nudge_off_ties(weight, amax, "fp8")
     assert (kept.float() * reciprocal).to(torch.float8_e4m3fn).float().item() == 80.0
 
 
@@ -92,15 +92,17 @@ def test_weights_off_ties_get_the_same_nvfp4_however_a_reader_divides(dtype):
         codes = torch.randint(-20, 21, (64, 4, 16)) / 4
         codes[..., 0] = 6
         weight = (codes * scales * amax / 2688).flatten(1).to(dtype)
-        kept = off_ties(weight, amax, "nvfp4")
+        kept = nudge_off_ties(weight, amax, "nvfp4")
         wanted, whole = nvfp4_scales(weight, amax).float(), encode(weight, amax, "nvfp4")
         assert torch.equal(nvfp4_scales(kept, amax).float(), wanted)
         assert torch.equal(encode(kept, amax, "nvfp4"), whole)
         seen, numbers = nvfp4_in_float64(kept, amax)
         assert torch.equal(seen, wanted)
         assert torch.equal(numbers, decode(whole, torch.ones(()), "nvfp4"))
-        exported = round_trip(kept, amax, "nvfp4")
-        torch.testing.assert_close(round_nvfp4(kept.float(), amax), exported, rtol=1e-6, atol=0)
+        exported = fake_quantize(kept, amax, "nvfp4")
+        torch.testing.assert_close(
+            fake_quantize_nvfp4(kept.float(), amax), exported, rtol=1e-6, atol=0
+        )
         moved += int((kept != weight).sum())
         assert (kept.float() - weight.float()).abs().max() <= 2.0**-7 * amax
     assert moved
@@ -115,14 +117,14 @@ def test_nvfp4_is_modelopts_bit_for_bit(share, size, dtype):
     second = amax / torch.tensor(6.0 * 448.0)
     scales, _ = NVFP4QTensor.get_weights_scaling_factor(weight, 16, second)
     theirs, _, _ = NVFP4QTensor.quantize(weight.clone(), 16, scales, second)
-    assert torch.equal(scale_of(amax, "nvfp4"), second)
+    assert torch.equal(scale_from_amax(amax, "nvfp4"), second)
     assert torch.equal(nvfp4_scales(weight, amax).view(torch.uint8), scales.view(torch.uint8))
     codes = encode(weight, amax, "nvfp4")
     assert torch.equal(codes[:, 0::2] | codes[:, 1::2] << 4, theirs._quantized_data)
     values = theirs.dequantize(
         torch.float32, scale=scales, double_scale=second, block_sizes={-1: 16}
     )
-    assert torch.equal(round_trip(weight, amax, "nvfp4"), values)
+    assert torch.equal(fake_quantize(weight, amax, "nvfp4"), values)
 
 
 def test_nvfp4_codes_are_the_nearest_and_half_way_the_even_ones():
@@ -146,13 +148,13 @@ def test_nvfp4_of_activations_is_that_of_weights_but_for_scales_that_modelopt_ta
     torch.manual_seed(0)
     x = torch.randn(4, 3, 64)
     amax = share * x.abs().amax()
-    x = off_ties(x.flatten(0, 1).to(dtype), amax, "nvfp4").reshape(x.shape)
-    found = round_nvfp4(x, amax)
+    x = nudge_off_ties(x.flatten(0, 1).to(dtype), amax, "nvfp4").reshape(x.shape)
+    found = fake_quantize_nvfp4(x, amax)
     assert found.dtype == dtype and found.shape == x.shape
-    wanted = round_trip(x.flatten(0, 1), amax, "nvfp4").reshape(x.shape)
+    wanted = fake_quantize(x.flatten(0, 1), amax, "nvfp4").reshape(x.shape)
     torch.testing.assert_close(found.float(), wanted.to(dtype).float(), rtol=2.0**-7, atol=0)
-    assert not round_nvfp4(x * 1e-6, amax * 1e-6).any()
-    assert not round_nvfp4(torch.zeros(2, 16), torch.zeros(())).any()
+    assert not fake_quantize_nvfp4(x * 1e-6, amax * 1e-6).any()
+    assert not fake_quantize_nvfp4(torch.zeros(2, 16), torch.zeros(())).any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -162,7 +164,7 @@ def test_nf4_is_that_of_bitsandbytes_bit_for_bit(dtype):
     absmax = weight_amax(weight, "group", 64)
     assert torch.equal(absmax.flatten(), state.absmax)
     assert torch.equal(packed(encode(weight, absmax, "nf4")), theirs.flatten())
-    back = round_trip(weight, absmax, "nf4")
+    back = fake_quantize(weight, absmax, "nf4")
     assert torch.equal(back.to(dtype), bnb.dequantize_4bit(theirs, state))
     assert torch.equal(
         decode(torch.arange(16).reshape(1, 16), torch.ones(()), "nf4")[0], state.code
@@ -175,15 +177,15 @@ def test_nf4_double_quantization_is_that_of_bitsandbytes_bit_for_bit(blocks):
     """From float64, where its own code looks for the nearest; in float32 a table decides."""
     torch.manual_seed(0)
     absmax = torch.rand(blocks) * 0.1 + 0.01
-    codes, nested, offset = nf4_double(absmax)
+    codes, nested, offset = quantize_nf4_absmax(absmax)
     assert offset == pytest.approx(float(absmax.mean()), rel=1e-6)
     if blocks > 1:
         table, ops = bnb.create_dynamic_map(), torch.ops.bitsandbytes
         found = ops.quantize_blockwise((absmax - offset).double(), table, 256)
         assert torch.equal(codes, found[0]) and torch.equal(nested, found[1])
         back = ops.dequantize_blockwise(codes, nested, table, 256, torch.float32) + offset
-        assert torch.equal(nf4_single(codes, nested, offset), back)
-    error = (nf4_single(codes, nested, offset) - absmax).abs()
+        assert torch.equal(dequantize_nf4_absmax(codes, nested, offset), back)
+    error = (dequantize_nf4_absmax(codes, nested, offset) - absmax).abs()
     assert error.max() <= 0.01 * nested.max()
 
 
@@ -191,9 +193,9 @@ def test_nf4_gives_zeros_back_whatever_double_quantization_left_of_their_absmax(
     weight = torch.zeros(3, 64)
     amax = torch.tensor([[-1e-4], [0.0], [1e-4]])
     assert encode(weight, amax, "nf4").eq(7).all()
-    assert not round_trip(weight, amax, "nf4").any()
+    assert not fake_quantize(weight, amax, "nf4").any()
     some = torch.linspace(-1, 1, 64).expand(3, 64) * 1e-4
-    back = round_trip(some, amax, "nf4")
+    back = fake_quantize(some, amax, "nf4")
     assert not back[1].any()
     assert (back - some)[[0, 2]].abs().max() <= 0.16e-4  # half the widest gap
     assert back[0].max() == back[2].max() == 1e-4
@@ -203,5 +205,5 @@ def test_nf4_gives_zeros_back_whatever_double_quantization_left_of_their_absmax(
 def test_an_amax_a_channel_rounds_each_row_as_a_tensor_of_its_own(kind):
     weight = uneven(torch.bfloat16)
     amax = weight_amax(weight, "channel", 0)
-    rows = [round_trip(row[None], top, kind) for row, top in zip(weight, amax, strict=True)]
-    assert torch.equal(round_trip(weight, amax, kind), torch.cat(rows))
+    rows = [fake_quantize(row[None], top, kind) for row, top in zip(weight, amax, strict=True)]
+    assert torch.equal(fake_quantize(weight, amax, kind), torch.cat(rows))

@@ -10,14 +10,14 @@ import itertools
 import pytest
 import torch
 
-from nemo_vlm_ptq.formats import LARGEST, NVFP4_BLOCK
+from nemo_vlm_ptq.formats import MAX_CODE, NVFP4_BLOCK
 from nemo_vlm_ptq.numerics import (
     E2M1,
-    E4M3_LARGEST,
-    NVFP4_SILENT,
-    off_ties,
-    round_nvfp4,
-    round_trip,
+    E4M3_MAX,
+    NVFP4_MIN_SCALE,
+    fake_quantize,
+    fake_quantize_nvfp4,
+    nudge_off_ties,
 )
 
 pytestmark = pytest.mark.skipif(
@@ -40,15 +40,15 @@ def on_cuda(x, amax):
 def half_way(x, amax):
     """Where a number, or the scale of its block, is next to half way between two codes."""
     blocks = x.double().unflatten(-1, (-1, NVFP4_BLOCK))
-    second = amax.double() / (LARGEST["nvfp4"] * E4M3_LARGEST)
-    top = blocks.abs().amax(dim=-1, keepdim=True) / LARGEST["nvfp4"] / second
+    second = amax.double() / (MAX_CODE["nvfp4"] * E4M3_MAX)
+    top = blocks.abs().amax(dim=-1, keepdim=True) / MAX_CODE["nvfp4"] / second
     low, high = (
-        (top * (1 + shift)).float().clamp(max=E4M3_LARGEST).to(torch.float8_e4m3fn).double()
+        (top * (1 + shift)).float().clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).double()
         for shift in (-NEAR, NEAR)
     )
     scale = high * second
-    silent = (scale / NVFP4_SILENT - 1).abs() < NEAR
-    scale = torch.where(scale >= NVFP4_SILENT, scale, torch.ones_like(scale))
+    silent = (scale / NVFP4_MIN_SCALE - 1).abs() < NEAR
+    scale = torch.where(scale >= NVFP4_MIN_SCALE, scale, torch.ones_like(scale))
     bounds = [(a + b) / 2 for a, b in itertools.pairwise(E2M1)]
     near = sum(((blocks.abs() / scale / bound - 1).abs() < NEAR).int() for bound in bounds)
     return ((low != high) | silent | near.bool()).flatten(-2)
@@ -96,7 +96,7 @@ def test_the_kernel_says_the_same_bits(name, dtype):
         x = samples()[name](shape).clamp(-6e4, 6e4).to(dtype)
         top = x.float().abs().amax()
         for amax in (top, top.to(torch.bfloat16), 0.3 * top, 5 * top, torch.tensor(4.0)):
-            found, expected = on_cuda(x, amax), round_nvfp4(x, amax)
+            found, expected = on_cuda(x, amax), fake_quantize_nvfp4(x, amax)
             assert found.dtype == expected.dtype == dtype
             bits = torch.int32 if dtype == torch.float32 else torch.int16
             differ = found.view(bits) != expected.view(bits)
@@ -111,12 +111,12 @@ def test_the_kernel_finds_the_exported_codes_of_weights_off_ties(dtype):
     """Its scales differ from those that are exported by some units in the last place."""
     torch.manual_seed(0)
     for amax in torch.linspace(0.08, 0.16, 41).bfloat16():
-        steps = amax.float() / (LARGEST["nvfp4"] * E4M3_LARGEST)
+        steps = amax.float() / (MAX_CODE["nvfp4"] * E4M3_MAX)
         halves = torch.randint(16, 33, (256, 16, 1)) / 2  # of the steps of e4m3 from 8 to 16
         scales = halves * 2.0 ** torch.randint(0, 5, (256, 16, 1))
         codes = torch.randint(-20, 21, (256, 16, NVFP4_BLOCK)) / 4
         codes[..., 0] = 6
-        weight = off_ties((codes * scales * steps).flatten(1).to(dtype), amax, "nvfp4")
-        exported = round_trip(weight, amax, "nvfp4")
+        weight = nudge_off_ties((codes * scales * steps).flatten(1).to(dtype), amax, "nvfp4")
+        exported = fake_quantize(weight, amax, "nvfp4")
         found = on_cuda(weight.float(), amax)
         torch.testing.assert_close(found, exported, rtol=2.0**-20, atol=0)

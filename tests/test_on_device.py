@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nemo_vlm_ptq import numerics
-from nemo_vlm_ptq.export import on_device
+from nemo_vlm_ptq.targets.writing import on_device
 
 
 @pytest.mark.parametrize("kind", ["fp8", "int8", "int4", "nvfp4"])

@@ -10,20 +10,20 @@ import pytest
 import torch
 from modelopt.torch.opt.plugins.mcore_dist_checkpointing import restore_sharded_modelopt_state
 
+from nemo_vlm_ptq.context import RunContext
+from nemo_vlm_ptq.data.questions import PROMPT_SUFFIX, load_questions
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.formats import FORMATS
-from nemo_vlm_ptq.job import Job
 from nemo_vlm_ptq.megatron.build import build_decoder
-from nemo_vlm_ptq.plan import make_plan
-from nemo_vlm_ptq.questions import SUFFIX, load_questions
+from nemo_vlm_ptq.planning.plan import make_plan
 from nemo_vlm_ptq.recipe import Recipe
-from nemo_vlm_ptq.runtime.read_trtllm import read_trtllm
-from nemo_vlm_ptq.stages.exporting import export
-from nemo_vlm_ptq.stages.forms import rounded_and_exact
-from nemo_vlm_ptq.stages.quantizing import load_quantized
-from nemo_vlm_ptq.store import read_manifest
-from nemo_vlm_ptq.verify.contract import check_contract
+from nemo_vlm_ptq.stages.export import export
+from nemo_vlm_ptq.stages.model_forms import logits_with_and_without_rounding
+from nemo_vlm_ptq.targets.megatron.quantized_checkpoint import load_quantized
+from nemo_vlm_ptq.targets.trtllm.contract import check_contract
+from nemo_vlm_ptq.targets.trtllm.reader import read_trtllm
 from nemo_vlm_ptq.verify.tensors import compare_logits
+from nemo_vlm_ptq.workdir.store import read_manifest
 
 ONE, TENSOR, PIPELINE = "1x1x1", "2x1x1", "1x2x1"
 EXPORTED = [name for name, row in FORMATS.items() if "trtllm" in row.targets]
@@ -44,7 +44,7 @@ def job(own, work, formats, targets, cut=(1, 1)):
         quantize={"format": formats},
         export={"targets": targets, "tensor": cut[0], "pipeline": cut[1]},
     )
-    return Job(make_plan(recipe), own)
+    return RunContext(make_plan(recipe), own)
 
 
 @pytest.mark.parametrize("name", EXPORTED)
@@ -94,7 +94,7 @@ def same_model(mine, theirs):
     for key, one in theirs.linears.items():
         own = mine.linears[key]
         assert torch.equal(own.values().weight, one.values().weight), key
-        for part in ("prequant", "input_scale"):
+        for part in ("pre_quant_scale", "input_scale"):
             pair = getattr(own, part), getattr(one, part)
             assert pair == (None, None) or torch.equal(*pair), (key, part)
 
@@ -105,12 +105,13 @@ def ask(own, work):
     whole = job(own, work, tuple(FORMATS), ("trtllm", "hf"))
     plan = whole.plan
     questions = load_questions("scenes", "test", 3)
-    prepare = plan.family.preparer(plan.folder, plan.config)
+    prepare = plan.family.make_preprocessor(plan.folder, plan.config)
     samples = [
-        prepare(one.id, one.text + SUFFIX, questions.image(one.image)) for one in questions.items
+        prepare(one.id, one.text + PROMPT_SUFFIX, questions.image(one.image))
+        for one in questions.items
     ]
     for fmt in plan.formats:
-        found[fmt.name] = rounded_and_exact(whole, fmt, samples)
+        found[fmt.name] = logits_with_and_without_rounding(whole, fmt, samples)
     return found
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from nemo_vlm_ptq import page_locked
-from nemo_vlm_ptq.page_locked import copy_into, moved, on_its_way
+from nemo_vlm_ptq.utils import pinned_memory as page_locked
+from nemo_vlm_ptq.utils.pinned_memory import copy_pinned, start_copy_to_host, to_device
 
 HOST = torch.device("cpu")
 
@@ -31,12 +31,12 @@ def test_what_arrives_is_what_was_sent_there_and_back(
         pytest.skip("no CUDA device")
     monkeypatch.setattr(page_locked, "PIECE", 5 * 48)  # five rows and a rest
     sent = given(kind)
-    there = moved(sent, torch.device(device))
-    back = moved(there, HOST)
+    there = to_device(sent, torch.device(device))
+    back = to_device(there, HOST)
     assert there.device.type == device and back.device == HOST
     assert there.shape == sent.shape and there.dtype == sent.dtype
     assert torch.equal(back, sent)
-    assert torch.equal(on_its_way(there)(), sent)
+    assert torch.equal(start_copy_to_host(there)(), sent)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -44,11 +44,11 @@ def test_what_it_is_copied_into_keeps_its_place_and_its_dtype(device) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     around, sent = torch.zeros(37, 30, dtype=torch.float32, device=device), given("columns")
-    copy_into(around[:, 7:23], sent)
+    copy_pinned(around[:, 7:23], sent)
     assert torch.equal(around[:, 7:23].cpu(), sent.float())
     assert not around[:, :7].any() and not around[:, 23:].any()
 
 
 def test_nothing_is_copied_on_one_device() -> None:
     sent = given("columns")
-    assert moved(sent, HOST) is sent
+    assert to_device(sent, HOST) is sent

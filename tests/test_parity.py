@@ -5,9 +5,9 @@ import pytest
 import torch
 from rank_parity import SAVED, ask, import_llava, reload, run
 
+from nemo_vlm_ptq.checkpoints.huggingface import list_tensors
 from nemo_vlm_ptq.errors import UserError
-from nemo_vlm_ptq.families.llava import ALIASES
-from nemo_vlm_ptq.source import list_tensors
+from nemo_vlm_ptq.families.llava import NAME_ALIASES
 
 LAYOUTS = ("1x1", "2x1", "1x2", "4x1", "2x2", "4x2")  # TP x PP; other ranks of 8 are data
 CASES = ("images", "text", "padded")
@@ -95,7 +95,7 @@ def test_names_of_any_vintage_give_the_same_model(llava, tiny, tmp_path, rename)
 
 def test_what_this_transformers_saves_gives_the_same_names(llava, tiny, tmp_path):
     llava.save_pretrained(tmp_path)
-    expected, found = (list_tensors(folder, ALIASES) for folder in (tiny.float32, tmp_path))
+    expected, found = (list_tensors(folder, NAME_ALIASES) for folder in (tiny.float32, tmp_path))
     assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in expected.items()}
 
 
@@ -104,7 +104,7 @@ def test_a_tensor_under_two_names_is_refused(llava, tmp_path):
     again = {"lm_head.weight": torch.zeros(models.VOCAB, 256)}
     models.save_file(again, folder / "more.safetensors")
     with pytest.raises(UserError, match=r"are both language_model\.lm_head\.weight"):
-        list_tensors(folder, ALIASES)
+        list_tensors(folder, NAME_ALIASES)
 
 
 def test_the_little_trained_model_loads_in_transformers_as_it_is():

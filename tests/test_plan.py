@@ -16,10 +16,11 @@ from bad_models import (
     write_recipe,
 )
 
-from nemo_vlm_ptq import forecast, plan, source
+from nemo_vlm_ptq.checkpoints import huggingface as source
+from nemo_vlm_ptq.distributed.layout import data_parallel_size
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.formats import FORMATS, TARGETS
-from nemo_vlm_ptq.parallel import data_axis
+from nemo_vlm_ptq.planning import forecast, plan
 from nemo_vlm_ptq.recipe import load_recipe
 
 
@@ -88,7 +89,7 @@ def test_groups_of_a_real_model_limit_its_tensor_ranks(tmp_path, llava_7b):
         "parallel.tensor=4 cuts a group of 128 of format int4_awq; these work: 1, 2"
     )
     recipe = load_recipe(str(write_recipe(tmp_path, llava_7b)), ["parallel.tensor=8"])
-    assert "TP 8 x PP 1" in forecast.describe(plan.make_plan(recipe))
+    assert "TP 8 x PP 1" in forecast.describe_plan(plan.make_plan(recipe))
 
 
 @pytest.mark.parametrize("format", ["fp8", "int4_awq"])
@@ -153,7 +154,7 @@ def test_second_moments_are_asked_for_where_something_is_searched(tmp_path, word
     words = ["parallel.tensor=1", *words]
     made = plan.make_plan(load_recipe(str(write_recipe(tmp_path, TINY)), words))
     assert made.second_moments == wanted
-    assert ("second moments" in forecast.describe(made)) == wanted
+    assert ("second moments" in forecast.describe_plan(made)) == wanted
 
 
 def test_a_format_goes_to_the_targets_that_take_it_with_the_kv_cache(tmp_path):
@@ -182,15 +183,15 @@ def _narrow(config):
 
 
 def test_ranks_that_were_started_must_make_up_the_layout():
-    assert data_axis(2, 2, 8, None) == 2
-    assert data_axis(2, 1, 4, 2) == 2
+    assert data_parallel_size(2, 2, 8, None) == 2
+    assert data_parallel_size(2, 1, 4, 2) == 2
     with pytest.raises(UserError) as caught:
-        data_axis(2, 2, 6, None)
+        data_parallel_size(2, 2, 6, None)
     assert str(caught.value) == (
         "6 ranks cannot hold tensor 2 x pipeline 2: start a multiple of 4 ranks"
     )
     with pytest.raises(UserError) as caught:
-        data_axis(2, 1, 2, 3)
+        data_parallel_size(2, 1, 2, 3)
     assert str(caught.value) == (
         "parallel: tensor 2 x pipeline 1 x data 3 needs 6 ranks but 2 were started; "
         "start 6, or set parallel.data=auto"
@@ -268,11 +269,13 @@ def test_plan_prints_every_format_and_reads_no_weights(tmp_path, monkeypatch, ca
     path = folder / WEIGHTS
     head = 8 + int.from_bytes(path.read_bytes()[:8], "little")
     path.write_bytes(path.read_bytes()[:head].ljust(path.stat().st_size, b"\xff"))  # all NaN
-    monkeypatch.setattr(source.Reader, "slices", lambda self, name: pytest.fail(f"read {name}"))
+    monkeypatch.setattr(
+        source.SourceReader, "slices", lambda self, name: pytest.fail(f"read {name}")
+    )
     every = f"quantize.format=[{','.join(FORMATS)}]"
     words = [f"model={folder}", f"workdir={tmp_path / 'work'}", every]
     words.append(f"export.targets=[{','.join(TARGETS)}]")
-    text = forecast.describe(plan.make_plan(load_recipe("quickstart", words)))
+    text = forecast.describe_plan(plan.make_plan(load_recipe("quickstart", words)))
     lines = dict(line.split(maxsplit=1) for line in text.splitlines())
     assert "4.5 M parameters, 9.1 MB, bfloat16" in lines["model"]
     assert lines["decoder"].startswith("4 layers, hidden 256, 8 heads, 4 KV heads, MLP 768")

@@ -11,20 +11,21 @@ from modelopt.torch.opt.plugins.mcore_dist_checkpointing import restore_sharded_
 from modelopt.torch.quantization.nn import QuantModuleRegistry, TensorQuantizer
 from quantized_models import CASES, DECODER, ask, fill, inserted, quantized
 
-from nemo_vlm_ptq.calibrate import modules, quantizers
 from nemo_vlm_ptq.formats import FORMATS, KV_CACHES
 from nemo_vlm_ptq.megatron import checkpoint
 from nemo_vlm_ptq.megatron.attention import SdpaCoreAttention
 from nemo_vlm_ptq.megatron.build import build_decoder
 from nemo_vlm_ptq.megatron.checkpoint import save_model
+from nemo_vlm_ptq.targets.megatron import quant_modules as modules
+from nemo_vlm_ptq.targets.megatron import quantizers
 
 TENSOR_RANKS = [(1, 1, 2), (2, 1, 1)]
 
 
 @pytest.fixture(scope="module")
 def own():
-    with models.alone() as session:
-        yield session
+    with models.alone() as parallel:
+        yield parallel
 
 
 def tensors_of(model):
@@ -47,7 +48,7 @@ def test_saved_and_loaded_it_is_the_same(own, tmp_path, name, kv):
     for key, tensor in expected.items():
         assert torch.equal(found[key].float(), tensor.float()), key
     for model in (first, second):
-        quantizers.use_own_rounding(model, FORMATS[name])
+        quantizers.use_custom_backends(model, FORMATS[name])
     assert torch.equal(ask(second), ask(first))
 
 
@@ -87,7 +88,7 @@ def test_modelopt_restores_the_saved_model_by_itself(own, tmp_path, request, nam
     backends = [one.backend for one in second.modules() if isinstance(one, TensorQuantizer)]
     assert backends and not any(backends)
     for model in (first, second):
-        quantizers.use_own_rounding(model, FORMATS[name])
+        quantizers.use_custom_backends(model, FORMATS[name])
     assert torch.equal(ask(second), ask(first))
 
 
@@ -107,9 +108,9 @@ def main():
                     target.mkdir()
                 own.barrier()
                 save_model(model, target)
-            quantizers.use_own_rounding(model, FORMATS[name])
+            quantizers.use_custom_backends(model, FORMATS[name])
             found[f"{name} {kv} rounded"] = ask(model)
-            quantizers.stop_rounding_activations(model)
+            quantizers.disable_activation_quantizers(model)
             found[f"{name} {kv} exact"] = ask(model)
         if own.layout.tensor == 2:
             other = inserted(own, "nvfp4_svdquant", "fp8", torch.float32)

@@ -26,17 +26,17 @@ from quantized_models import (
     whole_weight,
 )
 
-from nemo_vlm_ptq.calibrate import quantizers
 from nemo_vlm_ptq.calibrate.statistics import LINEARS
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.formats import FORMATS, KV_CACHES
-from nemo_vlm_ptq.numerics import round_nvfp4, round_trip
+from nemo_vlm_ptq.numerics import fake_quantize, fake_quantize_nvfp4
+from nemo_vlm_ptq.targets.megatron import quantizers
 
 
 @pytest.fixture(scope="module")
 def own():
-    with models.alone() as session:
-        yield session
+    with models.alone() as parallel:
+        yield parallel
 
 
 def rounded_input(x, activation):
@@ -45,29 +45,32 @@ def rounded_input(x, activation):
     if activation is None:
         return x
     if activation == "nvfp4":
-        return round_nvfp4(x, top)
+        return fake_quantize_nvfp4(x, top)
     flat = x.flatten(0, 1)
     if activation == "fp8_token":
-        rows = [round_trip(one[None], one.abs().amax(), "fp8") for one in flat]
+        rows = [fake_quantize(one[None], one.abs().amax(), "fp8") for one in flat]
         return torch.cat(rows).view_as(x)
-    return round_trip(flat, top, activation).view_as(x)
+    return fake_quantize(flat, top, activation).view_as(x)
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_linear_computes_what_its_format_means(own, name):
     row, dtype = FORMATS[name], torch.float32
     model = quantized(own, name, "none", dtype)
-    quantizers.use_own_rounding(model, FORMATS[name])
+    quantizers.use_custom_backends(model, FORMATS[name])
     for layer, linear, module in quantizers._linears(model):
         scales = whole_scales(name, layer, linear, dtype)
         x = random(16, 1, SHAPES[linear][1], seed=5)
-        scaled = x if scales.prequant is None else x * scales.prequant
+        scaled = x if scales.pre_quant_scale is None else x * scales.pre_quant_scale
         rest = rounded_part(
-            whole_weight(layer, linear), scales.prequant, scales.low_rank_a, scales.low_rank_b
+            whole_weight(layer, linear),
+            scales.pre_quant_scale,
+            scales.low_rank_a,
+            scales.low_rank_b,
         )
-        weight = round_trip(rest, scales.weight_amax, row.weight)
-        if row.weight_second:
-            weight = round_trip(weight, scales.weight_amax_2, row.weight_second)
+        weight = fake_quantize(rest, scales.weight_amax, row.weight)
+        if row.second_weight:
+            weight = fake_quantize(weight, scales.weight_amax_2, row.second_weight)
         wanted = rounded_input(scaled, row.activation) @ weight.T
         if scales.low_rank_a is not None:
             wanted += scaled @ scales.low_rank_a.T @ scales.low_rank_b.T
@@ -78,7 +81,7 @@ def test_a_linear_computes_what_its_format_means(own, name):
 @pytest.mark.parametrize("name", ["fp8", "nf4"])
 def test_attention_sees_keys_and_values_as_a_cache_holds_them(own, name, kv):
     model = quantized(own, name, kv, torch.float32)
-    quantizers.use_own_rounding(model, FORMATS[name])
+    quantizers.use_custom_backends(model, FORMATS[name])
     core = model.decoder.layers[1].self_attention.core_attention
     q, k, v = (
         random(20, 2, 8, 32, seed=1),
@@ -88,8 +91,8 @@ def test_attention_sees_keys_and_values_as_a_cache_holds_them(own, name, kv):
 
     def cached(x, top):
         if kv == "nvfp4":
-            return round_nvfp4(x, torch.tensor(top))
-        return round_trip(x.flatten(0, 2), torch.tensor(top), KV_CACHES[kv].kind).view_as(x)
+            return fake_quantize_nvfp4(x, torch.tensor(top))
+        return fake_quantize(x.flatten(0, 2), torch.tensor(top), KV_CACHES[kv].kind).view_as(x)
 
     def attend(keys, values):
         parts = (x.permute(1, 2, 0, 3) for x in (q, keys, values))
@@ -99,7 +102,7 @@ def test_attention_sees_keys_and_values_as_a_cache_holds_them(own, name, kv):
     wanted = attend(cached(k, KEY_TOP), cached(v, VALUE_TOP))
     torch.testing.assert_close(core(q, k, v, None), wanted, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(wanted, attend(k, v), atol=1e-3)
-    quantizers.stop_rounding_activations(model)
+    quantizers.disable_activation_quantizers(model)
     torch.testing.assert_close(core(q, k, v, None), attend(k, v), rtol=1e-5, atol=1e-5)
 
 
@@ -115,7 +118,7 @@ def test_just_the_linears_and_the_cache_are_quantized(own, name, kv):
     for layer in range(DECODER.layers):
         for path in LINEARS.values() if row.modelopt_preset else ():
             both = [f"{layer}.{path}.weight_quantizer"]
-            if row.weight_second:
+            if row.second_weight:
                 both = [f"{both[0]}.{index}" for index in range(2)]
             expected.update(both)
             if row.activation:
@@ -141,7 +144,7 @@ def test_nf4_leaves_the_values_that_its_codes_stand_for(own):
     for layer, linear, module in quantizers._linears(model):
         scales = whole_scales("nf4", layer, linear, torch.bfloat16)
         weight = whole_weight(layer, linear).bfloat16()
-        wanted = round_trip(weight, scales.weight_amax, "nf4").bfloat16()
+        wanted = fake_quantize(weight, scales.weight_amax, "nf4").bfloat16()
         assert torch.equal(module.weight, wanted)
 
 
@@ -152,15 +155,15 @@ def test_weights_get_the_codes_of_what_was_divided_and_had_its_branch_taken_off(
         scales = whole_scales(name, layer, linear, torch.bfloat16)
         rest = rounded_part(
             whole_weight(layer, linear).bfloat16(),
-            scales.prequant,
+            scales.pre_quant_scale,
             scales.low_rank_a,
             scales.low_rank_b,
         )
-        wanted = round_trip(rest, scales.weight_amax, row.weight)
+        wanted = fake_quantize(rest, scales.weight_amax, row.weight)
         found = module.weight.float()
         if row.modelopt_preset:
             assert (found - rest.float()).abs().max() <= 2.0**-7 * rest.float().abs().max()
-            found = round_trip(module.weight, scales.weight_amax, row.weight)
+            found = fake_quantize(module.weight, scales.weight_amax, row.weight)
         assert torch.equal(found.bfloat16(), wanted.bfloat16())
 
 

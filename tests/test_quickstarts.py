@@ -9,7 +9,7 @@ import sys
 import pytest
 from models import ROOT
 
-from nemo_vlm_ptq import store
+from nemo_vlm_ptq.workdir import store
 
 SHORT = (
     "quantize.format=[int8_sq, int4_awq]",

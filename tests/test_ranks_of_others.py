@@ -16,10 +16,10 @@ from bad_models import PREFIX, write_recipe
 from models import free_ports
 from test_faults import SOON, in_the_middle, wait_for
 
-from nemo_vlm_ptq import mpi
 from nemo_vlm_ptq.calibrate.statistics import layer_file
+from nemo_vlm_ptq.distributed import mpi
 from nemo_vlm_ptq.errors import UserError
-from nemo_vlm_ptq.store import MANIFEST
+from nemo_vlm_ptq.workdir.store import MANIFEST
 
 WORDS = ("run", "recipe.yaml", "stages=[import, observe, solve, export]")
 RANK = "OMPI_COMM_WORLD_RANK"
@@ -153,23 +153,23 @@ def fake_mpi(size):
 
 
 def test_an_mpi_that_is_not_mpiruns_is_refused(monkeypatch):
-    monkeypatch.setenv(mpi.WORLD, "2")
+    monkeypatch.setenv(mpi.WORLD_SIZE_VARIABLE, "2")
     monkeypatch.setattr(mpi, "_load", lambda: fake_mpi(1))
     said = (
         r"^mpirun started 2 ranks and mpi4py sees 1: .* \(MPICH Version: 4.1\); set MPI4PY_MPIABI"
     )
     with pytest.raises(UserError, match=said):
-        mpi.take_place()
+        mpi.adopt_mpi_ranks()
 
 
 def test_a_rank_meets_the_others_where_the_user_says(monkeypatch):
     for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(key, "to be put back")
-    monkeypatch.setenv(mpi.WORLD, "2")
+    monkeypatch.setenv(mpi.WORLD_SIZE_VARIABLE, "2")
     monkeypatch.setenv("MASTER_ADDR", "node7")
     monkeypatch.setenv("MASTER_PORT", "1234")
     monkeypatch.setattr(mpi, "_load", lambda: fake_mpi(2))
-    mpi.take_place()
+    mpi.adopt_mpi_ranks()
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("node7", "1234")
     assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("0", "2")
 
@@ -184,7 +184,7 @@ def test_without_mpi4py_a_rank_of_mpirun_says_what_to_install(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", script],
         cwd=tmp_path,
-        env=os.environ | {mpi.WORLD: "2", "PYTHONPATH": str(scripts.ROOT)},
+        env=os.environ | {mpi.WORLD_SIZE_VARIABLE: "2", "PYTHONPATH": str(scripts.ROOT)},
         capture_output=True,
         text=True,
         timeout=100,

@@ -10,13 +10,13 @@ import models
 import pytest
 from safetensors import safe_open
 
-from nemo_vlm_ptq import store
-from nemo_vlm_ptq.calibrate import observe as observing
-from nemo_vlm_ptq.calibrate.observe import Limits, Work
-from nemo_vlm_ptq.calibrate.resume import read_progress
+from nemo_vlm_ptq.calibrate.observe import loop as observing
+from nemo_vlm_ptq.calibrate.observe.loop import ObserveOptions, ObserveSetup
+from nemo_vlm_ptq.calibrate.observe.progress import read_progress
 from nemo_vlm_ptq.calibrate.statistics import layer_file
+from nemo_vlm_ptq.distributed.layout import strip_entries
 from nemo_vlm_ptq.megatron.forward import collate
-from nemo_vlm_ptq.parallel import strip_entries
+from nemo_vlm_ptq.workdir import store
 
 LAYERS, SAMPLES = 4, 12
 SETTINGS = {"data": "random"}
@@ -58,11 +58,13 @@ def observed(own, model_folder, folder, stop, room):
         return collate(samples)
 
     memory = None if room is None else room * LAYER + 1
-    work, chunks = Work(model, vision, own, models.ready), [[sample] for sample in samples]
+    work, chunks = ObserveSetup(model, vision, own, models.ready), [[sample] for sample in samples]
     broken_off = contextlib.suppress(StoppedError, SystemExit)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # which ends a rank once it has saved
     with mock.patch.object(observing, "collate", count), broken_off:
-        observing.observe(work, chunks, folder, Limits(True, memory, save_every=2), SETTINGS)
+        observing.observe(
+            work, chunks, folder, ObserveOptions(True, memory, save_every=2), SETTINGS
+        )
     return len(ran)
 
 
@@ -140,9 +142,9 @@ def test_progress_of_other_settings_is_thrown_away(tmp_path):
     store.write_progress(folder, SETTINGS, {"finished": [0], "held": {}, "saves": 1})
     assert read_progress(folder, SETTINGS).finished == {0}
     assert read_progress(folder, {"data": "others"}).finished == set()
-    store.begin(folder, SETTINGS)
+    store.begin_stage(folder, SETTINGS)
     assert (folder / "old").exists()
-    store.begin(folder, {"data": "others"})
+    store.begin_stage(folder, {"data": "others"})
     assert not list(folder.iterdir())
 
 
@@ -153,5 +155,5 @@ def test_saved_layers_say_which_samples_they_contain(tiny, tmp_path):
     assert {layer: sorted(progress.ids(layer)) for layer in range(LAYERS)} == {
         layer: sorted(f"q{index}" for index in range(6)) for layer in range(LAYERS)
     }
-    with safe_open(tmp_path / progress.held[3].folder / layer_file(3), framework="pt") as file:
+    with safe_open(tmp_path / progress.saved[3].folder / layer_file(3), framework="pt") as file:
         assert int(file.get_tensor("linear_qkv.tokens").sum()) == 6 * 40

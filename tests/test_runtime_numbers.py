@@ -8,10 +8,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from nemo_vlm_ptq.runtime.cache import RoundedCache
-from nemo_vlm_ptq.runtime.checkpoint import ReadKv, ReadLinear, Values
-from nemo_vlm_ptq.runtime.model import SimulatedLinear
-from nemo_vlm_ptq.runtime.numbers import E2M1, round_values, to_e2m1
+from nemo_vlm_ptq.reference.checkpoint import Dequantized, ReadKv, ReadLinear
+from nemo_vlm_ptq.reference.kv_cache import FakeQuantizedCache
+from nemo_vlm_ptq.reference.model import SimulatedLinear
+from nemo_vlm_ptq.reference.number_formats import E2M1, fake_quantize_values, to_e2m1
 
 CPU = torch.device("cpu")
 
@@ -37,39 +37,43 @@ def test_nvfp4_blocks_are_those_of_modelopt():
     expected = codes.dequantize(
         dtype=torch.float32, scale=blocks, double_scale=second, block_sizes={-1: 16}
     )
-    torch.testing.assert_close(round_values(x, "nvfp4", scale), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(fake_quantize_values(x, "nvfp4", scale), expected, rtol=1e-6, atol=0)
 
 
 def test_nvfp4_blocks_beyond_the_static_scale_saturate():
     x = torch.full((1, 16), 100.0)
-    assert torch.equal(round_values(x, "nvfp4", torch.tensor(1 / 448)), torch.full((1, 16), 6.0))
+    assert torch.equal(
+        fake_quantize_values(x, "nvfp4", torch.tensor(1 / 448)), torch.full((1, 16), 6.0)
+    )
 
 
 def test_every_token_has_its_own_fp8_scale():
     torch.manual_seed(0)
     x = torch.randn(2, 3, 32) * torch.logspace(-2, 2, 3)[:, None]
-    found = round_values(x, "fp8_token", None)
+    found = fake_quantize_values(x, "fp8_token", None)
     for token, rounded in zip(x.flatten(0, 1), found.flatten(0, 1), strict=True):
-        assert torch.equal(rounded, round_values(token, "fp8", token.abs().amax() / 448))
-    assert torch.equal(round_values(torch.zeros(2, 4), "fp8_token", None), torch.zeros(2, 4))
+        assert torch.equal(rounded, fake_quantize_values(token, "fp8", token.abs().amax() / 448))
+    assert torch.equal(
+        fake_quantize_values(torch.zeros(2, 4), "fp8_token", None), torch.zeros(2, 4)
+    )
 
 
 def test_the_low_rank_branch_takes_the_input_scaled_but_not_rounded():
     torch.manual_seed(0)
     x, weight = torch.randn(5, 32), torch.randn(8, 32)
-    down, up, prequant = torch.randn(2, 32), torch.randn(8, 2), torch.rand(32) + 0.5
+    down, up, pre_quant_scale = torch.randn(2, 32), torch.randn(8, 2), torch.rand(32) + 0.5
     scale = torch.tensor(0.1)
     read = ReadLinear(
         {"weight": weight},
-        lambda codes: Values(codes["weight"], torch.ones(1)),
+        lambda codes: Dequantized(codes["weight"], torch.ones(1)),
         "nvfp4",
-        prequant=prequant,
+        pre_quant_scale=pre_quant_scale,
         low_rank=(down, up),
         input_scale=scale,
         rounding="nvfp4",
     )
-    scaled = x * prequant
-    expected = linear(round_values(scaled, "nvfp4", scale), weight) + scaled @ down.T @ up.T
+    scaled = x * pre_quant_scale
+    expected = linear(fake_quantize_values(scaled, "nvfp4", scale), weight) + scaled @ down.T @ up.T
     found = SimulatedLinear(read, torch.float32, CPU)(x)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -96,8 +100,8 @@ def round_in_attention(kv):
     """Keys after their rotation, and values, rounded in front of transformers' own attention."""
 
     def attention(module, query, key, value, *args, **kwargs):
-        key = round_values(key, kv.rounding, kv.key[module.layer_idx])
-        value = round_values(value, kv.rounding, kv.value[module.layer_idx])
+        key = fake_quantize_values(key, kv.rounding, kv.key[module.layer_idx])
+        value = fake_quantize_values(value, kv.rounding, kv.value[module.layer_idx])
         return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
 
     AttentionInterface.register("rounded", attention)
@@ -109,7 +113,7 @@ def test_attention_sees_keys_after_rotation_and_values_rounded(rounding):
     kv, ids = cache_scales(rounding), torch.arange(2, 32)[None]
     model = llama()
     exact = model(input_ids=ids).logits
-    found = model(input_ids=ids, past_key_values=RoundedCache(model.config, kv)).logits
+    found = model(input_ids=ids, past_key_values=FakeQuantizedCache(model.config, kv)).logits
     round_in_attention(kv)
     model.set_attn_implementation("rounded")
     expected = model(input_ids=ids).logits
@@ -123,12 +127,12 @@ def test_what_is_generated_token_by_token_is_what_whole_sequences_say(rounding):
     model = llama()
     tokens = model.generate(
         input_ids=ids,
-        past_key_values=RoundedCache(model.config, kv),
+        past_key_values=FakeQuantizedCache(model.config, kv),
         max_new_tokens=5,
         do_sample=False,
         pad_token_id=0,
         eos_token_id=None,
     )
-    cache = RoundedCache(model.config, kv)
+    cache = FakeQuantizedCache(model.config, kv)
     whole = model(input_ids=tokens[:, :-1], past_key_values=cache).logits.argmax(-1)
     assert torch.equal(whole[:, ids.shape[1] - 1 :], tokens[:, ids.shape[1] :])

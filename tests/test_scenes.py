@@ -9,8 +9,8 @@ from itertools import chain
 
 import pytest
 
-from nemo_vlm_ptq import scenes
-from nemo_vlm_ptq.questions import load_questions
+from nemo_vlm_ptq.data import scenes
+from nemo_vlm_ptq.data.questions import load_questions
 
 # sha256; pictures also depend on how Pillow fills a shape, the same in 11.3, 12.0 and 13.0.
 PICTURES = "1eb932778dc3a538928fb8089e3cab9c5f2779ee837882100291f22c426855b3"

@@ -6,10 +6,10 @@ import yaml
 from bad_models import ROOT
 from test_full_size import hollow_folder
 
-from nemo_vlm_ptq.forecast import describe
+from nemo_vlm_ptq.data.questions import calibration_questions
 from nemo_vlm_ptq.formats import FORMATS
-from nemo_vlm_ptq.plan import make_plan
-from nemo_vlm_ptq.questions import calibration_questions
+from nemo_vlm_ptq.planning.forecast import describe_plan
+from nemo_vlm_ptq.planning.plan import make_plan
 from nemo_vlm_ptq.recipe import load_recipe, shipped_recipes
 
 WRITTEN = make_recipes.recipes()
@@ -44,7 +44,7 @@ def test_a_recipe_loads_by_name_and_plans_for_a_model_of_its_size(folders, model
     assert len(calibration_questions(recipe.calibration).items) == recipe.calibration.samples
     (row,) = plan.formats
     assert plan.targets(row) == list(plan.recipe.export.targets) != []
-    assert fmt in describe(plan)
+    assert fmt in describe_plan(plan)
 
 
 @pytest.mark.parametrize("name", WRITTEN)

@@ -4,25 +4,35 @@ import pytest
 import torch
 from solving import GROUP, SHAPES, SIZES, TOKENS, observed, rows_of, solved, weights
 
-from nemo_vlm_ptq.calibrate.ahead import read_ahead
-from nemo_vlm_ptq.calibrate.balance import SHARES
-from nemo_vlm_ptq.calibrate.rounding import rounded_weight
-from nemo_vlm_ptq.calibrate.scales import cut_scales, divide, remainder, stored
-from nemo_vlm_ptq.calibrate.solve import (
-    Wishes,
-    double_quantized,
+from nemo_vlm_ptq.calibrate.solve.fake_quantize import fake_quantize_weight
+from nemo_vlm_ptq.calibrate.solve.layer import (
+    SolveOptions,
+    double_quantize_absmax,
     load_kv,
     load_scales,
     save_scales,
     solve_layer,
+)
+from nemo_vlm_ptq.calibrate.solve.modality_balance import IMAGE_SHARES
+from nemo_vlm_ptq.calibrate.solve.scales import (
+    divide_by_pre_quant_scale,
+    residual_weight,
+    round_amax,
+    shard_scales,
 )
 from nemo_vlm_ptq.calibrate.statistics import (
     InputStatistics,
     load_attention,
 )
 from nemo_vlm_ptq.formats import FORMATS
-from nemo_vlm_ptq.mapping.layouts import give, take
-from nemo_vlm_ptq.numerics import nf4_double, nf4_single, round_trip, weight_amax
+from nemo_vlm_ptq.numerics import (
+    dequantize_nf4_absmax,
+    fake_quantize,
+    quantize_nf4_absmax,
+    weight_amax,
+)
+from nemo_vlm_ptq.parameter_map.sharding import shard_tensor, unshard_tensor
+from nemo_vlm_ptq.utils.device_prefetch import prefetch_to_device
 
 
 @pytest.fixture(scope="module")
@@ -33,16 +43,18 @@ def layer(tmp_path_factory):
 
 def read_weight(weight, scales, row):
     """The weight that a reader multiplies the plain input with, float64, by numerics alone."""
-    prequant = torch.ones(weight.shape[1]) if scales.prequant is None else scales.prequant
-    left = remainder(divide(weight, scales.prequant), scales.branch)
-    seen = round_trip(left, scales.weight_amax, row.weight)
-    if row.weight_second is not None:
-        seen = round_trip(seen, scales.weight_amax_2, row.weight_second)
+    pre_quant_scale = (
+        torch.ones(weight.shape[1]) if scales.pre_quant_scale is None else scales.pre_quant_scale
+    )
+    left = residual_weight(divide_by_pre_quant_scale(weight, scales.pre_quant_scale), scales.branch)
+    seen = fake_quantize(left, scales.weight_amax, row.weight)
+    if row.second_weight is not None:
+        seen = fake_quantize(seen, scales.weight_amax_2, row.second_weight)
     seen = seen.double()
     if scales.branch is not None:
         a, b = scales.branch
         seen = seen + b.double() @ a.double()
-    return seen * prequant.double()
+    return seen * pre_quant_scale.double()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -53,12 +65,12 @@ def test_rounding_without_codes_is_bit_for_bit_the_round_trip_of_the_codes(name,
     weight[3] = 0
     group = row.group(GROUP)
     for ratio in (1.0, 0.6):
-        amax = stored(weight_amax(weight, row.granularity, group) * ratio, dtype)
-        second = None if row.weight_second is None else weight.float().abs().amax()
-        expected = round_trip(weight, amax, row.weight)
+        amax = round_amax(weight_amax(weight, row.granularity, group) * ratio, dtype)
+        second = None if row.second_weight is None else weight.float().abs().amax()
+        expected = fake_quantize(weight, amax, row.weight)
         if second is not None:
-            expected = round_trip(expected, second, row.weight_second)
-        assert torch.equal(rounded_weight(weight, amax, row, second), expected)
+            expected = fake_quantize(expected, second, row.second_weight)
+        assert torch.equal(fake_quantize_weight(weight, amax, row, second), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -116,14 +128,14 @@ def test_statistics_of_each_kind_of_token_and_of_both(layer):
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_a_share_mixes_means_of_images_and_text(share, layer):
     one = layer[0]["linear_fc2"]
-    mixed, text, image = one.mixed(share), *one.modalities.values()
+    mixed, text, image = one.with_image_share(share), *one.modalities.values()
     for key in ("mean", "moment"):
         expected = share * getattr(image, key) + (1 - share) * getattr(text, key)
         torch.testing.assert_close(getattr(mixed, key), expected)
     assert mixed.amax is one.amax
-    natural = one.mixed(one.image_share)
+    natural = one.with_image_share(one.image_share)
     torch.testing.assert_close(natural.moment, one.moment, rtol=1e-5, atol=1e-5)
-    assert one.mixed(None) is one
+    assert one.with_image_share(None) is one
 
 
 def without(kind, tmp_path):
@@ -135,7 +147,7 @@ def test_share_one_solves_as_if_there_were_images_alone(name, layer, tmp_path):
     """But for the largest input, which is of all tokens."""
     alone = without("text", tmp_path)[0]
     expected = solve_layer(weights(), alone, FORMATS[name], GROUP, SIZES)
-    for linear, scales in solved(name, layer, wishes=Wishes(image_share=1.0)).items():
+    for linear, scales in solved(name, layer, wishes=SolveOptions(image_share=1.0)).items():
         for key in set(scales.tensors()) - {"input_amax"}:
             assert torch.equal(scales.tensors()[key], expected[linear].tensors()[key]), key
         assert (scales.image_share, expected[linear].image_share) == (1.0, None)
@@ -147,7 +159,9 @@ def test_share_one_solves_as_if_there_were_images_alone(name, layer, tmp_path):
 def test_a_share_means_nothing_where_one_kind_of_token_is_missing(kind, share, tmp_path):
     seen, _ = without(kind, tmp_path)
     plain = solve_layer(weights(), seen, FORMATS["int4_awq"], GROUP, SIZES)
-    found = solve_layer(weights(), seen, FORMATS["int4_awq"], GROUP, SIZES, Wishes(1.0, share))
+    found = solve_layer(
+        weights(), seen, FORMATS["int4_awq"], GROUP, SIZES, SolveOptions(1.0, share)
+    )
     for linear, scales in found.items():
         own, other = scales.tensors(), plain[linear].tensors()
         assert all(torch.equal(own[key], one) for key, one in other.items())
@@ -157,20 +171,20 @@ def test_a_share_means_nothing_where_one_kind_of_token_is_missing(kind, share, t
 @pytest.mark.parametrize("name", ["int4_awq", "nvfp4_awq", "int8_sq"])
 def test_a_searched_share_serves_the_worse_served_tokens_best(name, layer):
     def worse(share):
-        wishes = Wishes("search", share)
+        wishes = SolveOptions("search", share)
         found = solved(name, layer, wishes=wishes)
         return {linear: max(one.error_text, one.error_image) for linear, one in found.items()}
 
-    tried = [worse(share) for share in SHARES]
-    found = solved(name, layer, wishes=Wishes("search", "search"))
+    tried = [worse(share) for share in IMAGE_SHARES]
+    found = solved(name, layer, wishes=SolveOptions("search", "search"))
     for linear, least in worse("search").items():
         assert least == min(one[linear] for one in tried)
-        assert found[linear].image_share in (*SHARES, 300 / 360)
+        assert found[linear].image_share in (*IMAGE_SHARES, 300 / 360)
 
 
 def test_a_share_does_not_touch_formats_that_search_nothing(layer):
     for name in ("fp8", "int4_wo", "int8_sq"):
-        wishes = Wishes(image_share=0.0)
+        wishes = SolveOptions(image_share=0.0)
         for linear, scales in solved(name, layer, wishes=wishes).items():
             own, other = scales.tensors(), solved(name, layer)[linear].tensors()
             assert all(torch.equal(own[key], one) for key, one in other.items())
@@ -183,46 +197,52 @@ def test_svdquant_leaves_less_to_round_than_awq(layer):
         a, b = scales.branch
         rows, width = SHAPES[linear]
         assert a.shape == (32, width) and b.shape == (rows, 32)
-        left = remainder(divide(weights()[linear], scales.prequant), scales.branch)
+        left = residual_weight(
+            divide_by_pre_quant_scale(weights()[linear], scales.pre_quant_scale), scales.branch
+        )
         assert torch.equal(scales.weight_amax, left.abs().amax())
         assert scales.error < 0.9 * plain[linear].error
 
 
 def test_a_cut_of_the_remainder_has_the_bits_of_the_whole(layer):
     for linear, scales in solved("nvfp4_svdquant", layer, torch.bfloat16).items():
-        kind = next(row.layout for row in rows_of("llava") if row.short == linear)
+        kind = next(row.sharding for row in rows_of("llava") if row.module_name == linear)
         whole = weights(torch.bfloat16)[linear]
-        left = remainder(divide(whole, scales.prequant), scales.branch)
+        left = residual_weight(
+            divide_by_pre_quant_scale(whole, scales.pre_quant_scale), scales.branch
+        )
         for T in (2, 4):
             for t in range(T):
-                own = cut_scales(scales, linear, t, T)
-                part = take(kind, give(kind, whole, SIZES), SIZES, t, T)
-                expected = take(kind, give(kind, left, SIZES), SIZES, t, T)
-                found = remainder(divide(part, own.prequant), own.branch)
+                own = shard_scales(scales, linear, t, T)
+                part = shard_tensor(kind, unshard_tensor(kind, whole, SIZES), SIZES, t, T)
+                expected = shard_tensor(kind, unshard_tensor(kind, left, SIZES), SIZES, t, T)
+                found = residual_weight(
+                    divide_by_pre_quant_scale(part, own.pre_quant_scale), own.branch
+                )
                 assert torch.equal(found, expected), (linear, t, T)
 
 
 @pytest.mark.parametrize("family", ["llava", "phi"])
 def test_nf4_absmaxes_go_through_double_quantization_one_hugging_face_tensor_after_another(family):
     own, rows = weights(torch.bfloat16), rows_of(family)
-    for row in (row for row in rows if row.linear):
-        weight = own[row.short]
-        found = double_quantized(weight_amax(weight, "group", 64), row, SIZES)
-        parts = give(row.layout, weight, SIZES)
+    for row in (row for row in rows if row.is_linear):
+        weight = own[row.module_name]
+        found = double_quantize_absmax(weight_amax(weight, "group", 64), row, SIZES)
+        parts = unshard_tensor(row.sharding, weight, SIZES)
         tensors = [torch.cat(parts)] if family == "phi" else parts
-        assert len(tensors) == len(row.hf)
+        assert len(tensors) == len(row.hf_names)
         read = []
         for tensor in tensors:
             blocks = tensor.float().flatten().view(-1, 64).abs().amax(dim=1)
-            read.append(nf4_single(*nf4_double(blocks)).view(len(tensor), -1))
+            read.append(dequantize_nf4_absmax(*quantize_nf4_absmax(blocks)).view(len(tensor), -1))
         together = torch.cat(read)
-        assert torch.equal(torch.cat(give(row.layout, found, SIZES)), together)
+        assert torch.equal(torch.cat(unshard_tensor(row.sharding, found, SIZES)), together)
 
 
 def test_scales_and_kv_maxima_come_back_from_their_file(layer, tmp_path):
     scales = solved("nvfp4_svdquant", layer, torch.bfloat16)
     observed(tmp_path)
-    kv = tuple(stored(one, torch.bfloat16) for one in load_attention(tmp_path, 0))
+    kv = tuple(round_amax(one, torch.bfloat16) for one in load_attention(tmp_path, 0))
     save_scales(tmp_path, 5, scales, kv)
     for linear, one in load_scales(tmp_path, 5).items():
         assert set(one.tensors()) == set(scales[linear].tensors())
@@ -240,7 +260,7 @@ def test_what_is_read_ahead_comes_in_order_and_one_item_early():
         return 10 * item
 
     found = []
-    for item, value in read_ahead(range(5), read, torch.device("cpu")):
+    for item, value in prefetch_to_device(range(5), read, torch.device("cpu")):
         found.append((item, value))
         assert max(log, default=0) <= item + 1
     assert found == [(i, 10 * i) for i in range(5)] and log == list(range(5))
@@ -253,4 +273,4 @@ def test_what_fails_while_it_is_read_ahead_is_raised():
         return item
 
     with pytest.raises(OSError, match="gone"):
-        list(read_ahead(range(4), read, torch.device("cpu")))
+        list(prefetch_to_device(range(4), read, torch.device("cpu")))

@@ -9,18 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nemo_vlm_ptq import store
 from nemo_vlm_ptq.errors import UserError
+from nemo_vlm_ptq.workdir import store
 
 SETTINGS = {"model": "a", "targets": ("trtllm", "hf"), "moments": True}
 
 
 def write(folder, text="whole", settings=SETTINGS):
     """A finished folder with one file."""
-    store.begin(folder, SETTINGS)
+    store.begin_stage(folder, SETTINGS)
     (folder / "part").write_text(text)
-    files = store.describe(folder, ["part"])
-    store.finish(folder, stage="import", settings=settings, files=files, facts={"layers": 4})
+    files = store.hash_files(folder, ["part"])
+    store.finish_stage(folder, stage="import", settings=settings, files=files, facts={"layers": 4})
     return folder
 
 
@@ -35,24 +35,24 @@ def refusal(action, *arguments) -> str:
 def test_a_folder_is_done_once_its_manifest_is_there_and_not_before(tmp_path):
     folder = tmp_path / "work" / "megatron"
     assert not store.is_done(folder, SETTINGS)
-    store.begin(folder, SETTINGS)
-    assert store.marker(folder).is_file() and folder.is_dir()
+    store.begin_stage(folder, SETTINGS)
+    assert store.in_progress_marker(folder).is_file() and folder.is_dir()
     (folder / "part").write_text("half")
     assert store.read_manifest(folder) is None
     assert not store.is_done(folder, SETTINGS)
     write(folder)
     assert store.is_done(folder, SETTINGS)
-    assert not store.marker(folder).exists()
+    assert not store.in_progress_marker(folder).exists()
     assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "part"]
 
 
 def test_an_interrupted_folder_is_emptied_and_redone(tmp_path):
     folder = tmp_path / "megatron"
-    store.begin(folder, SETTINGS)
+    store.begin_stage(folder, SETTINGS)
     (folder / "left").mkdir()
     (folder / "left" / "over").write_text("half")
     assert not store.is_done(folder, SETTINGS)
-    store.begin(folder, SETTINGS)
+    store.begin_stage(folder, SETTINGS)
     assert list(folder.iterdir()) == []
     write(folder)
     assert store.is_done(folder, SETTINGS)
@@ -117,7 +117,7 @@ def test_a_file_where_a_folder_should_go_is_refused_by_name(tmp_path):
 
         def open_folder(folder=folder):
             if not store.is_done(folder, SETTINGS):
-                store.begin(folder, SETTINGS)
+                store.begin_stage(folder, SETTINGS)
 
         assert str(place) in refusal(open_folder)
     assert place.read_text() == "a file"
@@ -126,12 +126,12 @@ def test_a_file_where_a_folder_should_go_is_refused_by_name(tmp_path):
 def test_a_stage_before_that_has_not_finished_is_named(tmp_path):
     folder = tmp_path / "megatron"
     said = f"{folder} is not finished; run the stage 'import' first"
-    assert refusal(store.need_manifest, folder, "import") == said
-    store.begin(folder, SETTINGS)
+    assert refusal(store.require_manifest, folder, "import") == said
+    store.begin_stage(folder, SETTINGS)
     (folder / "part").write_text("half")
-    assert refusal(store.need_manifest, folder, "import") == said
+    assert refusal(store.require_manifest, folder, "import") == said
     write(folder)
-    assert store.need_manifest(folder, "import")["stage"] == "import"
+    assert store.require_manifest(folder, "import")["stage"] == "import"
 
 
 def test_saved_tensors_come_back_bit_for_bit_even_where_they_share_memory(tmp_path):

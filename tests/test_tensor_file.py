@@ -5,7 +5,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from nemo_vlm_ptq.tensor_file import tensor_file
+from nemo_vlm_ptq.checkpoints.streaming_writer import tensor_file
 
 
 def layers(count):

@@ -9,9 +9,9 @@ import torch
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import metadata as records
 
-from nemo_vlm_ptq.blocks import read_tensor
+from nemo_vlm_ptq.checkpoints.torch_dist_index import INDEX, read_index
+from nemo_vlm_ptq.checkpoints.torch_dist_tensors import read_tensor
 from nemo_vlm_ptq.errors import UserError
-from nemo_vlm_ptq.torch_dist import INDEX, read_index
 
 
 def by_name(member):

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 from bad_models import TINY, configure, copy_model, plan_refusal, write_recipe
 
-from nemo_vlm_ptq.errors import cannot_write
-from nemo_vlm_ptq.plan import make_plan
+from nemo_vlm_ptq.errors import disk_write_error
+from nemo_vlm_ptq.planning.plan import make_plan
+from nemo_vlm_ptq.planning.preflight import check_questions
 from nemo_vlm_ptq.recipe import load_recipe
-from nemo_vlm_ptq.trial import check_questions
 
 
 def test_an_image_processor_of_another_tower_is_refused(tmp_path):
@@ -74,7 +74,9 @@ def test_a_full_disk_is_found_behind_what_others_make_of_it(tmp_path, monkeypatc
     other.__cause__ = full
     text = RuntimeError(f'IoError(Os {{ code: 28, message: "{said}" }})')
     for error in (full, other, text):
-        assert cannot_write(error, tmp_path) == cannot_write(error, tmp_path / "none") == said
-    assert cannot_write(KeyError("x"), tmp_path) is None
+        assert (
+            disk_write_error(error, tmp_path) == disk_write_error(error, tmp_path / "none") == said
+        )
+    assert disk_write_error(KeyError("x"), tmp_path) is None
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=4096))
-    assert cannot_write(RuntimeError("unexpected pos 704 vs 598"), tmp_path) == said
+    assert disk_write_error(RuntimeError("unexpected pos 704 vs 598"), tmp_path) == said

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from nemo_vlm_ptq.formats import FORMATS
-from nemo_vlm_ptq.verify.contract import check_contract
+from nemo_vlm_ptq.targets.trtllm.contract import check_contract
 
 WRITTEN = [  # test_compressed_tensors.py and test_nemo_checkpoint.py damage the others
     (name, target)
@@ -20,13 +20,13 @@ WRITTEN = [  # test_compressed_tensors.py and test_nemo_checkpoint.py damage the
     for target in row.targets
     if target in ("trtllm", "hf")
 ]
-SCALED = [name for name, row in FORMATS.items() if row.prequant and "trtllm" in row.targets]
+SCALED = [name for name, row in FORMATS.items() if row.pre_quant_scale and "trtllm" in row.targets]
 AWQ = [name for name in SCALED if FORMATS[name].algorithm == "awq"]
 NIBBLES = [(name, target) for name, target in WRITTEN if FORMATS[name].weight in ("nvfp4", "nf4")]
 SECOND = [
     (name, target)
     for name, target in WRITTEN
-    if FORMATS[name].weight == "nvfp4" or FORMATS[name].weight_second
+    if FORMATS[name].weight == "nvfp4" or FORMATS[name].second_weight
 ]
 LOW_RANK = [name for name, row in FORMATS.items() if row.low_rank]
 LAYER = {"trtllm": "transformer.layers.1.", "hf": "language_model.model.layers.1."}

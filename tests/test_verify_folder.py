@@ -11,9 +11,9 @@ from test_cli import call
 from test_contract import FEW, configure, stream
 from test_contract_damage import EMBEDDING, HEAD, KV, LAYER, QKV, change, refusal
 
-from nemo_vlm_ptq import launch
+from nemo_vlm_ptq import commands as launch
 from nemo_vlm_ptq.formats import FORMATS
-from nemo_vlm_ptq.verify.contract import check_contract
+from nemo_vlm_ptq.targets.trtllm.contract import check_contract
 
 CHECKS = ("config", "files", "names", "shapes", "values", "ranks", "padding")
 

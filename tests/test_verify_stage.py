@@ -7,9 +7,9 @@ import torch
 from conftest import Export, prover
 from test_verify import LAYER, VISION, flip_bit
 
-from nemo_vlm_ptq import store
-from nemo_vlm_ptq.errors import ProofError
-from nemo_vlm_ptq.stages import forms
+from nemo_vlm_ptq.errors import VerificationError
+from nemo_vlm_ptq.stages import model_forms as forms
+from nemo_vlm_ptq.workdir import store
 
 
 def test_the_stage_passes_every_check_of_an_undamaged_export(proving):
@@ -40,7 +40,7 @@ def test_damage_done_after_the_stage_passed_is_found_when_it_runs_again(proving)
     run, folder = proving
     run()
     Export(folder / "trtllm", "trtllm").change(flip_bit, VISION)
-    with pytest.raises(ProofError, match="was changed after it was written"):
+    with pytest.raises(VerificationError, match="was changed after it was written"):
         run()
 
 
@@ -50,7 +50,7 @@ def test_a_doubled_activation_scale_is_found(proving):
     key = LAYER["trtllm"] + "mlp.proj.activation_scaling_factor"
     damaged.change(lambda tensors: tensors[key].mul_(2))
     damaged.sign()
-    with pytest.raises(ProofError):
+    with pytest.raises(VerificationError):
         run()
 
 
@@ -83,7 +83,7 @@ def lose_mapping(folder):
 def test_damage_ends_the_stage_with_a_finding_and_not_with_a_bug(proving, damage):
     run, folder = proving
     damage(folder)
-    with pytest.raises(ProofError):
+    with pytest.raises(VerificationError):
         run()
     assert not store.read_json(folder / "verify.json")["passed"]
 
@@ -102,5 +102,5 @@ def test_a_config_that_serves_another_model_is_found(proving, name, change):
     damaged = Export(folder / target, target)
     damaged.configure(lambda config: config.update(change), file)
     damaged.sign()
-    with pytest.raises(ProofError):
+    with pytest.raises(VerificationError):
         run()

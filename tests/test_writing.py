@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nemo_vlm_ptq.calibrate import writing
-from nemo_vlm_ptq.calibrate.writing import write_tensors
-from nemo_vlm_ptq.store import hash_file
+from nemo_vlm_ptq.checkpoints import hashing_writer as writing
+from nemo_vlm_ptq.checkpoints.hashing_writer import write_tensors
+from nemo_vlm_ptq.workdir.store import hash_file
 
 
 @pytest.mark.parametrize("piece", [8, 40, 1 << 26])

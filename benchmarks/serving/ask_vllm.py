@@ -25,9 +25,9 @@ from typing import Any
 
 import tiny_phi
 
+from nemo_vlm_ptq.data.questions import PROMPT_SUFFIX, Questions, load_questions
 from nemo_vlm_ptq.evaluate import gqa
-from nemo_vlm_ptq.questions import SUFFIX, Questions, load_questions
-from nemo_vlm_ptq.store import read_json
+from nemo_vlm_ptq.workdir.store import read_json
 
 PROMPTS = {  # model_type -> the family's prompt
     "llava": "USER: <image>\n{question} ASSISTANT:",
@@ -87,7 +87,7 @@ def ask(case: Case) -> dict[str, str]:
     for item in case.questions.items:
         if item.image not in images:
             images[item.image] = case.questions.image(item.image)
-        text = PROMPTS[kind].format(question=item.text + SUFFIX)
+        text = PROMPTS[kind].format(question=item.text + PROMPT_SUFFIX)
         prompts.append({"prompt": text, "multi_modal_data": {"image": images[item.image]}})
     greedy = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
     found = llm.generate(prompts, greedy, use_tqdm=False)

@@ -24,9 +24,9 @@ from transformers import (
     ProcessorMixin,
 )
 
-from nemo_vlm_ptq.store import read_json
-from nemo_vlm_ptq.vision.phi import cut, token_count
-from nemo_vlm_ptq.vision.towers import merge_blocks
+from nemo_vlm_ptq.families.phi_vision import crop_image, token_count
+from nemo_vlm_ptq.families.towers import merge_patches
+from nemo_vlm_ptq.workdir.store import read_json
 
 TINY = Path(__file__).resolve().parents[2] / "assets" / "tiny-phi"
 TOKEN = 2  # stands for an image token until its features take the place: <pad>
@@ -65,7 +65,9 @@ class Phi3VProcessor(ProcessorMixin):
 
     def _cut(self, image: PIL.Image.Image) -> tuple[torch.Tensor, tuple[int, int]]:
         given = self.settings
-        return cut(image, given["num_crops"], side(), given["image_mean"], given["image_std"])
+        return crop_image(
+            image, given["num_crops"], side(), given["image_mean"], given["image_std"]
+        )
 
     def _tokens(self, size: tuple[int, int]) -> int:
         return token_count(*size, side(), side() // tower()["patch_size"] // 2)
@@ -101,7 +103,7 @@ def side() -> int:
 def merged(_: Any, features: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """vLLM's reshape_hd_patches_2x2merge for any tower: [n,patches,C] -> [images,h,w,4C]."""
     width = round(features.shape[1] ** 0.5)
-    blocks = merge_blocks(features.unflatten(1, (width, width)))
+    blocks = merge_patches(features.unflatten(1, (width, width)))
     lines = blocks.unflatten(0, (-1, int(rows), int(columns))).transpose(2, 3)
     return lines.flatten(3, 4).flatten(1, 2)
 

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nemo_vlm_ptq.formats import LARGEST, LOWEST, Kind
+from nemo_vlm_ptq.formats import MAX_CODE, MIN_CODE, NumberFormat
 
 PART = 512  # tokens whose sums one program makes; sums do not depend on the width of the input
 EXACT: dict[str, Any] = {"enable_fp_fusion": False}  # products are rounded as torch rounds them
@@ -48,12 +48,12 @@ def add_rounded(total: torch.Tensor, product: torch.Tensor) -> None:
     _add_rounded[(triton.cdiv(count, block),)](total, product, count, block)
 
 
-def clipped(
+def clip_candidates(
     weight_NK: torch.Tensor,
-    prequant_CK: torch.Tensor,
+    pre_quant_scale_CK: torch.Tensor,
     moment_KK: torch.Tensor,
     ratios: torch.Tensor,
-    kind: Kind,
+    kind: NumberFormat,
     group: int,
 ) -> torch.Tensor:
     """Plain amax of each group, and that of least cost, float32 [C,2,N,G]: see `clip`.
@@ -66,23 +66,23 @@ def clipped(
         kind: int4 or another kind of whole numbers.
         group: inputs that share a weight scale.
     """
-    (height, width), count = weight_NK.shape, len(prequant_CK)
+    (height, width), count = weight_NK.shape, len(pre_quant_scale_CK)
     shape = (count, 2, height, width // group)
     out = torch.empty(shape, dtype=torch.float32, device=weight_NK.device)
     grid = (triton.cdiv(height, 64), width // group, count)
     _clip[grid](
-        weight_NK, 1.0 / prequant_CK, prequant_CK, moment_KK, ratios, out, height, width,
-        weight_NK.stride(0), len(ratios), LOWEST[kind], LARGEST[kind], group, 64,
+        weight_NK, 1.0 / pre_quant_scale_CK, pre_quant_scale_CK, moment_KK, ratios, out, height, width,
+        weight_NK.stride(0), len(ratios), MIN_CODE[kind], MAX_CODE[kind], group, 64,
         num_warps=4, num_stages=1, **EXACT,
     )  # fmt: skip
     return out
 
 
-def change(
+def weight_delta(
     weight_NK: torch.Tensor,
-    prequant_CK: torch.Tensor | None,
+    pre_quant_scale_CK: torch.Tensor | None,
     amax: torch.Tensor,
-    kind: Kind,
+    kind: NumberFormat,
     amax_2: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
@@ -106,13 +106,15 @@ def change(
     if amax.dim() == 2:
         by_group, group = 1, width // amax.shape[1]
     out = torch.empty(rows, width, dtype=dtype, device=weight_NK.device)
-    each = rows if prequant_CK is None else rows // len(prequant_CK)
-    back_CK = weight_NK if prequant_CK is None else 1.0 / prequant_CK  # not read without a scale
+    each = rows if pre_quant_scale_CK is None else rows // len(pre_quant_scale_CK)
+    back_CK = (
+        weight_NK if pre_quant_scale_CK is None else 1.0 / pre_quant_scale_CK
+    )  # not read without a scale
     grid = (triton.cdiv(rows, 8), triton.cdiv(width, 256))
     _change[grid](
-        weight_NK, back_CK, prequant_CK, amax, amax_2, out, rows, height, each, width,
-        weight_NK.stride(0), by_row, by_group, group, LOWEST[kind], LARGEST[kind], LARGEST["fp8"],
-        kind == "fp8", prequant_CK is not None, amax_2 is not None, 8, 256, **EXACT,
+        weight_NK, back_CK, pre_quant_scale_CK, amax, amax_2, out, rows, height, each, width,
+        weight_NK.stride(0), by_row, by_group, group, MIN_CODE[kind], MAX_CODE[kind], MAX_CODE["fp8"],
+        kind == "fp8", pre_quant_scale_CK is not None, amax_2 is not None, 8, 256, **EXACT,
     )  # fmt: skip
     return out
 
@@ -158,7 +160,7 @@ def _add_rounded(total, product, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def _clip(
-    weight, back, prequant, moment, ratios, out, height, width, stride, count,
+    weight, back, pre_quant_scale, moment, ratios, out, height, width, stride, count,
     LOW: tl.constexpr, HIGH: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -168,7 +170,7 @@ def _clip(
     own = tl.load(place, mask=inside[:, None], other=0.0)
     at = tl.program_id(2) * width + columns
     smooth = (own.to(tl.float32) * tl.load(back + at)[None, :]).to(own.dtype).to(tl.float32)
-    scale = tl.load(prequant + at)[None, :]
+    scale = tl.load(pre_quant_scale + at)[None, :]
     place = moment + columns.to(tl.int64)[:, None] * width + columns[None, :]
     block = tl.load(place)
     top = tl.max(tl.abs(smooth), 1)
@@ -213,7 +215,7 @@ def _rounded(value, amax, LOW, HIGH, FP8: tl.constexpr):
 
 @triton.jit
 def _change(
-    weight, back, prequant, amax, amax_2, out, count, height, each, width,
+    weight, back, pre_quant_scale, amax, amax_2, out, count, height, each, width,
     stride, by_row, by_group, group,
     LOW: tl.constexpr, HIGH: tl.constexpr, HIGH_2: tl.constexpr, FP8: tl.constexpr,
     SCALED: tl.constexpr, TWICE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -233,6 +235,6 @@ def _change(
         top = tl.load(amax_2 + rows // each, mask=rows < count, other=1.0)
         value = _rounded(value, top, -HIGH_2, HIGH_2, True)
     if SCALED:
-        value *= tl.load(prequant + at, mask=inside, other=1.0)
+        value *= tl.load(pre_quant_scale + at, mask=inside, other=1.0)
     value -= own.to(tl.float32)
     tl.store(out + rows * width + columns, value.to(out.dtype.element_ty), mask=inside)

@@ -22,11 +22,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from nemo_vlm_ptq.calibrate.losses import gram, gram_dtype, row_chunks, weighted
-from nemo_vlm_ptq.calibrate.moments import whole
-from nemo_vlm_ptq.calibrate.writing import write_tensors
-from nemo_vlm_ptq.page_locked import moved
-from nemo_vlm_ptq.parallel import strips
+from nemo_vlm_ptq.calibrate.losses import gram_dtype, gram_matrix, row_chunks, weighted_trace
+from nemo_vlm_ptq.calibrate.second_moments import assemble
+from nemo_vlm_ptq.checkpoints.hashing_writer import write_tensors
+from nemo_vlm_ptq.distributed.layout import strips
+from nemo_vlm_ptq.utils.pinned_memory import to_device
 
 UNIT = 2.0**-24
 LINEARS = {
@@ -35,12 +35,12 @@ LINEARS = {
     "linear_fc1": "mlp.linear_fc1",
     "linear_fc2": "mlp.linear_fc2",
 }
-TOKEN_KINDS = ("text", "image")  # rows of a statistic
+MODALITY_ROWS = ("text", "image")  # rows of a statistic
 ROW_PARALLEL = ("linear_proj", "linear_fc2")  # each tensor rank holds a part of their input
 
 
 @dataclass(frozen=True)
-class Modality:
+class ModalityStatistics:
     """Statistics of one linear's input over the tokens of one kind.
 
     tokens: count; mean: [K] float32, of |x|; moment: [K,K] float32, the mean of x x^T, or None.
@@ -64,8 +64,8 @@ class InputStatistics:
     mean: torch.Tensor
     tokens: int
     moment: torch.Tensor | None
-    modalities: Mapping[str, Modality] = field(default_factory=dict)
-    power: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    modalities: Mapping[str, ModalityStatistics] = field(default_factory=dict)
+    output_power: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def moments(self) -> dict[str, torch.Tensor]:
@@ -73,23 +73,25 @@ class InputStatistics:
         kinds = {"all": self.moment} | {kind: one.moment for kind, one in self.modalities.items()}
         return {kind: moment for kind, moment in kinds.items() if moment is not None}
 
-    def with_power(self, weight_OK: torch.Tensor) -> InputStatistics:
+    def with_output_power(self, weight_OK: torch.Tensor) -> InputStatistics:
         """With `power`, which is the same for every format."""
-        if self.power or self.moment is None:
+        if self.output_power or self.moment is None:
             return self
         dtype = gram_dtype(weight_OK.device)
-        whole_KK = gram(weight_OK[rows].to(dtype) for rows in row_chunks(weight_OK.shape))
-        power = {kind: weighted(whole_KK, moment) for kind, moment in self.moments.items()}
-        return replace(self, power=power)
+        whole_KK = gram_matrix(weight_OK[rows].to(dtype) for rows in row_chunks(weight_OK.shape))
+        output_power = {
+            kind: weighted_trace(whole_KK, moment) for kind, moment in self.moments.items()
+        }
+        return replace(self, output_power=output_power)
 
     @property
     def image_share(self) -> float | None:
         """Image tokens of all tokens, or None where one kind is missing."""
-        if len(self.modalities) < len(TOKEN_KINDS):
+        if len(self.modalities) < len(MODALITY_ROWS):
             return None
         return self.modalities["image"].tokens / self.tokens
 
-    def mixed(self, share: float | None) -> InputStatistics:
+    def with_image_share(self, share: float | None) -> InputStatistics:
         """Means as if `share` of the tokens were of images; amax stays the largest of all.
 
         As it is with share None, or where there is one kind of tokens.
@@ -128,23 +130,27 @@ def load_attention(folder: Path, layer: int) -> tuple[torch.Tensor, torch.Tensor
 def load_layer(folder: Path, layer: int, device: torch.device) -> dict[str, InputStatistics]:
     """Statistics of a layer's linears, of all tokens and of each modality."""
     stored = load_file(folder / layer_file(layer))  # its own way to a GPU is a plain copy
-    return put_together({name: moved(tensor, device) for name, tensor in stored.items()})
+    return assemble_layer({name: to_device(tensor, device) for name, tensor in stored.items()})
 
 
-def put_together(tensors: dict[str, torch.Tensor]) -> dict[str, InputStatistics]:
+def assemble_layer(tensors: dict[str, torch.Tensor]) -> dict[str, InputStatistics]:
     """Linear -> statistics, from the tensors of a layer's file; second moments are taken out."""
     return {name: _together(tensors, name) for name in LINEARS}
 
 
 def _together(tensors: dict[str, torch.Tensor], name: str) -> InputStatistics:
-    counts = dict(zip(TOKEN_KINDS, tensors[f"{name}.tokens"].tolist(), strict=True))
+    counts = dict(zip(MODALITY_ROWS, tensors[f"{name}.tokens"].tolist(), strict=True))
     sums = tensors[f"{name}.sum"]
     strip_names = [f"{name}.moment.{i}" for i in range(len(strips(sums.shape[1])))]
     parts = [tensors.pop(key) for key in strip_names if key in tensors]
 
-    def over(tokens: int, total: torch.Tensor, strips_of: Sequence[torch.Tensor]) -> Modality:
+    def over(
+        tokens: int, total: torch.Tensor, strips_of: Sequence[torch.Tensor]
+    ) -> ModalityStatistics:
         mean = (total.double() * UNIT / tokens).float()
-        return Modality(tokens, mean, whole(strips_of).div_(tokens) if strips_of else None)
+        return ModalityStatistics(
+            tokens, mean, assemble(strips_of).div_(tokens) if strips_of else None
+        )
 
     seen = {kind: row for row, (kind, tokens) in enumerate(counts.items()) if tokens}
     single = {

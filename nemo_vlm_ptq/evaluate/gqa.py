@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
 
+from nemo_vlm_ptq.data.questions import Questions
 from nemo_vlm_ptq.errors import UserError
-from nemo_vlm_ptq.questions import Questions
 
 RULE = "llava"
 Z = NormalDist().inv_cdf(0.975)  # half width of a 95 % interval, in standard deviations

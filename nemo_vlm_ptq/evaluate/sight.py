@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from nemo_vlm_ptq.data.questions import Question
 from nemo_vlm_ptq.errors import UserError
-from nemo_vlm_ptq.questions import Question
 
 SHARE = 0.5  # of the 16-bit model's gap that must be left
 FLOOR = 5.0  # points that the gap must reach when no 16-bit model was asked
 SEES, LOST, BLIND = "sees", "no longer looks", "blind in 16 bit"
 
 
-def swap(items: Sequence[Question]) -> dict[str, str]:
+def swap_images(items: Sequence[Question]) -> dict[str, str]:
     """Question id -> the image of another scene, the same for all questions of one image.
 
     The sorted images are turned half way round, so each is used exactly once as a stranger, and

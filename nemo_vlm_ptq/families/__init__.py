@@ -7,9 +7,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from nemo_vlm_ptq.checkpoints.huggingface import read_json_object
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.base import Decoder, ModelFamily
-from nemo_vlm_ptq.source import read_object
 
 __all__ = ["FAMILIES", "Decoder", "ModelFamily", "find_family", "read_config"]
 
@@ -30,7 +30,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} has no config.json; is it a Hugging Face model folder?")
-    return read_object(path)
+    return read_json_object(path)
 
 
 def find_family(config: dict[str, Any], name: str = "auto") -> ModelFamily:

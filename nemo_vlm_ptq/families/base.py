@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from nemo_vlm_ptq.errors import UserError
-from nemo_vlm_ptq.mapping.layouts import Sizes
-from nemo_vlm_ptq.mapping.rows import Drop, Row
+from nemo_vlm_ptq.parameter_map.entries import IgnoredTensor, ParameterEntry
+from nemo_vlm_ptq.parameter_map.sharding import HeadSizes
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -47,12 +47,12 @@ class Decoder:
     max_positions: int
     long_rope: LongRope | None = None
 
-    def sizes(self, vocab_multiple: int) -> Sizes:
+    def sizes(self, vocab_multiple: int) -> HeadSizes:
         """What the layouts need, with the vocabulary padded to a multiple."""
-        rows = -(-self.vocab // vocab_multiple) * vocab_multiple
-        return Sizes(self.heads, self.kv_heads, self.head_dim, self.vocab, rows)
+        parameter_map = -(-self.vocab // vocab_multiple) * vocab_multiple
+        return HeadSizes(self.heads, self.kv_heads, self.head_dim, self.vocab, parameter_map)
 
-    def shapes(self, rows: tuple[Row, ...]) -> dict[str, tuple[int, ...]]:
+    def shapes(self, parameter_map: tuple[ParameterEntry, ...]) -> dict[str, tuple[int, ...]]:
         """Published decoder name -> shape, for every layer."""
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
         by_layout = {
@@ -62,38 +62,38 @@ class Decoder:
             "replicate": ((self.hidden,),),
         }
         shapes: dict[str, tuple[int, ...]] = {}
-        for row in rows:
-            width = query if "attention" in row.megatron else self.ffn
-            parts = by_layout.get(row.layout, ((self.hidden, width),))
-            if row.fused:
-                parts = ((sum(part[0] for part in parts), self.hidden),)
-            for name, shape in zip(row.hf, parts, strict=True):
-                for layer in range(self.layers if row.layered else 1):
+        for row in parameter_map:
+            width = query if "attention" in row.megatron_name else self.ffn
+            subfolders = by_layout.get(row.sharding, ((self.hidden, width),))
+            if row.is_fused:
+                subfolders = ((sum(part[0] for part in subfolders), self.hidden),)
+            for name, shape in zip(row.hf_names, subfolders, strict=True):
+                for layer in range(self.layers if row.per_layer else 1):
                     shapes[name.replace("{i}", str(layer))] = shape
         return shapes
 
 
 @dataclass(frozen=True)
-class Pixels:
+class ImageInputs:
     """Images as the family's Hugging Face processor gives them.
 
     views: [images,3,h,w], or [images,views,3,h,w] where an image is cut into several;
     sizes: [images,2] int64 height and width, for families whose images differ in tokens.
     """
 
-    views: torch.Tensor
-    sizes: torch.Tensor | None = None
+    pixel_values: torch.Tensor
+    image_sizes: torch.Tensor | None = None
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> Pixels:
+    def to(self, device: torch.device, dtype: torch.dtype) -> ImageInputs:
         """Views on a device in a dtype; sizes stay where they are, they are only counted with."""
-        from nemo_vlm_ptq.page_locked import moved
+        from nemo_vlm_ptq.utils.pinned_memory import to_device
 
-        return Pixels(moved(self.views, device).to(dtype), self.sizes)
+        return ImageInputs(to_device(self.pixel_values, device).to(dtype), self.image_sizes)
 
-    def part(self, start: int, stop: int | None = None) -> Pixels:
+    def part(self, start: int, stop: int | None = None) -> ImageInputs:
         """Images from `start` to `stop`."""
-        sizes = None if self.sizes is None else self.sizes[start:stop]
-        return Pixels(self.views[start:stop], sizes)
+        sizes = None if self.image_sizes is None else self.image_sizes[start:stop]
+        return ImageInputs(self.pixel_values[start:stop], sizes)
 
 
 @dataclass(frozen=True)
@@ -108,11 +108,11 @@ class Sample:
     id: str
     input_ids: torch.Tensor
     is_image: torch.Tensor
-    pixels: Pixels | None
+    pixels: ImageInputs | None
 
 
 @dataclass(frozen=True)
-class Marks:
+class ImagePlaceholders:
     """Where images stand in published ids.
 
     is_image: [S] bool; repeat: image tokens that one such id becomes; images: how many they are.
@@ -123,7 +123,7 @@ class Marks:
     images: int
 
 
-class Prepare(Protocol):
+class Preprocess(Protocol):
     """(id, question, picture or pixels or None, answer) -> Sample in the family's prompt.
 
     Pixels are those of an earlier sample of the same picture.
@@ -133,7 +133,7 @@ class Prepare(Protocol):
         self,
         name: str,
         question: str,
-        image: PIL.Image.Image | Pixels | None = None,
+        image: PIL.Image.Image | ImageInputs | None = None,
         answer: str = "",
     ) -> Sample:
         """One sample."""
@@ -153,25 +153,27 @@ class ModelFamily:
     architectures: tuple[str, ...]
     decoder_prefix: str  # what stands before `model.` and `lm_head.` in published names
     trtllm_architecture: Literal["LlamaForCausalLM", "Phi3ForCausalLM"]
-    rows: tuple[Row, ...]
-    aliases: tuple[tuple[str, str], ...]  # (pattern, replacement): other vintages' names
-    drops: tuple[Drop, ...]
+    parameter_map: tuple[ParameterEntry, ...]
+    name_aliases: tuple[tuple[str, str], ...]  # (pattern, replacement): other vintages' names
+    ignored_tensors: tuple[IgnoredTensor, ...]
     decoder: Callable[[Config], Decoder]
     text_config: Callable[[Config], Any]  # transformers config of the decoder alone
-    vision: Callable[[Config], Any]  # module without weights: Pixels -> features [tokens,H]
-    preparer: Callable[[Path, Config], Prepare]
+    make_vision_module: Callable[[Config], Any]  # module without weights: Pixels -> features [tokens,H]
+    make_preprocessor: Callable[[Path, Config], Preprocess]
     # (config, ids [S] as published, pixels of the images left) -> where images stand
-    expand: Callable[[Config, Any, Pixels | None], Marks]
-    vision_engine: str  # model type of TensorRT-LLM's multimodal builder
+    find_placeholders: Callable[[Config, Any, ImageInputs | None], ImagePlaceholders]
+    trtllm_vision_type: str  # model type of TensorRT-LLM's multimodal builder
     # tokens of an image; None where they depend on its size
-    image_tokens: Callable[[Config], int] | None = None
-    parts: tuple[str, ...] = ("",)  # sub-folders that hold a checkpoint each: names are PART/NAME
-    nemo: bool = False  # NeMo 2 has a model class for it
+    tokens_per_image: Callable[[Config], int] | None = None
+    subfolders: tuple[str, ...] = (
+        "",
+    )  # sub-folders that hold a checkpoint each: names are PART/NAME
+    nemo_supported: bool = False  # NeMo 2 has a model class for it
     # config.json of the folder with what its parts' own say; may refuse
-    complete: Callable[[Path, dict[str, Any]], dict[str, Any]] = lambda _, config: config
+    complete_config: Callable[[Path, dict[str, Any]], dict[str, Any]] = lambda _, config: config
 
     @property
-    def decoder_part(self) -> str:
+    def decoder_subfolder(self) -> str:
         """The sub-folder of the decoder, "" for the model folder itself."""
         return self.decoder_prefix.rpartition("/")[0]
 
@@ -180,8 +182,8 @@ class ModelFamily:
         import torch
 
         with torch.device("meta"):
-            module = self.vision(config)
-        return {name: tuple(tensor.shape) for name, tensor in module.published().items()}
+            module = self.make_vision_module(config)
+        return {name: tuple(tensor.shape) for name, tensor in module.published_parameters().items()}
 
     def build_vision(
         self,
@@ -197,21 +199,21 @@ class ModelFamily:
         import torch
         from transformers.initialization import no_init_weights
 
-        from nemo_vlm_ptq.page_locked import copy_into
+        from nemo_vlm_ptq.utils.pinned_memory import copy_pinned
 
         with no_init_weights(), torch.device(device):  # random ones take seconds
-            module = self.vision(config)
+            module = self.make_vision_module(config)
         module.to(dtype or next(iter(tensors.values())).dtype).eval().requires_grad_(False)
-        for name, parameter in module.published().items():
-            copy_into(parameter.data, tensors[name])
+        for name, parameter in module.published_parameters().items():
+            copy_pinned(parameter.data, tensors[name])
         return module
 
     def decoder_config(self, config: Config) -> dict[str, Any]:
         """The config.json that lies beside the decoder: the whole one, or its part's."""
-        return dict(config[f"{self.decoder_part}_cfg"] if self.decoder_part else config)
+        return dict(config[f"{self.decoder_subfolder}_cfg"] if self.decoder_subfolder else config)
 
 
-def place_images(
+def expand_placeholders(
     name: str, ids: Sequence[int], mark: int, counts: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids [S] with the k-th `mark` repeated counts[k] times, and where those stand [S] bool.
@@ -223,14 +225,14 @@ def place_images(
 
     short = torch.tensor(ids, dtype=torch.int64)
     marks = short == mark
-    need_marks(name, int(marks.sum()), len(counts))
+    check_placeholder_count(name, int(marks.sum()), len(counts))
     times = torch.ones_like(short)
     times[marks] = torch.tensor(counts, dtype=torch.int64)
     input_ids = short.repeat_interleave(times)
     return input_ids, input_ids == mark
 
 
-def need_marks(name: str, found: int, images: int) -> None:
+def check_placeholder_count(name: str, found: int, images: int) -> None:
     """Each image of a sample has one mark in its prompt, which puts it there.
 
     Raises:

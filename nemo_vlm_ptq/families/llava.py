@@ -13,36 +13,36 @@ from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.base import (
     Config,
     Decoder,
-    Marks,
+    ImageInputs,
+    ImagePlaceholders,
     ModelFamily,
-    Pixels,
-    Prepare,
+    Preprocess,
     Sample,
-    place_images,
+    expand_placeholders,
 )
 from nemo_vlm_ptq.families.shared import (
-    COMPUTED,
+    COMPUTED_ROTARY,
     check_feature_layer,
-    llama_facts,
-    llama_rows,
+    llama_decoder,
+    llama_parameter_map,
     load_tokenizer,
-    need,
-    need_processor,
+    require_image_processor,
+    require_values,
 )
-from nemo_vlm_ptq.mapping.rows import Drop
+from nemo_vlm_ptq.parameter_map.entries import IgnoredTensor
 
-LM = "language_model."
+DECODER_PREFIX = "language_model."
 
-ALIASES = (
+NAME_ALIASES = (
     (r"^model\.language_model\.", "language_model.model."),
     (r"^lm_head\.", "language_model.lm_head."),
     (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
     (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
 )
 
-DROPS = (
-    COMPUTED,
-    Drop(r".*\.embeddings\.position_ids", "counts up from 0"),
+IGNORED_TENSORS = (
+    COMPUTED_ROTARY,
+    IgnoredTensor(r".*\.embeddings\.position_ids", "counts up from 0"),
 )
 
 
@@ -66,8 +66,8 @@ def decoder(config: Config) -> Decoder:
     """
     whole = full_config(config)
     check_clip(FAMILY.name, whole)
-    need(FAMILY.name, {"text_config.model_type": (whole.text_config.model_type, "llama")})
-    return llama_facts(FAMILY.name, whole.text_config)
+    require_values(FAMILY.name, {"text_config.model_type": (whole.text_config.model_type, "llama")})
+    return llama_decoder(FAMILY.name, whole.text_config)
 
 
 def check_clip(family: str, whole: Any) -> None:
@@ -76,7 +76,7 @@ def check_clip(family: str, whole: Any) -> None:
     Raises:
         UserError: another tower, another choice of its features, or tied embeddings.
     """
-    need(
+    require_values(
         family,
         {
             "tie_word_embeddings": (whole.tie_word_embeddings, False),
@@ -88,9 +88,9 @@ def check_clip(family: str, whole: Any) -> None:
     check_feature_layer(family, whole.vision_feature_layer, depth)
 
 
-def vision(config: Config) -> Any:
+def make_vision_module(config: Config) -> Any:
     """Tower and projector, unfilled."""
-    from nemo_vlm_ptq.vision.llava import LlavaVision
+    from nemo_vlm_ptq.families.llava_vision import LlavaVision
 
     return LlavaVision(full_config(config))
 
@@ -102,7 +102,7 @@ def image_tokens(config: Config) -> tuple[int, int]:
     return whole.image_token_index, grid * grid
 
 
-def expand(config: Config, ids: Any, pixels: Pixels | None) -> Marks:
+def find_placeholders(config: Config, ids: Any, pixels: ImageInputs | None) -> ImagePlaceholders:
     """Published ids have one id for each image token already.
 
     Raises:
@@ -113,15 +113,15 @@ def expand(config: Config, ids: Any, pixels: Pixels | None) -> Marks:
     images, rest = divmod(int(is_image.sum()), count)
     if rest:
         raise UserError(f"{int(is_image.sum())} image tokens; each image takes {count}")
-    return Marks(is_image, 1, images)
+    return ImagePlaceholders(is_image, 1, images)
 
 
-def preparer(folder: Path, config: Config) -> Prepare:
+def make_preprocessor(folder: Path, config: Config) -> Preprocess:
     """A function (id, question, image, answer) -> Sample in LLaVA-1.5's prompt."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     tokens = load_tokenizer(folder)
-    need_processor(folder)
+    require_image_processor(folder)
     images = CLIPImageProcessorPil.from_pretrained(folder)
     image_id, count = image_tokens(config)
 
@@ -129,9 +129,9 @@ def preparer(folder: Path, config: Config) -> Prepare:
         mark = "<image>\n" if image is not None else ""
         text = f"USER: {mark}{question} ASSISTANT:" + (f" {answer}" if answer else "")
         counts = [] if image is None else [count]
-        input_ids, is_image = place_images(name, tokens(text)["input_ids"], image_id, counts)
-        if image is not None and not isinstance(image, Pixels):
-            image = Pixels(images(image.convert("RGB"), return_tensors="pt")["pixel_values"])
+        input_ids, is_image = expand_placeholders(name, tokens(text)["input_ids"], image_id, counts)
+        if image is not None and not isinstance(image, ImageInputs):
+            image = ImageInputs(images(image.convert("RGB"), return_tensors="pt")["pixel_values"])
         return Sample(name, input_ids, is_image, image)
 
     return prepare
@@ -140,17 +140,17 @@ def preparer(folder: Path, config: Config) -> Prepare:
 FAMILY = ModelFamily(
     name="llava",
     architectures=("LlavaForConditionalGeneration",),
-    decoder_prefix=LM,
+    decoder_prefix=DECODER_PREFIX,
     trtllm_architecture="LlamaForCausalLM",
-    rows=llama_rows(LM),
-    aliases=ALIASES,
-    drops=DROPS,
+    parameter_map=llama_parameter_map(DECODER_PREFIX),
+    name_aliases=NAME_ALIASES,
+    ignored_tensors=IGNORED_TENSORS,
     decoder=decoder,
     text_config=text_config,
-    vision=vision,
-    preparer=preparer,
-    expand=expand,
-    vision_engine="llava",
-    image_tokens=lambda config: image_tokens(config)[1],
-    nemo=True,
+    make_vision_module=make_vision_module,
+    make_preprocessor=make_preprocessor,
+    find_placeholders=find_placeholders,
+    trtllm_vision_type="llava",
+    tokens_per_image=lambda config: image_tokens(config)[1],
+    nemo_supported=True,
 )

@@ -13,21 +13,21 @@ from nemo_vlm_ptq.families import llava
 from nemo_vlm_ptq.families.base import (
     Config,
     Decoder,
-    Marks,
+    ImageInputs,
+    ImagePlaceholders,
     ModelFamily,
-    Pixels,
-    Prepare,
+    Preprocess,
     Sample,
-    place_images,
+    expand_placeholders,
 )
 from nemo_vlm_ptq.families.shared import (
-    llama_facts,
-    llama_rows,
+    llama_decoder,
+    llama_parameter_map,
     load_tokenizer,
-    need_processor,
+    require_image_processor,
 )
 
-ALIASES = (*llava.ALIASES, (r"^model\.image_newline$", "image_newline"))
+NAME_ALIASES = (*llava.NAME_ALIASES, (r"^model\.image_newline$", "image_newline"))
 PROMPTS = {
     "llama": "A chat between a curious human and an artificial intelligence assistant. The "
     "assistant gives helpful, detailed, and polite answers to the human's questions. "
@@ -61,12 +61,12 @@ def decoder(config: Config) -> Decoder:
         raise UserError(
             f"{FAMILY.name}: text_config.model_type is {kind!r}; supported: {', '.join(PROMPTS)}"
         )
-    return llama_facts(FAMILY.name, whole.text_config)
+    return llama_decoder(FAMILY.name, whole.text_config)
 
 
-def vision(config: Config) -> Any:
+def make_vision_module(config: Config) -> Any:
     """Tower, projector and newline, unfilled."""
-    from nemo_vlm_ptq.vision.llava_next import LlavaNextVision
+    from nemo_vlm_ptq.families.llava_next_vision import LlavaNextVision
 
     return LlavaNextVision(full_config(config))
 
@@ -75,7 +75,7 @@ def token_counts(config: Config, sizes: Any) -> list[int]:
     """Tokens of each image of `sizes` [images,2], counted with features that take no memory."""
     import torch
 
-    from nemo_vlm_ptq.vision.llava_next import pack, view_counts
+    from nemo_vlm_ptq.families.llava_next_vision import pack, view_counts
 
     whole = full_config(config)
     grid = whole.vision_config.image_size // whole.vision_config.patch_size
@@ -87,7 +87,7 @@ def token_counts(config: Config, sizes: Any) -> list[int]:
     return [len(tokens) for tokens in pack(owner, views, sizes, newline)]
 
 
-def expand(config: Config, ids: Any, pixels: Pixels | None) -> Marks:
+def find_placeholders(config: Config, ids: Any, pixels: ImageInputs | None) -> ImagePlaceholders:
     """Published ids have one id for each image token already.
 
     Raises:
@@ -95,39 +95,39 @@ def expand(config: Config, ids: Any, pixels: Pixels | None) -> Marks:
     """
     is_image = ids == full_config(config).image_token_index
     wanted, images = int(is_image.sum()), 0
-    if pixels is not None and pixels.sizes is None:
+    if pixels is not None and pixels.image_sizes is None:
         raise UserError("inputs must hold image_sizes [images,2], height and width")
-    counts = [] if pixels is None else token_counts(config, pixels.sizes)
+    counts = [] if pixels is None else token_counts(config, pixels.image_sizes)
     total = wanted
     while wanted > 0 and images < len(counts):
         wanted -= counts[images]
         images += 1
     if wanted:
         raise UserError(f"{total} image tokens; the images left take {counts}")
-    return Marks(is_image, 1, images)
+    return ImagePlaceholders(is_image, 1, images)
 
 
-def preparer(folder: Path, config: Config) -> Prepare:
+def make_preprocessor(folder: Path, config: Config) -> Preprocess:
     """A function (id, question, image, answer) -> Sample in the prompt of the decoder."""
     from transformers.models.llava_next.image_processing_pil_llava_next import (
         LlavaNextImageProcessorPil,
     )
 
     tokens = load_tokenizer(folder)
-    need_processor(folder)
+    require_image_processor(folder)
     images = LlavaNextImageProcessorPil.from_pretrained(folder)
     whole = full_config(config)
     prompt = PROMPTS[whole.text_config.model_type]
 
     def prepare(name: str, question: str, image: Any = None, answer: str = "") -> Sample:
-        if image is not None and not isinstance(image, Pixels):
+        if image is not None and not isinstance(image, ImageInputs):
             made = images(image.convert("RGB"), return_tensors="pt")
-            image = Pixels(made["pixel_values"], made["image_sizes"])
+            image = ImageInputs(made["pixel_values"], made["image_sizes"])
         mark = "<image>\n" if image is not None else ""
         text = prompt.format(mark=mark, question=question) + (f" {answer}" if answer else "")
-        counts = [] if image is None else token_counts(config, image.sizes)
+        counts = [] if image is None else token_counts(config, image.image_sizes)
         ids = tokens(text)["input_ids"]
-        input_ids, is_image = place_images(name, ids, whole.image_token_index, counts)
+        input_ids, is_image = expand_placeholders(name, ids, whole.image_token_index, counts)
         return Sample(name, input_ids, is_image, image)
 
     return prepare
@@ -136,15 +136,15 @@ def preparer(folder: Path, config: Config) -> Prepare:
 FAMILY = ModelFamily(
     name="llava_next",
     architectures=("LlavaNextForConditionalGeneration",),
-    decoder_prefix=llava.LM,
+    decoder_prefix=llava.DECODER_PREFIX,
     trtllm_architecture="LlamaForCausalLM",
-    rows=llama_rows(llava.LM),
-    aliases=ALIASES,
-    drops=llava.DROPS,
+    parameter_map=llama_parameter_map(llava.DECODER_PREFIX),
+    name_aliases=NAME_ALIASES,
+    ignored_tensors=llava.IGNORED_TENSORS,
     decoder=decoder,
     text_config=text_config,
-    vision=vision,
-    preparer=preparer,
-    expand=expand,
-    vision_engine="llava_next",
+    make_vision_module=make_vision_module,
+    make_preprocessor=make_preprocessor,
+    find_placeholders=find_placeholders,
+    trtllm_vision_type="llava_next",
 )

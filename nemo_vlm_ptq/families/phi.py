@@ -15,28 +15,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from nemo_vlm_ptq.checkpoints.huggingface import read_json_object
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.base import (
     Config,
     Decoder,
+    ImageInputs,
+    ImagePlaceholders,
     LongRope,
-    Marks,
     ModelFamily,
-    Pixels,
-    Prepare,
+    Preprocess,
     Sample,
-    need_marks,
+    check_placeholder_count,
 )
 from nemo_vlm_ptq.families.shared import (
-    COMPUTED,
-    llama_rows,
+    COMPUTED_ROTARY,
+    decoder_from_sizes,
+    llama_parameter_map,
     load_tokenizer,
-    need,
-    need_file,
-    sized_facts,
+    require_file,
+    require_values,
 )
-from nemo_vlm_ptq.mapping.rows import Drop
-from nemo_vlm_ptq.source import read_object
+from nemo_vlm_ptq.parameter_map.entries import IgnoredTensor
 
 CLIP_L = {
     "hidden_size": 1024,
@@ -47,18 +47,24 @@ CLIP_L = {
     "patch_size": 14,
     "projection_dim": 768,
 }
-LAYER = -2  # hidden state of CLIP that is looked at
-STOPS = (32000, 32001, 32007)  # <|endoftext|>, <|assistant|>, <|end|> of the published tokenizer
+CLIP_FEATURE_LAYER = -2  # hidden state of CLIP that is looked at
+STOP_TOKENS = (
+    32000,
+    32001,
+    32007,
+)  # <|endoftext|>, <|assistant|>, <|end|> of the published tokenizer
 PUBLISHED_VOCAB = 32064
-MARK = re.compile(r"<\|image_\d+\|>")
-LONG = ("su", "longrope")  # two names of one kind of rotary scaling
-FACTORS = ("short_factor", "long_factor")
-ROPE_KEYS = {"type", "rope_type", "rope_theta", "factor", *FACTORS}
+PLACEHOLDER = re.compile(r"<\|image_\d+\|>")
+LONG_ROPE_TYPES = ("su", "longrope")  # two names of one kind of rotary scaling
+ROPE_FACTOR_KEYS = ("short_factor", "long_factor")
+ROPE_KEYS = {"type", "rope_type", "rope_theta", "factor", *ROPE_FACTOR_KEYS}
 ROPE_KEYS |= {"original_max_position_embeddings", "partial_rotary_factor"}
-DROPS = (
-    COMPUTED,
-    Drop(r".*\.embeddings\.position_ids", "counts up from 0"),
-    Drop(r"model\.vision_embed_tokens\.wte\.weight", "the same tensor as model.embed_tokens"),
+IGNORED_TENSORS = (
+    COMPUTED_ROTARY,
+    IgnoredTensor(r".*\.embeddings\.position_ids", "counts up from 0"),
+    IgnoredTensor(
+        r"model\.vision_embed_tokens\.wte\.weight", "the same tensor as model.embed_tokens"
+    ),
 )
 
 
@@ -72,11 +78,13 @@ def text_config(config: Config) -> Any:
     eos = own.get("eos_token_id", 32000)
     stops = dict.fromkeys(eos if isinstance(eos, list) else [eos])
     if own.get("vocab_size", PUBLISHED_VOCAB) == PUBLISHED_VOCAB:
-        stops |= dict.fromkeys(STOPS)
+        stops |= dict.fromkeys(STOP_TOKENS)
     own |= {"eos_token_id": list(stops), "pad_token_id": own.get("pad_token_id")}
     for key in ("rope_scaling", "rope_parameters"):
         if rope := own.get(key):  # transformers 5 has other names for the same
-            rope["rope_type"] = "longrope" if rope_kind(rope) in LONG else rope_kind(rope)
+            rope["rope_type"] = (
+                "longrope" if rope_kind(rope) in LONG_ROPE_TYPES else rope_kind(rope)
+            )
             rope.pop("type", None)
             rope.setdefault("original_max_position_embeddings", original_positions(config))
             rope["factor"] = position_ratio(config)
@@ -108,7 +116,7 @@ def decoder(config: Config) -> Decoder:
     _check_rope(config, rope)
     text = text_config(config)
     embed, images = config.get("embd_layer") or {}, config.get("img_processor") or {}
-    need(
+    require_values(
         "phi",
         {
             "tie_word_embeddings": (text.tie_word_embeddings, False),
@@ -119,7 +127,10 @@ def decoder(config: Config) -> Decoder:
             "embd_layer.with_learnable_separator": (embed.get("with_learnable_separator"), True),
             "embd_layer.projection_cls": (embed.get("projection_cls"), "mlp"),
             "img_processor.name": (images.get("name"), "clip_vision_model"),
-            "img_processor.layer_idx": (images.get("layer_idx", LAYER), LAYER),
+            "img_processor.layer_idx": (
+                images.get("layer_idx", CLIP_FEATURE_LAYER),
+                CLIP_FEATURE_LAYER,
+            ),
             "img_processor.type_feature": (images.get("type_feature", "patch"), "patch"),
             "img_processor.image_dim_out": (
                 images.get("image_dim_out"),
@@ -127,12 +138,12 @@ def decoder(config: Config) -> Decoder:
             ),
         },
     )
-    facts = sized_facts("phi", text, text.rope_parameters.get("rope_theta", 10000.0))
-    if rope_kind(rope) not in LONG:
+    facts = decoder_from_sizes("phi", text, text.rope_parameters.get("rope_theta", 10000.0))
+    if rope_kind(rope) not in LONG_ROPE_TYPES:
         return facts
     original, ratio = original_positions(config), position_ratio(config)
     scale = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
-    short, long = (tuple(rope[key]) for key in FACTORS)
+    short, long = (tuple(rope[key]) for key in ROPE_FACTOR_KEYS)
     return replace(facts, long_rope=LongRope(short, long, original, scale))
 
 
@@ -143,12 +154,14 @@ def _check_rope(config: Config, rope: Mapping[str, Any]) -> None:
         UserError: another kind, unknown settings, or factors that do not fit the heads.
     """
     kind = rope_kind(rope)
-    if kind not in ("default", *LONG):
-        raise UserError(f"phi: rope type is {kind!r}; supported: {', '.join(LONG)}, or none")
+    if kind not in ("default", *LONG_ROPE_TYPES):
+        raise UserError(
+            f"phi: rope type is {kind!r}; supported: {', '.join(LONG_ROPE_TYPES)}, or none"
+        )
     if unknown := sorted(set(rope) - ROPE_KEYS):
         raise UserError(f"phi: rope_scaling.{unknown[0]} is not known")
     half = config.get("hidden_size", 3072) // config.get("num_attention_heads", 32) // 2
-    for key in FACTORS if kind in LONG else ():
+    for key in ROPE_FACTOR_KEYS if kind in LONG_ROPE_TYPES else ():
         count = len(rope.get(key) or ())
         if count != half:
             raise UserError(f"phi: rope_scaling.{key} has {count} factors; the heads need {half}")
@@ -160,16 +173,16 @@ def tower_config(config: Config) -> dict[str, Any]:
     return dict(given or CLIP_L)
 
 
-def vision(config: Config) -> Any:
+def make_vision_module(config: Config) -> Any:
     """Tower, separators and projector, unfilled."""
-    from nemo_vlm_ptq.vision.phi import PhiVision
+    from nemo_vlm_ptq.families.phi_vision import PhiVision
 
-    return PhiVision(tower_config(config), config.get("hidden_size", 3072), LAYER)
+    return PhiVision(tower_config(config), config.get("hidden_size", 3072), CLIP_FEATURE_LAYER)
 
 
 def token_counts(config: Config, sizes: Any) -> list[int]:
     """Tokens of each image of `sizes` [images,2], padded heights and widths."""
-    from nemo_vlm_ptq.vision.phi import token_count
+    from nemo_vlm_ptq.families.phi_vision import token_count
 
     tower = tower_config(config)
     side = tower["image_size"]
@@ -177,24 +190,24 @@ def token_counts(config: Config, sizes: Any) -> list[int]:
     return [token_count(int(height), int(width), side, m) for height, width in sizes]
 
 
-def expand(config: Config, ids: Any, pixels: Pixels | None) -> Marks:
+def find_placeholders(config: Config, ids: Any, pixels: ImageInputs | None) -> ImagePlaceholders:
     """Published ids have -i for each token of image i of the row.
 
     Raises:
         UserError: their number is not that of the images.
     """
     images = max(0, -int(ids.min()))
-    sizes = None if pixels is None else pixels.sizes
+    sizes = None if pixels is None else pixels.image_sizes
     if images and sizes is None:
         raise UserError("inputs must hold pixel_values and image_sizes [images,2], padded")
     counts = [] if sizes is None else token_counts(config, sizes[:images])
     found = [int((ids == -1 - index).sum()) for index in range(images)]
     if found != counts:
         raise UserError(f"{found} image tokens; the images left take {counts}")
-    return Marks(ids < 0, 1, images)
+    return ImagePlaceholders(ids < 0, 1, images)
 
 
-def preparer(folder: Path, config: Config) -> Prepare:
+def make_preprocessor(folder: Path, config: Config) -> Preprocess:
     """A function (id, question, image, answer) -> Sample in Phi-3-vision's prompt.
 
     Pieces of the prompt beside an image are tokenized apart, each with a <s> of its own, as the
@@ -202,22 +215,22 @@ def preparer(folder: Path, config: Config) -> Prepare:
     """
     import torch
 
-    from nemo_vlm_ptq.vision.phi import cut
+    from nemo_vlm_ptq.families.phi_vision import crop_image
 
     tokens = load_tokenizer(folder)
-    settings = read_object(need_file(folder, "preprocessor_config.json"))
+    settings = read_json_object(require_file(folder, "preprocessor_config.json"))
     crops, side = settings["num_crops"], tower_config(config)["image_size"]
     mean, std = settings["image_mean"], settings["image_std"]
 
     def prepare(name: str, question: str, image: Any = None, answer: str = "") -> Sample:
-        if image is not None and not isinstance(image, Pixels):
-            views, size = cut(image, crops, side, mean, std)
-            image = Pixels(views[None], torch.tensor([size]))
+        if image is not None and not isinstance(image, ImageInputs):
+            views, size = crop_image(image, crops, side, mean, std)
+            image = ImageInputs(views[None], torch.tensor([size]))
         mark = "<|image_1|>\n" if image is not None else ""
         text = f"<|user|>\n{mark}{question}<|end|>\n<|assistant|>\n{answer}"
-        counts = [] if image is None else token_counts(config, image.sizes)
-        first, *rest = MARK.split(text)
-        need_marks(name, len(rest), len(counts))
+        counts = [] if image is None else token_counts(config, image.image_sizes)
+        first, *rest = PLACEHOLDER.split(text)
+        check_placeholder_count(name, len(rest), len(counts))
         ids: list[int] = tokens(first)["input_ids"]
         for index, (count, chunk) in enumerate(zip(counts, rest, strict=True), 1):
             ids += [-index] * count + tokens(chunk)["input_ids"]
@@ -232,13 +245,15 @@ FAMILY = ModelFamily(
     architectures=("Phi3VForCausalLM",),
     decoder_prefix="",
     trtllm_architecture="Phi3ForCausalLM",
-    rows=llama_rows("", ("self_attn.qkv_proj.weight",), ("mlp.gate_up_proj.weight",)),
-    aliases=(),
-    drops=DROPS,
+    parameter_map=llama_parameter_map(
+        "", ("self_attn.qkv_proj.weight",), ("mlp.gate_up_proj.weight",)
+    ),
+    name_aliases=(),
+    ignored_tensors=IGNORED_TENSORS,
     decoder=decoder,
     text_config=text_config,
-    vision=vision,
-    preparer=preparer,
-    expand=expand,
-    vision_engine="phi-3-vision",
+    make_vision_module=make_vision_module,
+    make_preprocessor=make_preprocessor,
+    find_placeholders=find_placeholders,
+    trtllm_vision_type="phi-3-vision",
 )

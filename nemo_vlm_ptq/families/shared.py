@@ -6,20 +6,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_vlm_ptq.checkpoints.huggingface import read_json_object
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.base import Decoder
-from nemo_vlm_ptq.mapping.rows import Drop, Row
-from nemo_vlm_ptq.source import read_object
+from nemo_vlm_ptq.parameter_map.entries import IgnoredTensor, ParameterEntry
 
-LAYER = "model.layers.{i}."
+LAYER_PREFIX = "model.layers.{i}."
 QKV = tuple(f"self_attn.{part}_proj.weight" for part in "qkv")
-GATED = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
-COMPUTED = Drop(r".*\.rotary_emb\.inv_freq", "computed from rope_theta")
+GATE_UP = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
+COMPUTED_ROTARY = IgnoredTensor(r".*\.rotary_emb\.inv_freq", "computed from rope_theta")
 
 
-def llama_rows(
-    prefix: str, qkv: tuple[str, ...] = QKV, gated: tuple[str, ...] = GATED
-) -> tuple[Row, ...]:
+def llama_parameter_map(
+    prefix: str, qkv: tuple[str, ...] = QKV, gated: tuple[str, ...] = GATE_UP
+) -> tuple[ParameterEntry, ...]:
     """Rows of a Llama-like decoder.
 
     Args:
@@ -27,40 +27,48 @@ def llama_rows(
         qkv: names in a layer of q, k and v, or of the one tensor that holds them.
         gated: names in a layer of gate and up, or of the one tensor that holds them.
     """
-    layer, mine = prefix + LAYER, "decoder.layers.{i}."
+    layer, mine = prefix + LAYER_PREFIX, "decoder.layers.{i}."
     return (
-        Row("embedding.word_embeddings.weight", (prefix + "model.embed_tokens.weight",), "vocab"),
-        Row("decoder.final_layernorm.weight", (prefix + "model.norm.weight",), "replicate"),
-        Row("output_layer.weight", (prefix + "lm_head.weight",), "vocab"),
-        Row(mine + "input_layernorm.weight", (layer + "input_layernorm.weight",), "replicate"),
-        Row(
+        ParameterEntry(
+            "embedding.word_embeddings.weight", (prefix + "model.embed_tokens.weight",), "vocab"
+        ),
+        ParameterEntry(
+            "decoder.final_layernorm.weight", (prefix + "model.norm.weight",), "replicate"
+        ),
+        ParameterEntry("output_layer.weight", (prefix + "lm_head.weight",), "vocab"),
+        ParameterEntry(
+            mine + "input_layernorm.weight", (layer + "input_layernorm.weight",), "replicate"
+        ),
+        ParameterEntry(
             mine + "self_attention.linear_qkv.weight",
             tuple(layer + name for name in qkv),
             "qkv",
-            linear=True,
+            is_linear=True,
         ),
-        Row(
+        ParameterEntry(
             mine + "self_attention.linear_proj.weight",
             (layer + "self_attn.o_proj.weight",),
             "row",
-            linear=True,
+            is_linear=True,
         ),
-        Row(
+        ParameterEntry(
             mine + "pre_mlp_layernorm.weight",
             (layer + "post_attention_layernorm.weight",),
             "replicate",
         ),
-        Row(
+        ParameterEntry(
             mine + "mlp.linear_fc1.weight",
             tuple(layer + name for name in gated),
             "gated",
-            linear=True,
+            is_linear=True,
         ),
-        Row(mine + "mlp.linear_fc2.weight", (layer + "mlp.down_proj.weight",), "row", linear=True),
+        ParameterEntry(
+            mine + "mlp.linear_fc2.weight", (layer + "mlp.down_proj.weight",), "row", is_linear=True
+        ),
     )
 
 
-def need(family: str, wanted: Mapping[str, tuple[Any, Any]]) -> None:
+def require_values(family: str, wanted: Mapping[str, tuple[Any, Any]]) -> None:
     """Refuse a config that asks for what a family does not hold; wanted: key -> (value, need).
 
     Raises:
@@ -71,14 +79,14 @@ def need(family: str, wanted: Mapping[str, tuple[Any, Any]]) -> None:
             raise UserError(f"{family}: {key} is {value!r}; only {needed!r} is supported")
 
 
-def llama_facts(family: str, text: Any, key: str = "text_config") -> Decoder:
+def llama_decoder(family: str, text: Any, key: str = "text_config") -> Decoder:
     """Facts of a decoder from transformers' LlamaConfig, MistralConfig or the like.
 
     Raises:
         UserError: the config asks for something that the rows do not hold.
     """
     rope = dict(text.to_dict().get("rope_parameters") or {})
-    need(
+    require_values(
         family,
         {
             "tie_word_embeddings": (text.tie_word_embeddings, False),
@@ -88,10 +96,10 @@ def llama_facts(family: str, text: Any, key: str = "text_config") -> Decoder:
             "rope type": (rope.get("rope_type", "default"), "default"),
         },
     )
-    return sized_facts(family, text, rope.get("rope_theta", 10000.0))
+    return decoder_from_sizes(family, text, rope.get("rope_theta", 10000.0))
 
 
-def sized_facts(family: str, text: Any, rope_theta: float) -> Decoder:
+def decoder_from_sizes(family: str, text: Any, rope_theta: float) -> Decoder:
     """Sizes of a decoder, checked to fit together.
 
     Raises:
@@ -151,18 +159,18 @@ def load_tokenizer(folder: Path) -> Any:
     return tokens
 
 
-def need_processor(folder: Path) -> None:
+def require_image_processor(folder: Path) -> None:
     """A model folder has settings of an image processor, in either of transformers' files.
 
     Raises:
         UserError: it has not.
     """
     path = folder / "processor_config.json"
-    if not (path.is_file() and "image_processor" in read_object(path)):
-        need_file(folder, "preprocessor_config.json")
+    if not (path.is_file() and "image_processor" in read_json_object(path)):
+        require_file(folder, "preprocessor_config.json")
 
 
-def need_file(folder: Path, name: str) -> Path:
+def require_file(folder: Path, name: str) -> Path:
     """The path of a file of a model folder.
 
     Raises:

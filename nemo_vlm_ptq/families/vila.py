@@ -9,38 +9,40 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from nemo_vlm_ptq.checkpoints.huggingface import read_json_object
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.base import (
     Config,
     Decoder,
-    Marks,
+    ImageInputs,
+    ImagePlaceholders,
     ModelFamily,
-    Pixels,
-    Prepare,
+    Preprocess,
     Sample,
-    need_marks,
-    place_images,
+    check_placeholder_count,
+    expand_placeholders,
 )
 from nemo_vlm_ptq.families.shared import (
-    COMPUTED,
+    COMPUTED_ROTARY,
     check_feature_layer,
-    llama_facts,
-    llama_rows,
+    llama_decoder,
+    llama_parameter_map,
     load_tokenizer,
-    need,
-    need_file,
+    require_file,
+    require_values,
 )
-from nemo_vlm_ptq.mapping.rows import Drop
-from nemo_vlm_ptq.source import read_object
+from nemo_vlm_ptq.parameter_map.entries import IgnoredTensor
 
-PARTS = ("llm", "vision_tower", "mm_projector")
-LM = "llm/"
+SUBFOLDERS = ("llm", "vision_tower", "mm_projector")
+DECODER_PREFIX = "llm/"
 IMAGE_ID = -200  # stands for an image in published ids, and for each of its tokens in ours
-ORDERS = ("column", "row")
-DROPS = (
-    COMPUTED,
-    Drop(r".*\.embeddings\.position_ids", "counts up from 0"),
-    Drop(r"vision_tower/vision_model\.head\..*", "VILA looks at patches, not the pool", True),
+TOKEN_ORDERS = ("column", "row")
+IGNORED_TENSORS = (
+    COMPUTED_ROTARY,
+    IgnoredTensor(r".*\.embeddings\.position_ids", "counts up from 0"),
+    IgnoredTensor(
+        r"vision_tower/vision_model\.head\..*", "VILA looks at patches, not the pool", True
+    ),
 )
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
@@ -60,17 +62,17 @@ LLAMA_3 = (
 )
 
 
-def complete(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+def complete_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     """config.json with the configs of the three folders as llm_cfg, vision_tower_cfg, ...
 
     Raises:
         UserError: a part has no config.
     """
     whole = dict(config)
-    for part in PARTS:
+    for part in SUBFOLDERS:
         path = folder / part / "config.json"
         if path.is_file():
-            whole[f"{part}_cfg"] = read_object(path)
+            whole[f"{part}_cfg"] = read_json_object(path)
         elif not isinstance(whole.get(f"{part}_cfg"), dict):
             raise UserError(f"{folder} has no {part}/config.json")
     return whole
@@ -91,9 +93,9 @@ def decoder(config: Config) -> Decoder:
     """
     tower, projector = config["vision_tower_cfg"], config["mm_projector_cfg"]
     order = token_order(config)
-    if order not in ORDERS:
-        raise UserError(f"vila: mm_token_order is {order!r}; known: {', '.join(ORDERS)}")
-    need(
+    if order not in TOKEN_ORDERS:
+        raise UserError(f"vila: mm_token_order is {order!r}; known: {', '.join(TOKEN_ORDERS)}")
+    require_values(
         "vila",
         {
             "llm_cfg.model_type": (config["llm_cfg"].get("model_type"), "llama"),
@@ -111,7 +113,7 @@ def decoder(config: Config) -> Decoder:
     )
     depth = tower.get("num_hidden_layers", 12)
     check_feature_layer("vila", feature_layer(config), depth, "mm_vision_select_layer")
-    return llama_facts("vila", text_config(config), "llm_cfg")
+    return llama_decoder("vila", text_config(config), "llm_cfg")
 
 
 def token_order(config: Config) -> Any:
@@ -124,9 +126,9 @@ def feature_layer(config: Config) -> int:
     return int(config.get("mm_vision_select_layer", -2))
 
 
-def vision(config: Config) -> Any:
+def make_vision_module(config: Config) -> Any:
     """Tower and projector, unfilled."""
-    from nemo_vlm_ptq.vision.vila import VilaVision
+    from nemo_vlm_ptq.families.vila_vision import VilaVision
 
     hidden = text_config(config).hidden_size
     tower, layer = config["vision_tower_cfg"], feature_layer(config)
@@ -137,19 +139,19 @@ def image_tokens(config: Config) -> int:
     """Tokens of one image."""
     from transformers import SiglipVisionConfig
 
-    from nemo_vlm_ptq.vision.vila import token_count
+    from nemo_vlm_ptq.families.vila_vision import token_count
 
     tower = SiglipVisionConfig(**config["vision_tower_cfg"])
     return token_count(int(tower.image_size), int(tower.patch_size))  # type: ignore[arg-type]
 
 
-def expand(config: Config, ids: Any, pixels: Pixels | None) -> Marks:
+def find_placeholders(config: Config, ids: Any, pixels: ImageInputs | None) -> ImagePlaceholders:
     """Published ids have one -200 for each image."""
     is_image = ids == IMAGE_ID
-    return Marks(is_image, image_tokens(config), int(is_image.sum()))
+    return ImagePlaceholders(is_image, image_tokens(config), int(is_image.sum()))
 
 
-def preparer(folder: Path, config: Config) -> Prepare:
+def make_preprocessor(folder: Path, config: Config) -> Preprocess:
     """A function (id, question, image, answer) -> Sample in the prompt of the decoder.
 
     Pieces of the prompt beside the image are tokenized apart, as VILA does.
@@ -157,7 +159,7 @@ def preparer(folder: Path, config: Config) -> Prepare:
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
     tokens = load_tokenizer(folder / "llm")
-    need_file(folder / "vision_tower", "preprocessor_config.json")
+    require_file(folder / "vision_tower", "preprocessor_config.json")
     processor = SiglipImageProcessorPil.from_pretrained(folder / "vision_tower")
     llama_3 = tokens.convert_tokens_to_ids("<|start_header_id|>") not in (
         None,
@@ -171,20 +173,20 @@ def preparer(folder: Path, config: Config) -> Prepare:
         return tokens(text, add_special_tokens=False)["input_ids"]
 
     def prepare(name: str, question: str, image: Any = None, answer: str = "") -> Sample:
-        if image is not None and not isinstance(image, Pixels):
+        if image is not None and not isinstance(image, ImageInputs):
             made = processor(image.convert("RGB"), return_tensors="pt")
-            image = Pixels(made["pixel_values"])
+            image = ImageInputs(made["pixel_values"])
         before, between, after = prompt.partition("{mark}")
         assert between
         space = "" if llama_3 else " "
         after = after.format(question=question) + (f"{space}{answer}" if answer else "")
         images = int(image is not None)
-        need_marks(name, images + after.count("<image>"), images)
+        check_placeholder_count(name, images + after.count("<image>"), images)
         if image is None:
             ids = piece(before + after)
         else:
             ids = [*piece(before), IMAGE_ID, *piece("\n" + after)]
-        input_ids, is_image = place_images(name, [*first, *ids], IMAGE_ID, [count] * images)
+        input_ids, is_image = expand_placeholders(name, [*first, *ids], IMAGE_ID, [count] * images)
         return Sample(name, input_ids, is_image, image)
 
     return prepare
@@ -193,18 +195,18 @@ def preparer(folder: Path, config: Config) -> Prepare:
 FAMILY = ModelFamily(
     name="vila",
     architectures=("LlavaLlamaModel",),
-    decoder_prefix=LM,
+    decoder_prefix=DECODER_PREFIX,
     trtllm_architecture="LlamaForCausalLM",
-    rows=llama_rows(LM),
-    aliases=(),
-    drops=DROPS,
+    parameter_map=llama_parameter_map(DECODER_PREFIX),
+    name_aliases=(),
+    ignored_tensors=IGNORED_TENSORS,
     decoder=decoder,
     text_config=text_config,
-    vision=vision,
-    preparer=preparer,
-    expand=expand,
-    vision_engine="vila",
-    image_tokens=image_tokens,
-    parts=PARTS,
-    complete=complete,
+    make_vision_module=make_vision_module,
+    make_preprocessor=make_preprocessor,
+    find_placeholders=find_placeholders,
+    trtllm_vision_type="vila",
+    tokens_per_image=image_tokens,
+    subfolders=SUBFOLDERS,
+    complete_config=complete_config,
 )

@@ -19,7 +19,7 @@ class SdpaCoreAttention(DotProductAttention):
     `watch`, when set, is called with (key, value) of each forward, shapes [S,B,heads,D].
     """
 
-    watch: Any = None
+    kv_observer: Any = None
 
     def forward(
         self,
@@ -34,8 +34,8 @@ class SdpaCoreAttention(DotProductAttention):
 
         attention_mask: None for plain causal attention, else [B,1,S,S] bool, True where hidden.
         """
-        if self.watch is not None:
-            self.watch(key, value)
+        if self.kv_observer is not None:
+            self.kv_observer(key, value)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         visible = None if attention_mask is None else ~attention_mask
         out = F.scaled_dot_product_attention(

@@ -10,13 +10,15 @@ from megatron.core.transformer import TransformerConfig
 
 from nemo_vlm_ptq.families.base import Decoder
 from nemo_vlm_ptq.megatron.attention import SdpaCoreAttention
-from nemo_vlm_ptq.megatron.by_output import ByOutputLinear
+from nemo_vlm_ptq.megatron.output_sharded_linear import OutputShardedLinear
+from nemo_vlm_ptq.megatron.parallel_context import ParallelContext
 from nemo_vlm_ptq.megatron.rotary import use_long_rope
-from nemo_vlm_ptq.megatron.session import Session
-from nemo_vlm_ptq.plan import VOCAB_MULTIPLE
+from nemo_vlm_ptq.planning.plan import VOCAB_MULTIPLE
 
 
-def transformer_config(decoder: Decoder, session: Session, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(
+    decoder: Decoder, parallel: ParallelContext, dtype: torch.dtype
+) -> TransformerConfig:
     """Megatron's description of a Llama-like decoder, with every fusion that needs CUDA off."""
     return TransformerConfig(
         num_layers=decoder.layers,
@@ -44,14 +46,14 @@ def transformer_config(decoder: Decoder, session: Session, dtype: torch.dtype) -
         bf16=dtype is torch.bfloat16,
         fp16=dtype is torch.float16,
         pipeline_dtype=dtype,
-        tensor_model_parallel_size=session.layout.tensor,
-        pipeline_model_parallel_size=session.layout.pipeline,
+        tensor_model_parallel_size=parallel.layout.tensor,
+        pipeline_model_parallel_size=parallel.layout.pipeline,
         hetereogenous_dist_checkpoint=True,  # one key a layer: any layer can be read alone
     )
 
 
 def build_decoder(
-    decoder: Decoder, session: Session, dtype: torch.dtype, *, to_observe: bool = False
+    decoder: Decoder, parallel: ParallelContext, dtype: torch.dtype, *, to_observe: bool = False
 ) -> GPTModel:
     """The decoder with uninitialised weights; logits come out whole on every tensor rank.
 
@@ -62,15 +64,15 @@ def build_decoder(
     attention, mlp = spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules
     attention.core_attention = SdpaCoreAttention
     if to_observe:
-        attention.linear_proj = mlp.linear_fc2 = ByOutputLinear
-    with session.device:  # else it would be made on the host and copied
+        attention.linear_proj = mlp.linear_fc2 = OutputShardedLinear
+    with parallel.device:  # else it would be made on the host and copied
         model = GPTModel(
-            config=transformer_config(decoder, session, dtype),
+            config=transformer_config(decoder, parallel, dtype),
             transformer_layer_spec=spec,
-            vocab_size=decoder.sizes(VOCAB_MULTIPLE).vocab_rows,
+            vocab_size=decoder.sizes(VOCAB_MULTIPLE).padded_vocab,
             max_sequence_length=decoder.max_positions,
-            pre_process=session.first_stage,
-            post_process=session.last_stage and not to_observe,
+            pre_process=parallel.first_stage,
+            post_process=parallel.last_stage and not to_observe,
             parallel_output=False,
             share_embeddings_and_output_weights=False,
             position_embedding_type="rope",
@@ -78,4 +80,4 @@ def build_decoder(
         )
     if decoder.long_rope is not None:
         use_long_rope(model, decoder, decoder.long_rope)
-    return model.to(session.device, dtype).eval().requires_grad_(False)
+    return model.to(parallel.device, dtype).eval().requires_grad_(False)

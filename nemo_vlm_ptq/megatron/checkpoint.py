@@ -25,21 +25,21 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
-from nemo_vlm_ptq.blocks import Slices, Stacked, read_block
+from nemo_vlm_ptq.checkpoints.huggingface import SourceReader, all_finite, cast_checked
+from nemo_vlm_ptq.checkpoints.torch_dist_index import INDEX, read_index
+from nemo_vlm_ptq.checkpoints.torch_dist_tensors import LazyConcat, LazyTensor, read_block
 from nemo_vlm_ptq.families.base import Decoder
-from nemo_vlm_ptq.mapping.layouts import take
-from nemo_vlm_ptq.mapping.rows import STORED_NORMS, Row, expand
-from nemo_vlm_ptq.megatron.session import Session
-from nemo_vlm_ptq.page_locked import copy_into, moved
-from nemo_vlm_ptq.plan import VOCAB_MULTIPLE
-from nemo_vlm_ptq.progress import progress_bar
-from nemo_vlm_ptq.source import Reader, all_finite, in_dtype
-from nemo_vlm_ptq.torch_dist import INDEX, read_index
+from nemo_vlm_ptq.megatron.parallel_context import ParallelContext
+from nemo_vlm_ptq.parameter_map.entries import STORED_NORMS, ParameterEntry, expand_layers
+from nemo_vlm_ptq.parameter_map.sharding import shard_tensor
+from nemo_vlm_ptq.planning.plan import VOCAB_MULTIPLE
+from nemo_vlm_ptq.utils.pinned_memory import copy_pinned, to_device
+from nemo_vlm_ptq.utils.progress import progress_bar
 
-LAYERS = "decoder.layers."
+LAYER_PREFIX = "decoder.layers."
 HOST = torch.device("cpu")
-FILE = 1 << 29  # bytes: a rank writes its files at the same time, a process each
-MOST_FILES = 8
+FILE_BYTES = 1 << 29  # bytes: a rank writes its files at the same time, a process each
+MAX_FILES = 8
 
 
 def global_names(model: GPTModel) -> dict[str, torch.nn.Parameter]:
@@ -47,14 +47,14 @@ def global_names(model: GPTModel) -> dict[str, torch.nn.Parameter]:
     first = model.decoder.layers[0].layer_number - 1
     named = {}
     for name, parameter in model.named_parameters():
-        if name.startswith(LAYERS):
-            layer, rest = name.removeprefix(LAYERS).split(".", 1)
-            name = f"{LAYERS}{int(layer) + first}.{rest}"
+        if name.startswith(LAYER_PREFIX):
+            layer, rest = name.removeprefix(LAYER_PREFIX).split(".", 1)
+            name = f"{LAYER_PREFIX}{int(layer) + first}.{rest}"
         named[name] = parameter
     return named
 
 
-def writer(name: str, data: int) -> int:
+def writer_rank(name: str, data: int) -> int:
     """Which of the data ranks writes a parameter: layers are dealt over them."""
     layer = re.match(r"decoder\.layers\.(\d+)\.", name)
     if layer is None:
@@ -62,24 +62,24 @@ def writer(name: str, data: int) -> int:
     return int(layer[1]) % data
 
 
-def writes(name: str) -> bool:
+def is_writer(name: str) -> bool:
     """This data rank writes a parameter."""
     data = parallel_state.get_data_parallel_world_size()
-    return writer(name, data) == parallel_state.get_data_parallel_rank()
+    return writer_rank(name, data) == parallel_state.get_data_parallel_rank()
 
 
 def written_layers(model: GPTModel) -> set[int]:
     """Layers that this data rank writes, counted over the whole model."""
     layers = {block.layer_number - 1 for block in model.decoder.layers}
-    return {layer for layer in layers if writes(f"{LAYERS}{layer}.")}
+    return {layer for layer in layers if is_writer(f"{LAYER_PREFIX}{layer}.")}
 
 
-def fill_from_source(
+def load_from_source(
     model: GPTModel,
-    session: Session,
-    rows: Iterable[Row],
+    parallel: ParallelContext,
+    rows: Iterable[ParameterEntry],
     decoder: Decoder,
-    reader: Reader,
+    reader: SourceReader,
     *,
     to_write: bool = False,
 ) -> int:
@@ -93,19 +93,19 @@ def fill_from_source(
     Raises:
         UserError: NaN or Inf in a slice, or numbers that the model's dtype cannot hold.
     """
-    table = {row.megatron: row for row in expand(rows, range(decoder.layers))}
+    table = {row.megatron_name: row for row in expand_layers(rows, range(decoder.layers))}
     sizes = decoder.sizes(VOCAB_MULTIPLE)
     read = 0
-    named = [one for one in global_names(model).items() if not to_write or writes(one[0])]
-    for name, parameter in progress_bar("import", "tensor", session.rank, named):
+    named = [one for one in global_names(model).items() if not to_write or is_writer(one[0])]
+    for name, parameter in progress_bar("import", "tensor", parallel.rank, named):
         row = table[name]
-        parts = [reader.slices(part) for part in row.hf]
-        shard = take(row.layout, parts, sizes, session.tensor, session.layout.tensor)
+        parts = [reader.slices(part) for part in row.hf_names]
+        shard = shard_tensor(row.sharding, parts, sizes, parallel.tensor, parallel.layout.tensor)
         assert shard.shape == parameter.shape, (name, shard.shape, parameter.shape)
         parameter.data.copy_(shard)
         if not all_finite(parameter.data):
-            for part, source in zip(parts, row.hf, strict=True):
-                in_dtype(part[:], source, parameter.dtype)  # names the one that is not
+            for part, source in zip(parts, row.hf_names, strict=True):
+                cast_checked(part[:], source, parameter.dtype)  # names the one that is not
         read += shard.nbytes
     return read
 
@@ -119,9 +119,11 @@ def save_model(model: GPTModel, folder: Path) -> None:
     for shard in nested_values(state):
         if isinstance(shard, ShardedTensor):
             *others, _ = shard.replica_id
-            shard.replica_id = (*others, (own - writer(shard.key, data)) % data)  # 0 writes
+            shard.replica_id = (*others, (own - writer_rank(shard.key, data)) % data)  # 0 writes
             if shard.data is not None and is_main_replica(shard.replica_id):
-                shard.data = moved(shard.data.detach(), HOST)  # the writer would page-lock it all
+                shard.data = to_device(
+                    shard.data.detach(), HOST
+                )  # the writer would page-lock it all
                 shard.data = torch.from_dlpack(shard.data)  # no view: the writer would copy views
         elif isinstance(shard, ShardedObject):
             shard.data = _same_bytes_always(shard.data)
@@ -135,7 +137,7 @@ def save_state(state: dict[str, Any], folder: Path) -> None:
     for shard in nested_values(state):
         if isinstance(shard, ShardedTensor) and shard.data is not None:
             own += shard.data.nbytes * is_main_replica(shard.replica_id)
-    files = min(MOST_FILES, max(2, -(-own // FILE)))
+    files = min(MAX_FILES, max(2, -(-own // FILE_BYTES)))
     strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=files)
     try:
         dist_checkpointing.save(state, str(folder), strategy)
@@ -143,10 +145,10 @@ def save_state(state: dict[str, Any], folder: Path) -> None:
         reasons = {f"rank {rank}: {failure}" for rank, (failure, _) in error.failures.items()}
         raise RuntimeError("; ".join(sorted(reasons))) from error
     if dist.get_rank() == 0:
-        settle_index(folder)
+        normalize_index(folder)
 
 
-def settle_index(folder: Path) -> None:
+def normalize_index(folder: Path) -> None:
     """Write .metadata again without random id and path, in order and not as threads ended."""
     path = folder / INDEX
     index = pickle.loads(path.read_bytes())
@@ -183,7 +185,7 @@ def load_model(model: GPTModel, folder: Path, *, to_write: bool = False) -> None
         UserError: damaged files.
     """
     named = global_names(model)
-    own = [one for name, one in named.items() if writes(name)]
+    own = [one for name, one in named.items() if is_writer(name)]
     stored = read_index(folder).tensors
     memory, filled = {parameter.untyped_storage().data_ptr() for parameter in own}, 0
     state = model.sharded_state_dict()
@@ -193,7 +195,7 @@ def load_model(model: GPTModel, folder: Path, *, to_write: bool = False) -> None
             continue
         if shard.data.untyped_storage().data_ptr() in memory:
             place = tuple(shard.global_offset), tuple(shard.local_shape)
-            copy_into(shard.data.detach(), read_block(stored[shard.key], *place))
+            copy_pinned(shard.data.detach(), read_block(stored[shard.key], *place))
             filled += shard.data.numel()
     assert filled == sum(parameter.numel() for parameter in own), folder
     group = parallel_state.get_data_parallel_group()
@@ -201,7 +203,7 @@ def load_model(model: GPTModel, folder: Path, *, to_write: bool = False) -> None
     if to_write or len(ranks) == 1:
         return
     for name, parameter in named.items():
-        dist.broadcast(parameter.data, ranks[writer(name, len(ranks))], group=group)
+        dist.broadcast(parameter.data, ranks[writer_rank(name, len(ranks))], group=group)
 
 
 class LayerReader:
@@ -210,7 +212,7 @@ class LayerReader:
     def __init__(self, folder: Path) -> None:
         self._stored = read_index(folder).tensors
 
-    def slices(self, names: Iterable[str]) -> dict[str, Slices | Stacked]:
+    def slices(self, names: Iterable[str]) -> dict[str, LazyTensor | LazyConcat]:
         """Whole parameters by their names in the model, to be cut: nothing is read before.
 
         Raises:
@@ -218,16 +220,16 @@ class LayerReader:
         """
         return {name: self._slices(name) for name in names}
 
-    def _slices(self, name: str) -> Slices | Stacked:
+    def _slices(self, name: str) -> LazyTensor | LazyConcat:
         stored = name
         for own, other in STORED_NORMS.items():
             if name.endswith(own):
                 stored = name.removesuffix(own) + other
         if stored in self._stored:
-            return Slices(self._stored[stored])
+            return LazyTensor(self._stored[stored])
         halves = [f"{name}_w", f"{name}_v"]  # gate and up, as modelopt's MLP stores them
         assert all(half in self._stored for half in halves), f"{name} is not in the checkpoint"
-        return Stacked([Slices(self._stored[half]) for half in halves])
+        return LazyConcat([LazyTensor(self._stored[half]) for half in halves])
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Whole parameters by their names in the model, on the CPU.

@@ -15,12 +15,12 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 
 from nemo_vlm_ptq.errors import UserError
-from nemo_vlm_ptq.families.base import IMAGE, TEXT, Pixels, Sample
+from nemo_vlm_ptq.families.base import IMAGE, TEXT, ImageInputs, Sample
+from nemo_vlm_ptq.megatron.parallel_context import ParallelContext
 from nemo_vlm_ptq.megatron.rotary import LongRotaryEmbedding
-from nemo_vlm_ptq.megatron.session import Session
-from nemo_vlm_ptq.page_locked import moved
+from nemo_vlm_ptq.utils.pinned_memory import to_device
 
-TOGETHER = 16  # samples whose images a tower looks at in one call
+IMAGES_PER_CALL = 16  # samples whose images a tower looks at in one call
 
 
 @dataclass(frozen=True)
@@ -62,58 +62,60 @@ def _hidden(mask: torch.Tensor) -> torch.Tensor:
 
 
 def encode_images(
-    vision: Any, session: Session, batches: Sequence[Sequence[Sample]], hidden: int
+    vision: Any, parallel: ParallelContext, batches: Sequence[Sequence[Sample]], hidden: int
 ) -> list[torch.Tensor | None]:
     """Features [image tokens,H] of each micro-batch, sample after sample; None without images.
 
     Images of a micro-batch are looked at together, so features depend on no other. The tensor ranks
     of the first pipeline stage share micro-batches out; other stages get None.
     """
-    if not session.first_stage:
+    if not parallel.first_stage:
         return [None] * len(batches)
-    T, dtype = session.layout.tensor, next(vision.parameters()).dtype
-    owners = dist.get_process_group_ranks(session.tensor_group)
+    T, dtype = parallel.layout.tensor, next(vision.parameters()).dtype
+    owners = dist.get_process_group_ranks(parallel.tensor_group)
     features: list[torch.Tensor | None] = []
     for i, batch in enumerate(batches):
         pixels = [sample.pixels for sample in batch if sample.pixels is not None]
         if not pixels:
             features.append(None)
-        elif looks(session, i):
-            there = [one.to(session.device, dtype) for one in pixels]
+        elif encodes_images(parallel, i):
+            there = [one.to(parallel.device, dtype) for one in pixels]
             features.append(torch.cat([vision(one) for one in _together(there)]))
         else:
             tokens = sum(int(sample.is_image.sum()) for sample in batch)
-            features.append(torch.empty(tokens, hidden, dtype=dtype, device=session.device))
+            features.append(torch.empty(tokens, hidden, dtype=dtype, device=parallel.device))
     if T > 1:
         for i, one in enumerate(features):
             if one is not None:
-                dist.broadcast(one, owners[i % T], group=session.tensor_group)
+                dist.broadcast(one, owners[i % T], group=parallel.tensor_group)
     return features
 
 
-def looks(session: Session, index: int) -> bool:
+def encodes_images(parallel: ParallelContext, index: int) -> bool:
     """This rank looks at the images of micro-batch `index` of those that are encoded together."""
-    return session.first_stage and index % session.layout.tensor == session.tensor
+    return parallel.first_stage and index % parallel.layout.tensor == parallel.tensor
 
 
-def _together(pixels: Sequence[Pixels]) -> list[Pixels]:
+def _together(pixels: Sequence[ImageInputs]) -> list[ImageInputs]:
     """Images of several samples as if of one; those that are cut into views stay by themselves."""
-    if any(one.sizes is not None for one in pixels):
+    if any(one.image_sizes is not None for one in pixels):
         return list(pixels)
-    parts = [pixels[start : start + TOGETHER] for start in range(0, len(pixels), TOGETHER)]
-    return [Pixels(torch.cat([one.views for one in part])) for part in parts]
+    parts = [
+        pixels[start : start + IMAGES_PER_CALL] for start in range(0, len(pixels), IMAGES_PER_CALL)
+    ]
+    return [ImageInputs(torch.cat([one.pixel_values for one in part])) for part in parts]
 
 
 def embed(
     model: GPTModel, batch: Batch, features: torch.Tensor | None, device: torch.device
 ) -> torch.Tensor:
     """Token embeddings with image features in their places, [S,B,H]."""
-    safe_ids = moved(batch.input_ids.clamp(min=0), device)
+    safe_ids = to_device(batch.input_ids.clamp(min=0), device)
     embedded = model.embedding(safe_ids, None)
     embedded = embedded.clone(memory_format=torch.contiguous_format)  # strides as well
     if features is not None:
         sample, token = (batch.modality == IMAGE).nonzero(as_tuple=True)
-        places = moved(token * len(batch.input_ids) + sample, device)
+        places = to_device(token * len(batch.input_ids) + sample, device)
         embedded.flatten(0, 1).index_copy_(0, places, features.to(embedded.dtype))
     return embedded
 
@@ -121,7 +123,7 @@ def embed(
 @torch.no_grad()
 def forward(
     model: GPTModel,
-    session: Session,
+    parallel: ParallelContext,
     batch: Batch,
     features: torch.Tensor | None,
 ) -> torch.Tensor | None:
@@ -133,21 +135,21 @@ def forward(
     B, S = batch.input_ids.shape
     check_lengths(model, batch)
     decoder_input = None
-    if session.first_stage:
-        decoder_input = embed(model, batch, features, session.device)
+    if parallel.first_stage:
+        decoder_input = embed(model, batch, features, parallel.device)
     else:
         config = model.config
         received = torch.empty(
-            S, B, config.hidden_size, dtype=config.pipeline_dtype, device=session.wire
+            S, B, config.hidden_size, dtype=config.pipeline_dtype, device=parallel.comm_device
         )
-        dist.recv(received, session.peer(-1))
-        model.set_input_tensor(received.to(session.device))
-    hidden = None if batch.hidden is None else batch.hidden.to(session.device)
-    input_ids = moved(batch.input_ids, session.device)
+        dist.recv(received, parallel.peer(-1))
+        model.set_input_tensor(received.to(parallel.device))
+    hidden = None if batch.hidden is None else batch.hidden.to(parallel.device)
+    input_ids = to_device(batch.input_ids, parallel.device)
     out = model(input_ids, None, hidden, decoder_input=decoder_input)
-    if session.last_stage:
+    if parallel.last_stage:
         return out
-    dist.send(out.contiguous().to(session.wire), session.peer(1))
+    dist.send(out.contiguous().to(parallel.comm_device), parallel.peer(1))
     return None
 
 
@@ -171,11 +173,11 @@ def check_lengths(model: GPTModel, batch: Batch) -> None:
 
 
 def gather_logits(
-    session: Session, parts: Iterable[torch.Tensor], total: int
+    parallel: ParallelContext, parts: Iterable[torch.Tensor], total: int
 ) -> list[torch.Tensor]:
     """Logits of all micro-batches in order, on every rank; `parts` are those of this data rank."""
-    holder = session.last_stage and session.tensor == 0
-    mine = (session.data, [part.cpu() for part in parts]) if holder else None
-    by_data = dict(entry for entry in session.gather(mine) if entry is not None)
-    world = session.layout.data
+    holder = parallel.last_stage and parallel.tensor == 0
+    mine = (parallel.data, [part.cpu() for part in parts]) if holder else None
+    by_data = dict(entry for entry in parallel.gather(mine) if entry is not None)
+    world = parallel.layout.data
     return [by_data[i % world][i // world] for i in range(total)]

@@ -18,9 +18,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from nemo_vlm_ptq import cli, launch
+from nemo_vlm_ptq import cli
+from nemo_vlm_ptq import commands as launch
+from nemo_vlm_ptq.constants import STAGE_GROUPS, STAGES
 from nemo_vlm_ptq.errors import UserError
-from nemo_vlm_ptq.names import GROUPS, STAGES
 from nemo_vlm_ptq.recipe import Recipe, load_recipe, shipped_recipes
 
 try:
@@ -33,7 +34,7 @@ except ImportError as error:
     ) from error
 
 NAMESPACE = "vlm_ptq"  # nemorun vlm_ptq ptq ...
-COMMANDS = ("run", "plan", *STAGES, *GROUPS)
+COMMANDS = ("run", "plan", *STAGES, *STAGE_GROUPS)
 PLAIN = "fp8"  # format of MODEL where no recipe of that name ships
 QUIET = {"PYTHONWARNINGS": "ignore", "LOGLEVEL": "WARNING"}
 USAGE = f"""\

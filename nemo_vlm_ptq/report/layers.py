@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from nemo_vlm_ptq.report import plots
-from nemo_vlm_ptq.report.markup import compact, element, folded, missing, picture, table
+from nemo_vlm_ptq.report.markup import compact, details, element, missing, picture, table
 
 WORST = 3  # linears shown per format
 BLOCKS = 2  # tables side by side in which the layers of a format stand
@@ -37,7 +37,7 @@ def layer_parts(facts: Facts, folder: Path) -> list[str]:
     parts += _modalities(solved)
     parts.append(element("h3", "Every linear"))
     for name, entries in solved:
-        parts.append(folded(f"{name}: {len(entries)} linears", _every(entries)))
+        parts.append(details(f"{name}: {len(entries)} linears", _every(entries)))
     return parts
 
 

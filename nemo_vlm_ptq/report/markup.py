@@ -79,7 +79,7 @@ def compact(parts: Iterable[str]) -> str:
     return f'<div class="compact">{"".join(parts)}</div>'
 
 
-def folded(title: str, part: str) -> str:
+def details(title: str, part: str) -> str:
     """A part that shows when its title is clicked on."""
     return f"<details><summary>{html.escape(title)}</summary>{part}</details>"
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from nemo_vlm_ptq.job import Job
-from nemo_vlm_ptq.stages.building import build
-from nemo_vlm_ptq.stages.evaluating import evaluate
-from nemo_vlm_ptq.stages.exporting import export
-from nemo_vlm_ptq.stages.importing import import_model
-from nemo_vlm_ptq.stages.observing import observe
-from nemo_vlm_ptq.stages.proving import verify
-from nemo_vlm_ptq.stages.reporting import report
-from nemo_vlm_ptq.stages.solving import solve
+from nemo_vlm_ptq.context import RunContext
+from nemo_vlm_ptq.stages.build import build
+from nemo_vlm_ptq.stages.evaluate import evaluate
+from nemo_vlm_ptq.stages.export import export
+from nemo_vlm_ptq.stages.import_model import import_model
+from nemo_vlm_ptq.stages.observe import observe
+from nemo_vlm_ptq.stages.report import report
+from nemo_vlm_ptq.stages.solve import solve
+from nemo_vlm_ptq.stages.verify import verify
 
-BY_NAME: dict[str, Callable[[Job], None]] = {
+STAGE_FUNCTIONS: dict[str, Callable[[RunContext], None]] = {
     "import": import_model,
     "observe": observe,
     "solve": solve,
@@ -27,9 +27,9 @@ BY_NAME: dict[str, Callable[[Job], None]] = {
 }
 
 
-def run_stages(job: Job, names: Iterable[str]) -> None:
+def run_stages(job: RunContext, names: Iterable[str]) -> None:
     """Run the named stages in their order; finished ones are skipped."""
     job = replace(job, stages=frozenset(names))
-    for name, stage in BY_NAME.items():
+    for name, stage in STAGE_FUNCTIONS.items():
         if name in job.stages:
             stage(job)

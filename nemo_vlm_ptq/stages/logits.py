@@ -9,13 +9,18 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 
-from nemo_vlm_ptq import store
+from nemo_vlm_ptq.context import RunContext
 from nemo_vlm_ptq.errors import UserError
-from nemo_vlm_ptq.families.base import Pixels, Sample
+from nemo_vlm_ptq.families.base import ImageInputs, Sample
 from nemo_vlm_ptq.formats import QuantFormat
-from nemo_vlm_ptq.job import Job
-from nemo_vlm_ptq.stages.forms import megatron_logits, roomy_device, runtime_logits, runtime_of
-from nemo_vlm_ptq.stages.serving import engine_logits
+from nemo_vlm_ptq.stages.model_forms import (
+    load_reference_model,
+    megatron_logits,
+    reference_device,
+    reference_logits,
+)
+from nemo_vlm_ptq.targets.trtllm.engine.session import engine_logits
+from nemo_vlm_ptq.workdir import store
 
 FORMS = (
     "hf_source", "megatron", "quantized", "trtllm", "hf", "compressed_tensors", "nemo", "engine"
@@ -23,7 +28,7 @@ FORMS = (
 DTYPES = ("float32", "bfloat16")
 
 
-def write_logits(job: Job, options: Mapping[str, str]) -> None:
+def write_logits(job: RunContext, options: Mapping[str, str]) -> None:
     """Logits [B,S',V] of one form for `inputs`, into `output` (safetensors).
 
     Inputs: input_ids [B,S] int64, optional attention_mask [B,S], pixel_values and, for families
@@ -39,14 +44,14 @@ def write_logits(job: Job, options: Mapping[str, str]) -> None:
     samples, masks = _samples(job, load_file(inputs))
     if form in ("megatron", "quantized"):
         logits = megatron_logits(job, fmt, samples, dtype, masks)
-    elif job.session.rank == 0 and form == "engine" and fmt is not None:
+    elif job.parallel.rank == 0 and form == "engine" and fmt is not None:
         logits = engine_logits(job, fmt, samples, masks)
-    elif job.session.rank == 0:
-        runtime = runtime_of(job, form, fmt, dtype, roomy_device(job, dtype))
-        logits = runtime_logits(runtime, samples, masks)
-    if job.session.rank == 0:
+    elif job.parallel.rank == 0:
+        runtime = load_reference_model(job, form, fmt, dtype, reference_device(job, dtype))
+        logits = reference_logits(runtime, samples, masks)
+    if job.parallel.rank == 0:
         store.save_tensors({"logits": pad_sequence(logits, batch_first=True)}, output)
-    job.session.barrier()
+    job.parallel.barrier()
 
 
 def _options(options: Mapping[str, str]) -> tuple[str, Path, Path, torch.dtype]:
@@ -64,7 +69,7 @@ def _options(options: Mapping[str, str]) -> tuple[str, Path, Path, torch.dtype]:
     return form, inputs, Path(options["output"]), getattr(torch, dtype)
 
 
-def _format(job: Job, form: str) -> QuantFormat | None:
+def _format(job: RunContext, form: str) -> QuantFormat | None:
     """The format a form is in; None for 16 bit forms."""
     if form in ("hf_source", "megatron"):
         return None
@@ -76,23 +81,23 @@ def _format(job: Job, form: str) -> QuantFormat | None:
 
 
 def _samples(
-    job: Job, tensors: Mapping[str, torch.Tensor]
+    job: RunContext, tensors: Mapping[str, torch.Tensor]
 ) -> tuple[list[Sample], list[torch.Tensor | None]]:
     """Rows as samples, each with its images, and their attention masks."""
     if "input_ids" not in tensors:
         raise UserError("inputs must hold input_ids [B,S]")
     left = None
     if "pixel_values" in tensors:
-        left = Pixels(tensors["pixel_values"], tensors.get("image_sizes"))
+        left = ImageInputs(tensors["pixel_values"], tensors.get("image_sizes"))
     masks = tensors.get("attention_mask")
     samples: list[Sample] = []
     expanded: list[torch.Tensor | None] = []
     for row, ids in enumerate(tensors["input_ids"]):
         try:
-            marks = job.plan.family.expand(job.plan.config, ids, left)
+            marks = job.plan.family.find_placeholders(job.plan.config, ids, left)
         except UserError as error:
             raise UserError(f"row {row} of input_ids: {error}") from None
-        have = 0 if left is None else len(left.views)
+        have = 0 if left is None else len(left.pixel_values)
         if marks.images > have:
             raise UserError(
                 f"row {row} of input_ids: it has {marks.images} images and {have} are left"

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_vlm_ptq.checkpoints.huggingface import read_safetensors_header
 from nemo_vlm_ptq.families.base import Decoder
-from nemo_vlm_ptq.formats import KvFormat, QuantFormat
-from nemo_vlm_ptq.source import header
+from nemo_vlm_ptq.formats import KvCacheFormat, QuantFormat
 
 BITSANDBYTES = {
     "quant_method": "bitsandbytes",
@@ -43,15 +43,17 @@ COMPRESSED: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ExpectedQuantization:
     """How a checkpoint should be quantized: format, inputs of a group, and KV cache or None."""
 
     fmt: QuantFormat
     group: int
-    kv: KvFormat | None
+    kv: KvCacheFormat | None
 
 
-def check_trtllm_config(folder: Path, decoder: Decoder, wanted: Wanted, dtype: str) -> list[str]:
+def check_trtllm_config(
+    folder: Path, decoder: Decoder, wanted: ExpectedQuantization, dtype: str
+) -> list[str]:
     """config.json of a TensorRT-LLM checkpoint against the source's facts."""
     config = json.loads((folder / "config.json").read_text())
     expected = {
@@ -84,11 +86,17 @@ def check_trtllm_config(folder: Path, decoder: Decoder, wanted: Wanted, dtype: s
     )
 
 
-def check_hf_configs(folder: Path, source: Mapping[str, Any], wanted: Wanted) -> list[str]:
+def check_hf_configs(
+    folder: Path, source: Mapping[str, Any], wanted: ExpectedQuantization
+) -> list[str]:
     """config.json, hf_quant_config.json and the index of a Hugging Face checkpoint."""
     config = json.loads((folder / "config.json").read_text())
     problems = _differences("config.json", config, source)
-    names = {name: path.name for path in folder.glob("*.safetensors") for name in header(path)}
+    names = {
+        name: path.name
+        for path in folder.glob("*.safetensors")
+        for name in read_safetensors_header(path)
+    }
     if wanted.fmt.weight == "nf4":
         own = config["quantization_config"]
         problems += _differences("config.json", own, BITSANDBYTES)
@@ -98,7 +106,9 @@ def check_hf_configs(folder: Path, source: Mapping[str, Any], wanted: Wanted) ->
     return problems + _check_index(folder, names)
 
 
-def check_compressed_configs(folder: Path, source: Mapping[str, Any], wanted: Wanted) -> list[str]:
+def check_compressed_configs(
+    folder: Path, source: Mapping[str, Any], wanted: ExpectedQuantization
+) -> list[str]:
     """config.json and the index of a compressed-tensors checkpoint."""
     config = json.loads((folder / "config.json").read_text())
     problems = _differences("config.json", config, source)
@@ -120,7 +130,7 @@ def check_compressed_configs(folder: Path, source: Mapping[str, Any], wanted: Wa
             problems += [] if found is known else [f"config.json: {found} where {known} should be"]
         else:
             problems += _differences("config.json", found, known | {"symmetric": True})
-    headers = {path: header(path) for path in folder.glob("*.safetensors")}
+    headers = {path: read_safetensors_header(path) for path in folder.glob("*.safetensors")}
     shapes = {name: len(one["shape"]) for own in headers.values() for name, one in own.items()}
     problems += _check_ignored(config["quantization_config"]["ignore"], shapes)
     return problems + _check_index(
@@ -149,7 +159,7 @@ def _check_index(folder: Path, names: Mapping[str, str]) -> list[str]:
 
 
 def _check_modelopt(
-    folder: Path, own: Mapping[str, Any], names: Iterable[str], wanted: Wanted
+    folder: Path, own: Mapping[str, Any], names: Iterable[str], wanted: ExpectedQuantization
 ) -> list[str]:
     """Both of modelopt's descriptions, and the modules that they leave out."""
     block = json.loads((folder / "hf_quant_config.json").read_text())["quantization"]
@@ -181,7 +191,7 @@ def _check_skipped(skipped: Iterable[str], names: Iterable[str]) -> list[str]:
     return problems
 
 
-def _quantization(where: str, block: Mapping[str, Any], wanted: Wanted) -> list[str]:
+def _quantization(where: str, block: Mapping[str, Any], wanted: ExpectedQuantization) -> list[str]:
     fmt, kv = wanted.fmt, wanted.kv
     expected: dict[str, Any] = {
         "quant_algo": fmt.quant_algo,

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from nemo_vlm_ptq.page_locked import moved
-from nemo_vlm_ptq.progress import progress_bar
-from nemo_vlm_ptq.runtime.checkpoint import ReadCheckpoint, ReadKv, ReadLinear, Values
-from nemo_vlm_ptq.runtime.numbers import E2M1, NF4
-from nemo_vlm_ptq.source import Reader
+from nemo_vlm_ptq.checkpoints.huggingface import SourceReader
+from nemo_vlm_ptq.reference.checkpoint import Dequantized, ReadCheckpoint, ReadKv, ReadLinear
+from nemo_vlm_ptq.reference.number_formats import E2M1, NF4
+from nemo_vlm_ptq.utils.pinned_memory import to_device
+from nemo_vlm_ptq.utils.progress import progress_bar
 
 ROUNDING = 2.0**-8  # of a 16 bit weight after division by its prequant scale
 FP8_HALF_STEP = 2.0**-4  # relative
@@ -36,7 +36,7 @@ def check_quantized_set(read: ReadCheckpoint, expected: Iterable[str]) -> list[s
 
 def check_untouched(
     plain: Mapping[str, torch.Tensor],
-    source: Reader,
+    source: SourceReader,
     dtype: torch.dtype,
     folded: Mapping[str, torch.Tensor] | None = None,
 ) -> list[str]:
@@ -58,7 +58,10 @@ def check_untouched(
 
 
 def check_linears(
-    linears: Mapping[str, ReadLinear], source: Reader, dtype: torch.dtype, device: torch.device
+    linears: Mapping[str, ReadLinear],
+    source: SourceReader,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> tuple[list[str], float]:
     """Dequantized weights lie within half a step of the source; the worst distance in steps.
 
@@ -66,7 +69,7 @@ def check_linears(
     """
     problems, worst = [], 0.0
     for name, linear in progress_bar("verify weights", "linear", 0, sorted(linears.items())):
-        weight = moved(source.whole(f"{name}.weight"), device).to(dtype).float()
+        weight = to_device(source.whole(f"{name}.weight"), device).to(dtype).float()
         values = linear.values(device)
         if weight.shape != values.weight.shape:
             problems.append(f"{name} has shape {tuple(values.weight.shape)}")
@@ -109,14 +112,16 @@ def check_kv_scales(kv: ReadKv | None, expected: Sequence[tuple[float, float]]) 
     ]
 
 
-def half_step_excess(weight_OK: torch.Tensor, linear: ReadLinear, values: Values) -> torch.Tensor:
+def half_step_excess(
+    weight_OK: torch.Tensor, linear: ReadLinear, values: Dequantized
+) -> torch.Tensor:
     """|error| over what rounding allows, [O,K]; 1 and less is right; `values` are the linear's.
 
     An int4 value at the end of the code range may stand for anything beyond it (clipping).
     """
     exact, device = weight_OK, weight_OK.device
-    if linear.prequant is not None:
-        exact = exact / linear.prequant.to(device)
+    if linear.pre_quant_scale is not None:
+        exact = exact / linear.pre_quant_scale.to(device)
     slack = exact.abs() * ROUNDING
     if linear.low_rank is not None:
         a_rK, b_Or = (part.to(device) for part in linear.low_rank)  # noqa: N806

@@ -1,1 +1,0 @@
-"""From a quantized Megatron checkpoint to what others read: one stream, one writer a target."""

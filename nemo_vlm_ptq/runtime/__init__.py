@@ -1,1 +1,0 @@
-"""An independent reader of every export: plain torch and transformers, nothing of the writers."""

@@ -1,1 +1,0 @@
-"""Models that are no Hugging Face folder, as the families take them."""

@@ -1,1 +1,0 @@
-"""Vision towers and projectors, as they were trained; never quantized unless asked by name."""
