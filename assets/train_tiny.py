@@ -1,103 +1,67 @@
 """Trains a tiny model of `assets/` on the synthetic scenes: llava, vila or phi.
 
-The ten questions of a scene are trained in one packed sequence: the image once, then the questions
-in blocks of equal width that see the image and themselves. The loss is on answer tokens only.
-Towers and projectors are the package's own modules, decoders are transformers'. The folder's JSON
-is written by hand but for tokenizer.json; the script writes that and the weights. The quickstart of
-the model measures what came of it.
+The ten questions of a scene form one packed sequence: the image once, then the questions in blocks
+of equal width that attend to the image and to themselves. The loss is on answer tokens only.
+Vision modules are the package's own, decoders are transformers'. The JSON files of the model folder
+are written by hand, except tokenizer.json; the script writes that and the weights. The quickstart
+of the model evaluates the result.
+
+Legend: B scenes, Q questions of a scene, S tokens, N image tokens, H hidden size, V vocabulary.
 """
 
 import argparse
 import math
-import multiprocessing
 import os
 import time
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL.Image import Resampling
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tiny_data import QUESTIONS_PER_SCENE, SETUPS, load_scenes, make_tokenizer
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from nemo_vlm_ptq.checkpoints.huggingface import read_json_object
 from nemo_vlm_ptq.data import scenes
-from nemo_vlm_ptq.data.questions import PROMPT_SUFFIX
-from nemo_vlm_ptq.families import FAMILIES, read_config, vila
-from nemo_vlm_ptq.families.phi_vision import PhiVision, global_view_and_crops
+from nemo_vlm_ptq.families import FAMILIES, read_config
+from nemo_vlm_ptq.families.hd_transform import global_view_and_crops
+from nemo_vlm_ptq.families.phi import PhiVision
 
-SLOTS = 10  # questions of a scene, at most
 TEST_SCENES = 250
-RATE = 1e-3  # peak learning rate
-REPORT = 500  # steps between reports
-HERE = Path(__file__).resolve().parent
-SPECIALS = ("<s>", "</s>", "<pad>")
-ASK = "\n{question}" + PROMPT_SUFFIX
+PEAK_LEARNING_RATE = 1e-3
+WARMUP_STEPS = 400
+LOG_INTERVAL = 500  # steps
+ASSETS = Path(__file__).resolve().parent
 
 
-@dataclass(frozen=True)
-class Kind:
-    """What is particular to a family here.
+class VisionLanguageModel(nn.Module):
+    """Vision module of the package and decoder of transformers, in float32."""
 
-    after: the prompt behind the image, answer included; start: a <s> stands before it too; end:
-    the token that ends an answer; width: tokens of a question's block; specials: tokens besides
-    <s>, </s> and <pad>; size: side of the image; pixels: sub-folder of the image processor.
-    """
-
-    after: str
-    end: str
-    width: int
-    specials: tuple[str, ...] = ()
-    start: bool = False
-    size: int = scenes.SIZE
-    pixels: str = ""
-
-
-KINDS = {
-    "llava": Kind(ASK + " ASSISTANT: {answer}", "</s>", 34, specials=("<image>",)),
-    "vila": Kind(ASK + " ASSISTANT: {answer}", "</s>", 34, size=72, pixels="vision_tower"),
-    "phi": Kind(
-        ASK + "<|end|>\n<|assistant|>\n{answer}",
-        "<|end|>",
-        38,
-        specials=("<|user|>", "<|end|>", "<|assistant|>"),
-        start=True,
-    ),
-}
-
-
-class Net(nn.Module):
-    """Tower and projector as the package has them, and transformers' decoder, in float32."""
-
-    def __init__(self, name: str, config: dict[str, Any], pixels: dict[str, Any]) -> None:
+    def __init__(self, name: str, config: dict[str, Any], processor: dict[str, Any]) -> None:
         super().__init__()
         self.vision = FAMILIES[name].make_vision_module(config)
         self.decoder = AutoModelForCausalLM.from_config(FAMILIES[name].text_config(config))
-        for text, parameter in self.vision.named_parameters():
-            if text.endswith("GN"):
+        for parameter_name, parameter in self.vision.named_parameters():
+            if parameter_name.endswith("GN"):
                 nn.init.normal_(parameter, std=0.02)
-        self.register_buffer("mean", 255 * torch.tensor(pixels["image_mean"]))
-        self.register_buffer("std", 255 * torch.tensor(pixels["image_std"]))
+        self.register_buffer("mean", 255 * torch.tensor(processor["image_mean"]))
+        self.register_buffer("std", 255 * torch.tensor(processor["image_std"]))
         self.float()
 
-    def features(self, images: Tensor) -> Tensor:
-        """[B,side,side,3] uint8 -> image tokens [B,N,H]."""
-        pixels = ((images - self.mean) / self.std).permute(0, 3, 1, 2)
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Return the features [B,N,H] of images [B,side,side,3] uint8."""
+        pixel_values = ((images - self.mean) / self.std).permute(0, 3, 1, 2)
         if not isinstance(self.vision, PhiVision):
-            return self.vision.project(pixels)
+            return self.vision.encode_views(pixel_values)
         side = self.vision.side
-        rows = pixels.shape[-1] // side
-        return self.vision.project(global_view_and_crops(pixels, side), rows, rows)
+        rows = pixel_values.shape[-1] // side
+        return self.vision.encode_views(global_view_and_crops(pixel_values, side), rows, rows)
 
 
-class Fixed(nn.Module):
-    """Rotary cosines and sines of positions that never change."""
+class FixedRotaryEmbedding(nn.Module):
+    """Precomputed rotary cosines and sines of constant positions."""
 
     def __init__(self, rotary: nn.Module, positions: Tensor) -> None:
         super().__init__()
@@ -106,187 +70,157 @@ class Fixed(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, x: Tensor, position_ids: Any = None, **_: Any) -> tuple[Tensor, Tensor]:
-        """Cosines and sines in the dtype of x."""
+        """Return cosines and sines in the dtype of x."""
         return self.cos.to(x.dtype), self.sin.to(x.dtype)
 
 
-def make_tokenizer(name: str, config: dict[str, Any]) -> Tokenizer:
-    """A byte-level BPE tokenizer of the scenes' words that puts <s> before every text."""
-    kind = KINDS[name]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    asked = scenes.questions("train", 3000).values()
-    before = {"llava": "USER: ", "vila": vila.VICUNA.partition("{mark}")[0], "phi": ""}[name]
-    texts = [before + kind.after.format(question=q["question"], answer=q["answer"]) for q in asked]
-    trainer = trainers.BpeTrainer(
-        vocab_size=FAMILIES[name].text_config(config).vocab_size,
-        special_tokens=[*SPECIALS, *kind.specials],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 0)]
-    )
-    return tokenizer
-
-
-def encode_scenes(ids: range, name: str, split: str, tokenizer: Tokenizer) -> tuple[Any, ...]:
-    """Images [N,side,side,3], question blocks [N,SLOTS,width], where answers start and what they
-    and their ends are [N,SLOTS,2]."""
-    kind = KINDS[name]
-    end = tokenizer.token_to_id(kind.end)
-    images = np.zeros((len(ids), kind.size, kind.size, 3), np.uint8)
-    blocks = np.full((len(ids), SLOTS, kind.width), 2, np.int16)
-    starts = np.ones((len(ids), SLOTS), np.int16)
-    labels = np.full((len(ids), SLOTS, 2), -100, np.int16)
-    for row, index in enumerate(ids):
-        picture = scenes.draw(f"{split}-{index:06d}")
-        images[row] = picture.resize((kind.size, kind.size), Resampling.BICUBIC)
-        for slot, q in enumerate(scenes.questions(split, 1, index).values()):
-            text = kind.after.format(question=q["question"], answer=q["answer"])
-            tokens = [*tokenizer.encode(text, add_special_tokens=kind.start).ids, end]
-            blocks[row, slot, : len(tokens)] = tokens
-            starts[row, slot] = len(tokens) - 2  # every answer is one token, then its end
-            labels[row, slot] = tokens[-2:]
-    return images, blocks, starts, labels
-
-
-def load_scenes(name: str, split: str, count: int, tokenizer: Any, device: str) -> list[Tensor]:
-    """`encode_scenes` of a split's first scenes, made by all cores, on the device."""
-    chunks = [range(i, min(i + 500, count)) for i in range(0, count, 500)]
-    encode = partial(encode_scenes, name=name, split=split, tokenizer=tokenizer)
-    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
-        parts = pool.map(encode, chunks, chunksize=1)
-    return [torch.from_numpy(np.concatenate(part)).to(device) for part in zip(*parts, strict=True)]
-
-
-class Packed:
-    """The fixed layout of packed sequences: ids before the questions, attention, positions."""
+class PackedLayout:
+    """Layout of a packed sequence: ids before the questions, attention mask, positions."""
 
     def __init__(self, name: str, folder: Path, config: dict[str, Any], device: str) -> None:
-        prepare = FAMILIES[name].make_preprocessor(folder, config)
-        sample = prepare("", "Q", scenes.draw("train-000000"))
-        stop = int(sample.is_image.nonzero()[-1]) + 1
-        self.ids = sample.input_ids[:stop].clamp(min=0).to(device)
-        self.is_image = sample.is_image[:stop].to(device)
-        width = KINDS[name].width
-        place = torch.arange(stop + SLOTS * width, device=device)
-        slot = torch.where(place < stop, -1, (place - stop) // width)
-        self.positions = torch.where(slot < 0, place, stop + (place - stop) % width)[None]
-        seen = (slot[None] == slot[:, None]) | (slot[None] < 0)
-        self.mask = (seen & (place[None] <= place[:, None]))[None, None]  # [1,1,T,T]
-        self.shared, self.width = stop, width
+        preprocess = FAMILIES[name].make_preprocessor(folder, config)
+        sample = preprocess("", "Q", scenes.draw("train-000000"))
+        length = int(sample.is_image.nonzero()[-1]) + 1
+        self.prefix_ids = sample.input_ids[:length].clamp(min=0).to(device)
+        self.is_image = sample.is_image[:length].to(device)
+        width = SETUPS[name].block_width
+        place = torch.arange(length + QUESTIONS_PER_SCENE * width, device=device)
+        slot = torch.where(place < length, -1, (place - length) // width)
+        self.positions = torch.where(slot < 0, place, length + (place - length) % width)[None]
+        visible = (slot[None] == slot[:, None]) | (slot[None] < 0)
+        self.mask = (visible & (place[None] <= place[:, None]))[None, None]  # [1,1,S,S]
+        self.prefix_length, self.block_width = length, width
 
 
-def answer_logits(net: Net, packed: Packed, images: Tensor, blocks: Tensor, starts: Tensor) -> Any:
-    """Logits [B,SLOTS,2,V] of the answer and the end after it, of B scenes."""
-    features = net.features(images)
-    table = net.decoder.get_input_embeddings()
-    head = table(packed.ids).to(features.dtype).expand(len(images), -1, -1).clone()
-    head[:, packed.is_image] = features
-    asked = table(blocks.flatten(1).int()).to(features.dtype)
-    hidden = net.decoder.model(
-        inputs_embeds=torch.cat([head, asked], 1),
-        attention_mask=packed.mask,
-        position_ids=packed.positions,
+def answer_logits(
+    model: VisionLanguageModel, layout: PackedLayout, images: Tensor, blocks: Tensor, starts: Tensor
+) -> Any:
+    """Return the logits [B,Q,2,V] of the answer token and the end token, for B scenes."""
+    features = model.encode_images(images)
+    embeddings = model.decoder.get_input_embeddings()
+    prefix = embeddings(layout.prefix_ids).to(features.dtype).expand(len(images), -1, -1).clone()
+    prefix[:, layout.is_image] = features
+    questions = embeddings(blocks.flatten(1).int()).to(features.dtype)
+    hidden = model.decoder.model(
+        inputs_embeds=torch.cat([prefix, questions], 1),
+        attention_mask=layout.mask,
+        position_ids=layout.positions,
         use_cache=False,
     ).last_hidden_state
-    hidden = hidden[:, packed.shared :].unflatten(1, (SLOTS, packed.width))
-    where = starts.long()[..., None] + torch.arange(-1, 1, device=starts.device)
-    chosen = hidden.gather(2, where[..., None].expand(-1, -1, -1, hidden.shape[-1]))
-    return net.decoder.lm_head(chosen)
+    hidden = hidden[:, layout.prefix_length :].unflatten(
+        1, (QUESTIONS_PER_SCENE, layout.block_width)
+    )
+    places = starts.long()[..., None] + torch.arange(-1, 1, device=starts.device)
+    selected = hidden.gather(2, places[..., None].expand(-1, -1, -1, hidden.shape[-1]))
+    return model.decoder.lm_head(selected)
 
 
-def quick_accuracy(net: Net, packed: Packed, data: list[Tensor], shift: int) -> float:
-    """The share of answers right, each scene's questions asked of the image `shift` scenes on."""
+def quick_accuracy(
+    model: VisionLanguageModel, layout: PackedLayout, data: list[Tensor], shift: int
+) -> float:
+    """Return the accuracy with each scene's questions on the image `shift` scenes later."""
     images, blocks, starts, labels = data
     with torch.inference_mode():
-        logits = answer_logits(net, packed, images.roll(-shift, 0), blocks, starts)
-    right = (logits.argmax(-1) == labels).all(-1)
-    return right[labels[..., 0] >= 0].float().mean().item()
+        logits = answer_logits(model, layout, images.roll(-shift, 0), blocks, starts)
+    correct = (logits.argmax(-1) == labels).all(-1)
+    return correct[labels[..., 0] >= 0].float().mean().item()
 
 
-def train(net: Net, packed: Packed, options: Any, data: list[Tensor], test: list[Tensor]) -> None:
-    """AdamW with warm-up and a cosine over the time allowed; saves at the end."""
+def make_optimizer(model: VisionLanguageModel) -> torch.optim.Optimizer:
+    """Return AdamW with weight decay on matrices only."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.05},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    fused = parameters[0].device.type == "cuda"
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=fused)
+
+
+def train(
+    model: VisionLanguageModel,
+    layout: PackedLayout,
+    options: Any,
+    data: list[Tensor],
+    test: list[Tensor],
+) -> None:
+    """Train with warm-up and cosine decay over the time of options.minutes."""
     images, blocks, starts, labels = data
     device = images.device
-    matrices = [p for p in net.parameters() if p.ndim > 1]
-    others = [p for p in net.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=device.type == "cuda")
+    optimizer = make_optimizer(model)
     forward = torch.compile(answer_logits) if options.compile else answer_logits
-    begun = time.monotonic()
-    step, done = 0, 0.0
-    while done < 1:
-        done = (time.monotonic() - begun) / (60 * options.minutes)
-        wave = 0.01 + 0.99 * (1 + math.cos(math.pi * min(1, done))) / 2
-        rate = RATE * wave * min(1, (step + 1) / 400)
+    start = time.monotonic()
+    step, progress = 0, 0.0
+    while progress < 1:
+        progress = (time.monotonic() - start) / (60 * options.minutes)
+        decay = 0.01 + 0.99 * (1 + math.cos(math.pi * min(1, progress))) / 2
         for group in optimizer.param_groups:
-            group["lr"] = rate
-        pick = torch.randint(len(images), (options.batch,), device=device)
+            group["lr"] = PEAK_LEARNING_RATE * decay * min(1, (step + 1) / WARMUP_STEPS)
+        batch = torch.randint(len(images), (options.batch,), device=device)
         with torch.autocast(device.type, torch.bfloat16):
-            logits = forward(net, packed, images[pick], blocks[pick], starts[pick])
-        loss = functional.cross_entropy(logits.float().flatten(0, 2), labels[pick].long().flatten())
+            logits = forward(model, layout, images[batch], blocks[batch], starts[batch])
+        target = labels[batch].long().flatten()
+        loss = functional.cross_entropy(logits.float().flatten(0, 2), target)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         step += 1
-        if step % REPORT == 0:
+        if step % LOG_INTERVAL == 0:
             with torch.autocast(device.type, torch.bfloat16):
-                right, swapped = (quick_accuracy(net, packed, test, shift) for shift in (0, 1))
-            seconds = time.monotonic() - begun
+                correct, swapped = (quick_accuracy(model, layout, test, shift) for shift in (0, 1))
+            seconds = time.monotonic() - start
             print(
                 f"step {step} {seconds:.0f} s {step * options.batch / seconds:.0f} scenes/s "
-                f"loss {loss.item():.4f} test {right:.4f} swapped {swapped:.4f}",
+                f"loss {loss.item():.4f} test {correct:.4f} swapped {swapped:.4f}",
                 flush=True,
             )
 
 
-def save_weights(name: str, net: Net, folder: Path) -> None:
-    """Writes model.safetensors in bf16 under the published names, a file a sub-folder."""
+def save_weights(name: str, model: VisionLanguageModel, folder: Path) -> None:
+    """Write model.safetensors in bfloat16 with published names, one file per sub-folder."""
     prefix = FAMILIES[name].decoder_prefix
-    state = {prefix + key: tensor for key, tensor in net.decoder.state_dict().items()}
-    state |= net.vision.published_parameters()
+    state = {prefix + key: tensor for key, tensor in model.decoder.state_dict().items()}
+    state |= model.vision.published_parameters()
     for part in FAMILIES[name].subfolders:
-        start = f"{part}/" if part else ""
-        own = {
-            key.removeprefix(start): tensor.detach().bfloat16().cpu().contiguous()
+        part_prefix = f"{part}/" if part else ""
+        tensors = {
+            key.removeprefix(part_prefix): tensor.detach().bfloat16().cpu().contiguous()
             for key, tensor in state.items()
             if key.rpartition("/")[0] == part
         }
-        save_file(own, folder / part / "model.safetensors", metadata={"format": "pt"})
+        save_file(tensors, folder / part / "model.safetensors", metadata={"format": "pt"})
 
 
 def main() -> None:
-    """Reads the options, trains, and saves."""
+    """Parse the options, train, and save."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("family", choices=sorted(KINDS))
-    parser.add_argument("--minutes", type=float, default=6.0, help="time to train for, at most")
+    parser.add_argument("family", choices=sorted(SETUPS))
+    parser.add_argument("--minutes", type=float, default=6.0, help="training time")
     parser.add_argument("--scenes", type=int, default=400_000, help="training scenes")
-    parser.add_argument("--batch", type=int, default=256, help="scenes a step")
+    parser.add_argument("--batch", type=int, default=256, help="scenes per step")
     parser.add_argument("--compile", action="store_true", help="use torch.compile")
     options = parser.parse_args()
-    name, kind = options.family, KINDS[options.family]
-    folder = HERE / f"tiny-{name}"
+    name, setup = options.family, SETUPS[options.family]
+    folder = ASSETS / f"tiny-{name}"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.manual_seed(0)
     config = FAMILIES[name].complete_config(folder, read_config(folder))
     tokenizer = make_tokenizer(name, config)
     tokenizer.save(str(folder / FAMILIES[name].decoder_subfolder / "tokenizer.json"))
-    begun = time.monotonic()
+    start = time.monotonic()
     data = load_scenes(name, "train", options.scenes, tokenizer, device)
     test = load_scenes(name, "test", TEST_SCENES, tokenizer, device)
-    print(f"{options.scenes} scenes drawn in {time.monotonic() - begun:.0f} s", flush=True)
-    pixels = read_json_object(folder / kind.pixels / "preprocessor_config.json")
-    net = Net(name, config, pixels).to(device)
-    packed = Packed(name, folder, config, device)
-    net.decoder.model.rotary_emb = Fixed(net.decoder.model.rotary_emb, packed.positions)
-    train(net, packed, options, data, test)
-    save_weights(name, net, folder)
+    print(f"{options.scenes} scenes drawn in {time.monotonic() - start:.0f} s", flush=True)
+    processor = read_json_object(folder / setup.processor_folder / "preprocessor_config.json")
+    model = VisionLanguageModel(name, config, processor).to(device)
+    layout = PackedLayout(name, folder, config, device)
+    model.decoder.model.rotary_emb = FixedRotaryEmbedding(
+        model.decoder.model.rotary_emb, layout.positions
+    )
+    train(model, layout, options, data, test)
+    save_weights(name, model, folder)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 # shellcheck shell=bash
-# Sourced by the scripts beside it: finds Python and keeps a virtual environment up to date.
+# Sourced by the scripts in launch/ and slurm/: finds Python and keeps a virtual environment up to
+# date.
 #
-#   set_up [EXTRA]   makes the environment and installs this repository into it, editable, with the
-#                    versions of constraints.txt; does nothing when that was done before.
-#   check_counts     sets $nodes by NNODES, and refuses it or GPUS_PER_NODE if it is no number.
-#   count_ranks      sets $ranks, those of a machine, by GPUS_PER_NODE, and shares out its cores.
+#   set_up [EXTRA]   create the environment and install this repository into it, editable, with the
+#                    versions of constraints.txt; a no-op if the installation is up to date
+#   check_counts     set $nodes from NNODES; fail if NNODES or GPUS_PER_NODE is not a positive integer
+#   count_ranks      set $ranks, the ranks per machine, from GPUS_PER_NODE; divide the CPU cores
+#                    among them with OMP_NUM_THREADS
 #
-# Afterwards $root is the repository and $venv the environment. NEMO_VLM_PTQ_VENV names another
-# folder for it than .venv; pip's own PIP_* variables choose where packages come from. Where NNODES
-# is more than 1 nothing is installed: machines that share a folder would do it at once.
+# Sets $root to the repository and $venv to the environment. NEMO_VLM_PTQ_VENV selects another folder
+# than .venv; pip's PIP_* variables select the package index. With NNODES > 1 nothing is installed,
+# because machines that share the folder would install into it at the same time.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${NEMO_VLM_PTQ_VENV:-$root/.venv}
@@ -19,7 +21,7 @@ fail() {
     exit 1
 }
 
-# True for an interpreter of a supported version that can import the named modules.
+# Return true if an interpreter has a supported version and can import the named modules.
 _usable() {
     local python=$1
     shift
@@ -44,8 +46,8 @@ _find_python() {
         "(on Debian and Ubuntu: apt install python3-venv)"
 }
 
-# Whatever the installed result depends on, in one hash.
-_wanted() {
+# Print a hash of everything that the installation depends on.
+_fingerprint() {
     local file
     {
         echo "$root"
@@ -56,38 +58,39 @@ _wanted() {
 }
 
 set_up() {
-    local extra=${1:-} python wanted stamp=$venv/.nemo-vlm-ptq # lines "hash extra"
-    wanted=$(_wanted)
-    if grep -qsx "$wanted ${extra:-base}" "$stamp"; then
+    local extra=${1:-} python fingerprint stamp=$venv/.nemo-vlm-ptq # lines "hash extra"
+    fingerprint=$(_fingerprint)
+    if grep -qsx "$fingerprint ${extra:-base}" "$stamp"; then
         return
     fi
     if ((${NNODES:-1} > 1)); then
-        fail "$venv is not up to date, and several machines must not install into it at once;" \
-            "run this script once on one of them without NNODES, say with the words plan RECIPE"
+        fail "$venv is out of date and cannot be updated with NNODES > 1, because all machines" \
+            "would install into it; first run this script on one machine without NNODES," \
+            "for example with the arguments: plan RECIPE"
     fi
     if [[ ! -e $venv ]]; then
         python=$(_find_python)
         "$python" -m venv "$venv"
     fi
     _usable "$venv/bin/python" pip ||
-        fail "$venv is no virtual environment of Python 3.11 or 3.12 with pip;" \
-            "remove it, or set NEMO_VLM_PTQ_VENV to another folder"
-    echo "installing into $venv: minutes the first time, nothing once it is up to date" >&2
+        fail "$venv must be a virtual environment with Python 3.11 or 3.12 and pip;" \
+            "remove it or set NEMO_VLM_PTQ_VENV to another folder"
+    echo "installing into $venv; the first installation takes minutes" >&2
     if ! command -v nvidia-smi >/dev/null && [[ -z ${PIP_INDEX_URL:-}${PIP_EXTRA_INDEX_URL:-} ]]; then
-        echo "no NVIDIA GPU here: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu" \
-            "gets torch without gigabytes of CUDA" >&2
+        echo "no NVIDIA GPU found; PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu" \
+            "installs torch without the CUDA libraries" >&2
     fi
-    grep -qs "^$wanted " "$stamp" || : >"$stamp"
+    grep -qs "^$fingerprint " "$stamp" || : >"$stamp"
     "$venv/bin/python" -m pip install -qq --disable-pip-version-check \
         -c "$root/constraints.txt" -e "$root${extra:+[$extra]}"
-    printf "$wanted %s\n" base ${extra:+"$extra"} >>"$stamp"
+    printf "$fingerprint %s\n" base ${extra:+"$extra"} >>"$stamp"
 }
 
 check_counts() {
     nodes=${NNODES:-1}
-    [[ $nodes =~ ^[1-9][0-9]*$ ]] || fail "NNODES=$nodes is no number of machines"
+    [[ $nodes =~ ^[1-9][0-9]*$ ]] || fail "NNODES must be a positive integer, got $nodes"
     [[ ${GPUS_PER_NODE:-1} =~ ^[1-9][0-9]*$ ]] ||
-        fail "GPUS_PER_NODE=$GPUS_PER_NODE is no number of ranks"
+        fail "GPUS_PER_NODE must be a positive integer, got $GPUS_PER_NODE"
 }
 
 count_ranks() {

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# The options of Model Optimizer's example script of this name, as keys of a recipe.
+# Translate the options of Model Optimizer's example script of this name into recipe keys and run.
 #
-#   launch/huggingface_example.sh --type llava --model DIR --quant fp8 --tp 2 --tasks build,gqa \
-#       evaluate.data=DIR
+#   launch/huggingface_example.sh --type llava --model DIR --quant fp8 --tp 2 --calib_dataset DIR \
+#       --tasks build,gqa evaluate.data=DIR
 #
-# docs/launching.md says of each option what became of it. Words key=value go into the recipe as
-# they are. ROOT_SAVE_PATH is where saved_models_... is made; the current folder without it.
-# Sets up .venv first.
+# docs/clusters.md lists the status of each option. Arguments key=value override recipe keys.
+# saved_models_... is created in ROOT_SAVE_PATH, by default in the current folder. Sets up .venv
+# first.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-# Options that are keys of a recipe, and those that this script itself has to understand.
+# Options that map to one recipe key, and options that this script handles itself.
 declare -A key=(
     [type]=family [model]=model [quant]=quantize.format [kv_cache_quant]=quantize.kv_cache
     [awq_block_size]=quantize.group_size [tp]=export.tensor [pp]=export.pipeline
@@ -21,17 +21,17 @@ declare -A key=(
     [kv_cache_free_gpu_memory_fraction]=engine.kv_cache_free_gpu_memory_fraction
 )
 own=(output export_fmt tasks sparsity)
-lm="tasks of text alone are gone; gqa asks about images"
-bits="all linears get one format"
+lm="text-only tasks are not supported; gqa evaluates on images"
+bits="all linears use the same format"
 declare -A gone=(
     [auto_quantize_bits]=$bits [effective_bits]=$bits [lm_eval_tasks]=$lm [lm_eval_limit]=$lm
-    [simple_eval_tasks]=$lm [num_samples]="$lm; evaluate.limit=N asks N questions"
+    [simple_eval_tasks]=$lm [num_samples]="$lm; evaluate.limit=N limits the number of questions"
 )
-layout="ranks are chosen so that they fit; parallel.tensor=N says it yourself"
+layout="the parallel layout is chosen to fit memory; parallel.tensor=N sets it explicitly"
 declare -A ignored=([gpu_max_mem_percentage]=$layout) # with a value
 declare -A flags=(
-    [trust_remote_code]="nothing here runs code that came with a model"
-    [use_seq_device_map]=$layout [low_memory_mode]=$layout [no-verbose]="nothing is verbose"
+    [trust_remote_code]="code from model repositories is never run"
+    [use_seq_device_map]=$layout [low_memory_mode]=$layout [no-verbose]="there is no verbose output"
 )
 
 declare -A given=()
@@ -45,34 +45,34 @@ while (($#)); do
     fi
     name=${word#--}
     if [[ $word != --* ]]; then
-        [[ $word == ?*=* ]] || fail "$word is neither an option nor key=value of a recipe"
+        [[ $word == ?*=* ]] || fail "unexpected argument $word; expected an option or key=value"
         overrides+=("$word")
     elif [[ -v flags[$name] ]]; then
         echo "--$name is ignored: ${flags[$name]}" >&2
     elif [[ -v gone[$name] ]]; then
-        fail "--$name is gone: ${gone[$name]}"
+        fail "--$name is not supported: ${gone[$name]}"
     elif [[ -v key[$name] || -v ignored[$name] || " ${own[*]} " == *" $name "* ]]; then
-        (($#)) || fail "--$name needs a value"
+        (($#)) || fail "--$name requires a value"
         [[ ! -v ignored[$name] ]] || echo "--$name is ignored: ${ignored[$name]}" >&2
-        [[ -z $1 ]] || given[$name]=$1 # an empty one is none, as ever
+        [[ -z $1 ]] || given[$name]=$1 # an empty value means the default
         shift
     else
         known=$(printf -- '--%s\n' "${!key[@]}" "${own[@]}" "${!ignored[@]}" "${!flags[@]}" | sort)
-        fail "unknown option $word; known: ${known//$'\n'/ }"
+        fail "unknown option $word; supported: ${known//$'\n'/ }"
     fi
 done
 
 for name in model type quant; do
-    [[ -n ${given[$name]:-} ]] || fail "--$name is missing"
+    [[ -n ${given[$name]:-} ]] || fail "required option --$name is missing"
 done
 [[ ${given[sparsity]:-dense} == dense ]] ||
-    fail "--sparsity ${given[sparsity]} is gone: weights stay dense; leave it out"
+    fail "--sparsity must be dense, got ${given[sparsity]}; weights are not pruned"
 case ${given[export_fmt]:=tensorrt_llm} in
     tensorrt_llm) target=trtllm tasks=build ;;
     hf) target=hf tasks=quant ;;
-    *) fail "--export_fmt ${given[export_fmt]} is unknown; known: tensorrt_llm, hf" ;;
+    *) fail "--export_fmt must be tensorrt_llm or hf, got ${given[export_fmt]}" ;;
 esac
-case ${given[type]} in # images of any number of tokens, or of few
+case ${given[type]} in # families with many or with few tokens per image
     phi | llava_next) input=4096 batch=4 ;;
     *) input=1024 batch=20 ;;
 esac
@@ -80,16 +80,16 @@ case ${given[quant]} in
     int8_sq | int8_smoothquant) cache=none ;;
     *) cache=fp8 ;;
 esac
-[[ ${given[calib_batch_size]:-} != 0 ]] || unset 'given[calib_batch_size]' # 0: choose
+[[ ${given[calib_batch_size]:-} != 0 ]] || unset 'given[calib_batch_size]' # 0 means the default
 : "${given[input]:=$input}" "${given[batch]:=$batch}" "${given[kv_cache_quant]:=$cache}"
 : "${given[tp]:=1}" "${given[pp]:=1}" "${given[output]:=512}" "${given[tasks]:=$tasks}"
 for name in input output; do
-    [[ ${given[$name]} =~ ^[1-9][0-9]*$ ]] || fail "--$name ${given[$name]} is no number of tokens"
+    [[ ${given[$name]} =~ ^[1-9][0-9]*$ ]] || fail "--$name must be a positive integer, got ${given[$name]}"
 done
 
 stages="import, observe, solve, export, verify" form=export data=
 for task in ${given[tasks]//,/ }; do
-    [[ $task =~ ^(quant|build|gqa)$ ]] || fail "--tasks $task: $lm; known: quant, build, gqa"
+    [[ $task =~ ^(quant|build|gqa)$ ]] || fail "--tasks must be a list of quant, build, gqa, got $task: $lm"
 done
 if [[ ,${given[tasks]}, == *,build,* ]]; then
     stages+=", build" form=engine
@@ -99,11 +99,9 @@ if [[ ,${given[tasks]}, == *,gqa,* ]]; then
     for word in "${overrides[@]}"; do
         [[ $word != evaluate.data=* ]] || data=$word
     done
-    [[ -n $data ]] || fail "--tasks gqa needs GQA: add evaluate.data=DIR, a folder with" \
+    [[ -n $data ]] || fail "--tasks gqa requires evaluate.data=DIR, a folder with" \
         "testdev_balanced_questions.json and images/"
 fi
-[[ -n ${given[calib_dataset]:-} ]] || echo "calibrating on drawn scenes: --calib_dataset DIR" \
-    "names a folder with questions in GQA's format and images/" >&2
 
 name=$(basename "${given[model]}" | sed 's/[^0-9a-zA-Z-]/_/g')
 save=saved_models_${name}_dense_${given[quant]}_tp${given[tp]}_pp${given[pp]}

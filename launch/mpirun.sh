@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# A command on ranks that Open MPI's mpirun starts: on this machine, or on several, from one of them.
+# Run a command with Open MPI's mpirun on one or more machines; start it on one of them.
 #
-#   launch/mpirun.sh COMMAND RECIPE [key=value ...]     say, run llava15_7b_fp8
+#   launch/mpirun.sh COMMAND RECIPE [key=value ...]     for example: run llava15_7b
 #
-#   GPUS_PER_NODE   ranks on a machine; without it one a GPU of this one, and one where there is none
-#   NNODES          machines; 1 without it
-#   HOSTFILE        Open MPI's list of them; inside a Slurm job it knows them without
+#   GPUS_PER_NODE   ranks per machine; default: the number of GPUs of this machine, at least 1
+#   NNODES          number of machines; default: 1
+#   HOSTFILE        Open MPI's host file; not needed inside a Slurm job
 #
-# Sets up .venv first. All machines see the same repository and the same workdir.
+# Sets up .venv first. All machines must share the repository and the workdir.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-(($# > 1)) || fail "launch/mpirun.sh needs a command and a recipe, say: run llava15_7b_fp8"
+(($# > 1)) || fail "launch/mpirun.sh requires a command and a recipe, for example: run llava15_7b"
 check_counts
 [[ $(mpirun --version 2>&1) == *"Open MPI"* ]] ||
-    fail "no mpirun of Open MPI on PATH (on Debian and Ubuntu: apt install openmpi-bin)"
-NNODES=1 set_up mpi # this machine alone runs this script
+    fail "Open MPI's mpirun is not on PATH (on Debian and Ubuntu: apt install openmpi-bin)"
+NNODES=1 set_up mpi # this script runs on one machine only
 count_ranks
 options=(-n $((nodes * ranks)) --map-by "ppr:$ranks:node:OVERSUBSCRIBE" --bind-to none
     -x OMP_NUM_THREADS)

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Quantize, export, verify and score the model that ships: the whole line, on a laptop's CPU.
+# Quantize, export, verify and evaluate the bundled model: all stages, on a laptop CPU.
 #
 #   launch/quickstart.sh [key=value ...]     overrides of configs/quickstart.yaml
 #
-# Sets up .venv first. Finished stages are skipped, so a second run is quick. Folders in overrides
+# Sets up .venv first. Finished stages are skipped, so a second run takes seconds. Paths in overrides
 # are relative to the repository.
 set -euo pipefail
 # shellcheck source=launch/common.sh

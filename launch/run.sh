@@ -1,28 +1,28 @@
 #!/usr/bin/env bash
-# A command on ranks that torchrun starts: on this machine, or on several, with this on each.
+# Run a command with torchrun on one or more machines; start this script on each of them.
 #
-#   launch/run.sh COMMAND RECIPE [key=value ...]        say, run llava15_7b_fp8
+#   launch/run.sh COMMAND RECIPE [key=value ...]        for example: run llava15_7b
 #
-#   GPUS_PER_NODE   ranks on a machine; without it one a GPU, and one where there is none
-#   NNODES          machines; 1 without it. With more:
-#   NODE_RANK       0, 1, ...: which one this is; without it Slurm's SLURM_NODEID
-#   MASTER_ADDR     name or address of machine 0
-#   MASTER_PORT     a port that is free there; 29500 without it
+#   GPUS_PER_NODE   ranks per machine; default: the number of GPUs, at least 1
+#   NNODES          number of machines; default: 1. With more than 1:
+#   NODE_RANK       rank of this machine, from 0; default: SLURM_NODEID
+#   MASTER_ADDR     host name or address of machine 0
+#   MASTER_PORT     free port on machine 0; default: 29500
 #
-# Sets up .venv first. All machines see the same repository and the same workdir.
+# Sets up .venv first. All machines must share the repository and the workdir.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-(($# > 1)) || fail "launch/run.sh needs a command and a recipe, say: run llava15_7b_fp8"
+(($# > 1)) || fail "launch/run.sh requires a command and a recipe, for example: run llava15_7b"
 check_counts
 if ((nodes > 1)); then
     place=${NODE_RANK:-${SLURM_NODEID:-}}
     if [[ ! $place =~ ^(0|[1-9][0-9]*)$ ]] || ((place >= nodes)); then
-        fail "NODE_RANK=$place is not one of 0 to $((nodes - 1)), with NNODES=$nodes"
+        fail "NODE_RANK must be 0 to $((nodes - 1)) with NNODES=$nodes, got '$place'"
     fi
     [[ -n ${MASTER_ADDR:-} ]] ||
-        fail "MASTER_ADDR is not set; with NNODES=$nodes it names machine 0"
+        fail "MASTER_ADDR must be set to the address of machine 0 with NNODES=$nodes"
 fi
 set_up
 count_ranks
@@ -31,7 +31,7 @@ if ((nodes > 1)); then
     where=(--nnodes "$nodes" --node-rank "$place"
         --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
 fi
-# torchrun passes these on, so that ranks save what they have; another one would end it alone
+# torchrun forwards these signals, so that ranks save their progress; others would end torchrun only
 export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 exec "$venv/bin/python" -m torch.distributed.run "${where[@]}" --nproc-per-node "$ranks" \
     -m nemo_vlm_ptq "$@"

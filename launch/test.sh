@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# All checks, each one run even when one before has failed; fails when any of them did.
+# Run all checks, also after a failure; the exit code is 1 if any check failed.
 #
 #   launch/test.sh [pytest argument ...]     linters, types, import rules, tests
-#   launch/test.sh --lint                    all of it but the tests
-#   launch/test.sh --format                  no checks: repair layout and what ruff can fix itself
+#   launch/test.sh --lint                    all checks except the tests
+#   launch/test.sh --format                  no checks; format and apply ruff's automatic fixes
 #
 # Sets up .venv first.
 set -euo pipefail
@@ -22,7 +22,7 @@ PATH=$venv/bin:$PATH
 export HF_HUB_OFFLINE=1
 
 if [[ ${1:-} == --format ]]; then
-    ruff check -q --fix . || true # what is left is for --lint to say
+    ruff check -q --fix . || true # remaining findings are reported by --lint
     exec ruff format .
 fi
 

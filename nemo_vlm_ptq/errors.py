@@ -1,17 +1,18 @@
-"""The two ways a run may end that are not a bug: the user can fix it, or a proof failed."""
+"""The two expected failures of a run: an error the user can fix, and a failed verification."""
 
 import errno
 import os
 import shutil
 from pathlib import Path
 
-DISK_FULL_BYTES = 1 << 20  # bytes: a disk with fewer is full
+DISK_FULL_BYTES = 1 << 20  # a disk with fewer free bytes counts as full
 
 
 class UserError(Exception):
-    """Something the user can fix; one line that says what, where, and which values would work.
+    """An error the user can fix.
 
-    The command exits with 2 and prints this line without a traceback.
+    The message is one line that says what is wrong, where, and which values are supported. The
+    command prints it without a traceback and exits with code 2.
     """
 
 
@@ -20,9 +21,9 @@ class VerificationError(Exception):
 
 
 def disk_write_error(error: BaseException | None, folder: Path) -> str | None:
-    """What is wrong with the disk of a folder, where that is the cause of an error, or None.
+    """Return the disk error behind an exception, such as "No space left on device", or None.
 
-    torch's writers do not say it; that nothing is free does.
+    Some of torch's writers raise unrelated errors on a full disk, so free space is checked first.
     """
     if folder.is_dir() and shutil.disk_usage(folder).free < DISK_FULL_BYTES:
         return os.strerror(errno.ENOSPC)

@@ -1,7 +1,8 @@
-"""The quantization formats, one row each: numerics, algorithm, and who reads the result.
+"""Quantization formats, one row each: number formats, granularity, algorithm, exported name.
 
-Scales multiply codes to give values back: value = code * scale. `amax` is the largest magnitude.
-Field names of the exported tensors follow TensorRT-LLM 1.2 and modelopt 0.47.
+A scale multiplies a code to dequantize it: value = code * scale. `amax` is the largest magnitude.
+Names in exported files follow TensorRT-LLM 1.2 and modelopt 0.47. Which targets store a format is
+declared by each target (targets/*/spec.py).
 """
 
 from __future__ import annotations
@@ -13,135 +14,223 @@ from nemo_vlm_ptq.errors import UserError
 
 NumberFormat = Literal["fp8", "int8", "int4", "nvfp4", "nf4"]
 Granularity = Literal["tensor", "channel", "group"]
-# Rounding of a linear's input: static and per tensor; per token as it comes; in blocks of 16 with
-# dynamic e4m3 scales under a static one.
+# Quantization of a linear's input: static per tensor (fp8, int8), dynamic per token (fp8_token), or
+# dynamic e4m3 scales of blocks of 16 under a static global scale (nvfp4).
 InputFormat = Literal["fp8", "int8", "fp8_token", "nvfp4"]
+Algorithm = Literal["max", "smoothquant", "awq"]
 
-# Largest code of each kind of number; scale = amax / largest.
+# Largest and smallest code of each number format; scale = amax / MAX_CODE.
 MAX_CODE: dict[str, float] = {"fp8": 448.0, "int8": 127.0, "int4": 7.0, "nvfp4": 6.0, "nf4": 1.0}
 MIN_CODE: dict[str, float] = {"fp8": -448.0, "int8": -128.0, "int4": -8.0}
 NVFP4_BLOCK, NF4_BLOCK = 16, 64  # inputs that share a scale
-# Inputs of a group that the kernels for int4 behind a target take.
-INT4_GROUP_SIZES = {"trtllm": (64, 128), "compressed_tensors": (32, 64, 128)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class QuantFormat:
-    """One format: what becomes of weights and activations, and where it can be read."""
+    """One format of weights and activations.
+
+    name: value of `quantize.format`.
+    weight: number format of the weights.
+    granularity: one solved amax per tensor, per output channel, or per group of inputs.
+    activation: quantization of each linear's input; None keeps 16 bit.
+    algorithm: how scales are solved.
+    quant_algo: name in TensorRT-LLM's config.json and modelopt's hf_quant_config.json.
+    modelopt_preset: name in modelopt.torch.quantization; empty where modelopt has none.
+    bits: bits per weight, scales included where they are many.
+    second_weight: number format of a second, per-tensor quantization of the dequantized weight.
+    block: inputs per scale where the format fixes them; None uses the recipe's group_size.
+    low_rank: rank of the 16 bit low-rank branch of SVDQuant; 0 for none.
+    shares_kv_head_scale: query heads that share a KV head get one pre_quant_scale for o_proj, so
+        that targets without pre_quant_scales can fold it into v_proj.
+    """
 
     name: str
     weight: NumberFormat
-    granularity: Granularity  # one solved amax per tensor, per output channel, per group of K
-    activation: InputFormat | None  # None keeps 16 bit
-    algorithm: Literal["max", "smoothquant", "awq"]
-    quant_algo: str  # in TensorRT-LLM's config.json and modelopt's hf_quant_config.json
-    modelopt_preset: str  # name of the preset in modelopt.torch.quantization; "" when it has none
-    targets: tuple[str, ...]
-    bits: float  # of a weight, its scales included where they are many
+    granularity: Granularity
+    activation: InputFormat | None
+    algorithm: Algorithm
+    quant_algo: str
+    modelopt_preset: str
+    bits: float
     about: str
-    second_weight: NumberFormat | None = (
-        None  # second, per-tensor rounding of the dequantized weight
-    )
-    block: int | None = None  # inputs of a block where the format fixes it, else recipe.group_size
-    low_rank: int = 0  # rank of the 16 bit branch beside the rounded weight (SVDQuant)
+    second_weight: NumberFormat | None = None
+    block: int | None = None
+    low_rank: int = 0
+    shares_kv_head_scale: bool = False
 
     @property
-    def pre_quant_scale(self) -> bool:
-        """A scale per input channel stands in front of each linear."""
+    def uses_pre_quant_scale(self) -> bool:
+        """Whether a scale per input channel multiplies the input of each linear."""
         return self.algorithm != "max"
 
     @property
     def grouped(self) -> bool:
-        """Groups of inputs share a weight scale, and no shard may cut one."""
+        """Whether groups of inputs share a weight scale, so that no shard may split a group."""
         return self.granularity == "group" or self.block is not None
 
     def group(self, group_size: int) -> int:
-        """Inputs that share a weight scale, given the recipe's group size."""
+        """Return the inputs per weight scale, given the recipe's group_size."""
         return self.block or group_size
 
 
 FORMATS: dict[str, QuantFormat] = {
-    row.name: row
-    for row in (
+    fmt.name: fmt
+    for fmt in (
         QuantFormat(
-            "fp8", "fp8", "tensor", "fp8", "max", "FP8", "FP8_DEFAULT_CFG",
-            ("trtllm", "hf", "compressed_tensors", "nemo"), 8,
-            "weights and activations e4m3, one scale a tensor",
+            name="fp8",
+            weight="fp8",
+            granularity="tensor",
+            activation="fp8",
+            algorithm="max",
+            quant_algo="FP8",
+            modelopt_preset="FP8_DEFAULT_CFG",
+            bits=8,
+            about="weights and activations e4m3, per tensor",
         ),
         QuantFormat(
-            "fp8_pc_pt", "fp8", "channel", "fp8_token", "max", "FP8_PER_CHANNEL_PER_TOKEN",
-            "FP8_PER_CHANNEL_PER_TOKEN_CFG", ("hf", "compressed_tensors", "nemo"), 8,
-            "weights e4m3 per channel, activations e4m3 per token as they come",
+            name="fp8_pc_pt",
+            weight="fp8",
+            granularity="channel",
+            activation="fp8_token",
+            algorithm="max",
+            quant_algo="FP8_PER_CHANNEL_PER_TOKEN",
+            modelopt_preset="FP8_PER_CHANNEL_PER_TOKEN_CFG",
+            bits=8,
+            about="weights e4m3 per channel, activations e4m3 per token",
         ),
         QuantFormat(
-            "int8_sq", "int8", "channel", "int8", "smoothquant", "W8A8_SQ_PER_CHANNEL",
-            "INT8_SMOOTHQUANT_CFG", ("trtllm", "compressed_tensors", "nemo"), 8,
-            "weights int8 per channel, activations int8, SmoothQuant",
+            name="int8_sq",
+            weight="int8",
+            granularity="channel",
+            activation="int8",
+            algorithm="smoothquant",
+            quant_algo="W8A8_SQ_PER_CHANNEL",
+            modelopt_preset="INT8_SMOOTHQUANT_CFG",
+            bits=8,
+            about="weights int8 per channel, activations int8",
         ),
         QuantFormat(
-            "int4_awq", "int4", "group", None, "awq", "W4A16_AWQ", "INT4_AWQ_CFG",
-            ("trtllm", "hf", "compressed_tensors", "nemo"), 4,
-            "weights int4 in groups, activations 16 bit, AWQ",
+            name="int4_awq",
+            weight="int4",
+            granularity="group",
+            activation=None,
+            algorithm="awq",
+            quant_algo="W4A16_AWQ",
+            modelopt_preset="INT4_AWQ_CFG",
+            bits=4,
+            about="weights int4 in groups, activations 16 bit",
+            shares_kv_head_scale=True,
         ),
         QuantFormat(
-            "w4a8_awq", "int4", "group", "fp8", "awq", "W4A8_AWQ", "W4A8_AWQ_BETA_CFG",
-            ("trtllm", "hf", "compressed_tensors", "nemo"), 4,
-            "weights int4 in groups, activations e4m3, AWQ",
+            name="w4a8_awq",
+            weight="int4",
+            granularity="group",
+            activation="fp8",
+            algorithm="awq",
+            quant_algo="W4A8_AWQ",
+            modelopt_preset="W4A8_AWQ_BETA_CFG",
+            bits=4,
+            about="weights int4 in groups, activations e4m3",
             second_weight="fp8",
+            shares_kv_head_scale=True,
         ),
         QuantFormat(
-            "nvfp4", "nvfp4", "tensor", "nvfp4", "max", "NVFP4", "NVFP4_DEFAULT_CFG",
-            ("trtllm", "hf", "compressed_tensors", "nemo"), 4.5,
-            "weights and activations e2m1 in blocks of 16 with e4m3 scales",
+            name="nvfp4",
+            weight="nvfp4",
+            granularity="tensor",
+            activation="nvfp4",
+            algorithm="max",
+            quant_algo="NVFP4",
+            modelopt_preset="NVFP4_DEFAULT_CFG",
+            bits=4.5,
+            about="weights and activations e2m1 in blocks of 16",
             block=NVFP4_BLOCK,
         ),
         QuantFormat(
-            "nvfp4_awq", "nvfp4", "tensor", "nvfp4", "awq", "NVFP4_AWQ", "NVFP4_AWQ_LITE_CFG",
-            ("hf", "nemo"), 4.5, "nvfp4 with AWQ's scales in front of the linears",
+            name="nvfp4_awq",
+            weight="nvfp4",
+            granularity="tensor",
+            activation="nvfp4",
+            algorithm="awq",
+            quant_algo="NVFP4_AWQ",
+            modelopt_preset="NVFP4_AWQ_LITE_CFG",
+            bits=4.5,
+            about="nvfp4 with AWQ's pre_quant_scales",
             block=NVFP4_BLOCK,
         ),
         QuantFormat(
-            "nvfp4_svdquant", "nvfp4", "tensor", "nvfp4", "awq", "NVFP4_SVD",
-            "NVFP4_SVDQUANT_DEFAULT_CFG", ("hf",), 4.5,
-            "nvfp4_awq of what a 16 bit branch of rank 32 leaves over (SVDQuant)",
-            block=NVFP4_BLOCK, low_rank=32,
+            name="nvfp4_svdquant",
+            weight="nvfp4",
+            granularity="tensor",
+            activation="nvfp4",
+            algorithm="awq",
+            quant_algo="NVFP4_SVD",
+            modelopt_preset="NVFP4_SVDQUANT_DEFAULT_CFG",
+            bits=4.5,
+            about="nvfp4_awq with a 16 bit low-rank branch",
+            block=NVFP4_BLOCK,
+            low_rank=32,
         ),
         QuantFormat(
-            "int8_wo", "int8", "channel", None, "max", "W8A16", "INT8_WEIGHT_ONLY_CFG",
-            ("hf", "compressed_tensors", "nemo"), 8, "weights int8 per channel, activations 16 bit",
+            name="int8_wo",
+            weight="int8",
+            granularity="channel",
+            activation=None,
+            algorithm="max",
+            quant_algo="W8A16",
+            modelopt_preset="INT8_WEIGHT_ONLY_CFG",
+            bits=8,
+            about="weights int8 per channel, activations 16 bit",
         ),
         QuantFormat(
-            "int4_wo", "int4", "group", None, "max", "W4A16_AWQ", "INT4_BLOCKWISE_WEIGHT_ONLY_CFG",
-            ("hf", "compressed_tensors", "nemo"), 4, "weights int4 in groups, activations 16 bit",
+            name="int4_wo",
+            weight="int4",
+            granularity="group",
+            activation=None,
+            algorithm="max",
+            quant_algo="W4A16_AWQ",
+            modelopt_preset="INT4_BLOCKWISE_WEIGHT_ONLY_CFG",
+            bits=4,
+            about="weights int4 in groups, activations 16 bit",
         ),
         QuantFormat(
-            "nf4", "nf4", "group", None, "max", "NF4", "",
-            ("hf",), 4.13, "weights NF4 in blocks of 64, doubly quantized, as bitsandbytes has it",
+            name="nf4",
+            weight="nf4",
+            granularity="group",
+            activation=None,
+            algorithm="max",
+            quant_algo="NF4",
+            modelopt_preset="",
+            bits=4.13,
+            about="weights NF4 in blocks of 64, double-quantized",
             block=NF4_BLOCK,
         ),
     )
-}  # fmt: skip
+}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class KvCacheFormat:
-    """Numbers of a KV cache, one static scale for all keys of a layer and one for all values."""
+    """One KV cache format, with one static scale for a layer's keys and one for its values.
+
+    quant_algo: kv_cache_quant_algo in TensorRT-LLM's and modelopt's config files.
+    """
 
     name: str
-    kind: NumberFormat
-    quant_algo: str  # kv_cache_quant_algo in TensorRT-LLM's and modelopt's config files
-    targets: tuple[str, ...]
+    number_format: NumberFormat
+    quant_algo: str
 
 
 KV_CACHES: dict[str, KvCacheFormat] = {
-    row.name: row
-    for row in (
-        KvCacheFormat("fp8", "fp8", "FP8", ("trtllm", "hf", "compressed_tensors")),
-        KvCacheFormat("int8", "int8", "INT8", ("trtllm",)),
-        KvCacheFormat("nvfp4", "nvfp4", "NVFP4", ("hf",)),
+    kv_cache.name: kv_cache
+    for kv_cache in (
+        KvCacheFormat(name="fp8", number_format="fp8", quant_algo="FP8"),
+        KvCacheFormat(name="int8", number_format="int8", quant_algo="INT8"),
+        KvCacheFormat(name="nvfp4", number_format="nvfp4", quant_algo="NVFP4"),
     )
 }
 
+# modelopt's names of the same formats.
 FORMAT_ALIASES = {
     "int8_smoothquant": "int8_sq",
     "w4a8_awq_beta": "w4a8_awq",
@@ -154,16 +243,14 @@ FORMAT_ALIASES = {
     "int4_blockwise_weight_only": "int4_wo",
 }
 
-TARGETS = ("trtllm", "hf", "compressed_tensors", "nemo")
-
 
 def find_format(name: str) -> QuantFormat:
-    """The row of a format by its name or alias.
+    """Return the row of a format by its name or alias.
 
     Raises:
-        UserError: unknown name; lists the known ones.
+        UserError: the name is unknown; lists the supported names.
     """
-    row = FORMATS.get(FORMAT_ALIASES.get(name, name))
-    if row is None:
-        raise UserError(f"unknown format {name!r}; known: {', '.join(FORMATS)}")
-    return row
+    fmt = FORMATS.get(FORMAT_ALIASES.get(name, name))
+    if fmt is None:
+        raise UserError(f"unknown format {name!r}; supported: {', '.join(FORMATS)}")
+    return fmt

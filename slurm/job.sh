@@ -1,13 +1,13 @@
 # shellcheck shell=bash
-# Sourced by the .sbatch files, whose words are ROOT [FORMATS] RECIPE [key=value ...].
+# Sourced by the .sbatch files, whose arguments are ROOT [FORMATS] RECIPE [key=value ...].
 #
-#   on_ranks RANKS STAGES RECIPE [key=value ...]     stages on so many ranks of every node
+#   on_ranks RANKS STAGES RECIPE [key=value ...]     run stages on RANKS ranks per node
 #
-# A job that gets USR1, 90 seconds before its time is over or when it is preempted, lets its ranks
-# save what they have, puts itself back into the queue and goes on from there. After TERM, which is
-# how jobs are cancelled, it only lets them save.
+# Slurm sends USR1 90 seconds before the time limit and on preemption. The job then lets its ranks
+# save their progress, requeues itself and resumes after the restart. On TERM, which cancels a job,
+# the ranks save their progress and the job is not requeued.
 
-most=20 # times that a job puts itself back: one that gets nowhere has to end some day
+most=20 # maximum number of requeues, so that a job without progress ends
 step=
 stopping=
 trap 'stopping=1; [[ -z $step ]] || kill -USR1 "$step" 2>/dev/null || true' USR1
@@ -18,24 +18,24 @@ source "${NEMO_VLM_PTQ_SITE:-$root/slurm/site.env}"
 on_ranks() {
     local ranks=$1 stages=$2 recipe=$3 code=0 options=(--ntasks-per-node=1 --kill-on-bad-exit=1)
     shift 3
-    options+=(--nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES") # of a job that shrank, too
+    options+=(--nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES") # also after the job was resized
     [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || options+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
     [[ -z $IMAGE ]] || options+=(--container-image="$IMAGE" --container-workdir="$PWD")
     [[ -z $IMAGE || -z $MOUNTS ]] || options+=(--container-mounts="$MOUNTS")
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)
     export MASTER_ADDR MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000)) NNODES=$SLURM_NNODES
-    export GPUS_PER_NODE=$ranks PET_SHUTDOWN_TIMEOUT=75 # seconds that ranks get to save
+    export GPUS_PER_NODE=$ranks PET_SHUTDOWN_TIMEOUT=75 # seconds for the ranks to save
     echo "== job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST:" \
         "$stages, $(date '+%F %T')"
     srun "${options[@]}" "$root/launch/run.sh" run "$recipe" "stages=[$stages]" "$@" &
     step=$!
     wait "$step" || code=$?
-    if [[ -n $stopping ]]; then # the signal has ended that wait
+    if [[ -n $stopping ]]; then # the signal interrupted the first wait
         code=0
         wait "$step" || code=$?
     fi
     if [[ -n $stopping ]] && ((code && ${SLURM_RESTART_COUNT:-0} < most)); then
-        echo "== job $SLURM_JOB_ID goes back into the queue, $(date '+%F %T')"
+        echo "== job $SLURM_JOB_ID is requeued, $(date '+%F %T')"
         scontrol requeue "$SLURM_JOB_ID"
     fi
     return "$code"

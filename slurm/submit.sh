@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Queues a recipe as a chain of Slurm jobs, and ends. docs/slurm.md has more.
+# Submit a recipe as a chain of Slurm jobs and return. Details: docs/clusters.md.
 #
 #   slurm/submit.sh [--dry-run] RECIPE [key=value ...]
 #
-#   observe -> solve_export, one task a format -> build, one a format -> evaluate -> report
+#   observe -> solve_export (a task per format) -> build (a task per format) -> evaluate -> report
 #
-# Jobs whose stages the recipe does not list are left out. Site facts come from slurm/site.env.
-# --dry-run prints the commands, as a script, and queues nothing; it needs no Slurm. Logs, and what
-# was queued, lie in WORKDIR/slurm; `nemo-vlm-ptq status WORKDIR` tells how it goes. Exit code 2:
-# you can fix it, one line says how, and nothing is queued. Sets up .venv first.
+# Jobs without a stage in the recipe are omitted. Settings of the cluster come from slurm/site.env.
+# --dry-run prints the commands as a script and submits nothing; it does not need Slurm. Logs and job
+# ids are in WORKDIR/slurm; `nemo-vlm-ptq status WORKDIR` shows the progress. Exit code 2: invalid
+# input, described in one line; nothing is submitted. Sets up .venv first.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../launch/common.sh"
 
-refuse() {
+reject() {
     echo "error: $*" >&2
     exit 2
 }
@@ -23,30 +23,30 @@ words=()
 for word in "$@"; do
     case $word in
         --dry-run) dry=1 ;;
-        -*) refuse "unknown option $word; known: --dry-run" ;;
+        -*) reject "unknown option $word; supported: --dry-run" ;;
         *) words+=("$word") ;;
     esac
 done
-((${#words[@]})) || refuse "slurm/submit.sh needs a recipe, say: slurm/submit.sh llava15_7b"
+((${#words[@]})) || reject "slurm/submit.sh requires a recipe, for example: slurm/submit.sh llava15_7b"
 
 site=${NEMO_VLM_PTQ_SITE:-$root/slurm/site.env}
-[[ -r $site ]] || refuse "no $site; copy slurm/site.env.example there and fill it in"
+[[ -r $site ]] || reject "$site does not exist; copy slurm/site.env.example there and edit it"
 ACCOUNT='' PARTITION='' NODES='' GPUS_PER_NODE='' GPU_TYPE='' OPTIONS=()
-TIME_OBSERVE='' TIME_SOLVE='' TIME_BUILD='' TIME_EVALUATE='' TIME_REPORT='' # for shellcheck, too
+TIME_OBSERVE='' TIME_SOLVE='' TIME_BUILD='' TIME_EVALUATE='' TIME_REPORT='' # also declares them for shellcheck
 # shellcheck source=/dev/null
-source "$site" || refuse "$site cannot be read by bash"
-[[ $NODES =~ ^[1-9][0-9]*$ ]] || refuse "NODES=$NODES in $site is no number of nodes"
-[[ $GPUS_PER_NODE =~ ^[0-9]+$ ]] || refuse "GPUS_PER_NODE=$GPUS_PER_NODE in $site is no number"
+source "$site" || reject "$site cannot be sourced by bash"
+[[ $NODES =~ ^[1-9][0-9]*$ ]] || reject "NODES in $site must be a positive integer, got '$NODES'"
+[[ $GPUS_PER_NODE =~ ^[0-9]+$ ]] || reject "GPUS_PER_NODE in $site must be an integer from 0, got '$GPUS_PER_NODE'"
 if [[ -z $dry ]]; then
     command -v sbatch >/dev/null ||
-        refuse "no sbatch on PATH; submit from a node of the cluster, or add --dry-run"
-    known=$(sinfo -h -o %R 2>&1) || refuse "sinfo cannot ask the cluster: ${known%%$'\n'*}"
+        reject "sbatch is not on PATH; submit from a node of the cluster or add --dry-run"
+    known=$(sinfo -h -o %R 2>&1) || reject "sinfo failed: ${known%%$'\n'*}"
     if [[ -n $PARTITION ]] && ! grep -qxF -- "$PARTITION" <<<"$known"; then
-        refuse "PARTITION=$PARTITION in $site is unknown; known: $(sort <<<"$known" | xargs)"
+        reject "PARTITION in $site does not exist, got $PARTITION; available: $(sort <<<"$known" | xargs)"
     fi
 fi
 
-# What the recipe asks for, checked by the package.
+# Settings of the recipe, validated by the package.
 set_up
 facts=$("$venv/bin/nemo-vlm-ptq" plan "${words[@]}" --json) || exit $?
 mapfile -t lines < <("$venv/bin/python" -c '
@@ -54,8 +54,8 @@ import json, sys
 facts = json.load(sys.stdin)
 tensor, pipeline, data = (0 if n == "auto" else n for n in facts["parallel"].values())
 print(facts["workdir"], " ".join(facts["stages"]), max(1, tensor) * max(1, pipeline), data, sep="\n")
-for name, row in facts["formats"].items():
-    major, minor = row["engine_capability"]
+for name, info in facts["formats"].items():
+    major, minor = info["engine_capability"]
     print(name, 10 * major + minor)
 ' <<<"$facts")
 logs=$(realpath -m -- "${lines[0]}")/slurm
@@ -64,35 +64,35 @@ model=${lines[2]} data=${lines[3]}
 
 ranks=$((GPUS_PER_NODE > 0 ? GPUS_PER_NODE : 1))
 ((NODES * ranks % model == 0 && (data == 0 || NODES * ranks == model * data))) ||
-    refuse "parallel: one model takes $model ranks$( ((data)) && echo " and there are to be $data"), but" \
-        "NODES=$NODES and GPUS_PER_NODE=$GPUS_PER_NODE in $site make $((NODES * ranks)) ranks"
+    reject "parallel: tensor x pipeline is $model$( ((data)) && echo " and data is $data"), but" \
+        "NODES=$NODES and GPUS_PER_NODE=$GPUS_PER_NODE in $site give $((NODES * ranks)) ranks"
 
 declare -A capability=([a100]=80 [l4]=89 [l40]=89 [l40s]=89 [h100]=90 [h200]=90 [gh200]=90
     [b100]=100 [b200]=100 [gb200]=100 [b300]=103 [gb300]=103)
 [[ -z $GPU_TYPE || -v capability[$GPU_TYPE] ]] ||
-    refuse "GPU_TYPE=$GPU_TYPE in $site is unknown; leave it empty, or one of: ${!capability[*]}"
+    reject "GPU_TYPE in $site must be empty or one of ${!capability[*]}, got $GPU_TYPE"
 formats=
 for line in "${lines[@]:4}"; do
     read -r format need <<<"$line"
     formats+=${formats:+,}$format
     if [[ " ${stages[*]} " == *" build "* && -n $GPU_TYPE ]] && ((need > capability[$GPU_TYPE])); then
-        refuse "format $format: no engine of it runs on $GPU_TYPE, which has compute capability" \
-            "${capability[$GPU_TYPE]}, and it needs $need; leave it out, or build out of stages"
+        reject "format $format: engines require compute capability $need, but $GPU_TYPE has" \
+            "${capability[$GPU_TYPE]}; remove the format, or remove build from stages"
     fi
 done
 
 if [[ -z $dry ]]; then
-    mkdir -p "$logs" 2>/dev/null || refuse "cannot make the folder of logs, $logs"
-    [[ -w $logs ]] || refuse "cannot write into the folder of logs, $logs"
+    mkdir -p "$logs" 2>/dev/null || reject "cannot create the log folder $logs"
+    [[ -w $logs ]] || reject "cannot write to the log folder $logs"
     if [[ -s $logs/jobs ]]; then
         before=$(cut -d ' ' -f 1 "$logs/jobs" | paste -sd ,)
-        before=$(squeue -h -j "$before" -o %A 2>/dev/null | sort -u | xargs) || before= # forgotten
-        [[ -z $before ]] || refuse "jobs $before of the submit before are not over, and work in" \
-            "the same workdir; wait for them, or: scancel $before"
+        before=$(squeue -h -j "$before" -o %A 2>/dev/null | sort -u | xargs) || before= # ids that Slurm no longer knows
+        [[ -z $before ]] || reject "jobs $before of an earlier submission still use the workdir;" \
+            "wait for them, or run: scancel $before"
     fi
 fi
 
-# Words as a shell would read them back, quotes only where they are needed.
+# Print arguments quoted for the shell, with quotes only where needed.
 quoted() {
     local word line=
     for word in "$@"; do
@@ -102,7 +102,8 @@ quoted() {
     echo "$line"
 }
 
-# queue NAME DEPENDENCY STAGES OPTION ...: a job after the one before, if the recipe lists a stage of it.
+# queue NAME DEPENDENCY STAGES OPTION ...: submit a job after the previous one if the recipe lists any
+# of its stages.
 last=
 queued=()
 queue() {
@@ -128,7 +129,7 @@ queue() {
     fi
     if ! id=$("${command[@]}" ${after:+"$after"} "${arguments[@]}" 2>&1); then
         ((!${#queued[@]})) || scancel "${queued[@]}"
-        refuse "sbatch refuses $name, and nothing is queued: ${id//$'\n'/; }"
+        reject "sbatch rejected $name; no job remains queued: ${id//$'\n'/; }"
     fi
     last=${id%%;*}
     queued+=("$last")

@@ -34,7 +34,7 @@ LLAVA_7B = {  # what config.json of llava-1.5-7b-hf changes of the defaults of t
 
 
 def said_by(action: Callable[..., object], *arguments: object) -> str:
-    """What an action refuses with, one line."""
+    """What an action rejects with, one line."""
     with pytest.raises(UserError) as caught:
         action(*arguments)
     said = str(caught.value)
@@ -105,13 +105,22 @@ def askable(model: Path) -> Path:
 
 
 def write_recipe(folder: Path, model: Path | str = TINY, **keys: Any) -> Path:
-    """A recipe file that works in `folder`/work."""
+    """Write a recipe that works in `folder`/work, on the drawn scenes unless `keys` say more."""
+    tree: dict[str, Any] = {"model": str(model), "workdir": str(folder / "work")}
+    defaults = {
+        "calibration": {"data": "scenes"},
+        "evaluate": {"data": "scenes"},
+        "export": {"targets": ["trtllm", "hf"]},
+    }
+    for key in (*defaults, *keys):
+        default, value = defaults.get(key, {}), keys.get(key, {})
+        tree[key] = default | value if isinstance(value, dict) else value
     path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump({"model": str(model), "workdir": str(folder / "work"), **keys}))
+    path.write_text(yaml.safe_dump(tree))
     return path
 
 
-def refusal(*words: Path | str) -> str:
+def error_message(*words: Path | str) -> str:
     """What the command says in its one line on stderr, having ended with exit code 2."""
     out, err = io.StringIO(), io.StringIO()
     with (
@@ -127,9 +136,9 @@ def refusal(*words: Path | str) -> str:
     return line.removeprefix(PREFIX).rstrip("\n")
 
 
-def plan_refusal(folder: Path, model: Path | str = TINY, *overrides: str) -> str:
+def plan_error(folder: Path, model: Path | str = TINY, *overrides: str) -> str:
     """What `plan` says of a model; nothing has been written."""
-    said = refusal("plan", write_recipe(folder, model), *overrides)
+    said = error_message("plan", write_recipe(folder, model), *overrides)
     assert not (folder / "work").exists()
     return said
 

@@ -37,12 +37,12 @@ def tiny(llava, tmp_path_factory):
     }
     tensors = {name: [vars(one) for one in case] for name, case in cases.items()}
     torch.save(tensors, folder / "cases")
-    return models.Tiny(
+    return models.TinyModel(
         models.write_llava(llava, folder / "float32", torch.float32),
         models.write_llava(llava, folder / "bfloat16", torch.bfloat16),
         folder / "cases",
         {
-            name: [models.ask_transformers(llava, one) for one in case]
+            name: [models.transformers_logits(llava, one) for one in case]
             for name, case in cases.items()
         },
     )
@@ -64,10 +64,10 @@ def works(tmp_path_factory):
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "made").exists():
             shutil.rmtree(folder, ignore_errors=True)
-            with models.alone() as own:
-                models.run_line(own, folder / "1x1x1")
-            main = models.main_of("test_layout_independence")
-            code, _, err = models.launch([*main, folder, *words], 2)
+            with models.single_rank() as own:
+                models.run_all_stages(own, folder / "1x1x1")
+            main = models.main_command("test_layout_independence")
+            code, _, err = models.launch_ranks([*main, folder, *words], 2)
             assert code == 0, err[-3000:]
             (folder / "made").touch()
     return {word: folder / word for word in ("1x1x1", *words)}
@@ -133,9 +133,9 @@ class Export:
 
     def changed(self):
         """Files that are not as the manifest says."""
-        from nemo_vlm_ptq.stages.verify import _check_files
+        from nemo_vlm_ptq.verify.target import check_files
 
-        return _check_files(self.folder)
+        return check_files(self.folder)
 
     def findings(self):
         """Names of the checks that find something; tensors are compared when all are there."""
@@ -188,14 +188,14 @@ def export(works, tmp_path):
 
 
 @pytest.fixture
-def proving(works, tmp_path):
+def verification(works, tmp_path):
     """(the whole stage verify of an fp8 export, its folder), to be damaged."""
     shutil.copytree(works["2x1x1"] / "megatron", tmp_path / "megatron")
     shutil.copytree(works["2x1x1"] / "fp8", tmp_path / "fp8")
-    return prover(tmp_path, ["fp8"]), tmp_path / "fp8"
+    return verifier(tmp_path, ["fp8"]), tmp_path / "fp8"
 
 
-def prover(folder, formats):
+def verifier(folder, formats):
     """What runs verify in a work folder, for formats that are exported there for two ranks."""
     import models
 
@@ -213,8 +213,8 @@ def prover(folder, formats):
     )
 
     def run():
-        with models.alone() as own:
-            verify(RunContext(make_plan(recipe), own))
+        with models.single_rank() as own:
+            verify(RunContext(plan=make_plan(recipe), parallel=own))
         return store.read_json(folder / formats[0] / "verify.json")
 
     return run
@@ -224,13 +224,14 @@ def prover(folder, formats):
 def nemo_line(tmp_path_factory):
     """A work folder: tiny-llava in every format as NeMo has it, verified, and 16 bit in nemo/."""
     import models
-    from nemo_folders import NAMES, job
+    from nemo_folders import FORMAT_NAMES, make_context
 
+    from nemo_vlm_ptq.nemo.checkpoint import write_checkpoint
     from nemo_vlm_ptq.stages import run_stages
-    from nemo_vlm_ptq.targets.nemo2.__main__ import write_checkpoint
 
     home = tmp_path_factory.mktemp("nemo")
-    with models.alone() as own:
-        run_stages(job(own, home, tuple(NAMES)), (*models.STAGES, "verify"))
+    with models.single_rank() as own:
+        context = make_context(own, home, tuple(FORMAT_NAMES))
+        run_stages(context, (*models.STAGES, "verify"))
     write_checkpoint("quickstart", [f"model={models.TINY_LLAVA}", f"workdir={home}"])
     return home

@@ -1,7 +1,7 @@
-"""Triton kernels of calibration against plain torch, as test_kernels.py runs them.
+"""Triton kernels of calibration against eager PyTorch; test_kernels.py runs this file.
 
-On a GPU they are compiled; elsewhere Triton's interpreter runs them, which TRITON_INTERPRET=1 has
-to ask for before Triton is imported by anyone.
+Kernels are compiled on a GPU. Elsewhere Triton's interpreter runs them, which TRITON_INTERPRET=1
+must enable before the first import of Triton.
 """
 
 import pytest
@@ -12,118 +12,131 @@ from nemo_vlm_ptq.calibrate.losses import group_amax
 from nemo_vlm_ptq.calibrate.solve.clipping import CLIP_RATIOS, clip_amax
 from nemo_vlm_ptq.calibrate.solve.fake_quantize import fake_quantize_weight
 from nemo_vlm_ptq.calibrate.solve.scales import divide_by_pre_quant_scale, round_amax
-from nemo_vlm_ptq.calibrate.solve.search import _losses_together, candidate_loss, sample_rows
+from nemo_vlm_ptq.calibrate.solve.search import (
+    _clipped_losses_batched,
+    candidate_loss,
+    sample_rows,
+)
 from nemo_vlm_ptq.formats import FORMATS
 
 INTERPRETED = not torch.cuda.is_available()
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-ROUNDED = DTYPES[INTERPRETED:]  # the interpreter cuts float32 off to bfloat16, it does not round
+# The interpreter truncates float32 to bfloat16 instead of rounding it.
+ROUNDED_DTYPES = DTYPES[INTERPRETED:]
 
 
-def drawn(*shape, dtype=torch.float32, seed=0):
-    made = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=made).to(DEVICE, dtype)
+def random_tensor(*shape, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+
+def random_second_moment(width):
+    x = random_tensor(512, width, seed=3) * random_tensor(width, seed=4).exp()
+    return x.T @ x / 512
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens,width", [(1, 8), (513, 200), (1200, 128)])
-def test_column_statistics_are_those_of_each_kind_of_token(tokens, width, dtype):
-    x = drawn(tokens, 2 * width, dtype=dtype)[:, :width]
-    kind = (torch.arange(tokens) % 3).to(DEVICE, torch.int8)
-    top, total = kernels.column_statistics(x, kind)
-    for row, wanted in enumerate((1, 2)):
-        own = x[kind == wanted].float().abs()
-        largest = own.amax(dim=0) if len(own) else torch.zeros(width, device=DEVICE)
-        assert torch.equal(top[row], largest)
-        torch.testing.assert_close(total[row], own.sum(dim=0), rtol=1e-5, atol=0)
+def test_column_statistics_cover_the_tokens_of_each_modality(tokens, width, dtype):
+    x = random_tensor(tokens, 2 * width, dtype=dtype)[:, :width]
+    modality_T = (torch.arange(tokens) % 3).to(DEVICE, torch.int8)
+    amax, total = kernels.column_statistics(x, modality_T)
+    for row, modality in enumerate((1, 2)):
+        magnitude = x[modality_T == modality].float().abs()
+        zeros = torch.zeros(width, device=DEVICE)
+        assert torch.equal(amax[row], magnitude.amax(dim=0) if len(magnitude) else zeros)
+        torch.testing.assert_close(total[row], magnitude.sum(dim=0), rtol=1e-5, atol=0)
 
 
-def test_a_sum_shows_what_is_not_finite():
-    x = drawn(40, 16)
+def test_column_sums_are_not_finite_where_an_input_is_not_finite():
+    x = random_tensor(40, 16)
     x[3, 5], x[4, 6] = torch.nan, torch.inf
-    kind = torch.ones(40, dtype=torch.int8, device=DEVICE)
-    total = kernels.column_statistics(x, kind)[1][0]
+    modality = torch.ones(40, dtype=torch.int8, device=DEVICE)
+    total = kernels.column_statistics(x, modality)[1][0]
     assert (~total.isfinite()).nonzero().flatten().tolist() == [5, 6]
-    kind[3:5] = 0
-    assert kernels.column_statistics(x, kind)[1].isfinite().all()
+    modality[3:5] = 0
+    assert kernels.column_statistics(x, modality)[1].isfinite().all()
 
 
-@pytest.mark.parametrize("size", [1.0, 1e3, 1e6, 1e12])
-def test_rounded_products_are_added_as_torch_rounds_them(size):
-    product = drawn(37, 91) * size
+@pytest.mark.parametrize("magnitude", [1.0, 1e3, 1e6, 1e12])
+def test_add_rounded_rounds_products_as_torch_does(magnitude):
+    product = random_tensor(37, 91) * magnitude
     product[0, :5] = torch.tensor([0.5, 1.5, -2.5, 4194305.5, -0.5])
-    total = drawn(37, 91, seed=1).double().round()
+    total = random_tensor(37, 91, seed=1).double().round()
     expected = total + product.round()
     kernels.add_rounded(total, product)
     assert torch.equal(total, expected)
 
 
-@pytest.mark.parametrize("dtype", ROUNDED)
+@pytest.mark.parametrize("dtype", ROUNDED_DTYPES)
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("name", ["fp8", "fp8_pc_pt", "int8_sq", "int4_awq", "w4a8_awq"])
-def test_the_change_is_that_of_the_rounded_weight(name, scaled, dtype):
-    row, weight, group = FORMATS[name], drawn(70, 320, dtype=dtype), 32
+def test_weight_delta_is_the_fake_quantized_weight_minus_the_weight(name, scaled, dtype):
+    fmt, weight, group_size = FORMATS[name], random_tensor(70, 320, dtype=dtype), 32
     weight[3] = 0
-    pre_quant_scale = drawn(320, seed=2).exp().to(dtype).float() if scaled else None
-    smooth = divide_by_pre_quant_scale(weight, pre_quant_scale)
+    scale = random_tensor(320, seed=2).exp().to(dtype).float() if scaled else None
+    smooth = divide_by_pre_quant_scale(weight, scale)
     amax = {
         "tensor": lambda: smooth.abs().amax().float(),
         "channel": lambda: group_amax(smooth, 320)[:, 0],
-        "group": lambda: group_amax(smooth, group) * 0.8,
-    }[row.granularity]()
-    second = None if row.second_weight is None else smooth.abs().amax().float()
-    one = None if pre_quant_scale is None else pre_quant_scale[None]
-    two = None if second is None else second[None]
-    found = kernels.weight_delta(weight, one, amax, row.weight, two, torch.float32)
-    seen = fake_quantize_weight(smooth, amax, row, second)
-    assert torch.equal(
-        found, (seen if pre_quant_scale is None else seen * pre_quant_scale) - weight.float()
+        "group": lambda: group_amax(smooth, group_size) * 0.8,
+    }[fmt.granularity]()
+    amax_2 = None if fmt.second_weight is None else smooth.abs().amax().float()
+    found = kernels.weight_delta(
+        weight,
+        None if scale is None else scale[None],
+        amax,
+        fmt.weight,
+        None if amax_2 is None else amax_2[None],
+        torch.float32,
     )
+    quantized = fake_quantize_weight(smooth, amax, fmt, amax_2)
+    effective = quantized if scale is None else quantized * scale
+    assert torch.equal(found, effective - weight.float())
 
 
-@pytest.mark.parametrize("group", [16, 32, 128])
-@pytest.mark.parametrize("dtype", ROUNDED)
-def test_clipped_takes_the_amax_of_least_cost(dtype, group):
-    weight, width = drawn(70, 256, dtype=dtype), 256
-    x = drawn(512, width, seed=3) * drawn(width, seed=4).exp()
-    moment = x.T @ x / 512
-    pre_quant_scale = drawn(width, seed=2).exp().to(dtype).float()
+@pytest.mark.parametrize("group_size", [16, 32, 128])
+@pytest.mark.parametrize("dtype", ROUNDED_DTYPES)
+def test_clip_candidates_have_the_least_cost_in_each_group(dtype, group_size):
+    weight, width = random_tensor(70, 256, dtype=dtype), 256
+    second_moment = random_second_moment(width)
+    scale = random_tensor(width, seed=2).exp().to(dtype).float()
     ratios = torch.tensor(CLIP_RATIOS, device=DEVICE)
     plain, found = kernels.clip_candidates(
-        weight, pre_quant_scale[None], moment, ratios, "int4", group
+        weight, scale[None], second_moment, ratios, "int4", group_size
     )[0]
-    smooth, row = divide_by_pre_quant_scale(weight, pre_quant_scale), FORMATS["int4_awq"]
-    tried = round_amax(group_amax(smooth, group) * ratios[:, None, None], dtype)
-    assert torch.equal(plain, group_amax(smooth, group))
+    smooth, fmt = divide_by_pre_quant_scale(weight, scale), FORMATS["int4_awq"]
+    candidates = round_amax(group_amax(smooth, group_size) * ratios[:, None, None], dtype)
+    assert torch.equal(plain, group_amax(smooth, group_size))
     costs = []
-    for amax in tried:
-        moved = (fake_quantize_weight(smooth, amax, row) - smooth.float()) * pre_quant_scale
-        parts = moved.double().unflatten(1, (-1, group)).transpose(0, 1)
-        blocks = moment.double().unflatten(1, (-1, group)).unflatten(0, (-1, group))
-        own = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        costs.append((parts @ own).mul(parts).sum(dim=2).T)
+    for amax in candidates:
+        delta = (fake_quantize_weight(smooth, amax, fmt) - smooth.float()) * scale
+        parts = delta.double().unflatten(1, (-1, group_size)).transpose(0, 1)
+        pairs = second_moment.double().unflatten(1, (-1, group_size))
+        pairs = pairs.unflatten(0, (-1, group_size))
+        blocks = pairs.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        costs.append((parts @ blocks).mul(parts).sum(dim=2).T)
     cost = torch.stack(costs)
-    equal = found == tried
-    assert equal.any(dim=0).all()
-    taken = torch.where(equal, cost, torch.inf).amin(dim=0)
-    torch.testing.assert_close(taken, cost.amin(dim=0), rtol=2e-3, atol=1e-9)
+    is_found = found == candidates
+    assert is_found.any(dim=0).all()
+    found_cost = torch.where(is_found, cost, torch.inf).amin(dim=0)
+    torch.testing.assert_close(found_cost, cost.amin(dim=0), rtol=2e-3, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["int4_awq", "w4a8_awq"])
-def test_candidates_together_lose_what_each_loses_alone(name):
-    weight, width, row = drawn(90, 256, dtype=torch.float16), 256, FORMATS[name]
-    x = drawn(512, width, seed=3) * drawn(width, seed=4).exp()
-    moment = x.T @ x / 512
-    scales = drawn(3, width, seed=2).exp().half().float()
+def test_batched_losses_equal_those_of_single_candidates(name):
+    weight, width, fmt = random_tensor(90, 256, dtype=torch.float16), 256, FORMATS[name]
+    second_moment = random_second_moment(width)
+    scales = random_tensor(3, width, seed=2).exp().half().float()
     sample = sample_rows(weight, 32, 64)
-    found = _losses_together(sample, moment, row, 32, scales)
-    for pre_quant_scale, loss in zip(scales, found, strict=True):
-        clipped = clip_amax(
-            sample.weight_NK.cpu(), pre_quant_scale.cpu(), moment.cpu(), row, 32
-        ).to(DEVICE)
-        alone = [
-            candidate_loss(sample, moment, row, 32, pre_quant_scale, amax=a)
-            for a in (None, clipped)
-        ]
-        torch.testing.assert_close(loss, min(alone), rtol=1e-3, atol=0)
+    found = _clipped_losses_batched(sample, second_moment, fmt, 32, scales)
+    for scale, loss in zip(scales, found, strict=True):
+        clipped = clip_amax(sample.weight_NK.cpu(), scale.cpu(), second_moment.cpu(), fmt, 32).to(
+            DEVICE
+        )
+        expected = min(
+            candidate_loss(sample, second_moment, fmt, 32, scale, amax=amax)
+            for amax in (None, clipped)
+        )
+        torch.testing.assert_close(loss, expected, rtol=1e-3, atol=0)

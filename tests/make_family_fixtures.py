@@ -1,7 +1,7 @@
-"""Writes tests/families/NAME.json: configs of full-size models, and the shapes of their tensors.
+"""Writes tests/families/NAME.json: configs of full-size models and the shapes of their tensors.
 
-Shapes are those of transformers' own model classes, built without memory and given the published
-names; nothing here knows of the package. Configs leave out what the published ones leave out.
+Shapes come from transformers' model classes on the meta device, under the published names, without
+the package under test. Configs omit the keys that the published configs omit.
 
     python tests/make_family_fixtures.py [FOLDER]
 """
@@ -15,19 +15,19 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from models import published
+from models import published_name
 
 FOLDER = Path(__file__).resolve().parent / "families"
 LAYER = re.compile(r"\.layers\.(\d+)\.")
 FLAT_LIST = re.compile(r"\[[^][{}]+\]")
-MERGED = 4  # patches that VILA and Phi make one token of
+PATCHES_PER_TOKEN = 4  # of VILA and Phi
 
 CLIP_L = {
     "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096,
     "model_type": "clip_vision_model", "num_attention_heads": 16, "num_hidden_layers": 24,
     "patch_size": 14, "projection_dim": 768, "vocab_size": 32000,
 }  # fmt: skip
-VICUNA_7B = {  # its sizes are the defaults of LlamaConfig
+VICUNA_7B = {  # sizes are the defaults of LlamaConfig
     "_name_or_path": "lmsys/vicuna-7b-v1.5", "architectures": ["LlamaForCausalLM"],
     "max_position_embeddings": 4096, "model_type": "llama", "rms_norm_eps": 1e-05,
     "torch_dtype": "float16", "vocab_size": 32064,
@@ -55,7 +55,7 @@ LLAMA_3 = {
 
 
 def llava(text):
-    """config.json of llava-1.5-*-hf."""
+    """Return the config.json of llava-1.5-*-hf."""
     return {
         "architectures": ["LlavaForConditionalGeneration"], "ignore_index": -100,
         "image_token_index": 32000, "model_type": "llava", "pad_token_id": 32001,
@@ -67,7 +67,7 @@ def llava(text):
 
 
 def llava_next(text):
-    """config.json of llava-v1.6-*-hf."""
+    """Return the config.json of llava-v1.6-*-hf."""
     pinpoints = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
     return {
         "architectures": ["LlavaNextForConditionalGeneration"], "ignore_index": -100,
@@ -80,7 +80,7 @@ def llava_next(text):
 
 
 def vila(name, llm):
-    """config.json of a VILA1.5; its paths are those of the machine of its training."""
+    """Return the config.json of a VILA1.5, with paths of the training machine as published."""
     text = {
         "_name_or_path": "./llm", "architectures": ["LlamaForCausalLM"], "attention_bias": False,
         "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
@@ -118,8 +118,8 @@ def vila(name, llm):
     }  # fmt: skip
 
 
-def phi(name, kind, window):
-    """config.json of a Phi-3-vision, with rotary factors made up: two plain rising lists."""
+def phi(name, rope_type, window):
+    """Return the config.json of a Phi-3-vision, with invented rotary factors."""
     return {
         "_attn_implementation": "flash_attention_2", "_name_or_path": name,
         "architectures": ["Phi3VForCausalLM"], "attention_dropout": 0.0,
@@ -144,7 +144,7 @@ def phi(name, kind, window):
         "rope_scaling": {
             "long_factor": [round(1.0 + 1.3 * i, 1) for i in range(48)],
             "short_factor": [round(1.0 + 0.04 * i, 2) for i in range(48)],
-            "type": kind,
+            "type": rope_type,
         },
         "rope_theta": 10000.0, "sliding_window": window, "tie_word_embeddings": False,
         "torch_dtype": "bfloat16", "transformers_version": "4.38.1", "use_cache": True,
@@ -152,33 +152,33 @@ def phi(name, kind, window):
     }  # fmt: skip
 
 
-def build(model, config, values):
-    """Name -> shape of a model of transformers that takes no memory."""
+def meta_shapes(model, config, values):
+    """Return name -> shape of a transformers model, built on the meta device."""
     import transformers
 
     with torch.device("meta"):
-        made = getattr(transformers, model)(getattr(transformers, config).from_dict(values))
-    return {name: list(tensor.shape) for name, tensor in made.named_parameters()}
+        module = getattr(transformers, model)(getattr(transformers, config).from_dict(values))
+    return {name: list(tensor.shape) for name, tensor in module.named_parameters()}
 
 
-def tower_tensors(kind, prefix, config):
-    """A tower under a prefix; transformers 5 leaves `vision_model.` out of CLIP's names."""
-    shapes = build(f"{kind}VisionModel", f"{kind}VisionConfig", config)
+def tower_tensors(architecture, prefix, config):
+    """Return name -> shape of a vision tower; transformers 5 omits `vision_model.` in CLIP."""
+    shapes = meta_shapes(f"{architecture}VisionModel", f"{architecture}VisionConfig", config)
     bare = {name.removeprefix("vision_model."): shape for name, shape in shapes.items()}
     return {f"{prefix}vision_model.{name}": shape for name, shape in bare.items()}
 
 
 def llava_tensors(config):
-    """All of a LLaVA or LLaVA-NeXT."""
-    kind = config["architectures"][0]
-    shapes = build(kind, kind.replace("ForConditionalGeneration", "Config"), config)
-    return {published(name): shape for name, shape in shapes.items()}
+    """Return name -> shape of a LLaVA or LLaVA-NeXT."""
+    model = config["architectures"][0]
+    shapes = meta_shapes(model, model.replace("ForConditionalGeneration", "Config"), config)
+    return {published_name(name): shape for name, shape in shapes.items()}
 
 
 def vila_tensors(config):
-    """PART/NAME; the projector is in no model of transformers, so it is written by hand."""
-    llm = build("LlamaForCausalLM", "LlamaConfig", config["llm_cfg"])
-    width, hidden = MERGED * config["mm_hidden_size"], config["hidden_size"]
+    """Return SUBFOLDER/NAME -> shape of a VILA; transformers does not have the projector."""
+    llm = meta_shapes("LlamaForCausalLM", "LlamaConfig", config["llm_cfg"])
+    width, hidden = PATCHES_PER_TOKEN * config["mm_hidden_size"], config["hidden_size"]
     projector = {
         "1.weight": [width], "1.bias": [width], "2.weight": [hidden, width], "2.bias": [hidden],
         "4.weight": [hidden, hidden], "4.bias": [hidden],
@@ -191,12 +191,12 @@ def vila_tensors(config):
 
 
 def phi_tensors(config):
-    """Separators and projector are in no model of transformers, so they are written by hand.
+    """Return name -> shape of a Phi-3-vision; transformers lacks separators and projector.
 
-    Phi3Config is given the sizes alone: it would refuse the published rope type.
+    Phi3Config gets only the sizes, as it does not accept the published rope type.
     """
     sizes = {key: config[key] for key in config if key.endswith(("_size", "_layers", "_heads"))}
-    width, hidden = MERGED * CLIP_L["hidden_size"], config["hidden_size"]
+    width, hidden = PATCHES_PER_TOKEN * CLIP_L["hidden_size"], config["hidden_size"]
     embed = "model.vision_embed_tokens."
     joint = {
         "glb_GN": [1, 1, width], "sub_GN": [1, 1, 1, width],
@@ -204,7 +204,7 @@ def phi_tensors(config):
         "img_projection.2.weight": [hidden, hidden], "img_projection.2.bias": [hidden],
     }  # fmt: skip
     return {
-        **build("Phi3ForCausalLM", "Phi3Config", sizes),
+        **meta_shapes("Phi3ForCausalLM", "Phi3Config", sizes),
         **tower_tensors("CLIP", embed + "img_processor.", CLIP_L),
         **{embed + name: shape for name, shape in joint.items()},
     }
@@ -232,29 +232,29 @@ MODELS = {
 
 
 def fold(tensors):
-    """The table with `.layers.0.` to `.layers.31.` as one line, `.layers.{0..31}.`."""
-    shapes, numbers = defaultdict(list), defaultdict(list)
+    """Merge the entries of `.layers.0.` to `.layers.31.` into one, `.layers.{0..31}.`."""
+    shapes, layers = defaultdict(list), defaultdict(list)
     for name, shape in tensors.items():
-        found = LAYER.search(name)
-        line = LAYER.sub(".layers.{}.", name)
-        shapes[line].append(shape)
-        numbers[line].append(int(found[1]) if found else 0)
-    for line, alike in shapes.items():
-        assert sorted(numbers[line]) == list(range(len(alike))), line
-        assert all(shape == alike[0] for shape in alike), line
+        match = LAYER.search(name)
+        pattern = LAYER.sub(".layers.{}.", name)
+        shapes[pattern].append(shape)
+        layers[pattern].append(int(match[1]) if match else 0)
+    for pattern, same in shapes.items():
+        assert sorted(layers[pattern]) == list(range(len(same))), pattern
+        assert all(shape == same[0] for shape in same), pattern
     return {
-        line.replace("{}", f"{{0..{len(shapes[line]) - 1}}}"): shapes[line][0]
-        for line in sorted(shapes)
+        pattern.replace("{}", f"{{0..{len(shapes[pattern]) - 1}}}"): shapes[pattern][0]
+        for pattern in sorted(shapes)
     }
 
 
-def on_one_line(found):
-    """A list of numbers or words as short as it gets."""
-    return json.dumps(json.loads(found[0]))
+def compact_list(match):
+    """Return a JSON list on one line."""
+    return json.dumps(json.loads(match[0]))
 
 
 def main(folder=FOLDER):
-    """Write the file of every family."""
+    """Write the fixture of every family."""
     folder.mkdir(exist_ok=True)
     for family, (tensors, configs) in MODELS.items():
         models = {
@@ -262,7 +262,7 @@ def main(folder=FOLDER):
             for name, config in configs.items()
         }
         text = json.dumps({"models": models}, indent=1)
-        (folder / f"{family}.json").write_text(FLAT_LIST.sub(on_one_line, text) + "\n")
+        (folder / f"{family}.json").write_text(FLAT_LIST.sub(compact_list, text) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Tiny random LLaVAs, samples for them, and ranks: what pytest and the scripts of ranks share."""
+"""Tiny random LLaVA models, samples for them, and launching of ranks.
+
+Shared by test modules and the rank scripts that they launch with torchrun.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,11 @@ TINY_LLAVA = ROOT / "assets" / "tiny-llava"
 WEIGHTS = "model.safetensors"
 STAGES = ("import", "observe", "solve", "export")
 IMAGE_ID, IMAGE_TOKENS, VOCAB = 499, 16, 500
-PATIENCE = 600  # seconds that ranks may take
-PORTS = "TEST_PORTS"  # environment variable: a free port for each session of a launch
+LAUNCH_TIMEOUT_S = 600.0
+PORTS_VARIABLE = "TEST_PORTS"  # environment variable: a free port per parallel context of a launch
+MAX_PARALLEL_CONTEXTS = 6  # of one launch
 
-# 4 KV heads and 512 MLP features let TP be 4; groups of 128 fit at TP 2; 500 is not 64 * n
+# 4 KV heads and 512 MLP features allow TP 4; groups of 128 allow TP 2; 500 is no multiple of 64.
 TEXT = {
     "model_type": "llama",
     "hidden_size": 256,
@@ -50,25 +54,25 @@ VISION = {
 
 
 @dataclass(frozen=True)
-class Question:
-    """ids [S] int64 with one id for each image token; pixels [1,3,32,32], or None."""
+class TokenizedQuestion:
+    """Input ids [S] int64, with one id per image token, and pixel values [1,3,32,32] or None."""
 
     ids: torch.Tensor
     pixels: torch.Tensor | None
 
 
 @dataclass(frozen=True)
-class Tiny:
-    """A random model on disk, in float32 and in bfloat16, and what transformers says with it."""
+class TinyModel:
+    """A random model on disk, in float32 and bfloat16, and the logits of transformers."""
 
     float32: Path
     bfloat16: Path
-    cases: Path  # torch file: case -> [(ids, pixels)]
+    cases: Path  # torch file: case -> list of TokenizedQuestion fields
     expected: dict[str, list[torch.Tensor]]  # case -> logits [S,V] of each sample, float32
 
 
 def build_llava():
-    """transformers' model with random weights, whose norms let some channels stand out."""
+    """Build transformers' model with random weights; norms scale up some outlier channels."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     config = LlavaConfig(
@@ -91,30 +95,30 @@ def build_llava():
     return model
 
 
-def published(name: str) -> str:
-    """The llava-hf checkpoints' name of a parameter of transformers' model."""
+def published_name(name: str) -> str:
+    """Return the llava-hf checkpoints' name of a parameter of transformers' model."""
     name = re.sub(r"^model\.language_model\.", "language_model.model.", name)
     name = re.sub(r"^lm_head\.", "language_model.lm_head.", name)
     name = name.removeprefix("model.")
     return re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name)
 
 
-def in_memory(name: str) -> str:
-    """What transformers 4.5x calls a published tensor in memory."""
+def transformers4_name(name: str) -> str:
+    """Return the parameter name of a published tensor in transformers 4.5x."""
     name = re.sub(r"^language_model\.model\.", "language_model.", name)
     return name.removeprefix("language_model.") if "lm_head" in name else f"model.{name}"
 
 
-def in_five(name: str) -> str:
-    """What transformers 5 calls a published tensor."""
-    return in_memory(name).replace("vision_tower.vision_model.", "vision_tower.")
+def transformers5_name(name: str) -> str:
+    """Return the name of a published tensor in transformers 5."""
+    return transformers4_name(name).replace("vision_tower.vision_model.", "vision_tower.")
 
 
 def write_llava(model, folder: Path, dtype: torch.dtype, rename=lambda name: name) -> Path:
-    """A model folder in the published layout, or with published names passed through `rename`."""
+    """Write a model folder with published tensor names, mapped by `rename`."""
     folder.mkdir()
     tensors = {
-        rename(published(name)): tensor.to(dtype).contiguous()
+        rename(published_name(name)): tensor.to(dtype).contiguous()
         for name, tensor in model.state_dict().items()
     }
     save_file(tensors, folder / WEIGHTS)
@@ -122,77 +126,81 @@ def write_llava(model, folder: Path, dtype: torch.dtype, rename=lambda name: nam
     return folder
 
 
-def random_questions(lengths, images, seed: int) -> list[Question]:
-    """A question of each length; those in `images` look at a random picture."""
-    dice = torch.Generator().manual_seed(seed)
-    made = []
+def random_questions(lengths, images, seed: int) -> list[TokenizedQuestion]:
+    """Return a random question of each length; those with an index in `images` have an image."""
+    generator = torch.Generator().manual_seed(seed)
+    questions = []
     for index, length in enumerate(lengths):
-        ids = torch.randint(0, IMAGE_ID, (length,), generator=dice)
+        ids = torch.randint(0, IMAGE_ID, (length,), generator=generator)
         pixels = None
         if index in images:
             start = 2 + index
             ids[start : start + IMAGE_TOKENS] = IMAGE_ID
-            pixels = torch.randn(1, 3, 32, 32, generator=dice)
-        made.append(Question(ids, pixels))
-    return made
+            pixels = torch.randn(1, 3, 32, 32, generator=generator)
+        questions.append(TokenizedQuestion(ids, pixels))
+    return questions
 
 
-def ready(chunk, looks):
-    """Samples that need not be prepared, for `Work.prepare`."""
-    return list(chunk)
+def identity_preprocess(micro_batch, with_images):
+    """Return samples that are preprocessed already, as ObserveSetup.preprocess."""
+    return list(micro_batch)
 
 
 def to_samples(questions):
-    """Questions as the package's samples."""
+    """Convert questions to Sample records."""
     from nemo_vlm_ptq.families.base import ImageInputs, Sample
 
     return [
         Sample(
-            f"q{index}",
-            one.ids,
-            one.ids == IMAGE_ID,
-            None if one.pixels is None else ImageInputs(one.pixels),
+            id=f"q{index}",
+            input_ids=question.ids,
+            is_image=question.ids == IMAGE_ID,
+            images=None if question.pixels is None else ImageInputs(question.pixels),
         )
-        for index, one in enumerate(questions)
+        for index, question in enumerate(questions)
     ]
 
 
 @torch.no_grad()
-def ask_transformers(model, question: Question) -> torch.Tensor:
-    """Logits [S,V] of a question asked alone."""
+def transformers_logits(model, question: TokenizedQuestion) -> torch.Tensor:
+    """Return logits [S,V] of one question, without padding."""
     return model(input_ids=question.ids[None], pixel_values=question.pixels).logits[0]
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now, of those that the system gives no connection meanwhile."""
+    """Return unused ports outside of the range that the system assigns to connections."""
     found: list[int] = []
     for port in random.SystemRandom().sample(range(10_000, 20_000), 1000):
-        with contextlib.suppress(OSError), socket.socket() as one:
-            one.bind(("localhost", port))
+        with contextlib.suppress(OSError), socket.socket() as listener:
+            listener.bind(("localhost", port))
             found.append(port)
         if len(found) == count:
             break
     return found
 
 
-def main_of(module: str) -> list[str]:
-    """Words that make ranks run main() of a module in tests/.
+def main_command(module: str) -> list[str]:
+    """Return torchrun arguments that run main() of a module in tests/.
 
-    Not as a script: each rank's checkpoint writer would start by importing all of it once more.
+    The module does not run as __main__: the processes that write checkpoints would import it again.
     """
     code = f"import gc; gc.disable(); from {module} import main; gc.enable(); main()"
     return ["--no-python", sys.executable, "-c", code]
 
 
-def launch(words, ranks: int, timeout: float = PATIENCE) -> tuple[int, str, str]:
-    """Start ranks with torchrun on a script, `-m module` or `main_of`; (code, stdout, stderr)."""
+def launch_ranks(arguments, ranks: int, timeout: float = LAUNCH_TIMEOUT_S) -> tuple[int, str, str]:
+    """Run torchrun on a script, `-m module` or `main_command`.
+
+    Returns:
+        Exit code, stdout, stderr.
+    """
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, "--nproc-per-node", str(ranks), *map(str, words)]
+    command = [*torchrun, "--nproc-per-node", str(ranks), *map(str, arguments)]
     settings = {
         "PYTHONWARNINGS": "ignore",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-        PORTS: " ".join(map(str, free_ports(6))),
+        PORTS_VARIABLE: " ".join(map(str, free_ports(MAX_PARALLEL_CONTEXTS))),
     }
     pipe = subprocess.PIPE
     with subprocess.Popen(
@@ -201,54 +209,57 @@ def launch(words, ranks: int, timeout: float = PATIENCE) -> tuple[int, str, str]
         try:
             out, err = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            process.terminate()  # torchrun then ends its ranks
+            process.terminate()  # torchrun then terminates its ranks
             out, err = process.communicate(timeout=30)
-            err += f"\nended after {timeout} s"
+            err += f"\nterminated after {timeout} s"
     return process.returncode, out, err
 
 
-def each_layout(layouts):
-    """A session of each (tensor, pipeline, data) in turn, in the same launched ranks.
+def parallel_contexts(layouts):
+    """Yield a ParallelContext per layout (tensor, pipeline, data), one after the other.
 
-    Each takes a store of its own: in torchrun's the names of the session before still stand.
+    Each context uses its own store: torchrun's store still holds the keys of the previous one.
     """
     from nemo_vlm_ptq.megatron.parallel_context import parallel_context
 
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
-    for sizes, port in zip(layouts, os.environ[PORTS].split(), strict=False):
+    for sizes, port in zip(layouts, os.environ[PORTS_VARIABLE].split(), strict=False):
         os.environ["MASTER_PORT"] = port
-        with parallel_context(dict(zip(("tensor", "pipeline", "data"), sizes, strict=True))) as own:
-            yield own
+        with parallel_context(
+            dict(zip(("tensor", "pipeline", "data"), sizes, strict=True))
+        ) as parallel:
+            yield parallel
 
 
-def alone():
-    """A session of this process alone."""
+def single_rank():
+    """Return a context manager for the ParallelContext of a single rank, this process."""
     from nemo_vlm_ptq.megatron.parallel_context import parallel_context
 
     return parallel_context({"tensor": 1, "pipeline": 1, "data": 1})
 
 
 def load_with_megatron(model, folder: Path) -> None:
-    """As other tools load what is saved: with megatron-core's loader, quantizers' state as well."""
+    """Load weights and quantizer states with megatron-core's loader, as other tools do."""
     from megatron.core import dist_checkpointing
 
     model.load_state_dict(dist_checkpointing.load(model.sharded_state_dict(), str(folder)))
 
 
-def run_line(own, workdir: Path) -> None:
-    """All stages on the little trained model, all formats, in the layout of a session."""
+def run_all_stages(parallel, workdir: Path) -> None:
+    """Run all stages on the trained tiny model, in all formats, in the layout of a context."""
     from nemo_vlm_ptq.context import RunContext
-    from nemo_vlm_ptq.formats import FORMATS, TARGETS
+    from nemo_vlm_ptq.formats import FORMATS
     from nemo_vlm_ptq.planning.plan import make_plan
     from nemo_vlm_ptq.recipe import Recipe
     from nemo_vlm_ptq.stages import run_stages
+    from nemo_vlm_ptq.targets.registry import TARGETS
 
     recipe = Recipe(
         model=str(TINY_LLAVA),
         workdir=str(workdir),
-        parallel=vars(own.layout),
+        parallel=vars(parallel.layout),
         quantize={"format": tuple(FORMATS)},
         calibration={"data": "scenes", "samples": 12, "micro_batch": 2},
-        export={"targets": TARGETS, "tensor": 2},
+        export={"targets": tuple(TARGETS), "tensor": 2},
     )
-    run_stages(RunContext(make_plan(recipe), own), STAGES)
+    run_stages(RunContext(plan=make_plan(recipe), parallel=parallel), STAGES)

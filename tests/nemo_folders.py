@@ -1,4 +1,4 @@
-"""A work folder with NeMo checkpoints, and what plan says of models: for tests of both ways."""
+"""Contexts and errors of plans, for the tests of NeMo 2 checkpoints."""
 
 import models
 import pytest
@@ -8,26 +8,30 @@ from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.formats import FORMATS
 from nemo_vlm_ptq.planning.plan import make_plan
 from nemo_vlm_ptq.recipe import Recipe
+from nemo_vlm_ptq.targets.registry import TARGETS
 
-NAMES = [name for name, row in FORMATS.items() if "nemo" in row.targets]
+FORMAT_NAMES = [name for name in FORMATS if name in TARGETS["nemo"].formats]
 FC1 = "module.language_model.decoder.layers.1.mlp.linear_fc1"
 
 
-def job(own, workdir, names=("fp8",), model=models.TINY_LLAVA, targets=("nemo",), **quantize):
+def make_context(
+    parallel, workdir, names=("fp8",), model=models.TINY_LLAVA, targets=("nemo",), **quantize
+):
     recipe = Recipe(
         model=str(model),
         workdir=str(workdir),
-        parallel=vars(own.layout),
+        parallel=vars(parallel.layout),
         quantize={"format": names} | quantize,
         calibration={"data": "scenes", "samples": 8, "micro_batch": 8},
         export={"targets": targets},
     )
-    return RunContext(make_plan(recipe), own)
+    return RunContext(plan=make_plan(recipe), parallel=parallel)
 
 
-def refusal(model, **changes):
+def error_message(model, **keys):
+    """Return the message with which a plan is rejected, a single line."""
     with pytest.raises(UserError) as caught:
-        make_plan(Recipe(model=str(model), workdir="nowhere", **changes))
-    said = str(caught.value)
-    assert "\n" not in said
-    return said
+        make_plan(Recipe(model=str(model), workdir="nowhere", **keys))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message

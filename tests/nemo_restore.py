@@ -1,8 +1,10 @@
-"""Run by a Python that has NeMo 2.7.3: logits of what NeMo restores from folders, on the CPU.
+"""Compute logits of models that NeMo restores, on the CPU; runs in an environment of NeMo 2.7.3.
 
-Words: INPUTS OUTPUTS FOLDER... INPUTS is a safetensors file as `logits` takes it, with `image_id`
-and `image_tokens` besides. For FOLDER, which lies in a folder NAME, OUTPUTS/NAME.safetensors gets
-logits [B,S,V] as `rounded`, and as `exact` with inputs of linears left as they are.
+    python nemo_restore.py INPUTS OUTPUTS FOLDER...
+
+INPUTS is a safetensors file as for `nemo-vlm-ptq logits`, with `image_id` and `image_tokens`. For a
+folder NAME/nemo, OUTPUTS/NAME.safetensors gets logits [B,S,V]: `rounded`, and `exact` with 16 bit
+inputs of linears.
 """
 
 import contextlib
@@ -18,19 +20,19 @@ from nemo.collections.llm.gpt.model.base import local_layer_spec
 from nemo.lightning.io import load_context
 from safetensors.torch import load_file, save_file
 
-IMAGE = -200  # NeMo's id of a whole image
-OFF = (
+NEMO_IMAGE_ID = -200  # one placeholder per image
+DISABLED_OPTIONS = (
     "apply_rope_fusion", "bias_activation_fusion", "bias_dropout_fusion",
     "gradient_accumulation_fusion", "masked_softmax_fusion", "perform_initialization",
     "persist_layer_norm",
 )  # fmt: skip
 
 
-def start():
-    """One rank without a GPU."""
+def initialize():
+    """Initialize Megatron for one rank without a GPU."""
     torch.cuda.current_device = lambda: torch.device("cpu")
     torch.cuda.synchronize = lambda device=None: None
-    CudaRNGStatesTracker.fork = lambda *names: contextlib.nullcontext()  # nothing is dropped
+    CudaRNGStatesTracker.fork = lambda *names: contextlib.nullcontext()  # there is no dropout
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
@@ -38,20 +40,20 @@ def start():
 
 
 def restore(folder):
-    """NeMo's model with everything of the folder in it, and nothing that is not."""
+    """Build the model from context/ and load weights/, with no key missing or unexpected."""
     model = load_context(folder / "context", subpath="model")
     text = model.config.language_transformer_config
     text.transformer_layer_spec = local_layer_spec
     for config in (model.config, text, model.config.vision_projection_config):
         config.use_cpu_initialization = True
-        for name in OFF:
+        for name in DISABLED_OPTIONS:
             setattr(config, name, False)
     model.configure_model()
     module, weights = model.module, str(folder / "weights")
     for parameter in module.parameters():
         parameter.data.zero_()
-    start = "module.language_model."
-    restore_sharded_modelopt_state([module.language_model], weights, prefix=start)
+    prefix = "module.language_model."
+    restore_sharded_modelopt_state([module.language_model], weights, prefix=prefix)
     state = module.sharded_state_dict(prefix="module.")
     loaded = dist_checkpointing.load(state, weights, strict="raise_all")
     own = {name.removeprefix("module."): value for name, value in loaded.items()}
@@ -66,13 +68,13 @@ def fp8(x):
 
 
 def round_nvfp4(x, quantizer):
-    """modelopt rounds to nvfp4 with a CUDA kernel alone: here is what it does, in torch."""
+    """Fake-quantize to nvfp4 in torch; modelopt has a CUDA kernel only."""
     scale = quantizer._get_amax(x).amax().float() / (6 * 448)
     blocks = x.float().unflatten(-1, (-1, 16))
     step = fp8(blocks.abs().amax(-1, keepdim=True) / (6 * scale)) * scale
-    size = (blocks / step).abs()
-    grid = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
-    code = ((size / grid).round() * grid).clamp(max=6) * blocks.sign()
+    magnitude = (blocks / step).abs()
+    spacing = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
+    code = ((magnitude / spacing).round() * spacing).clamp(max=6) * blocks.sign()
     return torch.where(step > 0, code * step, torch.zeros_like(code)).flatten(-2).to(x.dtype)
 
 
@@ -82,7 +84,7 @@ def use_torch_for_nvfp4(module):
             one.backend = "nvfp4_on_cpu"
 
 
-def stop_rounding_inputs(module):
+def disable_input_quantizers(module):
     for name, one in module.named_modules():
         if isinstance(one, TensorQuantizer) and "weight_quantizer" not in name:
             one.disable()
@@ -90,15 +92,15 @@ def stop_rounding_inputs(module):
 
 @torch.no_grad()
 def logits(module, inputs):
-    """[B,S,V] float32; a run of image ids becomes NeMo's one."""
+    """Return logits [B,S,V] float32; image ids are replaced by NeMo's placeholder."""
     image, count = int(inputs["image_id"]), int(inputs["image_tokens"])
     rows = []
     for ids, pixels in zip(inputs["input_ids"].tolist(), inputs["pixel_values"], strict=True):
         first = ids.index(image)
-        short = torch.tensor([[*ids[:first], IMAGE, *ids[first + count :]]])
+        input_ids = torch.tensor([[*ids[:first], NEMO_IMAGE_ID, *ids[first + count :]]])
         out = module(
-            input_ids=short,
-            position_ids=torch.arange(short.shape[1])[None],
+            input_ids=input_ids,
+            position_ids=torch.arange(input_ids.shape[1])[None],
             attention_mask=torch.ones(1, 1, len(ids), len(ids)).triu(1).bool(),
             images=pixels[None],
             num_image_tiles=[1],
@@ -109,13 +111,13 @@ def logits(module, inputs):
 
 def main():
     source, target, *folders = map(Path, sys.argv[1:])
-    start()
+    initialize()
     inputs = load_file(source)
     for folder in folders:
         module = restore(folder)
         use_torch_for_nvfp4(module)
         found = {"rounded": logits(module, inputs)}
-        stop_rounding_inputs(module)
+        disable_input_quantizers(module)
         found["exact"] = logits(module, inputs)
         save_file({name: one.contiguous() for name, one in found.items()},
                   target / f"{folder.parent.name}.safetensors")  # fmt: skip

@@ -1,4 +1,4 @@
-"""Tokenizer and image processor files beside the references, so that questions can be prepared."""
+"""Reference models with the tokenizer and image processor files that preprocessing needs."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import reference_phi
 import reference_vila
 from tiny_tokenizers import write_llama
 
-PHI_MARKS = ("<|endoftext|>", "<|assistant|>", "<|end|>", "<|user|>")
+PHI_SPECIAL_TOKENS = ("<|endoftext|>", "<|assistant|>", "<|end|>", "<|user|>")
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
-MARKS_FROM = 490  # ids of special tokens, below the references' vocabulary
+FIRST_SPECIAL_ID = 490  # above the special tokens in the references' vocabulary
 
 
 def _write(folder: Path, settings: dict) -> None:
@@ -20,8 +20,8 @@ def _write(folder: Path, settings: dict) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
 
 
-def vila_images(folder: Path) -> None:
-    """The image processor of a VILA folder."""
+def write_vila_processor(folder: Path) -> None:
+    """Write the image processor settings of a VILA folder."""
     side = reference_vila.SIDE
     settings = {
         "image_processor_type": "SiglipImageProcessor",
@@ -34,13 +34,13 @@ def vila_images(folder: Path) -> None:
     _write(folder / "vision_tower", settings)
 
 
-def phi_images(folder: Path, crops: int) -> None:
-    """The image processor of a Phi folder."""
+def write_phi_processor(folder: Path, crops: int) -> None:
+    """Write the image processor settings of a Phi folder."""
     _write(folder, {"num_crops": crops, "image_mean": CLIP_MEAN, "image_std": CLIP_STD})
 
 
-def llava_next_images(folder: Path) -> None:
-    """The image processor of a LLaVA-NeXT folder."""
+def write_llava_next_processor(folder: Path) -> None:
+    """Write the image processor settings of a LLaVA-NeXT folder."""
     side = reference_llava_next.SIDE
     settings = {
         "size": {"shortest_edge": side},
@@ -51,24 +51,24 @@ def llava_next_images(folder: Path) -> None:
 
 
 def write_vila(folder: Path) -> None:
-    """A whole random VILA folder."""
+    """Write a random VILA folder with all its files."""
     reference_vila.write_vila(folder, 0)
-    vila_images(folder)
-    write_llama(folder / "llm", size=MARKS_FROM)
+    write_vila_processor(folder)
+    write_llama(folder / "llm", size=FIRST_SPECIAL_ID)
 
 
 def write_phi(folder: Path) -> None:
-    """A whole random Phi folder."""
+    """Write a random Phi folder with all its files."""
     reference_phi.write_phi(folder, 0)
-    phi_images(folder, 4)
-    write_llama(folder, PHI_MARKS, size=MARKS_FROM)
+    write_phi_processor(folder, 4)
+    write_llama(folder, PHI_SPECIAL_TOKENS, size=FIRST_SPECIAL_ID)
 
 
 def write_llava_next(folder: Path) -> None:
-    """A whole random LLaVA-NeXT folder."""
+    """Write a random LLaVA-NeXT folder with all its files."""
     reference_llava_next.write_llava_next(folder, 0)
-    llava_next_images(folder)
-    write_llama(folder, ["<image>"], size=reference_llava_next.IMAGE)
+    write_llava_next_processor(folder)
+    write_llama(folder, ["<image>"], size=reference_llava_next.IMAGE_TOKEN)
 
 
-WHOLE = {"vila": write_vila, "phi": write_phi, "llava_next": write_llava_next}
+WRITERS = {"vila": write_vila, "phi": write_phi, "llava_next": write_llava_next}

@@ -1,4 +1,4 @@
-"""Small decoders with random weights and scales, quantized in any format on any ranks."""
+"""Small decoders with random weights and scales, quantized in any format and layout."""
 
 import torch
 
@@ -10,31 +10,43 @@ from nemo_vlm_ptq.megatron.build import build_decoder
 from nemo_vlm_ptq.numerics import weight_amax
 from nemo_vlm_ptq.targets.megatron import quantizers
 
-DECODER = Decoder(256, 512, 2, 8, 4, 32, 500, 1e-5, 1e4, 256)
+DECODER = Decoder(
+    hidden=256,
+    ffn=512,
+    layers=2,
+    heads=8,
+    kv_heads=4,
+    head_dim=32,
+    vocab=500,
+    norm_eps=1e-5,
+    rope_theta=1e4,
+    max_positions=256,
+)
 SHAPES = {
     "linear_qkv": (512, 256),
     "linear_proj": (256, 256),
     "linear_fc1": (1024, 256),
     "linear_fc2": (256, 512),
 }
-GROUP, VOCAB = 64, 512
-INPUT_TOP, KEY_TOP, VALUE_TOP = 3.0, 2.5, 1.75
-IDS = torch.arange(40)[None]
-CASES = [*((name, "none") for name in FORMATS), *(("nf4", kv) for kv in KV_CACHES)]
-CASES += [("nvfp4_svdquant", kv) for kv in KV_CACHES]
+GROUP_SIZE, PADDED_VOCAB = 64, 512
+INPUT_AMAX, KEY_AMAX, VALUE_AMAX = 3.0, 2.5, 1.75
+INPUT_IDS = torch.arange(40)[None]
+CASES = [*((name, "none") for name in FORMATS), *(("nf4", kv_cache) for kv_cache in KV_CACHES)]
+CASES += [("nvfp4_svdquant", kv_cache) for kv_cache in KV_CACHES]
 
 
-def random(*shape, seed):
+def random_tensor(*shape, seed):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def whole_weight(layer, linear):
+    """Return the unsharded weight [O,K] of a linear, float32."""
     seed = 10 * layer + list(LINEARS).index(linear)
-    return random(*SHAPES[linear], seed=seed) * 0.06
+    return random_tensor(*SHAPES[linear], seed=seed) * 0.06
 
 
-def cut(weight, linear, t, T):
-    """Shard t of T of a linear's weight."""
+def shard_weight(weight, linear, t, T):
+    """Return shard t of T of a linear's weight."""
     if linear in ("linear_proj", "linear_fc2"):
         return weight.chunk(T, dim=1)[t]
     if linear == "linear_fc1":
@@ -42,82 +54,90 @@ def cut(weight, linear, t, T):
     return weight.chunk(T)[t]
 
 
-def rounded_part(weight, pre_quant_scale, a, b):
-    """The weight that is rounded."""
+def residual_weight(weight, pre_quant_scale, low_rank_a, low_rank_b):
+    """Return the weight that is rounded: divided by pre_quant_scale, minus the low-rank branch."""
     if pre_quant_scale is not None:
         weight = (weight.float() * (1 / pre_quant_scale.float())).to(weight.dtype)
-    if a is not None:
-        weight = (weight.double() - b.double() @ a.double()).to(weight.dtype)
+    if low_rank_a is not None:
+        weight = (weight.double() - low_rank_b.double() @ low_rank_a.double()).to(weight.dtype)
     return weight
 
 
 def whole_scales(name, layer, linear, dtype):
-    """Random scales of a format for a whole linear, with the maxima that go with them."""
-    row, (outputs, inputs) = FORMATS[name], SHAPES[linear]
+    """Return random scales of an unsharded linear in a format, with the amaxes that follow."""
+    fmt, (outputs, inputs) = FORMATS[name], SHAPES[linear]
     seed = 100 + 10 * layer + list(LINEARS).index(linear)
     pre_quant_scale = a = b = None
-    if row.pre_quant_scale:
-        pre_quant_scale = (1.5 + random(inputs, seed=seed).clamp(-1, 1)).to(dtype)
-    if row.low_rank:
-        a = (random(row.low_rank, inputs, seed=seed + 1) / 16).to(dtype)
-        b = (random(outputs, row.low_rank, seed=seed + 2) / 16).to(dtype)
-    rest = rounded_part(whole_weight(layer, linear).to(dtype), pre_quant_scale, a, b)
+    if fmt.uses_pre_quant_scale:
+        pre_quant_scale = (1.5 + random_tensor(inputs, seed=seed).clamp(-1, 1)).to(dtype)
+    if fmt.low_rank:
+        a = (random_tensor(fmt.low_rank, inputs, seed=seed + 1) / 16).to(dtype)
+        b = (random_tensor(outputs, fmt.low_rank, seed=seed + 2) / 16).to(dtype)
+    residual = residual_weight(whole_weight(layer, linear).to(dtype), pre_quant_scale, a, b)
+    is_static = fmt.activation in ("fp8", "int8", "nvfp4")
+    amax = weight_amax(residual, fmt.granularity, fmt.group(GROUP_SIZE))
     return LinearScales(
-        weight_amax(rest, row.granularity, row.group(GROUP)).to(dtype).float(),
-        rest.float().abs().amax() if row.second_weight else None,
-        torch.tensor(INPUT_TOP) if row.activation in ("fp8", "int8", "nvfp4") else None,
-        None if pre_quant_scale is None else pre_quant_scale.float(),
-        a,
-        b,
+        weight_amax=amax.to(dtype).float(),
+        weight_amax_2=residual.float().abs().amax() if fmt.second_weight else None,
+        input_amax=torch.tensor(INPUT_AMAX) if is_static else None,
+        pre_quant_scale=None if pre_quant_scale is None else pre_quant_scale.float(),
+        low_rank_a=a,
+        low_rank_b=b,
     )
 
 
-def kv_of(layer):
-    return torch.tensor(KEY_TOP), torch.tensor([VALUE_TOP])
+def get_kv_amax(layer):
+    return torch.tensor(KEY_AMAX), torch.tensor([VALUE_AMAX])
 
 
-def scales_of(name, parallel, dtype):
-    def cut_to_own(layer, linear):
+def sharded_scales(name, parallel, dtype):
+    """Return a lookup (layer, linear) -> scales of this rank's shard."""
+
+    def get_scales(layer, linear):
         whole = whole_scales(name, layer, linear, dtype)
-        return shard_scales(whole, linear, parallel.tensor, parallel.layout.tensor)
+        return shard_scales(whole, linear, parallel.tensor_rank, parallel.layout.tensor)
 
-    return cut_to_own
+    return get_scales
 
 
-def plain_model(parallel, dtype):
-    """The decoder with random weights, the same on every layout."""
+def random_model(parallel, dtype):
+    """Build the decoder with random weights that do not depend on the layout."""
     model = build_decoder(DECODER, parallel, dtype)
-    t, T = parallel.tensor, parallel.layout.tensor
+    t, T = parallel.tensor_rank, parallel.layout.tensor
     for parameter in model.parameters():
         parameter.fill_(1.0)
-    for layer, linear, module in quantizers._linears(model):
-        module.weight.copy_(cut(whole_weight(layer, linear), linear, t, T))
+    for layer, linear, module in quantizers.decoder_linears(model):
+        module.weight.copy_(shard_weight(whole_weight(layer, linear), linear, t, T))
     for seed, module in enumerate((model.embedding.word_embeddings, model.output_layer)):
-        module.weight.copy_((random(VOCAB, 256, seed=77 + seed) * 0.06).chunk(T)[t])
+        whole = random_tensor(PADDED_VOCAB, 256, seed=77 + seed) * 0.06
+        module.weight.copy_(whole.chunk(T)[t])
     return model
 
 
-def inserted(parallel, name, kv, dtype):
-    """A model without weights, with quantizers."""
+def model_with_quantizers(parallel, name, kv_cache, dtype):
+    """Build the decoder with quantizers, but without weights and scales."""
     model = build_decoder(DECODER, parallel, dtype)
-    quantizers.insert_quantizers(model, FORMATS[name], GROUP, KV_CACHES.get(kv))
+    quantizers.insert_quantizers(model, FORMATS[name], GROUP_SIZE, KV_CACHES.get(kv_cache))
     return model
 
 
-def fill(model, parallel, name, kv, dtype):
-    given = scales_of(name, parallel, dtype)
-    quantizers.fill_quantizers(model, FORMATS[name], given, None if kv == "none" else kv_of)
+def fill_quantizers(model, parallel, name, kv_cache, dtype):
+    get_scales = sharded_scales(name, parallel, dtype)
+    quantizers.fill_quantizers(
+        model, FORMATS[name], get_scales, None if kv_cache == "none" else get_kv_amax
+    )
 
 
-def quantized(parallel, name, kv, dtype):
-    """The model as solve leaves it."""
-    row, model = FORMATS[name], plain_model(parallel, dtype)
-    quantizers.insert_quantizers(model, row, GROUP, KV_CACHES.get(kv))
+def quantized_model(parallel, name, kv_cache, dtype):
+    """Build the quantized model that solve writes."""
+    fmt, model = FORMATS[name], random_model(parallel, dtype)
+    quantizers.insert_quantizers(model, fmt, GROUP_SIZE, KV_CACHES.get(kv_cache))
     layers = range(DECODER.layers)
-    quantizers.prepare_weights(model, row, scales_of(name, parallel, dtype), layers)
-    fill(model, parallel, name, kv, dtype)
+    quantizers.prepare_weights(model, fmt, sharded_scales(name, parallel, dtype), layers)
+    fill_quantizers(model, parallel, name, kv_cache, dtype)
     return model
 
 
-def ask(model):
-    return model(IDS, IDS, None)[0, :, : DECODER.vocab].float()
+def compute_logits(model):
+    """Return logits [S,V] of INPUT_IDS."""
+    return model(INPUT_IDS, INPUT_IDS, None)[0, :, : DECODER.vocab].float()

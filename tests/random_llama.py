@@ -1,11 +1,11 @@
-"""A random Hugging Face Llama of given sizes, for modelopt's own exporters."""
+"""Random Hugging Face Llama, the input of modelopt's exporters."""
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
-def random_llama(decoder, dtype, **more):
-    """The model; decoder: facts, more: keys of its config."""
+def random_llama(decoder, dtype, **config_values):
+    """Build a random LlamaForCausalLM with the sizes of a Decoder and other config values."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=decoder.hidden,
@@ -19,6 +19,6 @@ def random_llama(decoder, dtype, **more):
         rms_norm_eps=decoder.norm_eps,
         tie_word_embeddings=False,
         architectures=["LlamaForCausalLM"],
-        **more,
+        **config_values,
     )
     return LlamaForCausalLM(config).eval().requires_grad_(False).to(dtype)

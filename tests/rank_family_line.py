@@ -1,49 +1,51 @@
-"""Ranks of test_family_line: random models through the line, and asked in their forms."""
+"""Rank script of test_family_line: runs all stages on random models and computes logits."""
 
 import sys
 from pathlib import Path
 
-from models import each_layout
+from models import parallel_contexts
 
 from nemo_vlm_ptq.context import RunContext
 from nemo_vlm_ptq.formats import FORMATS
-from nemo_vlm_ptq.formats import TARGETS as EVERY
 from nemo_vlm_ptq.planning.plan import make_plan
 from nemo_vlm_ptq.recipe import Recipe
 from nemo_vlm_ptq.stages import run_stages
 from nemo_vlm_ptq.stages.logits import write_logits
+from nemo_vlm_ptq.targets.registry import TARGETS as ALL_TARGETS
 
 STAGES = ("import", "observe", "solve", "export", "verify")
-TARGETS = tuple(name for name in EVERY if name != "nemo")  # that is llava's alone
+TARGETS = tuple(name for name in ALL_TARGETS if name != "nemo")  # it supports llava only
 FORMS = ("hf_source", "megatron", "quantized", *TARGETS)
 
 
-def job(own, home, formats, kv_cache="none"):
-    """A model folder's job: in bfloat16, for two inference ranks; a work folder a KV cache."""
+def run_context(parallel, home, formats, kv_cache="none"):
+    """Return the context of a model folder, with a work folder for each KV cache format."""
     recipe = Recipe(
         model=str(home / "model"),
         workdir=str(home / ("work" if kv_cache == "none" else kv_cache)),
-        parallel=vars(own.layout),
+        parallel=vars(parallel.layout),
         quantize={"format": formats, "kv_cache": kv_cache},
         calibration={"data": "scenes", "samples": 8, "micro_batch": 2},
         export={"targets": TARGETS, "tensor": 2, "dtype": "bfloat16"},
     )
-    return RunContext(make_plan(recipe), own)
+    return RunContext(plan=make_plan(recipe), parallel=parallel)
+
+
+def write_all_logits(parallel, home):
+    """Write the logits of each form of a model."""
+    for form in FORMS:
+        options = {
+            "from": form,
+            "inputs": str(home / "inputs.safetensors"),
+            "output": str(home / f"{form}.safetensors"),
+        }
+        write_logits(run_context(parallel, home, ("fp8",)), options)
 
 
 def main():
-    """HOME, with a folder for each family: model/ and inputs.safetensors."""
-    for own in each_layout([(2, 1, 1)]):
+    """Arguments: HOME, which has a folder for each family, with model/ and inputs.safetensors."""
+    for parallel in parallel_contexts([(2, 1, 1)]):
         for home in sorted(Path(sys.argv[1]).iterdir()):
-            run_stages(job(own, home, tuple(FORMATS)), STAGES)
-            ask(own, home)
-            run_stages(job(own, home, ("nvfp4",), "fp8"), STAGES)
-
-
-def ask(own, home):
-    """The model's logits in each of its forms."""
-    inputs = str(home / "inputs.safetensors")
-    for form in FORMS:
-        output = str(home / f"{form}.safetensors")
-        options = {"from": form, "inputs": inputs, "output": output}
-        write_logits(job(own, home, ("fp8",)), options)
+            run_stages(run_context(parallel, home, tuple(FORMATS)), STAGES)
+            write_all_logits(parallel, home)
+            run_stages(run_context(parallel, home, ("nvfp4",), "fp8"), STAGES)

@@ -1,10 +1,10 @@
-"""Ranks of test_family_parity: each family's tiny model, asked at one layout after the other."""
+"""Rank script of test_family_parity: logits of each family's tiny model in several layouts."""
 
 import sys
 from pathlib import Path
 
 import torch
-from models import each_layout
+from models import parallel_contexts
 from references import Question
 
 from nemo_vlm_ptq.checkpoints.huggingface import list_tensors, open_source
@@ -14,99 +14,109 @@ from nemo_vlm_ptq.megatron.build import build_decoder
 from nemo_vlm_ptq.megatron.checkpoint import load_from_source, load_model, save_model
 from nemo_vlm_ptq.megatron.forward import collate, encode_images, forward
 
-SAVED = "saved_{}"
-SAVES = "phi"  # the family whose checkpoint is saved and loaded: its rows are fused
+CHECKPOINT = "checkpoint_{}"  # folder of a torch_dist checkpoint; {}: layout
+CHECKPOINT_FAMILY = "phi"  # the family with fused tensors
 SAVING_LAYOUTS = ("1x1", "2x2")
-LOADED_CASES = ("images", "padded")
+RELOADED_CASES = ("images", "padded")
 
 
 def read_family(folder):
-    """(family, config) of a model folder."""
+    """Return the family and the config of a model folder."""
     config = read_config(folder)
     family = find_family(config)
     return family, family.complete_config(folder, config)
 
 
-def import_model(own, folder):
-    """(decoder, vision) of a model folder on this rank, filled slice by slice from its files."""
+def import_model(parallel, folder):
+    """Return the decoder and the vision module with the weights of a model folder."""
     family, config = read_family(folder)
     decoder = family.decoder(config)
-    model = build_decoder(decoder, own, torch.float32)
+    model = build_decoder(decoder, parallel, torch.float32)
     with open_source(list_tensors(folder, family.name_aliases, family.subfolders)) as reader:
-        load_from_source(model, own, family.parameter_map, decoder, reader)
+        load_from_source(model, parallel, family.parameter_map, decoder, reader)
         names = family.vision_shapes(config)
-        vision = family.build_vision(config, {name: reader.whole(name) for name in names})
+        vision = family.build_vision(config, {name: reader.get_tensor(name) for name in names})
     return model, vision
 
 
-def reload_model(own, folder, saved):
-    """The decoder filled from a torch_dist checkpoint, whoever saved it."""
+def reload_model(parallel, folder, checkpoint):
+    """Return the decoder with the weights of a torch_dist checkpoint."""
     family, config = read_family(folder)
-    model = build_decoder(family.decoder(config), own, torch.float32)
-    load_model(model, saved)
+    model = build_decoder(family.decoder(config), parallel, torch.float32)
+    load_model(model, checkpoint)
     return model
 
 
 def to_samples(folder, questions):
-    """Questions as the package's samples: one id for each image token."""
+    """Convert questions to samples, with one id for each image token."""
     family, config = read_family(folder)
     samples = []
-    for index, one in enumerate(questions):
-        pixels = (
-            None if one.pixel_values is None else ImageInputs(one.pixel_values, one.image_sizes)
+    for index, question in enumerate(questions):
+        images = None
+        if question.pixel_values is not None:
+            images = ImageInputs(
+                pixel_values=question.pixel_values, image_sizes=question.image_sizes
+            )
+        placeholders = family.find_placeholders(config, question.ids, images)
+        repeats = torch.where(placeholders.is_image, placeholders.tokens_per_placeholder, 1)
+        samples.append(
+            Sample(
+                id=f"q{index}",
+                input_ids=question.ids.repeat_interleave(repeats),
+                is_image=placeholders.is_image.repeat_interleave(repeats),
+                images=images,
+            )
         )
-        marks = family.find_placeholders(config, one.ids, pixels)
-        repeats = torch.where(marks.is_image, marks.repeat, 1)
-        ids, is_image = (x.repeat_interleave(repeats) for x in (one.ids, marks.is_image))
-        samples.append(Sample(f"q{index}", ids, is_image, pixels))
     return samples
 
 
 def read_cases(home):
-    """Case -> questions of a family."""
+    """Return case -> questions of a family."""
     cases = torch.load(home / "cases")
-    return {name: [Question(**one) for one in case] for name, case in cases.items()}
+    return {
+        name: [Question(**question) for question in questions] for name, questions in cases.items()
+    }
 
 
-def ask(own, home, model, vision, only=None):
-    """Case -> logits [B,S,V] of its samples in one padded batch; None off the last stage."""
+def compute_logits(parallel, home, model, vision, only=None):
+    """Return case -> logits [B,S,V] of its samples in one batch; None before the last stage."""
     logits = {}
     for name, questions in read_cases(home).items():
         if only is None or name in only:
             samples = to_samples(home / "model", questions)
-            (features,) = encode_images(vision, own, [samples], model.config.hidden_size)
-            logits[name] = forward(model, own, collate(samples), features)
+            (features,) = encode_images(vision, parallel, [samples], model.config.hidden_size)
+            logits[name] = forward(model, parallel, collate(samples), features)
     return logits
 
 
-def reloaded(own, home, model, vision, name):
-    """Save where told; then the logits of a model filled from what one rank saved before."""
-    if name in SAVING_LAYOUTS:
-        saved = home / SAVED.format(name)
-        if own.rank == 0:
-            saved.mkdir()
-        own.barrier()
-        save_model(model, saved)
-    again = reload_model(own, home / "model", home / SAVED.format("1x1"))
-    return ask(own, home, again, vision, LOADED_CASES)
+def reloaded_logits(parallel, home, model, vision, layout):
+    """Save the model in SAVING_LAYOUTS; return the logits with the checkpoint of one rank."""
+    if layout in SAVING_LAYOUTS:
+        checkpoint = home / CHECKPOINT.format(layout)
+        if parallel.rank == 0:
+            checkpoint.mkdir()
+        parallel.barrier()
+        save_model(model, checkpoint)
+    reloaded = reload_model(parallel, home / "model", home / CHECKPOINT.format("1x1"))
+    return compute_logits(parallel, home, reloaded, vision, RELOADED_CASES)
 
 
-def run(own, out):
-    """Import and ask every family of the folder, and save the one with fused rows."""
-    name = f"{own.layout.tensor}x{own.layout.pipeline}"
+def run(parallel, out):
+    """Import each family's model and save its logits; save the one with fused tensors."""
+    layout = f"{parallel.layout.tensor}x{parallel.layout.pipeline}"
     for home in sorted(out.iterdir()):
-        model, vision = import_model(own, home / "model")
-        found = {"imported": ask(own, home, model, vision)}
-        if home.name == SAVES:
-            found["reloaded"] = reloaded(own, home, model, vision, name)
-        if own.last_stage and own.tensor == 0 and own.data == 0:
-            torch.save(found, home / f"logits_{name}")
-        own.barrier()
+        model, vision = import_model(parallel, home / "model")
+        logits = {"imported": compute_logits(parallel, home, model, vision)}
+        if home.name == CHECKPOINT_FAMILY:
+            logits["reloaded"] = reloaded_logits(parallel, home, model, vision, layout)
+        if parallel.last_stage and parallel.tensor_rank == 0 and parallel.data_rank == 0:
+            torch.save(logits, home / f"logits_{layout}")
+        parallel.barrier()
 
 
 def main():
-    """OUT TxP ...; OUT holds a folder for each family, with its model and its cases."""
+    """Arguments: OUT TxP ...; OUT has a folder for each family, with its model and cases."""
     out = Path(sys.argv[1])
-    layouts = [(*map(int, word.split("x")), "auto") for word in sys.argv[2:]]
-    for own in each_layout(layouts):
-        run(own, out)
+    layouts = [(*map(int, layout.split("x")), "auto") for layout in sys.argv[2:]]
+    for parallel in parallel_contexts(layouts):
+        run(parallel, out)

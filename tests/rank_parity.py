@@ -1,4 +1,4 @@
-"""Ranks of test_parity: the tiny model imported, asked and saved at one layout after the other."""
+"""Ranks of test_parity: import the tiny model, run it and save it, layout by layout."""
 
 import sys
 from dataclasses import replace
@@ -6,7 +6,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import torch
-from models import Question, each_layout, to_samples
+from models import TokenizedQuestion, parallel_contexts, to_samples
 
 from nemo_vlm_ptq.checkpoints.huggingface import list_tensors, open_source
 from nemo_vlm_ptq.families import find_family, read_config
@@ -15,78 +15,85 @@ from nemo_vlm_ptq.megatron.build import build_decoder
 from nemo_vlm_ptq.megatron.checkpoint import load_from_source, load_model, save_model
 from nemo_vlm_ptq.megatron.forward import collate, encode_images, forward
 
-SAVED = "saved_{}x{}"
+CHECKPOINT_NAME = "saved_{}x{}"  # TP size, PP size
 
 
-def import_llava(own, folder, dtype=torch.float32, to_observe=False):
-    """(decoder, vision) of a model folder on this rank, filled slice by slice from its files."""
+def import_llava(parallel, folder, dtype=torch.float32, for_calibration=False):
+    """Return (decoder, vision module) of a model folder, with the shards of this rank."""
     config = read_config(folder)
     family = find_family(config)
     decoder = family.decoder(config)
-    model = build_decoder(decoder, own, dtype, to_observe=to_observe)
-    rows = family.parameter_map
-    if to_observe:
-        rows = [replace(row, layout="column") if row.sharding == "row" else row for row in rows]
+    model = build_decoder(decoder, parallel, dtype, for_calibration=for_calibration)
+    parameter_map = family.parameter_map
+    if for_calibration:  # row-parallel linears are sharded along their outputs
+        parameter_map = [
+            replace(entry, sharding="column") if entry.sharding == "row" else entry
+            for entry in parameter_map
+        ]
     with open_source(list_tensors(folder, family.name_aliases)) as reader:
-        load_from_source(model, own, rows, decoder, reader)
+        load_from_source(model, parallel, parameter_map, decoder, reader)
         names = family.vision_shapes(config)
-        vision = family.build_vision(config, {name: reader.whole(name) for name in names})
+        vision = family.build_vision(config, {name: reader.get_tensor(name) for name in names})
     return model, vision
 
 
-def ask(own, model, vision, cases_file):
-    """Case -> logits [B,S,V] of its samples in one padded batch; None off the last stage."""
+def compute_logits(parallel, model, vision, cases_file):
+    """Return case -> logits [B,S,V] of its samples as one padded batch; None off the last stage."""
     logits = {}
     for name, case in torch.load(cases_file).items():
-        samples = to_samples(Question(**one) for one in case)
-        (features,) = encode_images(vision, own, [samples], model.config.hidden_size)
-        logits[name] = forward(model, own, collate(samples), features)
+        samples = to_samples(TokenizedQuestion(**question) for question in case)
+        (features,) = encode_images(vision, parallel, [samples], model.config.hidden_size)
+        logits[name] = forward(model, parallel, collate(samples), features)
     return logits
 
 
-def reload(own, folder, vision, saved, cases_file):
-    """The same, of a model filled from a torch_dist checkpoint, whoever saved it; and what of it
-    every rank read from files and holds then."""
+def reload(parallel, folder, vision, saved, cases_file):
+    """Compute logits with a model loaded from a torch_dist checkpoint.
+
+    Returns:
+        (logits, what each rank read from files and holds afterwards)
+    """
     config = read_config(folder)
-    model = build_decoder(find_family(config).decoder(config), own, torch.float32)
-    read, real = [], checkpoint.read_block
+    model = build_decoder(find_family(config).decoder(config), parallel, torch.float32)
+    blocks, read_block = [], checkpoint.read_block
 
-    def counting(*asked):
-        read.append(real(*asked))
-        return read[-1]
+    def recording_read_block(*args):
+        blocks.append(read_block(*args))
+        return blocks[-1]
 
-    checkpoint.read_block = counting
+    checkpoint.read_block = recording_read_block
     load_model(model, saved)
-    checkpoint.read_block = real
-    weights = [one.detach() for one in model.parameters()]
+    checkpoint.read_block = read_block
+    weights = [parameter.detach() for parameter in model.parameters()]
     loaded = {
-        "replica": (own.tensor, own.pipeline),
-        "read": sum(one.numel() for one in read),
-        "held": sum(one.numel() for one in weights),
-        "sha256": sha256(b"".join(one.numpy().tobytes() for one in weights)).hexdigest(),
+        "replica": (parallel.tensor_rank, parallel.pipeline_rank),
+        "read": sum(block.numel() for block in blocks),
+        "held": sum(weight.numel() for weight in weights),
+        "sha256": sha256(b"".join(weight.numpy().tobytes() for weight in weights)).hexdigest(),
     }
-    return ask(own, model, vision, cases_file), own.gather(loaded)
+    return compute_logits(parallel, model, vision, cases_file), parallel.all_gather(loaded)
 
 
-def run(own, folder, cases_file, out):
-    """Import, ask, save; then fill from what one rank saved before, and ask again."""
-    model, vision = import_llava(own, folder)
-    found = {"imported": ask(own, model, vision, cases_file)}
-    saved = out / SAVED.format(own.layout.tensor, own.layout.pipeline)
-    if own.rank == 0:
+def run_layout(parallel, folder, cases_file, out):
+    """Save logits of the imported model, and of the checkpoint that a single rank saved."""
+    model, vision = import_llava(parallel, folder)
+    found = {"imported": compute_logits(parallel, model, vision, cases_file)}
+    tensor, pipeline = parallel.layout.tensor, parallel.layout.pipeline
+    saved = out / CHECKPOINT_NAME.format(tensor, pipeline)
+    if parallel.rank == 0:
         saved.mkdir()
-    own.barrier()
+    parallel.barrier()
     save_model(model, saved)
-    saved = out / SAVED.format(1, 1)
-    found["reloaded"], found["loaded"] = reload(own, folder, vision, saved, cases_file)
-    if own.last_stage and own.tensor == 0 and own.data == 0:
-        torch.save(found, out / f"logits_{own.layout.tensor}x{own.layout.pipeline}")
-    own.barrier()
+    saved = out / CHECKPOINT_NAME.format(1, 1)
+    found["reloaded"], found["loaded"] = reload(parallel, folder, vision, saved, cases_file)
+    if parallel.last_stage and parallel.tensor_rank == 0 and parallel.data_rank == 0:
+        torch.save(found, out / f"logits_{tensor}x{pipeline}")
+    parallel.barrier()
 
 
 def main():
-    """FOLDER CASES OUT TxP ..."""
+    """Run the layouts given as arguments: FOLDER CASES OUT TPxPP ..."""
     folder, cases_file, out = map(Path, sys.argv[1:4])
-    layouts = [(*map(int, word.split("x")), "auto") for word in sys.argv[4:]]
-    for own in each_layout(layouts):
-        run(own, folder, cases_file, out)
+    layouts = [(*map(int, layout.split("x")), "auto") for layout in sys.argv[4:]]
+    for parallel in parallel_contexts(layouts):
+        run_layout(parallel, folder, cases_file, out)

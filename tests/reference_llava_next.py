@@ -1,4 +1,4 @@
-"""A tiny LLaVA-NeXT as it is published: transformers' own model with random weights."""
+"""Reference LLaVA-NeXT: transformers' model with random weights."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from models import published
-from references import TEXT, VOCAB, Question, random_ids, shake, write_folder
+from models import published_name
+from references import TEXT, VOCAB, Question, random_ids, randomize, write_folder
 
-SIDE, IMAGE = 32, VOCAB - 1
+SIDE, IMAGE_TOKEN = 32, VOCAB - 1
 GRIDS = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]
 CLIP = {
     "model_type": "clip_vision_model",
@@ -34,7 +34,7 @@ TEXTS = {
 
 
 class LlavaNext:
-    """What LLaVA-NeXT says, on random weights."""
+    """LLaVA-NeXT with random weights."""
 
     def __init__(self, seed: int, text: str) -> None:
         from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
@@ -43,16 +43,16 @@ class LlavaNext:
             text_config=TEXTS[text],
             vision_config=CLIP,
             image_grid_pinpoints=GRIDS,
-            image_token_index=IMAGE,
+            image_token_index=IMAGE_TOKEN,
             tie_word_embeddings=False,
             architectures=["LlavaNextForConditionalGeneration"],
         )
-        torch.manual_seed(seed)  # transformers draws the newline when it builds the model
-        self.model = shake(LlavaNextForConditionalGeneration(config), seed)
+        torch.manual_seed(seed)  # transformers initializes the newline at random
+        self.model = randomize(LlavaNextForConditionalGeneration(config), seed)
 
     @torch.no_grad()
-    def ask(self, question: Question) -> torch.Tensor:
-        """Logits [S,V]."""
+    def logits(self, question: Question) -> torch.Tensor:
+        """Return logits [S,V]."""
         return self.model(
             input_ids=question.ids[None],
             pixel_values=question.pixel_values,
@@ -60,55 +60,62 @@ class LlavaNext:
         ).logits[0]
 
     @torch.no_grad()
-    def image_tokens(self, views: torch.Tensor, sizes: torch.Tensor) -> list[int]:
-        """Tokens of each image."""
-        features = self.model.get_image_features(views, sizes).pooler_output
+    def token_counts(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> list[int]:
+        """Return the number of tokens of each image."""
+        features = self.model.get_image_features(pixel_values, image_sizes).pooler_output
         return [len(one) for one in features]
 
 
 def write_llava_next(folder: Path, seed: int, text: str = "mistral") -> LlavaNext:
-    """A model folder as it is published, and its reference."""
+    """Write a model folder in the published layout and return its reference model."""
     reference = LlavaNext(seed, text)
-    tensors = {published(name): t for name, t in reference.model.state_dict().items()}
+    tensors = {published_name(name): t for name, t in reference.model.state_dict().items()}
     assert "image_newline" in tensors
     write_folder(folder, reference.model.config.to_dict(), tensors)
     return reference
 
 
-def _question(model: LlavaNext, dice: torch.Generator, words: int, *sizes: tuple[int, int]):
-    """Words, then pictures of so many pixels in height and width, with words after each."""
+def _question(
+    model: LlavaNext, generator: torch.Generator, words: int, *sizes: tuple[int, int]
+) -> Question:
+    """Return `words` ids of text, then images of (height, width), each followed by text."""
     from transformers.models.llava_next.image_processing_pil_llava_next import (
         LlavaNextImageProcessorPil,
     )
 
-    parts = [random_ids(words, dice)]
+    parts = [random_ids(words, generator)]
     if not sizes:
         return Question(parts[0])
     square = {"height": SIDE, "width": SIDE}
-    process = LlavaNextImageProcessorPil(
+    processor = LlavaNextImageProcessorPil(
         size={"shortest_edge": SIDE}, crop_size=square, image_grid_pinpoints=GRIDS
     )
-    pictures = [
-        torch.randint(0, 256, (*size, 3), generator=dice).numpy().astype(np.uint8) for size in sizes
+    images = [
+        torch.randint(0, 256, (*size, 3), generator=generator).numpy().astype(np.uint8)
+        for size in sizes
     ]
-    made = process(pictures, return_tensors="pt")
-    for count in model.image_tokens(made["pixel_values"], made["image_sizes"]):
-        parts += [torch.full((count,), IMAGE), random_ids(4, dice)]
-    return Question(torch.cat(parts), made["pixel_values"], made["image_sizes"])
+    inputs = processor(images, return_tensors="pt")
+    for count in model.token_counts(inputs["pixel_values"], inputs["image_sizes"]):
+        parts += [torch.full((count,), IMAGE_TOKEN), random_ids(4, generator)]
+    return Question(
+        ids=torch.cat(parts),
+        pixel_values=inputs["pixel_values"],
+        image_sizes=inputs["image_sizes"],
+    )
 
 
 def llava_next_cases(seed: int, model: LlavaNext) -> dict[str, list[Question]]:
-    """Case -> questions that are asked as one batch."""
-    dice = torch.Generator().manual_seed(seed)
+    """Return case -> questions of one batch."""
+    generator = torch.Generator().manual_seed(seed)
     return {
         "images": [
-            _question(model, dice, 5, (50, 70)),
-            _question(model, dice, 5, (20, 90), (61, 24)),
+            _question(model, generator, 5, (50, 70)),
+            _question(model, generator, 5, (20, 90), (61, 24)),
         ],
-        "text": [_question(model, dice, 33), _question(model, dice, 33)],
+        "text": [_question(model, generator, 33), _question(model, generator, 33)],
         "padded": [
-            _question(model, dice, 9, (30, 41)),
-            _question(model, dice, 12),
-            _question(model, dice, 40, (64, 64)),
+            _question(model, generator, 9, (30, 41)),
+            _question(model, generator, 12),
+            _question(model, generator, 40, (64, 64)),
         ],
     }

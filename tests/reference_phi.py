@@ -1,4 +1,4 @@
-"""A tiny Phi-3-vision in one folder: transformers' CLIP and Phi-3, and loops between them."""
+"""Reference Phi-3-vision: transformers' CLIP and Phi-3, with plain loops between them."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import torch
 from references import (
     TEXT,
     Question,
+    merged_logits,
     random_ids,
-    shake,
-    splice,
+    randomize,
     tower_tensors,
     two_linears,
     write_folder,
 )
 
-SIDE, GRID = 24, 6  # of a crop: pixels and patches; a token is 2x2 patches
-M = GRID // 2
+SIDE, GRID = 24, 6  # pixels and patches along a side of a crop
+M = GRID // 2  # image tokens along a side of a crop
 WIDTH = 48
-ORIGINAL = 4096  # positions up to which the short factors count
-HALF = TEXT["hidden_size"] // TEXT["num_attention_heads"] // 2
+ORIGINAL = 4096  # length of the longest sequence with short factors
+HALF_HEAD_DIM = TEXT["hidden_size"] // TEXT["num_attention_heads"] // 2
 CLIP = {
     "hidden_size": WIDTH,
     "intermediate_size": 96,
@@ -31,8 +31,8 @@ CLIP = {
     "projection_dim": 32,
 }
 ROPE = {
-    "short_factor": [1.05 + 0.05 * i for i in range(HALF)],
-    "long_factor": [1.1 + 1.5 * i for i in range(HALF)],
+    "short_factor": [1.05 + 0.05 * i for i in range(HALF_HEAD_DIM)],
+    "long_factor": [1.1 + 1.5 * i for i in range(HALF_HEAD_DIM)],
 }
 PHI = TEXT | {
     "max_position_embeddings": 131072,
@@ -62,7 +62,7 @@ PUBLISHED = PHI | {
         "model_name": "openai/clip-vit-large-patch14-336",
         "name": "clip_vision_model",
         "num_img_tokens": M * M,
-        "vision_config": CLIP,  # not in the published config, whose CLIP has one size
+        "vision_config": CLIP,  # not in the published config, which implies CLIP-L/14-336
     },
     "rope_scaling": ROPE | {"type": "su"},
     "rope_theta": 10000.0,
@@ -72,24 +72,24 @@ PUBLISHED = PHI | {
 
 
 class Phi:
-    """What Phi-3-vision says, on random weights."""
+    """Phi-3-vision with random weights."""
 
     def __init__(self, seed: int) -> None:
         from transformers import CLIPVisionConfig, CLIPVisionModel, Phi3Config, Phi3ForCausalLM
 
-        rope = ROPE | {"type": "longrope"}  # the name since Phi-3.5 of what was su
+        rope = ROPE | {"type": "longrope"}  # named su before Phi-3.5
         config = Phi3Config(**PHI, rope_theta=10000.0, rope_scaling=rope)
-        self.tower = shake(CLIPVisionModel(CLIPVisionConfig(**CLIP)), seed)
-        self.llm = shake(Phi3ForCausalLM(config), seed + 1)
+        self.tower = randomize(CLIPVisionModel(CLIPVisionConfig(**CLIP)), seed)
+        self.llm = randomize(Phi3ForCausalLM(config), seed + 1)
         hidden = TEXT["hidden_size"]
         linears = [torch.nn.Linear(4 * WIDTH, hidden), torch.nn.Linear(hidden, hidden)]
-        self.first, self.second = (tuple(shake(one, seed + 2).parameters()) for one in linears)
+        self.first, self.second = (tuple(randomize(one, seed + 2).parameters()) for one in linears)
         self.glb_GN = torch.randn(1, 1, 4 * WIDTH)
         self.sub_GN = torch.randn(1, 1, 1, 4 * WIDTH)
 
     @torch.no_grad()
-    def look(self, views: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """Features [n,H] of an image whose padded size is height x width."""
+    def encode_image(self, views: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """Return the features [n,H] of an image with a padded size of height x width pixels."""
         states = self.tower(views, output_hidden_states=True).hidden_states
         assert len(states) == 1 + CLIP["num_hidden_layers"]
         patches = states[-2][:, 1:]
@@ -112,27 +112,27 @@ class Phi:
             tokens.append(self.sub_GN.flatten())
         return two_linears(torch.stack(tokens), self.first, self.second)
 
-    def ask(self, question: Question) -> torch.Tensor:
-        """Logits [S,V]."""
-        pieces, left = [], question.ids
+    def logits(self, question: Question) -> torch.Tensor:
+        """Return logits [S,V]."""
+        segments, rest = [], question.ids
         images = (
             []
             if question.pixel_values is None
             else zip(question.pixel_values, question.image_sizes, strict=True)
         )
         for index, (views, (height, width)) in enumerate(images):
-            features = self.look(views, int(height), int(width))
-            start = int((left == -1 - index).nonzero()[0])
+            features = self.encode_image(views, int(height), int(width))
+            start = int((rest == -1 - index).nonzero()[0])
             stop = start + len(features)
-            assert (left[start:stop] == -1 - index).all()
-            pieces += [left[:start], features]
-            left = left[stop:]
-        assert (left >= 0).all()
-        return splice(self.llm, [*pieces, left])
+            assert (rest[start:stop] == -1 - index).all()
+            segments += [rest[:start], features]
+            rest = rest[stop:]
+        assert (rest >= 0).all()
+        return merged_logits(self.llm, [*segments, rest])
 
 
 def write_phi(folder: Path, seed: int) -> Phi:
-    """A model folder as it is published, and its reference."""
+    """Write a model folder in the published layout and return its reference model."""
     model = Phi(seed)
     embed = "model.vision_embed_tokens."
     tensors = {
@@ -149,33 +149,39 @@ def write_phi(folder: Path, seed: int) -> Phi:
     return model
 
 
-def image_tokens(rows: int, columns: int) -> int:
-    """Tokens of an image of rows x columns crops."""
+def token_count(rows: int, columns: int) -> int:
+    """Return the number of tokens of an image of rows x columns crops."""
     return (rows * columns + 1) * M * M + 1 + (rows + 1) * M
 
 
-def _question(dice: torch.Generator, words: int, *grids: tuple[int, int], crops: int = 6):
-    """Words, then images of so many rows and columns of crops, with <s> and words after each."""
-    parts = [torch.tensor([1]), random_ids(words - 1, dice)]
+def _question(
+    generator: torch.Generator, words: int, *grids: tuple[int, int], crops: int = 6
+) -> Question:
+    """Return `words` ids of text, then images of (rows, columns) crops, each followed by text."""
+    parts = [torch.tensor([1]), random_ids(words - 1, generator)]
     for index, (rows, columns) in enumerate(grids):
-        parts.append(torch.full((image_tokens(rows, columns),), -1 - index))
-        parts += [torch.tensor([1]), random_ids(4, dice)]
+        parts.append(torch.full((token_count(rows, columns),), -1 - index))
+        parts += [torch.tensor([1]), random_ids(4, generator)]
     ids = torch.cat(parts)
     if not grids:
         return Question(ids)
-    views = torch.full((len(grids), crops + 1, 3, SIDE, SIDE), 9.0)  # 9 where nobody looks
-    for own, (rows, columns) in zip(views, grids, strict=True):
-        own[: rows * columns + 1].normal_(generator=dice)
-    return Question(ids, views, torch.tensor(grids) * SIDE)
+    pixel_values = torch.full((len(grids), crops + 1, 3, SIDE, SIDE), 9.0)  # 9 in padding views
+    for views, (rows, columns) in zip(pixel_values, grids, strict=True):
+        views[: rows * columns + 1].normal_(generator=generator)
+    return Question(ids=ids, pixel_values=pixel_values, image_sizes=torch.tensor(grids) * SIDE)
 
 
 def phi_cases(seed: int, _: Phi) -> dict[str, list[Question]]:
-    """Case -> questions that are asked as one batch."""
-    dice = torch.Generator().manual_seed(seed)
+    """Return case -> questions of one batch."""
+    generator = torch.Generator().manual_seed(seed)
     return {
-        "images": [_question(dice, 5, (2, 3)), _question(dice, 5, (1, 4), (3, 1))],
-        "text": [_question(dice, 33), _question(dice, 33)],
-        "padded": [_question(dice, 9, (2, 1)), _question(dice, 12), _question(dice, 30, (1, 1))],
-        "short factors": [_question(dice, ORIGINAL)],
-        "long factors": [_question(dice, ORIGINAL + 1)],
+        "images": [_question(generator, 5, (2, 3)), _question(generator, 5, (1, 4), (3, 1))],
+        "text": [_question(generator, 33), _question(generator, 33)],
+        "padded": [
+            _question(generator, 9, (2, 1)),
+            _question(generator, 12),
+            _question(generator, 30, (1, 1)),
+        ],
+        "short factors": [_question(generator, ORIGINAL)],
+        "long factors": [_question(generator, ORIGINAL + 1)],
     }

@@ -1,4 +1,4 @@
-"""A tiny VILA-1.5 in its three folders: transformers' SigLIP and Llama, and loops between them."""
+"""Reference VILA-1.5: transformers' SigLIP and Llama, with plain loops between them."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 from references import (
     TEXT,
     Question,
+    merged_logits,
     random_ids,
-    shake,
-    splice,
+    randomize,
     tower_tensors,
     two_linears,
     write_folder,
 )
 from torch.nn import functional
 
-IMAGE = -200  # stands for one image in published ids
-SIDE, GRID = 28, 7  # patches along a side are odd, as they are in VILA-1.5
+IMAGE_PLACEHOLDER = -200
+SIDE, GRID = 28, 7  # pixels and patches along a side; the grid is odd, as in VILA-1.5
 WIDTH = 64
 SIGLIP = {
     "model_type": "siglip_vision_model",
@@ -37,7 +37,7 @@ PROJECTOR = {"model_type": "v2l_projector", "mm_projector_type": "mlp_downsample
 
 
 class Vila:
-    """What VILA-1.5 says, on random weights."""
+    """VILA-1.5 with random weights; order: "column" or "row", that of the image tokens."""
 
     def __init__(self, seed: int, order: str = "column") -> None:
         from transformers import (
@@ -48,8 +48,8 @@ class Vila:
         )
 
         self.order = order
-        self.tower = shake(SiglipVisionModel(SiglipVisionConfig(**SIGLIP)), seed)
-        self.llm = shake(LlamaForCausalLM(LlamaConfig(**LLAMA)), seed + 1)
+        self.tower = randomize(SiglipVisionModel(SiglipVisionConfig(**SIGLIP)), seed)
+        self.llm = randomize(LlamaForCausalLM(LlamaConfig(**LLAMA)), seed + 1)
         hidden = LLAMA["hidden_size"]
         projector = torch.nn.ModuleDict(
             {
@@ -58,11 +58,11 @@ class Vila:
                 "4": torch.nn.Linear(hidden, hidden),
             }
         )
-        self.projector = shake(projector, seed + 2).state_dict()
+        self.projector = randomize(projector, seed + 2).state_dict()
 
-    def _blocks(self, seen: torch.Tensor) -> torch.Tensor:
-        """Patches [49,C] -> 2x2 blocks [16,4C], by way of a zero row below and a column right."""
-        rows = [[seen[GRID * row + column] for column in range(GRID)] for row in range(GRID)]
+    def _blocks(self, patches: torch.Tensor) -> torch.Tensor:
+        """Merge 2x2 patches, [49,C] -> [16,4C], after padding with a row and a column of zeros."""
+        rows = [[patches[GRID * row + column] for column in range(GRID)] for row in range(GRID)]
         rows.append([torch.zeros(WIDTH)] * GRID)
         rows = [[*row, torch.zeros(WIDTH)] for row in rows]
         half = range(0, GRID + 1, 2)
@@ -75,30 +75,33 @@ class Vila:
         )
 
     @torch.no_grad()
-    def look(self, view: torch.Tensor) -> torch.Tensor:
-        """Features [16,H] of an image [3,h,w]."""
-        states = self.tower(view[None], output_hidden_states=True).hidden_states
+    def encode_image(self, image: torch.Tensor) -> torch.Tensor:
+        """Return the features [16,H] of an image [3,h,w]."""
+        states = self.tower(image[None], output_hidden_states=True).hidden_states
         assert len(states) == 1 + SIGLIP["num_hidden_layers"]
         blocks = self._blocks(states[-2][0])
         weights = [(self.projector[f"{i}.weight"], self.projector[f"{i}.bias"]) for i in (1, 2, 4)]
         normed = functional.layer_norm(blocks, blocks.shape[1:], *weights[0], eps=1e-5)
         return two_linears(normed, *weights[1:])
 
-    def ask(self, question: Question) -> torch.Tensor:
-        """Logits [S,V]; S counts every image token."""
-        views = iter(() if question.pixel_values is None else question.pixel_values)
-        ids = question.ids.split(1)
-        return splice(self.llm, [self.look(next(views)) if i == IMAGE else i for i in ids])
+    def logits(self, question: Question) -> torch.Tensor:
+        """Return logits [S,V], where S counts every image token."""
+        images = iter(() if question.pixel_values is None else question.pixel_values)
+        segments = [
+            self.encode_image(next(images)) if i == IMAGE_PLACEHOLDER else i
+            for i in question.ids.split(1)
+        ]
+        return merged_logits(self.llm, segments)
 
 
 def write_vila(folder: Path, seed: int, order: str = "column") -> Vila:
-    """A model folder as it is published, and its reference."""
+    """Write a model folder in the published layout and return its reference model."""
     model = Vila(seed, order)
-    whole = {
+    config = {
         "_name_or_path": "Efficient-Large-Model/VILA1.5-tiny",
         "architectures": ["LlavaLlamaModel"],
         "model_type": "llava_llama",
-        "resume_path": "./vlm",  # paths of the machine of its training
+        "resume_path": "./vlm",  # a path of the training machine, as published
         "hidden_size": LLAMA["hidden_size"],
         "mm_hidden_size": WIDTH,
         "image_aspect_ratio": "resize",
@@ -112,33 +115,37 @@ def write_vila(folder: Path, seed: int, order: str = "column") -> Vila:
         "mm_projector_cfg": PROJECTOR | {"_name_or_path": "./vlm/mm_projector"},
     }
     if order != "column":
-        whole["mm_token_order"] = order
+        config["mm_token_order"] = order
     projector = {f"layers.{name}": tensor for name, tensor in model.projector.items()}
     llama = LLAMA | {"architectures": ["LlamaForCausalLM"]}
     write_folder(folder / "llm", llama, model.llm.state_dict())
     tower = tower_tensors("", model.tower)
-    assert "vision_model.head.probe" in tower, "the pool that VILA does not look at"
+    assert "vision_model.head.probe" in tower, "the pooling head, which VILA does not use"
     write_folder(folder / "vision_tower", SIGLIP, tower)
     write_folder(folder / "mm_projector", PROJECTOR, projector)
-    (folder / "config.json").write_text(json.dumps(whole))
+    (folder / "config.json").write_text(json.dumps(config))
     return model
 
 
-def _question(dice: torch.Generator, *words: int) -> Question:
-    """Words between images: 5, 8 is 5 of them, an image, 8 of them."""
-    parts = [random_ids(words[0], dice)]
+def _question(generator: torch.Generator, *words: int) -> Question:
+    """Return segments of text with images between them; (5, 8): 5 ids, an image, 8 ids."""
+    parts = [random_ids(words[0], generator)]
     for count in words[1:]:
-        parts += [torch.tensor([IMAGE]), random_ids(count, dice)]
+        parts += [torch.tensor([IMAGE_PLACEHOLDER]), random_ids(count, generator)]
     images = len(words) - 1
-    views = torch.randn(images, 3, SIDE, SIDE, generator=dice) if images else None
-    return Question(torch.cat(parts), views)
+    pixel_values = torch.randn(images, 3, SIDE, SIDE, generator=generator) if images else None
+    return Question(ids=torch.cat(parts), pixel_values=pixel_values)
 
 
 def vila_cases(seed: int, _: Vila) -> dict[str, list[Question]]:
-    """Case -> questions that are asked as one batch."""
-    dice = torch.Generator().manual_seed(seed)
+    """Return case -> questions of one batch."""
+    generator = torch.Generator().manual_seed(seed)
     return {
-        "images": [_question(dice, 5, 20), _question(dice, 3, 0, 6)],
-        "text": [_question(dice, 33), _question(dice, 33)],
-        "padded": [_question(dice, 9, 7), _question(dice, 12), _question(dice, 2, 4, 9)],
+        "images": [_question(generator, 5, 20), _question(generator, 3, 0, 6)],
+        "text": [_question(generator, 33), _question(generator, 33)],
+        "padded": [
+            _question(generator, 9, 7),
+            _question(generator, 12),
+            _question(generator, 2, 4, 9),
+        ],
     }

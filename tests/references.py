@@ -1,8 +1,10 @@
-"""What the references of the families share: questions, random weights, folders, decoders.
+"""Helpers of the reference models: questions, random weights, model folders, logits.
 
-A reference is a tiny random model of a family on disk, as it is published, and what transformers'
-own models, with plain loops for what transformers lacks, say with the same weights. Nothing here
-or in reference_*.py uses the package. Legend: S tokens, H hidden size, V vocabulary.
+A reference model is a tiny random model of a family in the published layout, and its logits from
+transformers' modules, with plain loops for what transformers lacks. The references do not import
+the package under test.
+
+Legend: S tokens, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 VOCAB = 500
-TEXT = {  # TP 4, PP 2, and groups of 128 at TP 2 fit; 500 is not 64 * n
+TEXT = {  # allows TP 4, PP 2 and groups of 128 at TP 2; 500 is not a multiple of 64
     "hidden_size": 256,
     "intermediate_size": 512,
     "num_hidden_layers": 2,
@@ -30,15 +32,15 @@ TEXT = {  # TP 4, PP 2, and groups of 128 at TP 2 fit; 500 is not 64 * n
 
 @dataclass(frozen=True)
 class Question:
-    """As a family's Hugging Face processor gives it: ids [S], and views and sizes of images."""
+    """Model inputs as the Hugging Face processor of a family returns them; ids: [S]."""
 
     ids: torch.Tensor
-    views: torch.Tensor | None = None
-    sizes: torch.Tensor | None = None
+    pixel_values: torch.Tensor | None = None
+    image_sizes: torch.Tensor | None = None
 
 
-def shake(module, seed: int):
-    """The module with weights of a size that keeps signals near 1, and norms that are not 1."""
+def randomize(module, seed: int):
+    """Initialize matrices so that activations stay near 1, and norms so that they are not 1."""
     torch.manual_seed(seed)
     for name, parameter in module.eval().requires_grad_(False).named_parameters():
         if "embed" in name and "patch" not in name:
@@ -50,13 +52,13 @@ def shake(module, seed: int):
     return module
 
 
-def random_ids(count: int, dice: torch.Generator) -> torch.Tensor:
-    """[count] ids of text; 0 to 2 are left to the tokenizer and the last is left to images."""
-    return torch.randint(3, VOCAB - 1, (count,), generator=dice)
+def random_ids(count: int, generator: torch.Generator) -> torch.Tensor:
+    """Return text ids [count]; 0 to 2 are special tokens, the last id is the image token."""
+    return torch.randint(3, VOCAB - 1, (count,), generator=generator)
 
 
 def tower_tensors(prefix: str, tower) -> dict[str, torch.Tensor]:
-    """Tensors of transformers' CLIP or SigLIP under their published names."""
+    """Return the tensors of a CLIP or SigLIP tower by published name."""
     return {
         f"{prefix}vision_model.{name.removeprefix('vision_model.')}": tensor
         for name, tensor in tower.state_dict().items()
@@ -64,7 +66,7 @@ def tower_tensors(prefix: str, tower) -> dict[str, torch.Tensor]:
 
 
 def write_folder(folder: Path, config: dict, tensors: dict, shards: int = 1) -> Path:
-    """config.json and float32 safetensors, with an index where there are several files."""
+    """Write config.json and float32 safetensors, with an index for several shards."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     if shards == 1:
@@ -81,13 +83,13 @@ def write_folder(folder: Path, config: dict, tensors: dict, shards: int = 1) -> 
 
 
 @torch.no_grad()
-def splice(llm, pieces) -> torch.Tensor:
-    """Logits [S,V] of pieces in turn: ids [n] of text, or features [n,H] of an image."""
+def merged_logits(llm, segments) -> torch.Tensor:
+    """Return logits [S,V] of concatenated segments: text ids [n] or image features [n,H]."""
     embed = llm.get_input_embeddings()
-    parts = [piece if piece.is_floating_point() else embed(piece) for piece in pieces]
+    parts = [segment if segment.is_floating_point() else embed(segment) for segment in segments]
     return llm(inputs_embeds=torch.cat(parts)[None]).logits[0]
 
 
 def two_linears(x: torch.Tensor, first, second) -> torch.Tensor:
-    """A projector [n,K] -> [n,H]; first and second are (weight, bias)."""
+    """Apply a projector [n,K] -> [n,H]; first and second are (weight, bias)."""
     return functional.linear(functional.gelu(functional.linear(x, *first)), *second)

@@ -1,4 +1,4 @@
-"""The scripts in launch/, run with an environment that they take for their own."""
+"""Run the scripts in launch/ with a fake up-to-date virtual environment."""
 
 import os
 import subprocess
@@ -10,36 +10,36 @@ EXTRAS = ("base", "mpi")
 
 
 def make_venv(folder):
-    """A folder that passes for .venv, up to date: its programs are those that run the tests."""
-    programs = folder / "venv" / "bin"
-    programs.mkdir(parents=True)
-    for name, words in (("python", ""), ("nemo-vlm-ptq", "-m nemo_vlm_ptq")):
-        (programs / name).write_text(f'#!/bin/sh\nexec {sys.executable} {words} "$@"\n')
-        (programs / name).chmod(0o755)
-    ask = ["bash", "-c", f"source {ROOT}/launch/common.sh; _wanted"]
-    wanted = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
-    stamp = "".join(f"{wanted} {extra}\n" for extra in EXTRAS)
+    """Create a folder that the scripts accept as an up-to-date .venv; it wraps this Python."""
+    bin_folder = folder / "venv" / "bin"
+    bin_folder.mkdir(parents=True)
+    for name, options in (("python", ""), ("nemo-vlm-ptq", "-m nemo_vlm_ptq")):
+        (bin_folder / name).write_text(f'#!/bin/sh\nexec {sys.executable} {options} "$@"\n')
+        (bin_folder / name).chmod(0o755)
+    command = ["bash", "-c", f"source {ROOT}/launch/common.sh; _wanted"]
+    digest = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    stamp = "".join(f"{digest} {extra}\n" for extra in EXTRAS)
     (folder / "venv" / ".nemo-vlm-ptq").write_text(stamp)
     return folder / "venv"
 
 
-def start(name, venv, folder, *words, **settings):
-    """launch/NAME in a folder, with settings in its environment; its process."""
-    own = {"NEMO_VLM_PTQ_VENV": str(venv), "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    kept = {key: value for key, value in os.environ.items() if key != "ROOT_SAVE_PATH"}
+def start(name, venv, folder, *args, **variables):
+    """Start launch/NAME in a folder with extra environment variables and return its process."""
+    env = {"NEMO_VLM_PTQ_VENV": str(venv), "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    inherited = {key: value for key, value in os.environ.items() if key != "ROOT_SAVE_PATH"}
     return subprocess.Popen(
-        [ROOT / "launch" / name, *map(str, words)],
+        [ROOT / "launch" / name, *map(str, args)],
         cwd=folder,
-        env=kept | own | settings,
+        env=inherited | env | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def run(name, venv, folder, *words, timeout=300, **settings):
-    """(exit code, stdout, stderr) of launch/NAME."""
-    with start(name, venv, folder, *words, **settings) as process:
+def run(name, venv, folder, *args, timeout=300, **variables):
+    """Run launch/NAME and return (exit code, stdout, stderr)."""
+    with start(name, venv, folder, *args, **variables) as process:
         try:
             out, err = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:

@@ -1,80 +1,87 @@
-"""A layer of small random linears, and statistics of known tokens, to solve."""
+"""Inputs of the solve tests: one layer of small random linears, and statistics of known tokens."""
 
 import torch
 
 from nemo_vlm_ptq.calibrate.solve.layer import SolveOptions, solve_layer
-from nemo_vlm_ptq.calibrate.statistics import (
-    UNIT,
-    load_layer,
-    save_layer,
-)
-from nemo_vlm_ptq.distributed.layout import strips
+from nemo_vlm_ptq.calibrate.statistics import SUM_UNIT, load_layer, save_layer
+from nemo_vlm_ptq.distributed.moment_strips import strips
 from nemo_vlm_ptq.families import FAMILIES
 from nemo_vlm_ptq.formats import FORMATS
 from nemo_vlm_ptq.parameter_map.sharding import HeadSizes
 
-GROUP = 32
+GROUP_SIZE = 32
 SIZES = HeadSizes(heads=8, kv_heads=4, head_dim=16, vocab=64, padded_vocab=64)
-SHAPES = {  # of Megatron's weights at hidden 128 and MLP 192
+SHAPES = {  # Megatron weights at hidden size 128 and MLP size 192
     "linear_qkv": (256, 128),
     "linear_proj": (128, 128),
     "linear_fc1": (384, 128),
     "linear_fc2": (128, 192),
 }
-PLAIN = SolveOptions()
-TOKENS = {"text": 60, "image": 300}
+DEFAULT_OPTIONS = SolveOptions()
+TOKEN_COUNTS = {"text": 60, "image": 300}
 
 
-def tokens(width, kinds=TOKENS, seed=0):
-    """kind -> inputs [T,K]; channels differ in size, and in other ways for text and for images."""
-    found = {}
-    for kind, count in kinds.items():
-        made = torch.Generator().manual_seed(2 * seed + (kind == "image"))
-        size = torch.exp(torch.randn(width, generator=made))
-        mixed = torch.randn(width, width, generator=made) / width**0.5
-        found[kind] = (
-            torch.randn(count, width, generator=made) @ (torch.eye(width) + mixed)
-        ) * size
-    return found
+def make_tokens(width, counts=TOKEN_COUNTS, seed=0):
+    """Return modality -> inputs [T,K]; channel magnitudes and correlations differ by modality."""
+    tokens = {}
+    for modality, count in counts.items():
+        generator = torch.Generator().manual_seed(2 * seed + (modality == "image"))
+        magnitude = torch.exp(torch.randn(width, generator=generator))
+        mixing = torch.randn(width, width, generator=generator) / width**0.5
+        independent = torch.randn(count, width, generator=generator)
+        tokens[modality] = (independent @ (torch.eye(width) + mixing)) * magnitude
+    return tokens
 
 
-def observed(folder, kinds=TOKENS):
-    """linear -> statistics of these tokens, through a file as observe writes it; and the tokens."""
-    tensors, given = {"key.amax": torch.tensor([3.3]), "value.amax": torch.tensor([0.7])}, {}
+def observe_tokens(folder, counts=TOKEN_COUNTS):
+    """Return (linear -> statistics, linear -> tokens), through a file as observe writes it."""
+    tensors = {"key.amax": torch.tensor([3.3]), "value.amax": torch.tensor([0.7])}
+    tokens = {}
     for seed, (name, (_, width)) in enumerate(SHAPES.items()):
-        x = given[name] = tokens(width, kinds, seed)
-        none = torch.zeros(0, width)
-        both = [x.get("text", none), x.get("image", none)]
+        tokens[name] = make_tokens(width, counts, seed)
+        empty = torch.zeros(0, width)
+        rows = [tokens[name].get(modality, empty) for modality in ("text", "image")]
         tensors[f"{name}.amax"] = torch.stack(
-            [part.abs().amax(0) if len(part) else torch.zeros(width) for part in both]
+            [x.abs().amax(0) if len(x) else torch.zeros(width) for x in rows]
         )
         tensors[f"{name}.sum"] = torch.stack(
-            [(part.double().abs().sum(0) / UNIT).round().long() for part in both]
+            [(x.double().abs().sum(0) / SUM_UNIT).round().long() for x in rows]
         )
-        tensors[f"{name}.tokens"] = torch.tensor([len(part) for part in both])
-        for i, rows in enumerate(strips(width)):
+        tensors[f"{name}.tokens"] = torch.tensor([len(x) for x in rows])
+        for i, strip in enumerate(strips(width)):
             tensors[f"{name}.moment.{i}"] = torch.stack(
-                [(part.double().T @ part.double())[rows, rows.start :].float() for part in both]
+                [(x.double().T @ x.double())[strip, strip.start :].float() for x in rows]
             )
     save_layer(folder, 0, tensors)
-    return load_layer(folder, 0, torch.device("cpu")), given
+    return load_layer(folder, 0, torch.device("cpu")), tokens
 
 
-def weights(dtype=torch.float32):
-    """linear -> Megatron's weight; some rows and columns are larger."""
-    made = torch.Generator().manual_seed(7)
-    found = {}
+def make_weights(dtype=torch.float32):
+    """Return linear -> Megatron weight, with some larger rows and columns."""
+    generator = torch.Generator().manual_seed(7)
+    weights = {}
     for name, (rows, width) in SHAPES.items():
-        size = torch.exp(0.5 * torch.randn(rows, 1, generator=made))
-        size = size * torch.exp(0.5 * torch.randn(width, generator=made))
-        found[name] = (torch.randn(rows, width, generator=made) * size * 0.05).to(dtype)
-    return found
+        magnitude = torch.exp(0.5 * torch.randn(rows, 1, generator=generator))
+        magnitude = magnitude * torch.exp(0.5 * torch.randn(width, generator=generator))
+        weight = torch.randn(rows, width, generator=generator) * magnitude * 0.05
+        weights[name] = weight.to(dtype)
+    return weights
 
 
-def rows_of(family):
-    return [row.for_layer(0) for row in FAMILIES[family].parameter_map if row.per_layer]
+def layer_entries(family):
+    """Return the parameter entries of layer 0."""
+    return [entry.for_layer(0) for entry in FAMILIES[family].parameter_map if entry.per_layer]
 
 
-def solved(name, layer, dtype=torch.float32, wishes=PLAIN):
-    rows = rows_of("llava")
-    return solve_layer(weights(dtype), layer[0], FORMATS[name], GROUP, SIZES, wishes, rows)
+def solve(name, observed_layer, dtype=torch.float32, options=DEFAULT_OPTIONS):
+    """Return linear -> scales of the format `name`."""
+    statistics = observed_layer[0]
+    return solve_layer(
+        make_weights(dtype),
+        statistics,
+        FORMATS[name],
+        GROUP_SIZE,
+        SIZES,
+        options,
+        layer_entries("llava"),
+    )

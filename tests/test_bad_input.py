@@ -1,4 +1,4 @@
-"""Bad input: one line that says what and where, exit code 2, nothing left that looks finished."""
+"""Bad input: one line that says what and where, exit code 2, no folder that counts as finished."""
 
 import json
 import pickle
@@ -14,8 +14,8 @@ from bad_models import (
     WEIGHTS,
     copy_model,
     damage,
-    plan_refusal,
-    refusal,
+    error_message,
+    plan_error,
     said_by,
     write_recipe,
 )
@@ -45,28 +45,28 @@ def model(tmp_path):
 
 def test_a_model_folder_that_is_not_there_is_named(tmp_path):
     gone = tmp_path / "gone"
-    said = refusal("run", write_recipe(tmp_path, gone))
+    said = error_message("run", write_recipe(tmp_path, gone))
     assert said == f"model folder {gone} does not exist"
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
 def test_a_hub_name_that_cannot_be_fetched_is_named_with_the_reason(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    said = plan_refusal(tmp_path, "nobody/nothing")
-    start = "model nobody/nothing is no folder and could not be fetched from the hub: "
+    said = plan_error(tmp_path, "nobody/nothing")
+    start = "model nobody/nothing is not a folder and could not be downloaded from the Hub: "
     assert said.startswith(start) and len(said) > len(start) + 10
 
 
 def test_a_folder_without_a_config_is_no_model(tmp_path, model):
     (model / "config.json").unlink()
-    said = f"{model} has no config.json; is it a Hugging Face model folder?"
-    assert plan_refusal(tmp_path, model) == said
+    said = f"{model} has no config.json; expected a Hugging Face model folder"
+    assert plan_error(tmp_path, model) == said
 
 
 @pytest.mark.parametrize("text", [b"{", b"", b"[]", b"3", b'"llava"', b"\xff\xfe"])
 def test_a_config_that_is_no_json_object_is_named(tmp_path, model, text):
     (model / "config.json").write_bytes(text)
-    assert plan_refusal(tmp_path, model).startswith(f"{model / 'config.json'} is not JSON")
+    assert plan_error(tmp_path, model).startswith(f"{model / 'config.json'} is not valid JSON")
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "preprocessor_config.json"])
@@ -98,10 +98,10 @@ PICKLE = "a pickle that can run code when loaded; convert it to safetensors firs
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "model.ckpt"])
-def test_a_pickle_is_refused_and_never_loaded(tmp_path, model, name):
+def test_a_pickle_is_rejected_and_never_loaded(tmp_path, model, name):
     (model / WEIGHTS).unlink()
     torch.save({"weight": Trap(tmp_path / "sprung")}, model / name)
-    assert plan_refusal(tmp_path, model) == f"{model} holds {name}, {PICKLE}"
+    assert plan_error(tmp_path, model) == f"{model} holds {name}, {PICKLE}"
     assert not (tmp_path / "sprung").exists()
 
 
@@ -112,14 +112,14 @@ def test_a_pickle_under_another_name_is_no_safetensors_and_never_loaded(tmp_path
     (model / name).write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
     if indexed:
         (model / INDEX).write_text(json.dumps({"weight_map": {NORM: name}}))
-    said = plan_refusal(tmp_path, model)
-    assert said == f"{model / name} is truncated or no safetensors file"
+    said = plan_error(tmp_path, model)
+    assert said == f"{model / name} is truncated or not a safetensors file"
     assert not (tmp_path / "sprung").exists()
 
 
 def test_a_folder_without_weights_is_named(tmp_path, model):
     (model / WEIGHTS).unlink()
-    assert plan_refusal(tmp_path, model) == f"{model} holds no .safetensors file"
+    assert plan_error(tmp_path, model) == f"{model} holds no .safetensors file"
 
 
 def test_a_shard_cut_short_is_named_with_both_sizes(tmp_path, model):
@@ -127,8 +127,8 @@ def test_a_shard_cut_short_is_named_with_both_sizes(tmp_path, model):
     whole = path.stat().st_size
     with path.open("r+b") as file:
         file.truncate(whole - 100)
-    assert plan_refusal(tmp_path, model) == (
-        f"{path} is truncated: {whole - 100} bytes, its header asks for {whole}"
+    assert plan_error(tmp_path, model) == (
+        f"{path} is truncated: {whole - 100} bytes, its header expects {whole}"
     )
 
 
@@ -137,29 +137,29 @@ def test_a_shard_cut_in_its_header_is_named(tmp_path, model, size):
     path = model / WEIGHTS
     with path.open("r+b") as file:
         file.truncate(size)
-    said = plan_refusal(tmp_path, model)
-    assert said == f"{path} is truncated or no safetensors file"
+    said = plan_error(tmp_path, model)
+    assert said == f"{path} is truncated or not a safetensors file"
 
 
 @pytest.mark.parametrize("text", ["[]", '{"a": 3}', '{"a": {}}', '{"a": {"data_offsets": "x"}}'])
 def test_a_header_of_another_kind_is_named(tmp_path, model, text):
     path = model / WEIGHTS
     path.write_bytes(len(text).to_bytes(8, "little") + text.encode())
-    assert plan_refusal(tmp_path, model).startswith(f"{path} is ")
+    assert plan_error(tmp_path, model).startswith(f"{path} is ")
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "/etc/x.safetensors", "sub/x.safetensors"])
-def test_an_index_that_points_out_of_the_folder_is_refused(tmp_path, model, name):
+def test_an_index_that_points_out_of_the_folder_is_rejected(tmp_path, model, name):
     (tmp_path / "x.safetensors").write_bytes((model / WEIGHTS).read_bytes())
     (model / INDEX).write_text(json.dumps({"weight_map": {NORM: name}}))
-    said = plan_refusal(tmp_path, model)
+    said = plan_error(tmp_path, model)
     assert said == f"{model / INDEX} names {name!r}, a file outside the folder"
 
 
 @pytest.mark.parametrize("name", ["model-00002-of-00002.safetensors", "..", "."])
-def test_an_index_that_names_a_file_that_is_not_there_is_refused(tmp_path, model, name):
+def test_an_index_that_names_a_file_that_is_not_there_is_rejected(tmp_path, model, name):
     (model / INDEX).write_text(json.dumps({"weight_map": {"a": WEIGHTS, NORM: name}}))
-    said = plan_refusal(tmp_path, model)
+    said = plan_error(tmp_path, model)
     assert said.startswith(f"{model / INDEX} names {name!r}, ")
 
 
@@ -168,7 +168,7 @@ def test_an_index_that_names_a_file_that_is_not_there_is_refused(tmp_path, model
 )
 def test_an_index_that_is_none_is_named(tmp_path, model, text):
     (model / INDEX).write_text(text)
-    assert str(model / INDEX) in plan_refusal(tmp_path, model)
+    assert str(model / INDEX) in plan_error(tmp_path, model)
 
 
 def test_files_may_be_links_as_in_the_cache_of_the_hub(tmp_path):
@@ -186,53 +186,55 @@ def test_files_may_be_links_as_in_the_cache_of_the_hub(tmp_path):
 
 def test_a_missing_tensor_is_named(tmp_path, model):
     damage(model, lambda tensors: [tensors.pop(name) for name in (NORM, TOWER)])
-    assert plan_refusal(tmp_path, model) == f"{model}: tensor {NORM} is missing (2 in all)"
+    assert plan_error(tmp_path, model) == f"{model}: missing tensor {NORM} (2 missing in total)"
 
 
 def test_a_tensor_that_belongs_nowhere_is_named(tmp_path, model):
     name = "language_model.model.layers.0.self_attn.q_proj.bias"
     damage(model, lambda tensors: tensors.update({name: torch.zeros(256)}))
-    said = plan_refusal(tmp_path, model)
-    assert said == f"{model}: tensor {name} has no place in this family (1 in all)"
+    said = plan_error(tmp_path, model)
+    assert said == f"{model}: unexpected tensor {name} (1 in total)"
 
 
 def test_a_tensor_of_another_shape_is_named_with_both_shapes(tmp_path, model):
     damage(model, lambda tensors: tensors.update({DOWN: torch.zeros(256, 512)}))
-    said = plan_refusal(tmp_path, model)
-    assert said == f"{model}: tensor {DOWN} has shape (256, 512), the config asks for (256, 768)"
+    said = plan_error(tmp_path, model)
+    assert said == f"{model}: tensor {DOWN} has shape (256, 512), expected (256, 768)"
 
 
 def test_two_tensors_that_mean_the_same_are_named(tmp_path, model):
     damage(model, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(512, 256)}))
-    said = plan_refusal(tmp_path, model)
+    said = plan_error(tmp_path, model)
     assert said.startswith(f"{model / WEIGHTS}: ") and "lm_head.weight" in said
-    assert said.endswith("are both language_model.lm_head.weight")
+    assert said.endswith("have the same name language_model.lm_head.weight")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_weight_that_is_not_finite_is_named_when_read(model, value):
     damage(model, lambda tensors: tensors[TOWER][-1:].fill_(value))
     with open_source(list_tensors(model, FAMILY.name_aliases)) as reader:
-        assert reader.whole(NORM).shape == (256,)
-        assert said_by(reader.whole, TOWER) == f"tensor {TOWER} holds NaN or Inf"
+        assert reader.get_tensor(NORM).shape == (256,)
+        assert said_by(reader.get_tensor, TOWER) == f"tensor {TOWER} holds NaN or Inf"
 
 
 def test_a_number_that_float16_cannot_hold_is_told_by_its_tensor(tmp_path, model):
     damage(model, lambda tensors: tensors[DOWN][-1:].fill_(1e5))
     recipe = write_recipe(tmp_path, model, export={"dtype": "float16"})
-    said = f"tensor {DOWN} holds numbers beyond torch.float16's largest; set export.dtype=bfloat16"
-    with models.alone() as own, pytest.raises(UserError, match=f"^{re.escape(said)}$"):
-        import_model(RunContext(make_plan(load_recipe(str(recipe))), own))
+    said = (
+        f"tensor {DOWN} holds values beyond the range of torch.float16; set export.dtype=bfloat16"
+    )
+    with models.single_rank() as own, pytest.raises(UserError, match=f"^{re.escape(said)}$"):
+        import_model(RunContext(plan=make_plan(load_recipe(str(recipe))), parallel=own))
 
 
 # Logits
 
 
-def test_logits_refuses_inputs_that_are_not_there_and_forms_it_does_not_know(tmp_path):
+def test_logits_rejects_inputs_that_are_not_there_and_forms_it_does_not_know(tmp_path):
     from nemo_vlm_ptq.stages.logits import write_logits
 
     options = {"from": "megatron", "inputs": str(tmp_path / "in"), "output": str(tmp_path / "out")}
-    said = f"inputs={tmp_path / 'in'} is no file"
+    said = f"inputs={tmp_path / 'in'} is not a file"
     assert said_by(write_logits, None, options) == said
     known = "hf_source, megatron, quantized, trtllm, hf, compressed_tensors, nemo, engine"
     said = f"from=onnx is not known; known: {known}"

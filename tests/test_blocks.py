@@ -1,4 +1,4 @@
-"""Blocks of tensors out of torch_dist folders, whatever chunks they were written in."""
+"""Blocks of tensors read from torch_dist files, whatever chunks they were written in."""
 
 import io
 import math
@@ -15,86 +15,96 @@ from nemo_vlm_ptq.checkpoints.torch_dist_tensors import (
 )
 from nemo_vlm_ptq.errors import UserError
 
-WHOLE = torch.arange(8 * 6).reshape(8, 6).bfloat16()
-CUTS = {
-    "whole": [((0, 0), (8, 6))],
+TENSOR = torch.arange(8 * 6).reshape(8, 6).bfloat16()
+CHUNKINGS = {  # name -> (start, shape) of each chunk
+    "one": [((0, 0), (8, 6))],
     "rows": [((0, 0), (3, 6)), ((3, 0), (5, 6))],
     "columns": [((0, 0), (8, 2)), ((0, 2), (8, 4))],
-    "both": [((a, b), (4, 3)) for a in (0, 4) for b in (0, 3)],
+    "rows and columns": [((a, b), (4, 3)) for a in (0, 4) for b in (0, 3)],
 }
 
 
-def store(path, tensors):
-    """Files of torch.save one after the other, as torch_dist folders hold them; their places."""
-    places, data = [], b"before"
+def write_file(path, tensors):
+    """Write files of torch.save one after another, as in .distcp; return their byte ranges."""
+    ranges, data = [], b"before"
     for tensor in tensors:
         buffer = io.BytesIO()
         torch.save(tensor, buffer)
-        places.append(ByteRange(path, len(data), len(buffer.getvalue())))
+        ranges.append(ByteRange(path, offset=len(data), length=len(buffer.getvalue())))
         data += buffer.getvalue()
     path.write_bytes(data)
-    return places
+    return ranges
 
 
-def stored(path, whole, cut):
-    parts = [whole[tuple(slice(a, a + n) for a, n in zip(*one, strict=True))] for one in cut]
-    places = store(path, [part.clone() for part in parts])
-    chunks = [Chunk(*one, place) for one, place in zip(cut, places, strict=True)]
-    return StoredTensor("x", tuple(whole.shape), whole.dtype, tuple(chunks))
+def write_chunks(path, tensor, chunking):
+    """Write a tensor in chunks of the given (start, shape)."""
+    parts = [
+        tensor[tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))]
+        for start, shape in chunking
+    ]
+    ranges = write_file(path, [part.clone() for part in parts])
+    chunks = tuple(
+        Chunk(start=start, shape=shape, byte_range=byte_range)
+        for (start, shape), byte_range in zip(chunking, ranges, strict=True)
+    )
+    return StoredTensor("x", tuple(tensor.shape), tensor.dtype, chunks)
 
 
-@pytest.mark.parametrize("name", CUTS)
-def test_a_block_is_what_the_whole_holds_there(name, tmp_path):
-    one = stored(tmp_path / "file", WHOLE, CUTS[name])
-    assert torch.equal(read_tensor(one), WHOLE)
-    assert torch.equal(read_tensor(one, 5), WHOLE[5])
-    assert torch.equal(read_block(one, (2, 1), (4, 4)), WHOLE[2:6, 1:5])
-    cut = LazyTensor(one)
-    assert cut.get_shape() == [8, 6]
-    for place in (slice(3, 5), (slice(None), slice(1, 3)), slice(-2, None), slice(4, 4)):
-        assert torch.equal(cut[place], WHOLE[place])
+@pytest.mark.parametrize("name", CHUNKINGS)
+def test_a_block_equals_the_slice_of_the_whole_tensor(name, tmp_path):
+    stored = write_chunks(tmp_path / "file", TENSOR, CHUNKINGS[name])
+    assert torch.equal(read_tensor(stored), TENSOR)
+    assert torch.equal(read_tensor(stored, 5), TENSOR[5])
+    assert torch.equal(read_block(stored, (2, 1), (4, 4)), TENSOR[2:6, 1:5])
+    lazy = LazyTensor(stored)
+    assert lazy.get_shape() == [8, 6]
+    for key in (slice(3, 5), (slice(None), slice(1, 3)), slice(-2, None), slice(4, 4)):
+        assert torch.equal(lazy[key], TENSOR[key])
 
 
-def test_tensors_above_each_other_are_cut_as_one(tmp_path):
-    parts = [LazyTensor(stored(tmp_path / str(i), WHOLE + i, CUTS["rows"])) for i in range(2)]
-    both, expected = LazyConcat(parts), torch.cat([WHOLE, WHOLE + 1])
-    assert both.get_shape() == [16, 6]
-    for place in (slice(None), slice(2, 12), slice(9, 11), (slice(0, 16), slice(2, 4))):
-        assert torch.equal(both[place], expected[place])
+def test_a_concatenation_is_indexed_as_one_tensor(tmp_path):
+    parts = [
+        LazyTensor(write_chunks(tmp_path / str(i), TENSOR + i, CHUNKINGS["rows"])) for i in range(2)
+    ]
+    lazy, expected = LazyConcat(parts), torch.cat([TENSOR, TENSOR + 1])
+    assert lazy.get_shape() == [16, 6]
+    for key in (slice(None), slice(2, 12), slice(9, 11), (slice(0, 16), slice(2, 4))):
+        assert torch.equal(lazy[key], expected[key])
 
 
-@pytest.mark.parametrize("whole", [torch.tensor(3.5), torch.zeros(0, 4), torch.ones(1)])
-def test_tensors_without_axes_or_values_come_back(whole, tmp_path):
-    one = stored(tmp_path / "file", whole, [((0,) * whole.dim(), tuple(whole.shape))])
-    assert torch.equal(read_tensor(one), whole)
+@pytest.mark.parametrize("tensor", [torch.tensor(3.5), torch.zeros(0, 4), torch.ones(1)])
+def test_scalars_and_empty_tensors_are_read(tensor, tmp_path):
+    chunking = [((0,) * tensor.dim(), tuple(tensor.shape))]
+    assert torch.equal(read_tensor(write_chunks(tmp_path / "file", tensor, chunking)), tensor)
 
 
-def test_a_view_that_was_saved_with_all_its_memory_comes_back(tmp_path):
-    turned = torch.arange(12.0).reshape(3, 4).T[1:3]
-    (place,) = store(tmp_path / "file", [turned])
-    one = StoredTensor("x", (2, 3), torch.float32, (Chunk((0, 0), (2, 3), place),))
-    assert torch.equal(read_tensor(one), turned)
+def test_a_view_saved_with_its_whole_storage_is_read(tmp_path):
+    view = torch.arange(12.0).reshape(3, 4).T[1:3]
+    (byte_range,) = write_file(tmp_path / "file", [view])
+    chunk = Chunk(start=(0, 0), shape=(2, 3), byte_range=byte_range)
+    assert torch.equal(read_tensor(StoredTensor("x", (2, 3), torch.float32, (chunk,))), view)
 
 
-def test_writing_to_what_was_read_changes_no_file(tmp_path):
-    one = stored(tmp_path / "file", WHOLE, CUTS["whole"])
+def test_writing_to_a_tensor_that_was_read_does_not_change_the_file(tmp_path):
+    stored = write_chunks(tmp_path / "file", TENSOR, CHUNKINGS["one"])
     before = (tmp_path / "file").read_bytes()
-    read_tensor(one).zero_()
+    read_tensor(stored).zero_()
     assert (tmp_path / "file").read_bytes() == before
-    assert torch.equal(read_tensor(one), WHOLE)
+    assert torch.equal(read_tensor(stored), TENSOR)
 
 
-def test_what_is_not_there_is_refused(tmp_path):
+def test_missing_mismatched_and_damaged_chunks_are_rejected(tmp_path):
     path = tmp_path / "file"
-    one = stored(path, WHOLE, CUTS["rows"])
-    part = StoredTensor("x", one.shape, one.dtype, one.chunks[:1])
-    with pytest.raises(UserError, match=f"x is not whole: 18 of {math.prod(one.shape)} values"):
+    stored = write_chunks(path, TENSOR, CHUNKINGS["rows"])
+    part = StoredTensor("x", stored.shape, stored.dtype, stored.chunks[:1])
+    expected = f"tensor x is incomplete: 18 of {math.prod(stored.shape)} elements"
+    with pytest.raises(UserError, match=expected):
         read_tensor(part)
-    other = Chunk((0, 0), (4, 6), one.chunks[0].place)
-    with pytest.raises(UserError, match="does not hold the part of x it should"):
-        read_tensor(StoredTensor("x", one.shape, one.dtype, (other, one.chunks[1])))
+    taller = Chunk(start=(0, 0), shape=(4, 6), byte_range=stored.chunks[0].byte_range)
+    with pytest.raises(UserError, match=r"tensor x has shape \(3, 6\), expected \(4, 6\)"):
+        read_tensor(StoredTensor("x", stored.shape, stored.dtype, (taller, stored.chunks[1])))
     data = bytearray(path.read_bytes())
-    start = one.chunks[1].place.offset
+    start = stored.chunks[1].byte_range.offset
     path.write_bytes(data[: start + 40] + bytes(len(data) - start - 40))
     with pytest.raises(UserError, match=f"is damaged at byte {start}"):
-        read_tensor(one)
+        read_tensor(stored)

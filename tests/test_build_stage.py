@@ -1,4 +1,4 @@
-"""The stage build, and engines that are asked, with a place-holder for TensorRT-LLM."""
+"""The stage build and the use of engines, with a fake TensorRT-LLM."""
 
 import json
 
@@ -10,13 +10,13 @@ from safetensors.torch import load_file, save_file
 
 from nemo_vlm_ptq.data.questions import load_questions
 from nemo_vlm_ptq.errors import UserError, VerificationError
-from nemo_vlm_ptq.families.shared import load_tokenizer
+from nemo_vlm_ptq.families.folder_files import load_tokenizer
 from nemo_vlm_ptq.stages.build import build
 from nemo_vlm_ptq.stages.evaluate import evaluate
 from nemo_vlm_ptq.stages.logits import write_logits
 from nemo_vlm_ptq.workdir import store
 
-TOWER = {"llava": [64, 256], "vila": [25, 256]}  # image tokens, hidden
+FEATURE_SIZES = {"llava": [64, 256], "vila": [25, 256]}  # image tokens, hidden size
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def trtllm(tmp_path, monkeypatch):
         ("phi", "nvfp4", 1, 1),
     ],
 )
-def test_engines_are_built_and_told_in_the_manifest(
+def test_engines_are_built_and_recorded_in_the_manifest(
     tmp_path, monkeypatch, trtllm, family, fmt, tensor, pipeline
 ):
     for name in ("RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"):
@@ -41,11 +41,12 @@ def test_engines_are_built_and_told_in_the_manifest(
     plan = plan_for(family, tmp_path, fmt, tensor, pipeline)
     source = write_checkpoint(plan)
     run(build, plan)
-    decoder, *vision = trtllm.words()
+    decoder, *vision = trtllm.command_lines()
     assert decoder[1:3] == ["--checkpoint_dir", str(source / "llm")]
     assert len(vision) == (family != "phi")
-    for call in trtllm.calls:  # a rank's environment would make MPI wait for the others
-        assert not [name for name in call["names"] if name.startswith(("RANK", "OMPI", "SLURM"))]
+    launchers = ("RANK", "OMPI", "SLURM")  # with their variables MPI would wait for other ranks
+    for call in trtllm.calls:
+        assert not [name for name in call["environment"] if name.startswith(launchers)]
     folder = tmp_path / fmt / "engine"
     manifest = store.read_manifest(folder)
     ranks = [f"llm/rank{rank}.engine" for rank in range(tensor * pipeline)]
@@ -55,76 +56,77 @@ def test_engines_are_built_and_told_in_the_manifest(
     settings = manifest["settings"]
     assert (settings["tensorrt_llm"], settings["format"]) == ("1.2.1", fmt)
     assert settings["input"] == store.hash_manifest(source)
-    kind = store.read_json(folder / "vision" / "config.json")["builder_config"]["model_type"]
-    assert kind == {"llava": "llava", "vila": "vila", "phi": "phi-3-vision"}[family]
+    builder_config = store.read_json(folder / "vision" / "config.json")["builder_config"]
+    assert (
+        builder_config["model_type"]
+        == {"llava": "llava", "vila": "vila", "phi": "phi-3-vision"}[family]
+    )
     run(build, plan)
-    assert len(trtllm.words()) == 1 + len(vision)  # a finished one is left alone
-    with pytest.raises(UserError, match="max_batch_size=8, the recipe says 9"):
+    assert len(trtllm.command_lines()) == 1 + len(vision)  # finished engines are kept
+    with pytest.raises(UserError, match="max_batch_size=8, the recipe has 9"):
         run(build, plan_for(family, tmp_path, fmt, tensor, pipeline, engine={"max_batch_size": 9}))
 
 
-def test_a_failing_command_is_told_with_the_end_of_its_log_and_built_the_next_time(
-    tmp_path, monkeypatch, trtllm
-):
+def test_failed_build_is_reported_with_its_log_and_repeated(tmp_path, monkeypatch, trtllm):
     plan = plan_for("llava", tmp_path)
     write_checkpoint(plan)
     log = tmp_path / "fp8" / "engine" / "llm.log"
-    with monkeypatch.context() as broken:
-        broken.setenv("FAKE_FAIL", "1")
+    with monkeypatch.context() as environment:
+        environment.setenv("FAKE_FAIL", "1")
         with pytest.raises(UserError) as caught:
             run(build, plan)
     assert str(caught.value) == (
-        f"trtllm-build ended with exit code 1; the last it said, in {log}: [TRT-LLM] [I] Compute "
+        f"trtllm-build ended with exit code 1; last output, in {log}: [TRT-LLM] [I] Compute "
         "capability: (9, 0) | RuntimeError: out of memory | while building rank 1"
     )
     assert log.is_file() and store.read_manifest(log.parent) is None
-    with monkeypatch.context() as broken:
-        broken.setenv("FAKE_LOSE", "1")
-        with pytest.raises(UserError, match=r"^trtllm-build left no .*/llm/rank0.engine; the last"):
+    with monkeypatch.context() as environment:
+        environment.setenv("FAKE_OMIT_RANK", "1")
+        with pytest.raises(
+            UserError, match=r"^trtllm-build did not write .*/llm/rank0.engine; last"
+        ):
             run(build, plan)
     run(build, plan)
     assert store.read_manifest(log.parent) is not None
     assert (tmp_path / "timing.cache").is_file()
 
 
-def test_without_a_checkpoint_the_stage_before_is_named(tmp_path, trtllm):
+def test_missing_checkpoint_is_reported(tmp_path, trtllm):
     with pytest.raises(UserError, match="is not finished; run the stage 'export' first"):
         run(build, plan_for("llava", tmp_path))
-    assert trtllm.words() == []
+    assert trtllm.command_lines() == []
 
 
-def built(tmp_path, monkeypatch, family, **keys):
-    """The plan of a family whose engines are built."""
-    monkeypatch.setenv("FAKE_TOWER", json.dumps(TOWER.get(family)))
+def build_engines(tmp_path, monkeypatch, family, **keys):
+    """Build the engines of a family and return the plan."""
+    monkeypatch.setenv("FAKE_TOWER", json.dumps(FEATURE_SIZES.get(family)))
     plan = plan_for(family, tmp_path, **keys)
     write_checkpoint(plan)
     run(build, plan)
     return plan
 
 
-def prompts(plan, family):
-    """A question about an image, and the same as inputs of `logits`."""
+def make_prompt(plan, family):
+    """Return a sample with an image, and the same as an input file of `logits`."""
     questions = load_questions("scenes", "test", 1)
-    prepare = plan.family.make_preprocessor(plan.folder, plan.config)
+    preprocess = plan.family.make_preprocessor(plan.folder, plan.config)
     (item,) = questions.items
-    sample = prepare("q", item.text, questions.image(item.image))
+    sample = preprocess("q", item.text, questions.load_image(item.image))
     ids = sample.input_ids
-    if family == "vila":  # published ids have one mark for an image
+    if family == "vila":  # published ids have one placeholder per image
         first = int(sample.is_image.int().argmax())
         ids = torch.cat([ids[: first + 1], ids[first + int(sample.is_image.sum()) :]])
-    found = {"input_ids": ids[None], "pixel_values": sample.pixels.pixel_values}
-    if sample.pixels.image_sizes is not None:
-        found["image_sizes"] = sample.pixels.image_sizes
-    return sample, found
+    inputs = {"input_ids": ids[None], "pixel_values": sample.images.pixel_values}
+    if sample.images.image_sizes is not None:
+        inputs["image_sizes"] = sample.images.image_sizes
+    return sample, inputs
 
 
 @pytest.mark.parametrize(("family", "ranks"), [("llava", 2), ("vila", 1), ("phi", 1)])
-def test_logits_are_those_of_the_engine_with_its_features_in_place(
-    tmp_path, monkeypatch, trtllm, family, ranks
-):
+def test_logits_of_the_engine_with_image_features(tmp_path, monkeypatch, trtllm, family, ranks):
     engine = {"context_logits": True}
-    plan = built(tmp_path, monkeypatch, family, tensor=ranks, engine=engine)
-    sample, inputs = prompts(plan, family)
+    plan = build_engines(tmp_path, monkeypatch, family, tensor=ranks, engine=engine)
+    sample, inputs = make_prompt(plan, family)
     save_file(inputs, tmp_path / "in")
     options = {"from": "engine", "inputs": str(tmp_path / "in"), "output": str(tmp_path / "out")}
     run(write_logits, plan, options)
@@ -132,20 +134,20 @@ def test_logits_are_those_of_the_engine_with_its_features_in_place(
     assert torch.equal(logits[~sample.is_image, 0], sample.input_ids[~sample.is_image].float())
     assert (logits[sample.is_image, 1] == -1).all() and (logits[~sample.is_image, 1] == 0).all()
     features = logits[sample.is_image, 0]
-    if family in TOWER:
-        tokens, hidden = TOWER[family]
+    if family in FEATURE_SIZES:
+        tokens, hidden = FEATURE_SIZES[family]
         assert torch.equal(features, torch.arange(tokens) * float(hidden))
-    else:  # as torch's tower sees the image
-        tower = plan.family.build_vision(
+    else:  # features of the vision module in torch
+        vision = plan.family.build_vision(
             plan.config, load_file(tmp_path / "fp8/trtllm/vision/model.safetensors")
         )
-        seen = tower(sample.pixels.to("cpu", torch.bfloat16)).float().sum(1)
-        assert torch.equal(features, seen)
+        expected = vision(sample.images.to("cpu", torch.bfloat16)).float().sum(1)
+        assert torch.equal(features, expected)
 
 
-def test_an_engine_without_logits_and_a_mask_that_hides_are_refused(tmp_path, monkeypatch, trtllm):
-    plan = built(tmp_path, monkeypatch, "llava")
-    _, inputs = prompts(plan, "llava")
+def test_missing_context_logits_and_masked_tokens_are_rejected(tmp_path, monkeypatch, trtllm):
+    plan = build_engines(tmp_path, monkeypatch, "llava")
+    _, inputs = make_prompt(plan, "llava")
     save_file(inputs, tmp_path / "in")
     options = {"from": "engine", "inputs": str(tmp_path / "in"), "output": str(tmp_path / "out")}
     with pytest.raises(UserError, match=r"build it with engine.context_logits=true$"):
@@ -153,35 +155,37 @@ def test_an_engine_without_logits_and_a_mask_that_hides_are_refused(tmp_path, mo
     mask = torch.ones_like(inputs["input_ids"])
     mask[0, 0] = 0
     save_file({**inputs, "attention_mask": mask}, tmp_path / "in")
-    with pytest.raises(UserError, match=r"^from=engine takes no attention_mask that hides tokens"):
+    with pytest.raises(
+        UserError, match=r"^from=engine does not support an attention_mask with zeros"
+    ):
         run(write_logits, plan, options)
 
 
-def test_an_engine_that_is_not_built_or_does_not_start_is_told(tmp_path, monkeypatch, trtllm):
+def test_missing_engine_and_failed_start_are_reported(tmp_path, monkeypatch, trtllm):
     plan = plan_for("llava", tmp_path, engine={"context_logits": True})
     ids = {"input_ids": torch.arange(4, 9)[None]}
     save_file(ids, tmp_path / "in")
     options = {"from": "engine", "inputs": str(tmp_path / "in"), "output": str(tmp_path / "out")}
     with pytest.raises(UserError, match="is not finished; run the stage 'build' first"):
         run(write_logits, plan, options)
-    built(tmp_path, monkeypatch, "llava", engine={"context_logits": True})
-    monkeypatch.setenv("FAKE_NO_ENGINE", "1")
+    build_engines(tmp_path, monkeypatch, "llava", engine={"context_logits": True})
+    monkeypatch.setenv("FAKE_START_FAILURE", "1")
     with pytest.raises(UserError) as caught:
         run(write_logits, plan, options)
     folder = tmp_path / "fp8" / "engine"
-    said = str(caught.value)
-    assert said.startswith(f"the engine in {folder} ended with code 1: ")
-    assert said.endswith("| RuntimeError: engine was built for another GPU")
+    message = str(caught.value)
+    assert message.startswith(f"the engine in {folder} exited with code 1; last output: ")
+    assert message.endswith("| RuntimeError: engine was built for another GPU")
 
 
-def test_questions_are_answered_by_the_engine_in_its_batches(tmp_path, monkeypatch, trtllm):
-    wanted = {"from": "engine", "limit": 5, "batch": 4}
-    plan = built(
-        tmp_path, monkeypatch, "llava", engine={"max_batch_size": 3}, evaluate=wanted
-    )  # the place-holder refuses more at once
+def test_evaluate_uses_batches_of_the_engine(tmp_path, monkeypatch, trtllm):
+    evaluation = {"from": "engine", "data": "scenes", "limit": 5, "batch": 4}
+    plan = build_engines(
+        tmp_path, monkeypatch, "llava", engine={"max_batch_size": 3}, evaluate=evaluation
+    )  # the fake rejects larger batches
     with pytest.raises(
-        VerificationError, match="no longer looks"
-    ):  # it says the same to every image
+        VerificationError, match="ignores images"
+    ):  # the fake answers the same to every image
         run(evaluate, plan)
     folder = tmp_path / "fp8" / "evaluate"
     settings = store.read_manifest(folder)["settings"]
@@ -193,12 +197,14 @@ def test_questions_are_answered_by_the_engine_in_its_batches(tmp_path, monkeypat
     assert set(answers["own"].values()) == {expected}
 
 
-def test_a_failure_ends_all_ranks_of_the_command_with_2_and_one_line(tmp_path, monkeypatch, trtllm):
+def test_failure_stops_all_ranks_with_exit_code_2(tmp_path, monkeypatch, trtllm):
     monkeypatch.setenv("FAKE_FAIL", "1")
     write_checkpoint(plan_for("llava", tmp_path / "work", tensor=2))
-    recipe = write_recipe(tmp_path, parallel={"tensor": 1, "data": 2}, export={"tensor": 2})
+    recipe = write_recipe(
+        tmp_path, parallel={"tensor": 1, "data": 2}, export={"targets": ["trtllm"], "tensor": 2}
+    )
     with running(tmp_path, "nemo_vlm_ptq", "build", recipe) as command:
         code, lines = command.end()
-    assert code == 2 and len(trtllm.words()) == 1, lines
-    assert lines[-1].startswith(f"{PREFIX}trtllm-build ended with exit code 1; the last it said")
+    assert code == 2 and len(trtllm.command_lines()) == 1, lines
+    assert lines[-1].startswith(f"{PREFIX}trtllm-build ended with exit code 1; last output")
     assert not [line for line in lines[:-1] if "Traceback" in line or "rror" in line]

@@ -15,19 +15,20 @@ from bad_models import (
     TINY,
     copy_model,
     damage,
-    refusal,
+    error_message,
     running,
     write_recipe,
 )
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from nemo_vlm_ptq import __version__, cli
-from nemo_vlm_ptq import commands as launch
+from nemo_vlm_ptq import __version__, cli, commands
 from nemo_vlm_ptq.constants import STAGES
 from nemo_vlm_ptq.data.questions import load_questions
+from nemo_vlm_ptq.distributed import launcher
 from nemo_vlm_ptq.errors import UserError, VerificationError
 from nemo_vlm_ptq.families import FAMILIES
 from nemo_vlm_ptq.formats import FORMATS
+from nemo_vlm_ptq.stages import worker
 from nemo_vlm_ptq.workdir.store import in_progress_marker
 
 HEAVY = ("torch", "transformers", "megatron", "modelopt", "numpy", "pydantic")
@@ -86,18 +87,20 @@ def test_debug_may_stand_anywhere_among_the_words(place):
     assert chosen.debug and chosen.overrides == ["a=1", "b=2"]
 
 
-def test_an_unknown_command_and_a_missing_recipe_are_refused(capsys):
+def test_an_unknown_command_and_a_missing_recipe_are_rejected(capsys):
     code, out, err = call(capsys, "quantise", "quickstart")
     assert (code, out) == (2, "")
     assert "invalid choice: 'quantise' (choose from" in err and "Traceback" not in err
-    assert refusal("run") == "run needs a recipe: a YAML file or a name that ships"
+    assert error_message("run") == "run needs a recipe: a YAML file or a shipped name"
 
 
 @pytest.mark.parametrize(("what", "table"), [("families", FAMILIES), ("formats", FORMATS)])
 def test_the_support_matrix_lists_every_row_as_text_and_as_json(capsys, what, table):
     code, out, err = call(capsys, what)
     assert (code, err) == (0, "")
-    assert [line.split()[0] for line in out.splitlines()[2:]] == list(table)
+    rows = out.partition("\n\n")[0].splitlines()
+    assert [line.split()[0] for line in rows[2:]] == list(table)
+    assert max(map(len, out.splitlines())) <= 100
     code, out, err = call(capsys, what, "--json")
     assert (code, err) == (0, "")
     assert [next(iter(row.values())) for row in json.loads(out)] == list(table)
@@ -111,7 +114,7 @@ def test_overrides_reach_the_plan(tmp_path, capsys):
     assert out.rstrip().endswith("TensorRT-LLM ranks: TP 2 x PP 1")
 
 
-def test_debug_shows_where_a_refusal_came_from_and_keeps_its_code(tmp_path, capsys):
+def test_debug_shows_where_an_error_came_from_and_keeps_its_code(tmp_path, capsys):
     recipe = write_recipe(tmp_path, tmp_path / "none")
     code, out, err = call(capsys, "plan", recipe, "--debug")
     assert (code, out) == (2, "")
@@ -119,13 +122,13 @@ def test_debug_shows_where_a_refusal_came_from_and_keeps_its_code(tmp_path, caps
     assert err.splitlines()[-1] == f"{PREFIX}model folder {tmp_path / 'none'} does not exist"
 
 
-def test_a_proof_that_failed_ends_with_3_and_a_bug_with_its_traceback(monkeypatch, capsys):
+def test_a_failed_verification_ends_with_3_and_a_bug_with_its_traceback(monkeypatch, capsys):
     def fail(*_, **__):
         raise VerificationError("logits differ")
 
-    monkeypatch.setattr(launch, "start", fail)
+    monkeypatch.setattr(commands, "run_command", fail)
     assert call(capsys, "verify", "quickstart") == (3, "", f"{PREFIX}logits differ\n")
-    monkeypatch.setattr(launch, "start", lambda *_, **__: 1 // 0)
+    monkeypatch.setattr(commands, "run_command", lambda *_, **__: 1 // 0)
     with (
         mock.patch.object(sys, "argv", ["nemo-vlm-ptq", "run", "quickstart"]),
         pytest.raises(ZeroDivisionError),
@@ -143,8 +146,8 @@ def failures(tmp_path, monkeypatch, *ended):
                 patch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
                 patch.setenv("RANK", str(rank))
                 patch.setenv("WORLD_SIZE", str(len(ended)))
-                patch.setenv(launch.PARENT_VARIABLE, "1")
-                launch.report_failure(message, code)
+                patch.setenv(launcher.PARENT_VARIABLE, "1")
+                launcher.report_failure(message, code)
         failure = ProcessFailure(local_rank=rank, pid=1, exitcode=code, error_file=str(path))
         failure.timestamp = int(time.time())
         found[rank] = failure
@@ -160,7 +163,7 @@ def test_the_rank_that_knows_the_reason_is_the_one_that_is_told(
     ended = [(1, None), (1, None)]
     ended[rank] = (code, "layer 3 holds NaN")
     with pytest.raises(kind, match=r"^layer 3 holds NaN$"):
-        launch._explain(failures(tmp_path, monkeypatch, *ended), None)
+        launcher.explain_failure(failures(tmp_path, monkeypatch, *ended), None)
     assert capsys.readouterr() == ("", "")
 
 
@@ -180,9 +183,9 @@ KILLED = "rank {} was ended by signal SIGKILL (out of memory?)"
     ],
 )
 def test_the_end_of_a_rank_is_told_in_a_line(tmp_path, monkeypatch, capsys, ended, said):
-    assert launch._explain(failures(tmp_path, monkeypatch, *ended), None) == 1
+    assert launcher.explain_failure(failures(tmp_path, monkeypatch, *ended), None) == 1
     assert capsys.readouterr() == ("", f"{PREFIX}{said}\n")
-    assert launch._explain(failures(tmp_path, monkeypatch, *ended), tmp_path / "fp8") == 1
+    assert launcher.explain_failure(failures(tmp_path, monkeypatch, *ended), tmp_path / "fp8") == 1
     line = f"{PREFIX}{said} while {tmp_path / 'fp8'} was being written\n"
     assert capsys.readouterr() == ("", line)
 
@@ -193,9 +196,9 @@ def test_the_folder_that_is_being_written_is_found_by_its_marker(tmp_path):
         folder.parent.mkdir(exist_ok=True)
         in_progress_marker(folder).touch()
     (tmp_path / "megatron").mkdir()
-    found = launch._being_written(tmp_path)
+    found = launcher.folders_in_progress(tmp_path)
     assert set(found) == {tmp_path / "statistics", tmp_path / "fp8" / "scales"}
-    assert launch._being_written(tmp_path / "none") == {}
+    assert launcher.folders_in_progress(tmp_path / "none") == {}
 
 
 @pytest.mark.parametrize(
@@ -211,22 +214,22 @@ def test_a_rank_notes_its_own_bug_and_not_that_a_peer_has_gone(tmp_path, monkeyp
     def fail(*_):
         raise error
 
-    monkeypatch.setattr("nemo_vlm_ptq.ranks.run_rank", fail)
+    monkeypatch.setattr(worker, "parallel_context", fail)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     path = tmp_path / "note"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
     with pytest.raises(type(error)):
-        launch._be_a_rank("run", mock.Mock(recipe=mock.Mock(workdir=str(tmp_path))), {})
+        worker.run_worker("run", mock.Mock(recipe=mock.Mock(workdir=str(tmp_path))), {})
     found = json.loads(path.read_text())["message"]["message"] if path.exists() else None
     assert found == noted
 
 
 @pytest.mark.parametrize("word", ["from", "inputs", "dtype"])
-def test_an_option_of_logits_without_a_value_is_refused(tmp_path, word):
+def test_an_option_of_logits_without_a_value_is_rejected(tmp_path, word):
     recipe = write_recipe(tmp_path)
-    with mock.patch.object(launch, "_start_ranks", return_value=0):
-        assert word in refusal("logits", recipe, word)
+    with mock.patch.object(commands, "_start_ranks", return_value=0):
+        assert word in error_message("logits", recipe, word)
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +261,7 @@ def started(tmp_path_factory):
         }
 
 
-def test_a_refusal_inside_ranks_of_torchrun_ends_them_with_2_and_a_line_each(started):
+def test_a_usage_error_inside_ranks_of_torchrun_ends_them_with_2_and_a_line_each(started):
     code, lines = started["torchrun"].end()
     assert code != 0  # torchrun has a code of its own, and tells those of its ranks
     text = "\n".join(lines)

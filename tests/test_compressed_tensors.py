@@ -1,6 +1,6 @@
-"""compressed-tensors exports: verified, read by transformers through the library, damaged.
+"""compressed-tensors exports: verification, loading by transformers, and damage.
 
-The whole line runs on the little trained model, whose two query heads share a KV head.
+All stages run on the trained tiny model, in which two query heads share a KV head.
 """
 
 import shutil
@@ -9,7 +9,7 @@ import models
 import pytest
 import torch
 from conftest import Export
-from pretended_gpu import check_linears_on_it
+from fake_gpu import check_linears_on_device
 from safetensors.torch import load_file
 
 from nemo_vlm_ptq.context import RunContext
@@ -20,22 +20,25 @@ from nemo_vlm_ptq.formats import FORMATS
 from nemo_vlm_ptq.planning.plan import make_plan
 from nemo_vlm_ptq.recipe import Recipe
 from nemo_vlm_ptq.stages import run_stages
-from nemo_vlm_ptq.stages.model_forms import load_reference_model, reference_logits
-from nemo_vlm_ptq.stages.verify import _folds, verify
+from nemo_vlm_ptq.stages.verify import verify
+from nemo_vlm_ptq.targets.compressed_tensors.config import ignore_patterns
 from nemo_vlm_ptq.targets.compressed_tensors.reader import read_compressed_tensors
-from nemo_vlm_ptq.targets.compressed_tensors.tensors import ignore_patterns
 from nemo_vlm_ptq.targets.compressed_tensors.unfolding import unfold
+from nemo_vlm_ptq.targets.registry import TARGETS
+from nemo_vlm_ptq.verify.model_forms import load_reference_model, reference_logits
+from nemo_vlm_ptq.verify.target import TargetVerifier
 from nemo_vlm_ptq.workdir import store
 
 TARGET = "compressed_tensors"
-NAMES = [name for name, row in FORMATS.items() if TARGET in row.targets]
+FORMAT_NAMES = [name for name in FORMATS if name in TARGETS[TARGET].formats]
+KV_FORMAT_NAMES = ("fp8", "int8_sq", "int4_awq")  # verified with an fp8 KV cache too
 LAYER = "language_model.model.layers.1."
-# How far transformers may be off, in spreads of logits: it multiplies packed weights in bfloat16,
-# and knows neither the second rounding of W4A8 nor how blocks of inputs are rounded in nvfp4.
-APART = {"fp8": 1e-5, "fp8_pc_pt": 1e-5, "int8_sq": 1e-5, "w4a8_awq": 0.05, "nvfp4": 0.1}
+# Mean distance of transformers' logits, in standard deviations: transformers multiplies packed
+# weights in bfloat16, and implements neither W4A8's second rounding nor nvfp4's input blocks.
+TOLERANCE = {"fp8": 1e-5, "fp8_pc_pt": 1e-5, "int8_sq": 1e-5, "w4a8_awq": 0.05, "nvfp4": 0.1}
 
 
-def job(own, workdir, names, kv_cache="none"):
+def make_context(parallel, workdir, names, kv_cache="none"):
     recipe = Recipe(
         model=str(models.TINY_LLAVA),
         workdir=str(workdir),
@@ -43,48 +46,48 @@ def job(own, workdir, names, kv_cache="none"):
         calibration={"data": "scenes", "samples": 24, "micro_batch": 8},
         export={"targets": (TARGET,)},
     )
-    return RunContext(make_plan(recipe), own)
+    return RunContext(plan=make_plan(recipe), parallel=parallel)
 
 
 @pytest.fixture(scope="module")
-def line(tmp_path_factory):
-    """Work folders: every format, and three with an fp8 KV cache in `cached`."""
-    home = tmp_path_factory.mktemp("line")
-    with models.alone() as own:
-        stages = (*models.STAGES, "verify")
-        run_stages(job(own, home, tuple(NAMES)), stages)
-        run_stages(job(own, home / "cached", ("fp8", "int8_sq", "int4_awq"), "fp8"), stages)
-    return home
+def workdir(tmp_path_factory):
+    """A work folder with all formats, and in `cached` one with an fp8 KV cache."""
+    workdir = tmp_path_factory.mktemp("workdir")
+    stages = (*models.STAGES, "verify")
+    with models.single_rank() as parallel:
+        run_stages(make_context(parallel, workdir, tuple(FORMAT_NAMES)), stages)
+        run_stages(make_context(parallel, workdir / "cached", KV_FORMAT_NAMES, "fp8"), stages)
+    return workdir
 
 
-def checks_of(folder):
-    return {one["name"]: one["detail"] for one in store.read_json(folder)["checks"]}
+def check_details(path):
+    """Return the details of all checks by name."""
+    return {check["name"]: check["detail"] for check in store.read_json(path)["checks"]}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_format_is_verified(line, name):
-    found = checks_of(line / name / "verify.json")
-    assert {f"{TARGET} {what}" for what in ("configs", "coverage", "untouched", "logits")} <= set(
-        found
-    )
+@pytest.mark.parametrize("name", FORMAT_NAMES)
+def test_all_formats_are_verified(workdir, name):
+    found = check_details(workdir / name / "verify.json")
+    checks = ("configs", "coverage", "untouched", "logits")
+    assert {f"{TARGET} {check}" for check in checks} <= set(found)
     static = FORMATS[name].activation in ("fp8", "int8", "nvfp4") and name != "w4a8_awq"
     assert (f"{TARGET} input scales" in found) == static
-    scaled = 8 if FORMATS[name].pre_quant_scale else 0  # two norms a layer
+    scaled = 8 if FORMATS[name].uses_pre_quant_scale else 0  # two norms a layer
     assert found[f"{TARGET} untouched"].endswith(f"{scaled} norms scaled")
 
 
-@pytest.mark.parametrize("name", ["fp8", "int8_sq", "int4_awq"])
-def test_a_rounded_kv_cache_is_verified(line, name):
-    assert f"{TARGET} KV scales" in checks_of(line / "cached" / name / "verify.json")
-    names = set(load_file(next((line / "cached" / name / TARGET).glob("*.safetensors"))))
+@pytest.mark.parametrize("name", KV_FORMAT_NAMES)
+def test_quantized_kv_cache_is_verified(workdir, name):
+    assert f"{TARGET} KV scales" in check_details(workdir / "cached" / name / "verify.json")
+    names = set(load_file(next((workdir / "cached" / name / TARGET).glob("*.safetensors"))))
     assert {f"{LAYER}self_attn.{part}_scale" for part in "kv"} <= names
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_description_is_one_of_the_librarys_own(line, name):
+@pytest.mark.parametrize("name", FORMAT_NAMES)
+def test_library_accepts_the_quantization_config(workdir, name):
     from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
 
-    config = store.read_json(line / name / TARGET / "config.json")["quantization_config"]
+    config = store.read_json(workdir / name / TARGET / "config.json")["quantization_config"]
     read = QuantizationConfig.model_validate(config)
     assert read.quantization_status == QuantizationStatus.COMPRESSED
     (scheme,) = read.config_groups.values()
@@ -95,17 +98,22 @@ def test_the_description_is_one_of_the_librarys_own(line, name):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_what_is_read_is_worked_with_on_a_gpu(line, name, monkeypatch):
-    read = read_compressed_tensors(line / name / TARGET, llava.FAMILY)
-    with models.alone() as own:
-        folds = _folds(job(own, line, (name,)), FORMATS[name], TARGET)
-    check_linears_on_it(unfold(read.linears, folds), monkeypatch)
+@pytest.mark.parametrize("name", FORMAT_NAMES)
+def test_linears_are_decoded_on_a_gpu(workdir, name, monkeypatch):
+    read = read_compressed_tensors(workdir / name / TARGET, llava.FAMILY)
+    with models.single_rank() as parallel:
+        context = make_context(parallel, workdir, (name,))
+        verifier = TargetVerifier(context, FORMATS[name], TARGET, expected=None)
+        folds = verifier._find_folds()
+    check_linears_on_device(unfold(read.linears, folds), monkeypatch)
 
 
 @pytest.fixture
 def transformers_loader(monkeypatch):
-    """transformers 5.13 and 5.14 take every scale for an expert's, and must be told not to."""
+    """Return a loader that works around a bug of transformers 5.13 and 5.14.
+
+    They take every scale for one of a mixture of experts.
+    """
     from transformers import CompressedTensorsConfig, LlavaForConditionalGeneration
     from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
@@ -115,46 +123,46 @@ def transformers_loader(monkeypatch):
         model = LlavaForConditionalGeneration.from_pretrained(
             folder, quantization_config=CompressedTensorsConfig(run_compressed=False)
         )
-        return torch.nn.Module.float(model)  # transformers' own float() refuses
+        return torch.nn.Module.float(model)  # transformers' float() rejects quantized models
 
     return load
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_transformers_reads_the_logits_of_our_runtime(line, transformers_loader, name):
-    model = transformers_loader(line / name / TARGET)
-    with models.alone() as own:
-        mine = job(own, line, (name,))
-        plan = mine.plan
+@pytest.mark.parametrize("name", FORMAT_NAMES)
+def test_transformers_and_reference_model_agree(workdir, transformers_loader, name):
+    model = transformers_loader(workdir / name / TARGET)
+    with models.single_rank() as parallel:
+        context = make_context(parallel, workdir, (name,))
+        plan = context.plan
         questions = load_questions("scenes", "test", 2)
-        prepare = plan.family.make_preprocessor(plan.folder, plan.config)
+        preprocess = plan.family.make_preprocessor(plan.folder, plan.config)
         samples = [
-            prepare(item.id, item.text + PROMPT_SUFFIX, questions.image(item.image))
+            preprocess(item.id, item.text + PROMPT_SUFFIX, questions.load_image(item.image))
             for item in questions.items
         ]
-        runtime = load_reference_model(
-            mine, TARGET, FORMATS[name], torch.float32, mine.parallel.device
+        reference = load_reference_model(
+            context, TARGET, FORMATS[name], torch.float32, context.parallel.device
         )
-        expected = reference_logits(runtime, samples)
+        expected = reference_logits(reference, samples)
     for sample, logits in zip(samples, expected, strict=True):
         with torch.no_grad():
-            views = sample.pixels.pixel_values.float()
+            views = sample.images.pixel_values.float()
             found = model(input_ids=sample.input_ids[None], pixel_values=views).logits[0]
-        assert (found - logits).abs().mean() < APART.get(name, 5e-3) * logits.std()
+        assert (found - logits).abs().mean() < TOLERANCE.get(name, 5e-3) * logits.std()
 
 
 @pytest.fixture
-def proving(line, tmp_path):
-    """(name, cached) -> (the stage verify, a copy of the export to be damaged)."""
+def copy_export(workdir, tmp_path):
+    """Function that copies an export and returns the stage verify and the copy."""
 
     def copy(name, kv_cache="none"):
-        home = line if kv_cache == "none" else line / "cached"
+        source = workdir if kv_cache == "none" else workdir / "cached"
         for part in ("megatron", name):
-            shutil.copytree(home / part, tmp_path / part)
+            shutil.copytree(source / part, tmp_path / part)
 
         def run():
-            with models.alone() as own:
-                verify(job(own, tmp_path, (name,), kv_cache))
+            with models.single_rank() as parallel:
+                verify(make_context(parallel, tmp_path, (name,), kv_cache))
 
         return run, Export(tmp_path / name / TARGET, TARGET)
 
@@ -175,37 +183,37 @@ def double(key):
     return change
 
 
-def lose(key):
+def remove(key):
     def change(tensors):
         del tensors[key]
 
     return change
 
 
-def unscale(tensors):
-    """The norm as it was in the source."""
+def restore_norm(tensors):
+    """Restore a folded norm to that of the source."""
     name = f"{LAYER}input_layernorm.weight"
     tensors[name] = load_file(models.TINY_LLAVA / models.WEIGHTS)[name]
 
 
 @pytest.mark.parametrize(
-    ("name", "kv_cache", "change", "said"),
+    ("name", "kv_cache", "change", "check"),
     [
         ("fp8", "none", flip(f"{LAYER}mlp.down_proj.weight"), "weights"),
         ("int4_awq", "none", flip(f"{LAYER}mlp.down_proj.weight_packed"), "weights"),
         ("int8_sq", "none", double(f"{LAYER}mlp.up_proj.weight_scale"), "weights"),
         ("int8_sq", "none", double(f"{LAYER}self_attn.v_proj.input_scale"), "input scales"),
-        ("int8_sq", "none", unscale, "untouched"),
-        ("int4_awq", "none", unscale, "untouched"),
-        ("w4a8_awq", "none", lose(f"{LAYER}mlp.up_proj.weight_shape"), "configs"),
+        ("int8_sq", "none", restore_norm, "untouched"),
+        ("int4_awq", "none", restore_norm, "untouched"),
+        ("w4a8_awq", "none", remove(f"{LAYER}mlp.up_proj.weight_shape"), "configs"),
         ("int8_sq", "fp8", double(f"{LAYER}self_attn.v_scale"), "KV scales"),
     ],
 )
-def test_damage_is_found(proving, name, kv_cache, change, said):
-    run, export = proving(name, kv_cache)
+def test_damage_is_detected(copy_export, name, kv_cache, change, check):
+    run, export = copy_export(name, kv_cache)
     export.change(change)
     export.sign()
-    with pytest.raises(VerificationError, match=f"{TARGET} {said}"):
+    with pytest.raises(VerificationError, match=f"{TARGET} {check}"):
         run()
 
 
@@ -217,9 +225,9 @@ def test_damage_is_found(proving, name, kv_cache, change, said):
         ("fp8", "fp8", "self_attn.v_scale"),
     ],
 )
-def test_a_missing_tensor_stops_the_reader(proving, name, kv_cache, key):
-    _, export = proving(name, kv_cache)
-    export.change(lose(LAYER + key))
+def test_reader_rejects_a_missing_tensor(copy_export, name, kv_cache, key):
+    _, export = copy_export(name, kv_cache)
+    export.change(remove(LAYER + key))
     with pytest.raises(VerificationError, match=f"{key} is missing"):
         read_compressed_tensors(export.folder, llava.FAMILY)
 
@@ -234,20 +242,20 @@ def test_a_missing_tensor_stops_the_reader(proving, name, kv_cache, key):
         lambda config: config.update(kv_cache_scheme={"num_bits": 8, "type": "float"}),
     ],
 )
-def test_a_description_of_another_checkpoint_is_found(proving, change):
-    run, export = proving("int4_awq")
+def test_quantization_config_of_another_checkpoint_is_detected(copy_export, change):
+    run, export = copy_export("int4_awq")
     export.configure(lambda config: change(config["quantization_config"]), "config.json")
     export.sign()
     with pytest.raises(VerificationError, match=f"{TARGET} configs"):
         run()
 
 
-def test_phi_names_what_stays_by_what_sets_it_apart():
+def test_ignore_patterns_of_phi():
     quantized = ["model.layers.0.self_attn.qkv_proj.weight"]
-    beside = {
+    unquantized = {
         "model.vision_embed_tokens.img_processor.vision_model.encoder.layers.0.fc1.weight": (8, 4),
         "model.norm.weight": (4,),
         "lm_head.weight": (8, 4),
     }
     expected = ["re:.*lm_head.*", "re:.*vision_embed_tokens.*"]
-    assert ignore_patterns(beside, quantized) == expected
+    assert ignore_patterns(unquantized, quantized) == expected

@@ -1,4 +1,4 @@
-"""Families: each has a fixture with configs and tensors of full-size models, and fits them."""
+"""Model families against fixtures with configs and tensor shapes of full-size models."""
 
 import copy
 import json
@@ -11,16 +11,16 @@ from typing import NamedTuple
 import make_family_fixtures
 import pytest
 import torch
+from bad_models import said_by
 
-from nemo_vlm_ptq.errors import UserError
+from nemo_vlm_ptq.constants import VOCAB_MULTIPLE
 from nemo_vlm_ptq.families import FAMILIES, Decoder, find_family
-from nemo_vlm_ptq.parameter_map.entries import carried_names, check_coverage
+from nemo_vlm_ptq.parameter_map.entries import check_coverage, passthrough_names
 from nemo_vlm_ptq.parameter_map.sharding import shard_tensor, unshard_tensor
-from nemo_vlm_ptq.planning.plan import VOCAB_MULTIPLE
 
 FILES = sorted((Path(__file__).parent / "families").glob("*.json"))
 FIXTURES = {path.stem: json.loads(path.read_text())["models"] for path in FILES}
-FOLDED = re.compile(r"\{0\.\.(\d+)\}")
+LAYER_RANGE = re.compile(r"\{0\.\.(\d+)\}")
 SMALL = Decoder(
     hidden=16, ffn=24, layers=1, heads=8, kv_heads=4, head_dim=4, vocab=100,
     norm_eps=1e-5, rope_theta=1e4, max_positions=64,
@@ -28,27 +28,28 @@ SMALL = Decoder(
 
 
 class Model(NamedTuple):
-    """A published model: its config.json, and published name -> shape of its tensors."""
+    """A published model; tensors: published name -> shape."""
 
     family: str
     config: dict
     tensors: dict
 
 
-def unfold(table):
-    """A table with `{0..31}` in its names, one line for each of the 32."""
+def expand_layer_ranges(tensors):
+    """Replace each name with `{0..31}` by 32 names."""
     shapes = {}
-    for line, shape in table.items():
-        found = FOLDED.search(line)
-        for layer in range(int(found[1]) + 1 if found else 1):
-            shapes[FOLDED.sub(str(layer), line)] = tuple(shape)
+    for pattern, shape in tensors.items():
+        match = LAYER_RANGE.search(pattern)
+        for layer in range(int(match[1]) + 1 if match else 1):
+            shapes[LAYER_RANGE.sub(str(layer), pattern)] = tuple(shape)
     return shapes
 
 
 def load(family, name):
-    """A model of a fixture, free to be changed."""
-    made = FIXTURES[family][name]
-    return Model(family, copy.deepcopy(made["config"]), unfold(made["tensors"]))
+    """Return a copy of a model of a fixture."""
+    entry = FIXTURES[family][name]
+    tensors = expand_layer_ranges(entry["tensors"])
+    return Model(family=family, config=copy.deepcopy(entry["config"]), tensors=tensors)
 
 
 NAMES = {name: family for family, models in FIXTURES.items() for name in models}
@@ -56,144 +57,140 @@ NAMES = {name: family for family, models in FIXTURES.items() for name in models}
 
 @pytest.fixture(params=NAMES)
 def model(request):
-    """Every model of every fixture."""
+    """Each model of each fixture."""
     return load(NAMES[request.param], request.param)
 
 
 @pytest.fixture(params=FIXTURES)
-def first(request):
-    """One model of every family."""
+def first_model(request):
+    """The first model of each fixture."""
     return load(request.param, next(iter(FIXTURES[request.param])))
 
 
 @pytest.fixture(params=FAMILIES)
 def family(request):
-    """Every family."""
+    """Each family."""
     return FAMILIES[request.param]
 
 
-def expected(config):
-    """Name -> shape of all that a family asks of a model."""
-    own = find_family(config)
-    return own.decoder(config).shapes(own.parameter_map) | own.vision_shapes(config)
+def expected_shapes(config):
+    """Return name -> shape of all tensors that a family expects of a model."""
+    family = find_family(config)
+    return family.decoder(config).shapes(family.parameter_map) | family.vision_shapes(config)
 
 
-def test_every_family_has_a_fixture_and_every_fixture_a_family():
+def test_families_and_fixtures_correspond():
     assert set(FIXTURES) == set(FAMILIES)
-    assert all(FIXTURES.values()), "a fixture holds at least one model"
+    assert all(FIXTURES.values()), "a fixture must hold a model"
 
 
-def test_the_script_writes_the_fixtures_as_they_are(tmp_path):
+def test_the_script_reproduces_the_fixtures(tmp_path):
     make_family_fixtures.main(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [path.name for path in FILES]
     for path in FILES:
         assert (tmp_path / path.name).read_text() == path.read_text(), path.name
 
 
-def test_the_script_knows_nothing_of_the_package():
+def test_the_script_does_not_use_the_package():
     assert "nemo_vlm_ptq" not in Path(make_family_fixtures.__file__).read_text()
 
 
-def test_a_model_is_found_by_its_config(model):
+def test_the_family_is_found_by_the_config(model):
     assert find_family(model.config) is FAMILIES[model.family]
 
 
-def test_rows_and_vision_name_every_tensor_in_its_shape_and_no_other(model):
-    wanted, drops = expected(model.config), FAMILIES[model.family].ignored_tensors
-    check_coverage(model.tensors, wanted, drops, "here")
-    unused = [name for name in model.tensors if name not in wanted]
-    assert carried_names(unused, drops) == unused, "lost in exports"
+def test_parameter_map_and_vision_module_cover_the_tensors_exactly(model):
+    expected, ignored = expected_shapes(model.config), FAMILIES[model.family].ignored_tensors
+    check_coverage(model.tensors, expected, ignored, "here")
+    unused = [name for name in model.tensors if name not in expected]
+    assert passthrough_names(unused, ignored) == unused, "missing in exports"
 
 
-def test_looking_at_a_config_leaves_it_as_it_was(model):
-    """It is written into every export."""
+def test_reading_a_config_does_not_modify_it(model):
+    """Exports contain the config."""
     before = copy.deepcopy(model.config)
-    own = find_family(model.config)
-    for look in (own.decoder, own.text_config, own.vision_shapes):
-        look(model.config)
+    family = find_family(model.config)
+    for read in (family.decoder, family.text_config, family.vision_shapes):
+        read(model.config)
         assert model.config == before
 
 
-def test_shards_of_every_row_hold_every_parameter_once(model):
-    own = find_family(model.config)
-    decoder = own.decoder(model.config)
+def test_shards_hold_every_parameter_once(model):
+    family = find_family(model.config)
+    decoder = family.decoder(model.config)
     sizes = decoder.sizes(VOCAB_MULTIPLE)
-    cut = (decoder.heads, decoder.kv_heads, decoder.ffn, sizes.padded_vocab)
-    for T in [T for T in (1, 2, 4, 8) if all(size % T == 0 for size in cut)]:
-        for row in own.parameter_map:
-            shapes = [model.tensors[name] for name in row.for_layer(decoder.layers - 1).hf_names]
-            parts = [torch.empty(shape, device="meta") for shape in shapes]
-            whole = sum(part.numel() for part in parts)
-            if row.sharding == "vocab":
-                whole += (sizes.padded_vocab - decoder.vocab) * decoder.hidden
-            share = whole if row.sharding == "replicate" else whole / T
-            held = [shard_tensor(row.sharding, parts, sizes, t, T).numel() for t in range(T)]
-            assert held == [share] * T, (row, T)
+    sharded = (decoder.heads, decoder.kv_heads, decoder.ffn, sizes.padded_vocab)
+    for T in [T for T in (1, 2, 4, 8) if all(size % T == 0 for size in sharded)]:
+        for entry in family.parameter_map:
+            names = entry.for_layer(decoder.layers - 1).hf_names
+            parts = [torch.empty(model.tensors[name], device="meta") for name in names]
+            total = sum(part.numel() for part in parts)
+            if entry.sharding == "vocab":
+                total += (sizes.padded_vocab - decoder.vocab) * decoder.hidden
+            per_shard = total if entry.sharding == "replicate" else total / T
+            counts = [shard_tensor(entry.sharding, parts, sizes, t, T).numel() for t in range(T)]
+            assert counts == [per_shard] * T, (entry, T)
 
 
 def random_parts(family):
-    """(row, its tensors at random) for every row of a family, of a small decoder."""
+    """Yield each parameter map entry with random tensors of the small decoder."""
     torch.manual_seed(0)
-    for row in family.parameter_map:
-        yield row, [torch.randn(shape) for shape in SMALL.shapes((row,)).values()]
+    for entry in family.parameter_map:
+        yield entry, [torch.randn(shape) for shape in SMALL.shapes((entry,)).values()]
 
 
-def test_a_whole_tensor_gives_the_parts_of_its_row_back(family):
+def test_unsharding_inverts_sharding(family):
     sizes = SMALL.sizes(VOCAB_MULTIPLE)
-    for row, parts in random_parts(family):
-        back = unshard_tensor(row.sharding, shard_tensor(row.sharding, parts, sizes, 0, 1), sizes)
-        assert row.is_fused or [one.shape for one in back] == [one.shape for one in parts]
-        assert torch.equal(torch.cat(back), torch.cat(parts)), row
+    for entry, parts in random_parts(family):
+        sharded = shard_tensor(entry.sharding, parts, sizes, 0, 1)
+        restored = unshard_tensor(entry.sharding, sharded, sizes)
+        assert entry.is_fused or [x.shape for x in restored] == [x.shape for x in parts]
+        assert torch.equal(torch.cat(restored), torch.cat(parts)), entry
 
 
 @pytest.mark.parametrize("T", [1, 2, 4])
-def test_a_fused_tensor_is_cut_like_its_parts(family, T):
+def test_a_fused_tensor_is_sharded_like_its_parts(family, T):
     sizes = SMALL.sizes(VOCAB_MULTIPLE)
-    heights = {"qkv": (32, 16, 16), "gated": (24, 24)}
-    found = {row.sharding: torch.cat(parts) for row, parts in random_parts(family)}
-    for kind, rows in heights.items():
-        apart = found[kind].split(rows)
+    part_rows = {"qkv": (32, 16, 16), "gated": (24, 24)}
+    fused = {entry.sharding: torch.cat(parts) for entry, parts in random_parts(family)}
+    for sharding, rows in part_rows.items():
+        parts = fused[sharding].split(rows)
         for t in range(T):
-            fused = shard_tensor(kind, [found[kind]], sizes, t, T)
-            assert torch.equal(fused, shard_tensor(kind, apart, sizes, t, T)), kind
+            shard = shard_tensor(sharding, [fused[sharding]], sizes, t, T)
+            assert torch.equal(shard, shard_tensor(sharding, parts, sizes, t, T)), sharding
 
 
-def refusal(call, *args):
-    """What is said instead of an answer."""
-    with pytest.raises(UserError) as caught:
-        call(*args)
-    return str(caught.value)
+def coverage_error(tensors, model):
+    """Return the message for a checkpoint with these tensors and the config of a model."""
+    ignored = FAMILIES[model.family].ignored_tensors
+    return said_by(check_coverage, tensors, expected_shapes(model.config), ignored, "here")
 
 
-def said_of(tensors, model):
-    """What is said of a checkpoint with these tensors and the config of a model."""
-    drops = FAMILIES[model.family].ignored_tensors
-    return refusal(check_coverage, tensors, expected(model.config), drops, "here")
+def test_a_missing_tensor_is_rejected_by_name(first_model):
+    names = list(expected_shapes(first_model.config))
+    for name in (names[0], names[-1]):  # of the decoder and of the vision module
+        found = {key: shape for key, shape in first_model.tensors.items() if key != name}
+        message = f"here: missing tensor {name} (1 missing in total)"
+        assert coverage_error(found, first_model) == message
 
 
-def test_a_missing_tensor_is_refused_by_its_name(first):
-    wanted = list(expected(first.config))
-    for name in (wanted[0], wanted[-1]):  # of the decoder, and of what looks
-        found = {other: first.tensors[other] for other in first.tensors if other != name}
-        assert said_of(found, first) == f"here: tensor {name} is missing (1 in all)"
+def test_an_unexpected_tensor_is_rejected_by_name(first_model):
+    family = FAMILIES[first_model.family]
+    layers = family.decoder(first_model.config).layers
+    (name,) = family.parameter_map[-1].for_layer(layers).hf_names
+    message = f"here: unexpected tensor {name} (1 in total)"
+    assert coverage_error(first_model.tensors | {name: (1,)}, first_model) == message
 
 
-def test_a_tensor_too_many_is_refused_by_its_name(first):
-    own = FAMILIES[first.family]
-    (name,) = own.parameter_map[-1].for_layer(own.decoder(first.config).layers).hf_names
-    said = f"here: tensor {name} has no place in this family (1 in all)"
-    assert said_of(first.tensors | {name: (1,)}, first) == said
+def test_a_tensor_of_another_shape_is_rejected_by_name(first_model):
+    (name,) = FAMILIES[first_model.family].parameter_map[-1].for_layer(3).hf_names
+    shape = first_model.tensors[name]
+    message = f"here: tensor {name} has shape {shape[::-1]}, expected {shape}"
+    assert coverage_error(first_model.tensors | {name: shape[::-1]}, first_model) == message
 
 
-def test_a_tensor_of_another_shape_is_refused_by_its_name(first):
-    (name,) = FAMILIES[first.family].parameter_map[-1].for_layer(3).hf_names
-    shape = first.tensors[name]
-    said = f"here: tensor {name} has shape {shape[::-1]}, the config asks for {shape}"
-    assert said_of(first.tensors | {name: shape[::-1]}, first) == said
-
-
-def configured(name, changes):
-    """The config of a model with dotted keys set."""
+def changed_config(name, changes):
+    """Return the config of a model with values at dotted keys changed."""
     config = load(NAMES[name], name).config
     for dotted, value in changes.items():
         *parents, last = dotted.split(".")
@@ -201,11 +198,11 @@ def configured(name, changes):
     return config
 
 
-def test_another_architecture_is_refused_with_those_that_are_supported():
+def test_an_unsupported_architecture_is_rejected():
     configs = [next(iter(models.values()))["config"] for models in FIXTURES.values()]
-    known = ", ".join(config["architectures"][0] for config in configs)
-    said = f"architecture 'NewForCausalLM' is not supported; supported: {known}"
-    assert refusal(find_family, {"architectures": ["NewForCausalLM"]}) == said
+    supported = ", ".join(config["architectures"][0] for config in configs)
+    message = f"architecture 'NewForCausalLM' is not supported; supported: {supported}"
+    assert said_by(find_family, {"architectures": ["NewForCausalLM"]}) == message
 
 
 LINEAR = {"type": "linear", "factor": 2.0}
@@ -217,18 +214,20 @@ TIED = "tie_word_embeddings is True; only False is supported"
 FULL = "vision_feature_select_strategy is 'full'; only 'default' is supported"
 ROPE = "rope type is {!r}; only 'default' is supported"
 PHI_ROPE = "rope type is {!r}; supported: su, longrope, or none"
-WHOLE = "only attention over all of them is supported"
-WINDOW = f"sliding_window {{}} is shorter than the {{}} positions; {WHOLE}"
-LLAVA = [
+WINDOW = (
+    "sliding_window must be null or at least max_position_embeddings {1}, got {0}; "
+    "only full attention is supported"
+)
+LLAVA_CASES = [
     ({"tie_word_embeddings": True}, TIED),
     ({"text_config.tie_word_embeddings": True}, TIED),
     ({"vision_feature_select_strategy": "full"}, FULL),
     ({"text_config.rope_scaling": LLAMA_3}, ROPE.format("llama3")),
     ({"text_config.rope_scaling": LINEAR}, ROPE.format("linear")),
 ]
-REFUSED = {
-    "llava-1.5-7b-hf": LLAVA,
-    "llava-v1.6-vicuna-7b-hf": LLAVA,
+UNSUPPORTED = {
+    "llava-1.5-7b-hf": LLAVA_CASES,
+    "llava-v1.6-vicuna-7b-hf": LLAVA_CASES,
     "llava-v1.6-mistral-7b-hf": [
         ({"text_config.sliding_window": 4096}, WINDOW.format(4096, 32768)),
         ({"text_config.model_type": "qwen2"},
@@ -253,45 +252,47 @@ REFUSED = {
         ({"llm_cfg.rope_scaling": LLAMA_3}, ROPE.format("llama3")),
         ({"llm_cfg.rope_scaling": LINEAR}, ROPE.format("linear")),
         ({"s2": True}, "s2 is True; only False is supported"),
-        ({"mm_token_order": "diagonal"}, "mm_token_order is 'diagonal'; known: column, row"),
+        ({"mm_token_order": "diagonal"}, "mm_token_order is 'diagonal'; supported: column, row"),
     ],
 }  # fmt: skip
 
 
-CASES = [(name, *case) for name, cases in REFUSED.items() for case in cases]
+CASES = [(name, *case) for name, cases in UNSUPPORTED.items() for case in cases]
 
 
-@pytest.mark.parametrize(("name", "changes", "said"), CASES)
-def test_what_a_family_does_not_hold_is_refused_by_its_name(name, changes, said):
-    assert refusal(expected, configured(name, changes)) == f"{NAMES[name]}: {said}"
+@pytest.mark.parametrize(("name", "changes", "message"), CASES)
+def test_an_unsupported_value_is_rejected_by_name(name, changes, message):
+    found = said_by(expected_shapes, changed_config(name, changes))
+    assert found == f"{NAMES[name]}: {message}"
 
 
-def vila_folder(folder, config):
-    """The folders of a VILA, each with its own config; the root's say nothing that is true."""
+def write_vila_configs(folder, config):
+    """Write the configs of the sub-folders of a VILA and return a root config that differs."""
     for part in FAMILIES["vila"].subfolders:
         (folder / part).mkdir()
         (folder / part / "config.json").write_text(json.dumps(config[f"{part}_cfg"]))
-    gone = {"_name_or_path": "/gone", "resume_path": "/gone/too", "llm_cfg": {"vocab_size": 1}}
-    return config | gone | {"vision_tower_cfg": "./vlm/vision_tower", "mm_projector_cfg": None}
+    outdated = {"_name_or_path": "/gone", "resume_path": "/gone/too", "mm_projector_cfg": None}
+    outdated |= {"llm_cfg": {"vocab_size": 1}, "vision_tower_cfg": "./vlm/vision_tower"}
+    return config | outdated
 
 
-def test_configs_of_the_folders_of_a_vila_count_over_its_own(tmp_path):
+def test_subfolder_configs_of_vila_take_precedence(tmp_path):
     config = load("vila", "Llama-3-VILA1.5-8b").config
-    root = vila_folder(tmp_path, config)
+    root = write_vila_configs(tmp_path, config)
     before = copy.deepcopy(root)
-    whole = FAMILIES["vila"].complete_config(tmp_path, root)
+    merged = FAMILIES["vila"].complete_config(tmp_path, root)
     for part in FAMILIES["vila"].subfolders:
-        assert whole[f"{part}_cfg"] == config[f"{part}_cfg"]
+        assert merged[f"{part}_cfg"] == config[f"{part}_cfg"]
     assert root == before
-    assert expected(whole) == expected(config)
+    assert expected_shapes(merged) == expected_shapes(config)
 
 
 @pytest.mark.parametrize("part", FAMILIES["vila"].subfolders)
-def test_a_folder_of_a_vila_without_a_config_needs_one_in_the_root(tmp_path, part):
+def test_a_vila_subfolder_without_a_config_requires_one_in_the_root(tmp_path, part):
     config = load("vila", "VILA1.5-3b").config
-    root = vila_folder(tmp_path, config) | {f"{part}_cfg": "./dangling"}
+    root = write_vila_configs(tmp_path, config) | {f"{part}_cfg": "./dangling"}
     (tmp_path / part / "config.json").unlink()
     complete = FAMILIES["vila"].complete_config
-    assert refusal(complete, tmp_path, root) == f"{tmp_path} has no {part}/config.json"
-    known = complete(tmp_path, root | {f"{part}_cfg": config[f"{part}_cfg"]})
-    assert expected(known) == expected(config)
+    assert said_by(complete, tmp_path, root) == f"{tmp_path} has no {part}/config.json"
+    merged = complete(tmp_path, root | {f"{part}_cfg": config[f"{part}_cfg"]})
+    assert expected_shapes(merged) == expected_shapes(config)

@@ -1,7 +1,7 @@
-"""Every family through the whole line on two tensor ranks, and its logits in every form.
+"""All stages with each family on two tensor ranks, and the logits of each form of the model.
 
-Models are random, in float32 on disk and bfloat16 from import on; what is learned from data is the
-quickstarts' to show. Here every tensor has to arrive: exports are verified, and forms are compared.
+Models are random, in float32 on disk and bfloat16 from import on. The test is about the tensors:
+exports are verified, and forms of the model are compared. Accuracy is tested by the quickstarts.
 """
 
 import models
@@ -10,13 +10,14 @@ import reference_llava_next
 import reference_phi
 import reference_vila
 import torch
-from processors import WHOLE
+from processors import WRITERS
 from rank_family_line import FORMS, TARGETS
 from references import VOCAB
 from safetensors.torch import load_file, save_file
 
 from nemo_vlm_ptq.families import FAMILIES
 from nemo_vlm_ptq.formats import FORMATS
+from nemo_vlm_ptq.targets.registry import supported_targets
 from nemo_vlm_ptq.workdir import store
 
 REFERENCES = {
@@ -24,80 +25,80 @@ REFERENCES = {
     "phi": (reference_phi.Phi(0), reference_phi),
     "vila": (reference_vila.Vila(0), reference_vila),
 }
-LONG = 900  # seconds for three families in every format
-HALF = 2.0**-5  # of logits near 1, after weights were rounded to bfloat16
+TIMEOUT_S = 900  # for three families in every format
+BFLOAT16_TOLERANCE = 2.0**-5  # of logits near 1, with weights rounded to bfloat16
+REMOTE_CODE_FILE = "custom_processing.py"
+REMOTE_CODE = "raise SystemExit('code of a model folder was run')"
 
 
-CODE = "processing_of_its_own.py"
-TRAP = "raise SystemExit('code of a model folder was run')"
-
-
-def question(name):
-    """The first question with an image, and what the reference says to it."""
-    model, module = REFERENCES[name]
-    asked = getattr(module, f"{name}_cases")(0, model)["images"][0]
-    return asked, model.ask(asked)
+def question_and_logits(name):
+    """Return the first question with an image, and the logits of the reference."""
+    reference, module = REFERENCES[name]
+    question = getattr(module, f"{name}_cases")(0, reference)["images"][0]
+    return question, reference.logits(question)
 
 
 @pytest.fixture(scope="module")
-def lines(tmp_path_factory):
-    """Folder of a folder for each family, the line run and every form asked."""
-    home = tmp_path_factory.mktemp("lines")
-    for name, write in WHOLE.items():
+def runs(tmp_path_factory):
+    """A folder with the finished run of each family and the logits of each form."""
+    home = tmp_path_factory.mktemp("runs")
+    for name, write in WRITERS.items():
         write(home / name / "model")
-        (home / name / "model" / CODE).write_text(TRAP)
-        asked, _ = question(name)
-        tensors = {"input_ids": asked.ids[None], "pixel_values": asked.pixel_values}
-        if asked.image_sizes is not None:
-            tensors["image_sizes"] = asked.image_sizes
+        (home / name / "model" / REMOTE_CODE_FILE).write_text(REMOTE_CODE)
+        question, _ = question_and_logits(name)
+        tensors = {"input_ids": question.ids[None], "pixel_values": question.pixel_values}
+        if question.image_sizes is not None:
+            tensors["image_sizes"] = question.image_sizes
         save_file(tensors, home / name / "inputs.safetensors")
-    code, _, err = models.launch([*models.main_of("rank_family_line"), home], 2, LONG)
+    command = [*models.main_command("rank_family_line"), home]
+    code, _, err = models.launch_ranks(command, 2, TIMEOUT_S)
     assert code == 0, err[-3000:]
     return home
 
 
-def test_every_family_but_llava_is_here():
-    assert sorted([*WHOLE, "llava"]) == sorted(FAMILIES)
+def test_every_family_but_llava_is_tested():
+    assert sorted([*WRITERS, "llava"]) == sorted(FAMILIES)
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", WRITERS)
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_every_format_of_every_family_is_verified(lines, name, fmt):
-    result = store.read_json(lines / name / "work" / fmt / "verify.json")
+def test_exports_of_every_format_are_verified(runs, name, fmt):
+    result = store.read_json(runs / name / "work" / fmt / "verify.json")
     assert result["passed"]
-    done = {check["name"].split()[0] for check in result["checks"]}
-    assert done == set(FORMATS[fmt].targets) & set(TARGETS)
+    verified = {check["name"].split()[0] for check in result["checks"]}
+    assert verified == set(supported_targets(FORMATS[fmt])) & set(TARGETS)
 
 
-@pytest.mark.parametrize("name", WHOLE)
-def test_a_rounded_kv_cache_of_every_family_is_verified(lines, name):
-    result = store.read_json(lines / name / "fp8" / "nvfp4" / "verify.json")
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_quantized_kv_cache_is_verified(runs, name):
+    result = store.read_json(runs / name / "fp8" / "nvfp4" / "verify.json")
     assert result["passed"]
-    done = [check["name"] for check in result["checks"]]
-    assert {"trtllm KV scales", "hf KV scales"} <= set(done)
+    names = [check["name"] for check in result["checks"]]
+    assert {"trtllm KV scales", "hf KV scales"} <= set(names)
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", WRITERS)
 @pytest.mark.parametrize("target", ["hf", "compressed_tensors"])
-def test_code_of_a_model_folder_is_handed_on_and_not_run(lines, name, target):
-    assert (lines / name / "work" / "fp8" / target / CODE).read_text() == TRAP
+def test_remote_code_of_a_model_folder_is_copied_and_not_run(runs, name, target):
+    path = runs / name / "work" / "fp8" / target / REMOTE_CODE_FILE
+    assert path.read_text() == REMOTE_CODE
 
 
-@pytest.mark.parametrize("name", WHOLE)
-def test_logits_of_every_form_are_those_of_the_reference_up_to_rounding(lines, name):
-    _, expected = question(name)
-    found = {form: load_file(lines / name / f"{form}.safetensors")["logits"] for form in FORMS}
-    assert all(one.shape == (1, len(expected), VOCAB) for one in found.values())
-    torch.testing.assert_close(found["hf_source"][0], expected, rtol=0, atol=1e-4)
-    assert (found["megatron"][0] - expected).abs().mean() < HALF
-    rounding = (found["quantized"] - found["megatron"]).abs().mean()
+@pytest.mark.parametrize("name", WRITERS)
+def test_logits_of_every_form_match_the_reference_up_to_rounding(runs, name):
+    _, expected = question_and_logits(name)
+    logits = {form: load_file(runs / name / f"{form}.safetensors")["logits"] for form in FORMS}
+    assert all(tensor.shape == (1, len(expected), VOCAB) for tensor in logits.values())
+    torch.testing.assert_close(logits["hf_source"][0], expected, rtol=0, atol=1e-4)
+    assert (logits["megatron"][0] - expected).abs().mean() < BFLOAT16_TOLERANCE
+    quantization_error = (logits["quantized"] - logits["megatron"]).abs().mean()
     for form in TARGETS:
-        assert (found[form] - found["quantized"]).abs().mean() < 1.5 * rounding
-        assert torch.equal(found[form], found["hf"])
+        assert (logits[form] - logits["quantized"]).abs().mean() < 1.5 * quantization_error
+        assert torch.equal(logits[form], logits["hf"])
 
 
-def test_the_parts_of_vila_are_folders_and_its_decoder_a_checkpoint(lines):
-    folder = lines / "vila" / "work" / "fp8" / "hf"
+def test_vila_is_exported_in_subfolders(runs):
+    folder = runs / "vila" / "work" / "fp8" / "hf"
     llm = store.read_json(folder / "llm" / "config.json")
     assert llm["architectures"] == ["LlamaForCausalLM"]
     assert llm["quantization_config"]["quant_algo"] == "FP8"
@@ -105,20 +106,20 @@ def test_the_parts_of_vila_are_folders_and_its_decoder_a_checkpoint(lines):
         name.startswith(("lm_head", "model.")) for name in llm["quantization_config"]["ignore"]
     )
     tower = load_file(folder / "vision_tower" / "model.safetensors")
-    assert "vision_model.head.probe" in tower  # carried along, though nothing here uses it
+    assert "vision_model.head.probe" in tower  # unused, but part of every export
     assert sorted(load_file(folder / "mm_projector" / "model.safetensors")) == [
         f"layers.{i}.{part}" for i in (1, 2, 4) for part in ("bias", "weight")
     ]
     assert (folder / "vision_tower" / "preprocessor_config.json").is_file()
 
 
-def test_phi_is_exported_under_its_fused_names(lines):
-    folder = lines / "phi" / "work" / "fp8" / "hf"
+def test_phi_is_exported_with_fused_names(runs):
+    folder = runs / "phi" / "work" / "fp8" / "hf"
     names = set(store.read_json(folder / "model.safetensors.index.json")["weight_map"])
     for name in ("self_attn.qkv_proj", "mlp.gate_up_proj"):
         assert {f"model.layers.1.{name}.{part}" for part in ("weight", "weight_scale")} <= names
     layers = [name for name in names if name.startswith("model.layers.")]
     assert not [name for name in layers if "q_proj" in name or "up_proj" in name.split(".")]
-    config = store.read_json(lines / "phi" / "work" / "fp8" / "trtllm" / "llm" / "config.json")
+    config = store.read_json(runs / "phi" / "work" / "fp8" / "trtllm" / "llm" / "config.json")
     assert config["architecture"] == "Phi3ForCausalLM"
     assert config["position_embedding_type"] == "long_rope"

@@ -1,14 +1,14 @@
-"""VILA, Phi-3-vision and LLaVA-NeXT say what models that are not ours say, in every layout."""
+"""Logits of VILA, Phi-3-vision and LLaVA-NeXT against reference models, in every layout."""
 
 import models
 import pytest
 import torch
 from rank_family_parity import (
-    LOADED_CASES,
-    SAVED,
-    SAVES,
+    CHECKPOINT,
+    CHECKPOINT_FAMILY,
+    RELOADED_CASES,
     SAVING_LAYOUTS,
-    ask,
+    compute_logits,
     import_model,
     read_cases,
     read_family,
@@ -22,10 +22,10 @@ from reference_vila import vila_cases, write_vila
 from references import VOCAB
 
 from nemo_vlm_ptq.checkpoints.huggingface import list_tensors
+from nemo_vlm_ptq.reference.files import read_source
 from nemo_vlm_ptq.reference.model import ReferenceModel
-from nemo_vlm_ptq.targets.hf.reader import read_source
 
-LAYOUTS = ("1x1", "2x1", "1x2", "4x1", "2x2", "4x2")  # TP x PP; other ranks of 8 are data
+LAYOUTS = ("1x1", "2x1", "1x2", "4x1", "2x2", "4x2")  # TP x PP; the rest of 8 ranks is DP
 FAMILIES = {
     "vila": (write_vila, vila_cases),
     "phi": (write_phi, phi_cases),
@@ -37,89 +37,95 @@ TOLERANCE = 1e-4  # float32; logits are of the order of 1
 
 
 def write_home(home, family, **options):
-    """A model, its cases, and what its reference says: case -> logits [S,V] of each question."""
-    write, cases_of = FAMILIES[family]
+    """Write a model and its cases; return case -> reference logits [S,V] of each question."""
+    write, make_cases = FAMILIES[family]
     reference = write(home / "model", 7, **options)
-    cases = cases_of(8, reference)
-    torch.save({name: [vars(one) for one in case] for name, case in cases.items()}, home / "cases")
-    return {name: [reference.ask(one) for one in case] for name, case in cases.items()}
+    cases = make_cases(8, reference)
+    fields = {name: [vars(question) for question in case] for name, case in cases.items()}
+    torch.save(fields, home / "cases")
+    return {name: [reference.logits(question) for question in case] for name, case in cases.items()}
 
 
 @pytest.fixture(scope="module")
 def homes(tmp_path_factory):
-    """(folder, family -> expected): one rank in this process, the others in one launch of 8."""
+    """(folder, family -> reference logits); 1x1 runs in this process, the rest in one launch."""
     out = tmp_path_factory.mktemp("families")
     expected = {family: write_home(out / family, family) for family in FAMILIES}
-    with models.alone() as own:
-        run(own, out)
-    code, _, err = models.launch([*models.main_of("rank_family_parity"), out, *LAYOUTS[1:]], 8)
+    with models.single_rank() as parallel:
+        run(parallel, out)
+    code, _, err = models.launch_ranks(
+        [*models.main_command("rank_family_parity"), out, *LAYOUTS[1:]], 8
+    )
     assert code == 0, err[-3000:]
     return out, expected
 
 
-def logits(home, layout):
+def load_logits(home, layout):
     return torch.load(home / f"logits_{layout}")
 
 
-def check(found, expected, what=""):
-    """Rows [B,S,V'] are those of the reference where it has any."""
-    for own, theirs in zip(found, expected, strict=True):
-        assert theirs.std() > 0.3
-        own = own[: len(theirs), :VOCAB]
-        print(f"{what}: {float((own - theirs).abs().max()):.1e}")  # pytest -s
-        torch.testing.assert_close(own, theirs, rtol=0, atol=TOLERANCE)
+def assert_logits_close(actual, expected, description=""):
+    """Compare logits [B,S,V'], padded in S and V', with reference logits [S,V] of each sample."""
+    for padded, reference in zip(actual, expected, strict=True):
+        assert reference.std() > 0.3
+        logits = padded[: len(reference), :VOCAB]
+        print(f"{description}: {float((logits - reference).abs().max()):.1e}")  # pytest -s
+        torch.testing.assert_close(logits, reference, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("family", "case"), CASES)
-def test_logits_are_those_of_the_reference(homes, family, case, layout):
+def test_logits_match_the_reference(homes, family, case, layout):
     out, expected = homes
-    found = logits(out / family, layout)["imported"][case]
-    check(found, expected[family][case], f"{family} {layout} {case}")
+    logits = load_logits(out / family, layout)["imported"][case]
+    assert_logits_close(logits, expected[family][case], f"{family} {layout} {case}")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_checkpoint_of_fused_rows_loads_in_any_layout(homes, layout):
-    found = logits(homes[0] / SAVES, layout)
-    for case in LOADED_CASES:
-        assert torch.equal(found["reloaded"][case], found["imported"][case])
+def test_a_checkpoint_of_fused_tensors_loads_in_any_layout(homes, layout):
+    logits = load_logits(homes[0] / CHECKPOINT_FAMILY, layout)
+    for case in RELOADED_CASES:
+        assert torch.equal(logits["reloaded"][case], logits["imported"][case])
 
 
-def test_a_checkpoint_of_fused_rows_of_other_layouts_loads_on_one_rank(homes):
-    home = homes[0] / SAVES
-    expected = logits(home, "1x1")["imported"]
-    with models.alone() as own:
-        _, vision = import_model(own, home / "model")
+def test_a_checkpoint_saved_in_any_layout_loads_on_one_rank(homes):
+    home = homes[0] / CHECKPOINT_FAMILY
+    expected = load_logits(home, "1x1")["imported"]
+    with models.single_rank() as parallel:
+        _, vision = import_model(parallel, home / "model")
         for layout in SAVING_LAYOUTS:
-            model = reload_model(own, home / "model", home / SAVED.format(layout))
-            found = ask(own, home, model, vision, LOADED_CASES)
-            for case in LOADED_CASES:
-                assert torch.equal(found[case], expected[case]), (layout, case)
+            model = reload_model(parallel, home / "model", home / CHECKPOINT.format(layout))
+            logits = compute_logits(parallel, home, model, vision, RELOADED_CASES)
+            for case in RELOADED_CASES:
+                assert torch.equal(logits[case], expected[case]), (layout, case)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_independent_runtime_says_the_same(homes, family):
+def test_logits_of_the_reference_reader_match(homes, family):
     out, expected = homes
     folder = out / family / "model"
-    kind, config = read_family(folder)
-    read = read_source(list_tensors(folder, kind.name_aliases, kind.subfolders))
-    vision = {name: read.plain[name] for name in kind.vision_shapes(config)}
-    runtime = ReferenceModel(kind, config, read, vision, torch.float32, torch.device("cpu"))
+    model_family, config = read_family(folder)
+    names = list_tensors(folder, model_family.name_aliases, model_family.subfolders)
+    checkpoint = read_source(names)
+    vision = {name: checkpoint.plain[name] for name in model_family.vision_shapes(config)}
+    model = ReferenceModel(
+        model_family, config, checkpoint, vision, torch.float32, torch.device("cpu")
+    )
     for case, questions in read_cases(out / family).items():
         samples = to_samples(folder, questions)
-        features = [one.pixels and runtime.encode(one.pixels) for one in samples]
-        found = [runtime.logits(*pair) for pair in zip(samples, features, strict=True)]
-        check(found, expected[family][case])
+        features = [sample.images and model.encode_images(sample.images) for sample in samples]
+        logits = [model.logits(*pair) for pair in zip(samples, features, strict=True)]
+        assert_logits_close(logits, expected[family][case])
 
 
 @pytest.mark.parametrize(
     ("family", "options"),
     [("vila", {"order": "row"}), ("llava_next", {"text": "llama"})],
-    ids=["vila that reads along rows", "llava_next on a llama"],
+    ids=["vila with row order", "llava_next with llama"],
 )
-def test_other_forms_of_a_family_say_what_their_reference_says(tmp_path, family, options):
+def test_variants_of_a_family_match_their_reference(tmp_path, family, options):
     expected = write_home(tmp_path, family, **options)
-    with models.alone() as own:
-        found = ask(own, tmp_path, *import_model(own, tmp_path / "model"))
-    for case, rows in found.items():
-        check(rows, expected[case])
+    with models.single_rank() as parallel:
+        logits = compute_logits(parallel, tmp_path, *import_model(parallel, tmp_path / "model"))
+    for case, batch in logits.items():
+        assert_logits_close(batch, expected[case])

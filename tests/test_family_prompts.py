@@ -1,4 +1,4 @@
-"""Prompts of VILA, Phi-3-vision and LLaVA-NeXT, id by id, and the pictures beside them."""
+"""Input ids of the prompts of VILA, Phi-3-vision and LLaVA-NeXT, and their pixel values."""
 
 import json
 
@@ -7,11 +7,15 @@ import pytest
 import torch
 from bad_models import said_by
 from PIL import Image
-from processors import PHI_MARKS, llava_next_images, phi_images, vila_images
-from reference_llava_next import CLIP as NEXT_CLIP
-from reference_llava_next import GRIDS, IMAGE, TEXTS
-from reference_phi import PUBLISHED, image_tokens
-from reference_phi import SIDE as CROP
+from processors import (
+    PHI_SPECIAL_TOKENS,
+    write_llava_next_processor,
+    write_phi_processor,
+    write_vila_processor,
+)
+from reference_llava_next import CLIP, GRIDS, IMAGE_TOKEN, TEXTS
+from reference_phi import PUBLISHED, token_count
+from reference_phi import SIDE as CROP_SIDE
 from reference_vila import LLAMA, PROJECTOR, SIGLIP
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tiny_tokenizers import write_llama, write_llama_3
@@ -30,7 +34,12 @@ LLAMA_3 = (
     "<|start_header_id|>user<|end_header_id|>\n\n<image>\n{}<|end_of_text|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\n"
 )
-LLAMA_3_MARKS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>")
+LLAMA_3_SPECIAL_TOKENS = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+)
 VILA_TOKENS = 16
 PROMPTS = {
     "llama": "A chat between a curious human and an artificial intelligence assistant. "
@@ -40,67 +49,70 @@ PROMPTS = {
 }
 
 
-def picture(width, height):
-    dice = np.random.default_rng(0)
-    return Image.fromarray(dice.integers(0, 256, (height, width, 3), dtype=np.uint8))
+def random_image(width, height):
+    rng = np.random.default_rng(0)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def write(folder, name, value):
+def write_json(folder, name, value):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text(json.dumps(value))
 
 
-def spell(tokens, text):
-    """Ids of a text without those that a tokenizer puts around it."""
-    return tokens.encode(text, add_special_tokens=False).ids
+def tokenize(tokenizer, text):
+    """Return the ids of a text without special tokens."""
+    return tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def check(sample, ids, mark, looks=True):
-    """A sample has these ids, image tokens where they are `mark`, and a picture if it looks."""
+def check_sample(sample, ids, image_token, has_image=True):
+    """Compare a sample with ids; `image_token` stands at image tokens."""
     assert sample.input_ids.tolist() == ids
-    assert sample.is_image.tolist() == [id == mark for id in ids]
-    assert (sample.pixels is not None) is looks
+    assert sample.is_image.tolist() == [id == image_token for id in ids]
+    assert (sample.images is not None) is has_image
 
 
-def refuses(prepare, mark):
-    """Data of others brings its own marks of images: they would be one too many, or alone."""
-    said = "question 'q' has marks of images in its own text or answer ({} in its prompt, with "
-    question = f"{mark}\n{QUESTION}"
-    assert said_by(prepare, "q", question).startswith(said.format(1) + "0 images)")
-    looking = said_by(prepare, "q", question, picture(50, 30))
-    assert looking.startswith(said.format(2) + "1 images)")
+def check_placeholders_are_rejected(preprocess, placeholder):
+    """Require an error for a question with an image placeholder in its text."""
+    question = f"{placeholder}\n{QUESTION}"
+    message = (
+        "question 'q': its text and answer must not hold image placeholders (got {} in the prompt, "
+        "expected {});"
+    )
+    assert said_by(preprocess, "q", question).startswith(message.format(1, 0))
+    with_image = said_by(preprocess, "q", question, random_image(50, 30))
+    assert with_image.startswith(message.format(2, 1))
 
 
-def vila_preparer(folder):
-    vila_images(folder)
+def vila_preprocessor(folder):
+    write_vila_processor(folder)
     parts = zip(vila.SUBFOLDERS, (LLAMA, SIGLIP, PROJECTOR), strict=True)
     for part, config in parts:
-        write(folder / part, "config.json", config)
+        write_json(folder / part, "config.json", config)
     return vila.make_preprocessor(folder, vila.complete_config(folder, {"llm_cfg": LLAMA}))
 
 
-@pytest.mark.parametrize("kind", ["LlamaTokenizer", "PreTrainedTokenizerFast"])
-def test_vila_splits_its_prompt_at_the_image_and_begins_once(tmp_path, kind):
-    tokens = write_llama(tmp_path / "llm", kind=kind)
-    prepare = vila_preparer(tmp_path)
-    before, after = (spell(tokens, part) for part in VICUNA.format(QUESTION).split("<image>"))
-    image = [vila.IMAGE_ID] * VILA_TOKENS
-    sample = prepare("q", QUESTION, picture(50, 30))
-    check(sample, [1, *before, *image, *after], vila.IMAGE_ID)
-    again = prepare("q", QUESTION, sample.pixels, ANSWER)
-    ids = spell(tokens, VICUNA.format(QUESTION).split("<image>")[1] + " " + ANSWER)
-    check(again, [1, *before, *image, *ids], vila.IMAGE_ID)
-    words = spell(tokens, VICUNA.replace("<image>\n", "").format(QUESTION))
-    check(prepare("q", QUESTION), [1, *words], vila.IMAGE_ID, looks=False)
-    refuses(prepare, "<image>")
+@pytest.mark.parametrize("tokenizer_class", ["LlamaTokenizer", "PreTrainedTokenizerFast"])
+def test_vila_tokenizes_the_texts_around_the_image_separately(tmp_path, tokenizer_class):
+    tokenizer = write_llama(tmp_path / "llm", tokenizer_class=tokenizer_class)
+    preprocess = vila_preprocessor(tmp_path)
+    before, after = (tokenize(tokenizer, part) for part in VICUNA.format(QUESTION).split("<image>"))
+    image = [vila.IMAGE_TOKEN_INDEX] * VILA_TOKENS
+    sample = preprocess("q", QUESTION, random_image(50, 30))
+    check_sample(sample, [1, *before, *image, *after], vila.IMAGE_TOKEN_INDEX)
+    again = preprocess("q", QUESTION, sample.images, ANSWER)
+    ids = tokenize(tokenizer, VICUNA.format(QUESTION).split("<image>")[1] + " " + ANSWER)
+    check_sample(again, [1, *before, *image, *ids], vila.IMAGE_TOKEN_INDEX)
+    text_ids = tokenize(tokenizer, VICUNA.replace("<image>\n", "").format(QUESTION))
+    check_sample(preprocess("q", QUESTION), [1, *text_ids], vila.IMAGE_TOKEN_INDEX, has_image=False)
+    check_placeholders_are_rejected(preprocess, "<image>")
 
 
-def test_vila_reads_a_tokenizer_that_is_sentencepiece_alone(tmp_path):
+def test_vila_loads_a_sentencepiece_tokenizer(tmp_path):
     (tmp_path / "llm").mkdir()
-    words = [VICUNA.format(f"{QUESTION} {index}") for index in range(100)]
+    sentences = [VICUNA.format(f"{QUESTION} {index}") for index in range(100)]
     with (tmp_path / "llm" / "tokenizer.model").open("wb") as file:
         SentencePieceTrainer.train(
-            sentence_iterator=iter(words),
+            sentence_iterator=iter(sentences),
             model_writer=file,
             vocab_size=400,
             model_type="bpe",
@@ -109,81 +121,85 @@ def test_vila_reads_a_tokenizer_that_is_sentencepiece_alone(tmp_path):
             remove_extra_whitespaces=False,
             minloglevel=2,
         )
-    write(tmp_path / "llm", "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"})
+    write_json(tmp_path / "llm", "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"})
     model = SentencePieceProcessor(model_file=str(tmp_path / "llm" / "tokenizer.model"))
     before, after = (model.encode(part) for part in VICUNA.format(QUESTION).split("<image>"))
-    ids = [1, *before, *[vila.IMAGE_ID] * VILA_TOKENS, *after]
-    check(vila_preparer(tmp_path)("q", QUESTION, picture(50, 30)), ids, vila.IMAGE_ID)
+    ids = [1, *before, *[vila.IMAGE_TOKEN_INDEX] * VILA_TOKENS, *after]
+    sample = vila_preprocessor(tmp_path)("q", QUESTION, random_image(50, 30))
+    check_sample(sample, ids, vila.IMAGE_TOKEN_INDEX)
 
 
-def test_vila_asks_in_the_words_of_llama_3_where_its_tokenizer_knows_them(tmp_path):
-    tokens = write_llama_3(tmp_path / "llm", LLAMA_3_MARKS)
-    prepare = vila_preparer(tmp_path)
-    before, after = (spell(tokens, part) for part in LLAMA_3.format(QUESTION).split("<image>"))
-    ids = [*before, *[vila.IMAGE_ID] * VILA_TOKENS, *after]
-    assert ids.count(tokens.token_to_id(LLAMA_3_MARKS[0])) == 1
-    check(prepare("q", QUESTION, picture(50, 30)), ids, vila.IMAGE_ID)
-    answered = prepare("q", QUESTION, picture(50, 30), ANSWER)
-    check(answered, ids + spell(tokens, ANSWER), vila.IMAGE_ID)
+def test_vila_uses_the_llama_3_prompt_with_a_llama_3_tokenizer(tmp_path):
+    tokenizer = write_llama_3(tmp_path / "llm", LLAMA_3_SPECIAL_TOKENS)
+    preprocess = vila_preprocessor(tmp_path)
+    before, after = (
+        tokenize(tokenizer, part) for part in LLAMA_3.format(QUESTION).split("<image>")
+    )
+    ids = [*before, *[vila.IMAGE_TOKEN_INDEX] * VILA_TOKENS, *after]
+    assert ids.count(tokenizer.token_to_id(LLAMA_3_SPECIAL_TOKENS[0])) == 1
+    check_sample(preprocess("q", QUESTION, random_image(50, 30)), ids, vila.IMAGE_TOKEN_INDEX)
+    answered = preprocess("q", QUESTION, random_image(50, 30), ANSWER)
+    check_sample(answered, ids + tokenize(tokenizer, ANSWER), vila.IMAGE_TOKEN_INDEX)
 
 
-def test_vila_squeezes_a_picture_into_a_square(tmp_path):
+def test_vila_resizes_an_image_to_a_square(tmp_path):
     write_llama(tmp_path / "llm")
-    views = vila_preparer(tmp_path)("q", QUESTION, picture(50, 30)).pixels.pixel_values
-    small = picture(50, 30).resize((28, 28), Image.Resampling.BICUBIC)
+    views = vila_preprocessor(tmp_path)("q", QUESTION, random_image(50, 30)).images.pixel_values
+    small = random_image(50, 30).resize((28, 28), Image.Resampling.BICUBIC)
     expected = np.asarray(small).transpose(2, 0, 1) / 127.5 - 1
     np.testing.assert_allclose(views[0].numpy(), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["LlamaTokenizer", "PreTrainedTokenizerFast"])
-def test_phi_begins_again_after_its_image(tmp_path, kind):
-    tokens = write_llama(tmp_path, PHI_MARKS, kind)
-    write(tmp_path, "config.json", PUBLISHED)
-    phi_images(tmp_path, 4)
-    prepare = phi.make_preprocessor(tmp_path, PUBLISHED)
-    user, space, line = (tokens.token_to_id(token) for token in ("<|user|>", "▁", "<0x0A>"))
+@pytest.mark.parametrize("tokenizer_class", ["LlamaTokenizer", "PreTrainedTokenizerFast"])
+def test_phi_repeats_bos_after_the_image(tmp_path, tokenizer_class):
+    tokenizer = write_llama(tmp_path, PHI_SPECIAL_TOKENS, tokenizer_class)
+    write_json(tmp_path, "config.json", PUBLISHED)
+    write_phi_processor(tmp_path, 4)
+    preprocess = phi.make_preprocessor(tmp_path, PUBLISHED)
+    user, space, line = (tokenizer.token_to_id(token) for token in ("<|user|>", "▁", "<0x0A>"))
     start = [1, user, space, line]
     asked = f"\n{QUESTION}<|end|>\n<|assistant|>\n"
-    sample = prepare("q", QUESTION, picture(3 * CROP, CROP + 5))
-    image = [-1] * image_tokens(1, 2)
-    check(sample, [*start, *image, 1, *spell(tokens, asked)], -1)
-    assert sample.pixels.image_sizes.tolist() == [[CROP, 2 * CROP]]
-    assert sample.pixels.pixel_values.shape == (1, 5, 3, CROP, CROP)
-    answered = prepare("q", QUESTION, sample.pixels, ANSWER)
-    check(answered, [*start, *image, 1, *spell(tokens, asked + ANSWER)], -1)
-    check(prepare("q", QUESTION), [1, *spell(tokens, "<|user|>" + asked)], -1, looks=False)
-    refuses(prepare, "<|image_1|>")
+    sample = preprocess("q", QUESTION, random_image(3 * CROP_SIDE, CROP_SIDE + 5))
+    image = [-1] * token_count(1, 2)
+    check_sample(sample, [*start, *image, 1, *tokenize(tokenizer, asked)], -1)
+    assert sample.images.image_sizes.tolist() == [[CROP_SIDE, 2 * CROP_SIDE]]
+    assert sample.images.pixel_values.shape == (1, 5, 3, CROP_SIDE, CROP_SIDE)
+    answered = preprocess("q", QUESTION, sample.images, ANSWER)
+    check_sample(answered, [*start, *image, 1, *tokenize(tokenizer, asked + ANSWER)], -1)
+    text_ids = [1, *tokenize(tokenizer, "<|user|>" + asked)]
+    check_sample(preprocess("q", QUESTION), text_ids, -1, has_image=False)
+    check_placeholders_are_rejected(preprocess, "<|image_1|>")
 
 
 @pytest.mark.parametrize("text", PROMPTS)
 @pytest.mark.parametrize("size", [(50, 70), (90, 20), (32, 32)])
-def test_llava_next_asks_as_its_processor_does(tmp_path, text, size):
+def test_llava_next_inputs_match_the_published_processor(tmp_path, text, size):
     from transformers import AutoTokenizer, LlavaNextConfig, LlavaNextProcessor
     from transformers.models.llava_next.image_processing_pil_llava_next import (
         LlavaNextImageProcessorPil,
     )
 
     write_llama(tmp_path, ["<image>"])
-    llava_next_images(tmp_path)
+    write_llava_next_processor(tmp_path)
     config = LlavaNextConfig(
         text_config=TEXTS[text],
-        vision_config=NEXT_CLIP,
+        vision_config=CLIP,
         image_grid_pinpoints=GRIDS,
-        image_token_index=IMAGE,
+        image_token_index=IMAGE_TOKEN,
     ).to_dict()
-    write(tmp_path, "config.json", config)
-    prepare = llava_next.make_preprocessor(tmp_path, config)
-    refuses(prepare, "<image>")
-    sample = prepare("q", QUESTION, picture(*size))
+    write_json(tmp_path, "config.json", config)
+    preprocess = llava_next.make_preprocessor(tmp_path, config)
+    check_placeholders_are_rejected(preprocess, "<image>")
+    sample = preprocess("q", QUESTION, random_image(*size))
     processor = LlavaNextProcessor(
         LlavaNextImageProcessorPil.from_pretrained(tmp_path),
         AutoTokenizer.from_pretrained(tmp_path),
-        patch_size=NEXT_CLIP["patch_size"],
+        patch_size=CLIP["patch_size"],
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
     )
     prompt = PROMPTS[text].format(QUESTION)
-    expected = processor(text=prompt, images=picture(*size), return_tensors="pt")
-    check(sample, expected["input_ids"][0].tolist(), IMAGE)
-    assert torch.equal(sample.pixels.pixel_values, expected["pixel_values"])
-    assert torch.equal(sample.pixels.image_sizes, expected["image_sizes"])
+    expected = processor(text=prompt, images=random_image(*size), return_tensors="pt")
+    check_sample(sample, expected["input_ids"][0].tolist(), IMAGE_TOKEN)
+    assert torch.equal(sample.images.pixel_values, expected["pixel_values"])
+    assert torch.equal(sample.images.image_sizes, expected["image_sizes"])

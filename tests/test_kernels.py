@@ -1,6 +1,6 @@
-"""Triton kernels of calibration, in a process of their own.
+"""Triton kernels of calibration, tested in a subprocess.
 
-Triton decides when it is imported whether it interprets, and in this process others import it.
+Triton decides at import whether it interprets kernels, and the test process imports it for others.
 """
 
 import os
@@ -13,14 +13,15 @@ import pytest
 import torch
 
 pytestmark = pytest.mark.skipif(
-    find_spec("triton") is None, reason="triton is not installed; torch's CUDA builds bring it"
+    find_spec("triton") is None,
+    reason="triton is missing; CUDA builds of torch install it",
 )
 CASES = Path(__file__).with_name("kernel_cases.py")
 
 
-def test_kernels_compute_what_plain_torch_says():
+def test_kernels_match_eager_pytorch():
     interpret = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
-    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
-    done = subprocess.run(words, env=os.environ | interpret, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
+    done = subprocess.run(command, env=os.environ | interpret, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout

@@ -1,4 +1,4 @@
-"""What is observed, solved and exported is the same bytes on data, pipeline and tensor ranks."""
+"""Statistics, scales and exports have the same bytes on data, pipeline and tensor ranks."""
 
 import os
 import subprocess
@@ -13,69 +13,77 @@ from nemo_vlm_ptq.calibrate.statistics import layer_file
 from nemo_vlm_ptq.checkpoints.torch_dist_index import read_index
 from nemo_vlm_ptq.checkpoints.torch_dist_tensors import read_tensor
 from nemo_vlm_ptq.formats import FORMATS
+from nemo_vlm_ptq.targets.registry import supported_targets
 from nemo_vlm_ptq.workdir.store import hash_file, read_manifest
 
 LAYERS = range(4)
-ONE = "1x1x1"
+ONE_RANK = "1x1x1"
 LAYOUTS = ["1x1x2", "1x2x1", "2x1x1"]  # TP x PP x DP
 
 
 def main():
-    """Ranks: FOLDER TPxPPxDP ..."""
-    folder, words = Path(sys.argv[1]), sys.argv[2:]
-    layouts = [tuple(map(int, word.split("x"))) for word in words]
-    for word, own in zip(words, models.each_layout(layouts), strict=True):
-        models.run_line(own, folder / word)
+    """Run all stages on the launched ranks; arguments: FOLDER TPxPPxDP ..."""
+    folder, layouts = Path(sys.argv[1]), sys.argv[2:]
+    sizes = [tuple(map(int, layout.split("x"))) for layout in layouts]
+    for layout, parallel in zip(layouts, models.parallel_contexts(sizes), strict=True):
+        models.run_all_stages(parallel, folder / layout)
 
 
-def test_libraries_are_told_how_to_add_and_how_to_wait_before_torch_asks_them():
+def test_library_settings_for_reproducible_sums_are_set_before_torch_is_imported():
     names = ("MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "OMP_WAIT_POLICY")
-    bare = {key: value for key, value in os.environ.items() if key not in names}
+    environment = {key: value for key, value in os.environ.items() if key not in names}
     code = (
         "import nemo_vlm_ptq, os, sys; print('torch' in sys.modules, *map(os.getenv, sys.argv[1:]))"
     )
-    said = subprocess.run(
-        [sys.executable, "-c", code, *names], env=bare, capture_output=True, text=True
+    done = subprocess.run(
+        [sys.executable, "-c", code, *names], env=environment, capture_output=True, text=True
     )
-    assert said.stdout.split() == ["False", "AUTO,STRICT", "AVX512_CORE_BF16", "PASSIVE"]
+    assert done.stdout.split() == ["False", "AUTO,STRICT", "AVX512_CORE_BF16", "PASSIVE"]
 
 
-def digests(folder, names):
+def hash_files(folder, names):
     return {name: hash_file(folder / name) for name in names}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_statistics_are_the_same_bytes(works, layout):
+def test_statistics_have_the_same_bytes(works, layout):
     names = [layer_file(layer) for layer in LAYERS]
-    expected = digests(works[ONE] / "statistics", names)
-    assert digests(works[layout] / "statistics", names) == expected
+    expected = hash_files(works[ONE_RANK] / "statistics", names)
+    assert hash_files(works[layout] / "statistics", names) == expected
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", FORMATS)
-def test_solved_scales_are_the_same_bytes(works, layout, name):
+def test_scales_have_the_same_bytes(works, layout, name):
     names = [layer_file(layer) for layer in LAYERS]
-    expected = digests(works[ONE] / name / "scales", names)
-    assert digests(works[layout] / name / "scales", names) == expected
+    expected = hash_files(works[ONE_RANK] / name / "scales", names)
+    assert hash_files(works[layout] / name / "scales", names) == expected
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("name", "target"),
-    [(name, target) for name, row in FORMATS.items() for target in row.targets if target != "nemo"],
+    [
+        (name, target)
+        for name, fmt in FORMATS.items()
+        for target in supported_targets(fmt)
+        if target != "nemo"
+    ],
 )
-def test_exports_are_the_same_bytes(works, layout, name, target):
-    found, expected = (read_manifest(works[key] / name / target) for key in (layout, ONE))
+def test_exports_have_the_same_bytes(works, layout, name, target):
+    found, expected = (read_manifest(works[key] / name / target) for key in (layout, ONE_RANK))
     assert found["files"] == expected["files"]
     assert any(file.endswith(".safetensors") for file in expected["files"])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", [name for name, row in FORMATS.items() if "nemo" in row.targets])
-def test_tensors_of_nemo_checkpoints_are_the_same(works, layout, name):
-    """Ranks write files of their own; what lies in them is compared."""
+@pytest.mark.parametrize(
+    "name", [name for name, fmt in FORMATS.items() if "nemo" in supported_targets(fmt)]
+)
+def test_nemo_checkpoints_hold_the_same_tensors(works, layout, name):
+    """Each rank writes its own file, so tensors are compared instead of bytes."""
     found, expected = (
-        read_index(works[key] / name / "nemo" / "weights").tensors for key in (layout, ONE)
+        read_index(works[key] / name / "nemo" / "weights").tensors for key in (layout, ONE_RANK)
     )
     assert set(found) == set(expected) and len(expected) > 50
     for key, stored in expected.items():
@@ -84,23 +92,25 @@ def test_tensors_of_nemo_checkpoints_are_the_same(works, layout, name):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", FORMATS)
-def test_tensors_of_quantized_megatron_checkpoints_are_the_same(works, layout, name):
-    """Data ranks write layers of their own. Maxima of rows of gate and up lie rank by rank."""
-    found, expected = (read_index(works[key] / name / "quantized").tensors for key in (layout, ONE))
+def test_quantized_megatron_checkpoints_hold_the_same_tensors(works, layout, name):
+    """Data ranks write different layers. The amax of gate and up is stored shard by shard."""
+    found, expected = (
+        read_index(works[key] / name / "quantized").tensors for key in (layout, ONE_RANK)
+    )
     assert set(found) == set(expected) and len(expected) > 20
     for key, stored in expected.items():
-        mine, theirs = read_tensor(found[key]), read_tensor(stored)
-        if layout == "2x1x1" and "linear_fc1.weight_quantizer" in key and theirs.dim() > 1:
-            halves = (half.chunk(2) for half in theirs.chunk(2))
-            theirs = torch.cat([part for pair in zip(*halves, strict=True) for part in pair])
-        assert torch.equal(mine, theirs), key
+        tensor, expected_tensor = read_tensor(found[key]), read_tensor(stored)
+        is_fc1_amax = "linear_fc1.weight_quantizer" in key and expected_tensor.dim() > 1
+        if layout == "2x1x1" and is_fc1_amax:
+            gate, up = (half.chunk(2) for half in expected_tensor.chunk(2))
+            expected_tensor = torch.cat([gate[0], up[0], gate[1], up[1]])
+        assert torch.equal(tensor, expected_tensor), key
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_sample_is_seen_by_one_data_rank(works, layout):
-    facts = read_manifest(works[layout] / "statistics")["facts"]
-    per_rank = facts["ids_per_rank"]
-    assert len(per_rank) == int(layout[-1])
-    together = [name for ids in per_rank for name in ids]
-    alone = read_manifest(works[ONE] / "statistics")["facts"]["ids_per_rank"][0]
-    assert len(together) == 12 and sorted(together) == sorted(alone)
+def test_every_sample_runs_on_one_data_rank(works, layout):
+    ids_per_rank = read_manifest(works[layout] / "statistics")["facts"]["ids_per_rank"]
+    assert len(ids_per_rank) == int(layout[-1])
+    ids = [sample_id for rank_ids in ids_per_rank for sample_id in rank_ids]
+    expected = read_manifest(works[ONE_RANK] / "statistics")["facts"]["ids_per_rank"][0]
+    assert len(ids) == 12 and sorted(ids) == sorted(expected)

@@ -1,7 +1,7 @@
-"""NeMo checkpoints: written, read back, damaged, refused; restored by NeMo.
+"""NeMo 2 checkpoints: export, reading back, damage, rejected plans, and restoring by NeMo.
 
-The last needs a Python with NeMo 2.7.3, which NEMO_VLM_PTQ_NEMO_PYTHON names: its pins clash with
-ours. Everything else runs without.
+Restoring requires an interpreter with NeMo 2.7.3, set by NEMO_VLM_PTQ_NEMO_PYTHON, because NeMo
+pins other versions of this package's dependencies. All other tests run without NeMo.
 """
 
 import json
@@ -15,8 +15,8 @@ import models
 import pytest
 import torch
 from conftest import Export
-from nemo_folders import FC1, NAMES, job, refusal
-from pretended_gpu import check_linears_on_it
+from fake_gpu import check_linears_on_device
+from nemo_folders import FC1, FORMAT_NAMES, error_message, make_context
 from safetensors.torch import load_file, save_file
 
 from nemo_vlm_ptq.checkpoints import torch_dist_index as torch_dist
@@ -26,56 +26,56 @@ from nemo_vlm_ptq.errors import VerificationError
 from nemo_vlm_ptq.formats import FORMATS
 from nemo_vlm_ptq.planning.plan import make_plan
 from nemo_vlm_ptq.recipe import Recipe
+from nemo_vlm_ptq.sources.nemo2 import read_context
 from nemo_vlm_ptq.stages import run_stages
-from nemo_vlm_ptq.stages.model_forms import logits_with_and_without_rounding, megatron_logits
 from nemo_vlm_ptq.stages.verify import verify
 from nemo_vlm_ptq.targets.nemo2.reader import read_nemo
-from nemo_vlm_ptq.targets.nemo2.source import read_context
+from nemo_vlm_ptq.verify.model_forms import logits_with_and_without_rounding, megatron_logits
 from nemo_vlm_ptq.workdir import store
 
-NEMO = os.environ.get("NEMO_VLM_PTQ_NEMO_PYTHON")
-# How far NeMo's logits may be off ours, in spreads of logits: the order of sums is another, and
-# with inputs rounded, values near a boundary go the other way.
-EXACT, ROUNDED = 1e-5, 1e-2
+NEMO_PYTHON = os.environ.get("NEMO_VLM_PTQ_NEMO_PYTHON")
+# Mean distance of NeMo's logits, in standard deviations. The order of summation differs, and with
+# quantized inputs some values near a rounding boundary round differently.
+TOLERANCE, TOLERANCE_QUANTIZED_INPUTS = 1e-5, 1e-2
 
 
-def checks_of(folder):
-    return {one["name"]: one["detail"] for one in store.read_json(folder)["checks"]}
+def check_names(path):
+    return {check["name"] for check in store.read_json(path)["checks"]}
 
 
-# Written and read back
+# Export and reading back
 
 
-def test_nine_formats_have_a_form_in_nemo():
-    assert set(FORMATS) - set(NAMES) == {"nvfp4_svdquant", "nf4"}
+def test_formats_that_nemo_does_not_support():
+    assert set(FORMATS) - set(FORMAT_NAMES) == {"nvfp4_svdquant", "nf4"}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_format_is_verified(nemo_line, name):
-    found = checks_of(nemo_line / name / "verify.json")
-    wanted = ("configs", "coverage", "quantized set", "untouched", "weights", "logits")
-    assert {f"nemo {what}" for what in wanted} <= set(found)
+@pytest.mark.parametrize("name", FORMAT_NAMES)
+def test_all_formats_are_verified(nemo_line, name):
+    found = check_names(nemo_line / name / "verify.json")
+    expected = ("configs", "coverage", "quantized set", "untouched", "weights", "logits")
+    assert {f"nemo {check}" for check in expected} <= found
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_what_is_read_is_worked_with_on_a_gpu(nemo_line, name, monkeypatch):
+@pytest.mark.parametrize("name", FORMAT_NAMES)
+def test_linears_are_decoded_on_a_gpu(nemo_line, name, monkeypatch):
     decoder = make_plan(Recipe(model=str(models.TINY_LLAVA), workdir="nowhere")).decoder
     read = read_nemo(nemo_line / name / "nemo", decoder, "language_model.")
-    check_linears_on_it(read.linears, monkeypatch)
+    check_linears_on_device(read.linears, monkeypatch)
 
 
-def test_a_16_bit_model_has_its_layers_stacked_and_a_quantized_one_apart(nemo_line):
-    whole = torch_dist.read_index(nemo_line / "nemo" / "weights").tensors
-    assert whole[FC1.replace(".1.", ".") + ".weight"].shape == (4, 1536, 256)
-    apart = torch_dist.read_index(nemo_line / "fp8" / "nemo" / "weights").tensors
-    assert apart[FC1 + ".weight_w"].shape == (768, 256)
-    assert all(name.startswith("module.") for name in (*whole, *apart))
+def test_only_16_bit_checkpoints_stack_layers(nemo_line):
+    stacked = torch_dist.read_index(nemo_line / "nemo" / "weights").tensors
+    assert stacked[FC1.replace(".1.", ".") + ".weight"].shape == (4, 1536, 256)
+    separate = torch_dist.read_index(nemo_line / "fp8" / "nemo" / "weights").tensors
+    assert separate[FC1 + ".weight_w"].shape == (768, 256)
+    assert all(name.startswith("module.") for name in (*stacked, *separate))
 
 
 @pytest.mark.parametrize("name", ["int8_sq", "w4a8_awq"])
-def test_two_tensor_ranks_write_what_one_writes(nemo_line, tmp_path, name):
-    code, _, err = models.launch(
-        [*models.main_of("test_nemo_checkpoint"), nemo_line, tmp_path, name], 2
+def test_checkpoint_does_not_depend_on_the_layout(nemo_line, tmp_path, name):
+    code, _, err = models.launch_ranks(
+        [*models.main_command("test_nemo_checkpoint"), nemo_line, tmp_path, name], 2
     )
     assert code == 0, err
     one, two = (
@@ -83,25 +83,25 @@ def test_two_tensor_ranks_write_what_one_writes(nemo_line, tmp_path, name):
     )
     assert set(one.tensors) == set(two.tensors) and set(one.objects) == set(two.objects)
     for key in one.tensors:
-        mine, theirs = (blocks.read_tensor(index.tensors[key]) for index in (one, two))
-        assert torch.equal(mine, theirs), key
+        first, second = (blocks.read_tensor(index.tensors[key]) for index in (one, two))
+        assert torch.equal(first, second), key
     for key in one.objects:
-        mine, theirs = (torch_dist.read_object(index, key) for index in (one, two))
-        assert mine == theirs, key
+        first, second = (torch_dist.read_object(index, key) for index in (one, two))
+        assert first == second, key
 
 
 def main():
-    """Ranks: a solved work folder quantized and exported at TP 2."""
+    """Run quantization and export of a solved work folder at TP 2; entry point of the ranks."""
     source, home, name = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-    for own in models.each_layout([(2, 1, 1)]):
-        if own.rank == 0:
+    for parallel in models.parallel_contexts([(2, 1, 1)]):
+        if parallel.rank == 0:
             for part in ("megatron", "statistics", f"{name}/scales"):
                 shutil.copytree(source / part, home / part)
-        own.barrier()
-        run_stages(job(own, home, (name,)), ("import", "observe", "solve", "export"))
+        parallel.barrier()
+        run_stages(make_context(parallel, home, (name,)), ("import", "observe", "solve", "export"))
 
 
-def test_context_is_where_the_tokenizer_is_wherever_the_folder_goes(nemo_line):
+def test_context_has_a_relative_tokenizer_path(nemo_line):
     model = read_context(nemo_line / "nemo")
     assert model["tokenizer"]["pretrained_model_name"] == "tokenizer"
     assert str(nemo_line) not in (nemo_line / "nemo" / "context" / "io.json").read_text()
@@ -112,108 +112,111 @@ def test_context_is_where_the_tokenizer_is_wherever_the_folder_goes(nemo_line):
     )
 
 
-# Refused by the plan
+# Rejected plans
 
 
-def test_a_kv_cache_has_no_place_in_nemo():
-    said = refusal(models.TINY_LLAVA, quantize={"kv_cache": "fp8"},
-                   export={"targets": ("trtllm", "nemo")})  # fmt: skip
-    assert said.startswith("NeMo's form has no place for quantize.kv_cache=fp8; set")
-    assert said.endswith("e.g. export.targets=[trtllm]")
+def test_quantized_kv_cache_is_rejected():
+    keys = {"quantize": {"kv_cache": "fp8"}, "export": {"targets": ("trtllm", "nemo")}}
+    message = error_message(models.TINY_LLAVA, **keys)
+    assert message.startswith("target nemo does not support quantize.kv_cache=fp8; set")
+    assert message.endswith("e.g. export.targets=[trtllm]")
 
 
-def test_other_families_have_no_form_in_nemo():
-    said = refusal(models.ROOT / "assets" / "tiny-phi", export={"targets": ("nemo",)})
-    assert said.startswith("NeMo's form is written for the family llava, not phi; leave nemo out")
+def test_other_families_are_rejected():
+    message = error_message(models.ROOT / "assets" / "tiny-phi", export={"targets": ("nemo",)})
+    assert message.startswith("target nemo supports the family llava, and this model is phi; ")
 
 
 @pytest.mark.parametrize("name", ["nf4", "nvfp4_svdquant"])
-def test_a_format_without_a_form_is_refused_with_what_takes_it(name):
-    said = refusal(models.TINY_LLAVA, quantize={"format": name}, export={"targets": ("nemo",)})
-    assert said == f"format {name} cannot be exported to nemo; it can to: hf"
+def test_unsupported_format_is_rejected(name):
+    keys = {"quantize": {"format": name}, "export": {"targets": ("nemo",)}}
+    expected = f"format {name} cannot be exported to nemo; supported: hf"
+    assert error_message(models.TINY_LLAVA, **keys) == expected
 
 
 # Damage
 
 
 @pytest.fixture
-def proving(nemo_line, tmp_path):
-    """name -> (the stage verify, a copy of the export to be damaged)."""
+def copy_export(nemo_line, tmp_path):
+    """Function that copies an export and returns the stage verify and the copy."""
 
     def copy(name):
         for part in ("megatron", name):
             shutil.copytree(nemo_line / part, tmp_path / part)
 
         def run():
-            with models.alone() as own:
-                verify(job(own, tmp_path, (name,)))
+            with models.single_rank() as parallel:
+                verify(make_context(parallel, tmp_path, (name,)))
 
         return run, Export(tmp_path / name / "nemo", "nemo")
 
     return copy
 
 
-def flip(folder, name):
-    """One byte in the middle of a stored tensor."""
-    place = torch_dist.read_index(folder / "weights").tensors[name].chunks[0].place
-    raw = bytearray(place.file.read_bytes())
-    raw[place.offset + place.length // 2] ^= 0x40
-    place.file.write_bytes(raw)
+def flip_bit(folder, name):
+    """Flip a bit in the middle of a stored tensor."""
+    byte_range = torch_dist.read_index(folder / "weights").tensors[name].chunks[0].byte_range
+    raw = bytearray(byte_range.file.read_bytes())
+    raw[byte_range.offset + byte_range.length // 2] ^= 0x40
+    byte_range.file.write_bytes(raw)
 
 
 @pytest.mark.parametrize(
-    ("stored", "said"),
+    ("stored", "check"),
     [(f"{FC1}.weight_v", "weights"), ("module.vision_projection.0.weight", "untouched")],
 )
-def test_a_changed_byte_is_found(proving, stored, said):
-    run, export = proving("fp8")
-    flip(export.folder, stored)
+def test_flipped_bit_is_detected(copy_export, stored, check):
+    run, export = copy_export("fp8")
+    flip_bit(export.folder, stored)
     export.sign()
-    with pytest.raises(VerificationError, match=f"nemo ({said}|readable)"):
+    with pytest.raises(VerificationError, match=f"nemo ({check}|readable)"):
         run()
 
 
 @pytest.mark.parametrize("key", ["num_layers", "rotary_base", "kv_channels", "patch_size"])
-def test_a_context_of_another_model_is_found(proving, key):
-    run, export = proving("fp8")
+def test_context_of_another_model_is_detected(copy_export, key):
+    run, export = copy_export("fp8")
     path = export.folder / "context" / "io.json"
-    facts = json.loads(path.read_text())
-    for entry in facts["objects"].values():
+    content = json.loads(path.read_text())
+    for entry in content["objects"].values():
         for item in entry["items"]:
             if item[0] == f"Attr(name={key!r})":
                 item[1]["value"] += 1
-    path.write_text(json.dumps(facts))
+    path.write_text(json.dumps(content))
     export.sign()
     with pytest.raises(VerificationError, match=f"nemo configs: context/io.json: .*{key}"):
         run()
 
 
-def test_a_missing_tensor_stops_the_reader(nemo_line):
+def test_reader_rejects_a_missing_tensor(nemo_line):
     decoder = make_plan(Recipe(model=str(models.TINY_LLAVA), workdir="nowhere")).decoder
     with pytest.raises(VerificationError, match="is missing"):
-        read_nemo(nemo_line / "nemo", decoder, "language_model.")  # has no layers apart
+        read_nemo(nemo_line / "nemo", decoder, "language_model.")  # its layers are stacked
 
 
-# NeMo itself
+# Restoring by NeMo
 
 
 @pytest.fixture(scope="module")
-def asked(nemo_line, tmp_path_factory):
-    """name -> what NeMo says with the folder it restored; inputs and samples beside."""
-    if NEMO is None:
-        pytest.skip("NEMO_VLM_PTQ_NEMO_PYTHON names no Python with NeMo 2.7.3 (docs/nemo.md)")
+def nemo_logits(nemo_line, tmp_path_factory):
+    """Folder with the logits of each model that NeMo restored, and the samples."""
+    if NEMO_PYTHON is None:
+        pytest.skip(
+            "NEMO_VLM_PTQ_NEMO_PYTHON names no Python with NeMo 2.7.3 (docs/legacy/nemo2.md)"
+        )
     home = tmp_path_factory.mktemp("nemo")
     plan = make_plan(Recipe(model=str(models.TINY_LLAVA), workdir="nowhere"))
     questions = load_questions("scenes", "test", 2)
-    prepare = plan.family.make_preprocessor(plan.folder, plan.config)
+    preprocess = plan.family.make_preprocessor(plan.folder, plan.config)
     samples = [
-        prepare(item.id, item.text + PROMPT_SUFFIX, questions.image(item.image))
+        preprocess(item.id, item.text + PROMPT_SUFFIX, questions.load_image(item.image))
         for item in questions.items
     ]
     length = min(len(one.input_ids) for one in samples)
     inputs = {
         "input_ids": torch.stack([one.input_ids[:length] for one in samples]),
-        "pixel_values": torch.cat([one.pixels.pixel_values for one in samples]),
+        "pixel_values": torch.cat([one.images.pixel_values for one in samples]),
         "image_id": torch.tensor(plan.config["image_token_index"]),
         "image_tokens": torch.tensor(plan.family.tokens_per_image(plan.config)),
     }
@@ -222,42 +225,48 @@ def asked(nemo_line, tmp_path_factory):
     shutil.copytree(nemo_line / "nemo", home / "elsewhere" / "16bit" / "nemo")
     folders = [
         home / "elsewhere" / "16bit" / "nemo",
-        *(nemo_line / name / "nemo" for name in NAMES),
+        *(nemo_line / name / "nemo" for name in FORMAT_NAMES),
     ]
-    words = [NEMO, models.ROOT / "tests" / "nemo_restore.py", home / "inputs.safetensors", home]
-    settings = {"PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [*map(str, words), *map(str, folders)],
-        env=os.environ | settings, cwd=home, capture_output=True, text=True, timeout=1800,
+    command = [
+        NEMO_PYTHON,
+        models.ROOT / "tests" / "nemo_restore.py",
+        home / "inputs.safetensors",
+        home,
+    ]
+    environment = {"PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [*map(str, command), *map(str, folders)],
+        env=os.environ | environment, cwd=home, capture_output=True, text=True, timeout=1800,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    short = [
-        type(one)(one.id, one.input_ids[:length], one.is_image[:length], one.pixels)
+    assert result.returncode == 0, result.stderr[-3000:]
+    truncated = [
+        type(one)(one.id, one.input_ids[:length], one.is_image[:length], one.images)
         for one in samples
     ]
-    return home, short
+    return home, truncated
 
 
-def apart(found, expected):
-    """Mean distance in spreads."""
-    wanted = torch.stack(expected)
-    return float((found[..., : wanted.shape[-1]] - wanted).abs().mean() / wanted.std())
+def distance(actual, expected):
+    """Return the mean distance of logits in standard deviations."""
+    expected = torch.stack(expected)
+    difference = actual[..., : expected.shape[-1]] - expected
+    return float(difference.abs().mean() / expected.std())
 
 
-def test_nemo_restores_the_16_bit_model(nemo_line, asked):
-    home, samples = asked
-    with models.alone() as own:
-        expected = megatron_logits(job(own, nemo_line), None, samples)
-    assert apart(load_file(home / "16bit.safetensors")["rounded"], expected) < EXACT
+def test_nemo_restores_the_16_bit_model(nemo_line, nemo_logits):
+    home, samples = nemo_logits
+    with models.single_rank() as parallel:
+        expected = megatron_logits(make_context(parallel, nemo_line), None, samples)
+    assert distance(load_file(home / "16bit.safetensors")["rounded"], expected) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_nemo_restores_every_format(nemo_line, asked, name):
-    home, samples = asked
+@pytest.mark.parametrize("name", FORMAT_NAMES)
+def test_nemo_restores_all_formats(nemo_line, nemo_logits, name):
+    home, samples = nemo_logits
     found = load_file(home / f"{name}.safetensors")
-    with models.alone() as own:
-        mine = job(own, nemo_line, (name,))
-        rounded, exact = logits_with_and_without_rounding(mine, FORMATS[name], samples)
-    distances = apart(found["exact"], exact), apart(found["rounded"], rounded)
-    print(f"{name}: {distances[0]:.1e}, with inputs rounded {distances[1]:.1e}")
-    assert distances[0] < EXACT and distances[1] < ROUNDED
+    with models.single_rank() as parallel:
+        context = make_context(parallel, nemo_line, (name,))
+        rounded, exact = logits_with_and_without_rounding(context, FORMATS[name], samples)
+    error, quantized_error = distance(found["exact"], exact), distance(found["rounded"], rounded)
+    print(f"{name}: {error:.1e}, with quantized inputs {quantized_error:.1e}")
+    assert error < TOLERANCE and quantized_error < TOLERANCE_QUANTIZED_INPUTS

@@ -1,4 +1,4 @@
-"""Plans: layouts and models that cannot work are refused with what would; no weights are read."""
+"""Plans: layouts and models that cannot work are rejected with what would; no weights are read."""
 
 import copy
 import re
@@ -10,18 +10,19 @@ from bad_models import (
     WEIGHTS,
     configure,
     copy_model,
+    error_message,
     hollow_model,
-    plan_refusal,
-    refusal,
+    plan_error,
     write_recipe,
 )
 
 from nemo_vlm_ptq.checkpoints import huggingface as source
 from nemo_vlm_ptq.distributed.layout import data_parallel_size
 from nemo_vlm_ptq.errors import UserError
-from nemo_vlm_ptq.formats import FORMATS, TARGETS
+from nemo_vlm_ptq.formats import FORMATS
 from nemo_vlm_ptq.planning import forecast, plan
 from nemo_vlm_ptq.recipe import load_recipe
+from nemo_vlm_ptq.targets.registry import TARGETS, supported_targets
 
 
 @pytest.fixture(scope="module")
@@ -36,23 +37,23 @@ HEADS = "8 heads, 4 KV heads and 768 MLP features"
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["parallel.tensor=3"], f"parallel.tensor=3 does not divide {HEADS}; these work: 1, 2, 4"),
-        (["parallel.tensor=8"], f"parallel.tensor=8 does not divide {HEADS}; these work: 1, 2, 4"),
-        (["export.tensor=3"], f"export.tensor=3 does not divide {HEADS}; these work: 1, 2, 4, 8"),
+        (["parallel.tensor=3"], f"parallel.tensor=3 does not divide {HEADS}; supported: 1, 2, 4"),
+        (["parallel.tensor=8"], f"parallel.tensor=8 does not divide {HEADS}; supported: 1, 2, 4"),
+        (["export.tensor=3"], f"export.tensor=3 does not divide {HEADS}; supported: 1, 2, 4, 8"),
         (["parallel.pipeline=3"],
-         "parallel.pipeline=3 does not divide 4 layers; these work: 1, 2, 4"),
-        (["export.pipeline=3"], "export.pipeline=3 does not divide 4 layers; these work: 1, 2, 4"),
+         "parallel.pipeline=3 does not divide 4 layers; supported: 1, 2, 4"),
+        (["export.pipeline=3"], "export.pipeline=3 does not divide 4 layers; supported: 1, 2, 4"),
         (["parallel.tensor=4", "quantize.format=int4_awq"],
-         "parallel.tensor=4 cuts a group of 128 of format int4_awq; these work: 1, 2"),
+         "parallel.tensor=4 splits a group of 128 of format int4_awq; supported: 1, 2"),
         (["export.tensor=4", "quantize.format=w4a8_awq"],
-         "export.tensor=4 cuts a group of 128 of format w4a8_awq, or a tile of TensorRT-LLM; "
-         "these work: 1, 2"),
+         "export.tensor=4 splits a group of 128 of format w4a8_awq, or a tile of TensorRT-LLM; "
+         "supported: 1, 2"),
         (["quantize.group_size=64", "quantize.format=w4a8_awq"],
          "format w4a8_awq needs quantize.group_size=128, got 64"),
         (["export.targets=[hf]", "quantize.format=int8_sq"],
-         "format int8_sq cannot be exported to hf; it can to: trtllm, compressed_tensors, nemo"),
+         "format int8_sq cannot be exported to hf; supported: compressed_tensors, trtllm, nemo"),
         (["export.targets=[trtllm]", "quantize.format=nf4"],
-         "format nf4 cannot be exported to trtllm; it can to: hf"),
+         "format nf4 cannot be exported to trtllm; supported: hf"),
         (["quantize.group_size=256", "quantize.format=int4_awq",
           "export.targets=[hf, compressed_tensors]"],
          "format int4_awq needs quantize.group_size=32 or 64 or 128, got 256"),
@@ -60,33 +61,33 @@ HEADS = "8 heads, 4 KV heads and 768 MLP features"
          "format int4_awq needs quantize.group_size=64 or 128, got 32"),
         (["quantize.kv_cache=nvfp4", "export.targets=[compressed_tensors]"],
          "format fp8 with quantize.kv_cache=nvfp4 cannot be exported to compressed_tensors; "
-         "these KV caches can: none, fp8"),
+         "supported KV caches: none, fp8"),
         (["quantize.format=nvfp4_awq", "export.targets=[compressed_tensors]"],
-         "format nvfp4_awq cannot be exported to compressed_tensors; it can to: hf, nemo"),
+         "format nvfp4_awq cannot be exported to compressed_tensors; supported: hf, nemo"),
         (["parallel.tensor=4", "quantize.format=int4_wo", "export.targets=[hf]"],
-         "parallel.tensor=4 cuts a group of 128 of format int4_wo; these work: 1, 2"),
+         "parallel.tensor=4 splits a group of 128 of format int4_wo; supported: 1, 2"),
         (["export.targets=[trtllm]", "quantize.kv_cache=nvfp4"],
          "format fp8 with quantize.kv_cache=nvfp4 cannot be exported to trtllm; "
-         "these KV caches can: none, fp8, int8"),
+         "supported KV caches: none, fp8, int8"),
         (["export.targets=[hf]", "quantize.kv_cache=int8"],
          "format fp8 with quantize.kv_cache=int8 cannot be exported to hf; "
-         "these KV caches can: none, fp8, nvfp4"),
+         "supported KV caches: none, fp8, nvfp4"),
         (["export.targets=[trtllm]", "quantize.kv_cache=int8", "quantize.format=nvfp4"],
          "format nvfp4 with quantize.kv_cache=int8 cannot be exported to trtllm; "
-         "these KV caches can: none, fp8"),
+         "supported KV caches: none, fp8"),
         (["quantize.image_share=0.5", "calibration.modality=text", "quantize.format=int4_awq"],
-         "quantize.image_share=0.5 needs image tokens, and calibration.modality=text brings none; "
-         "leave it out or set modality=image_text"),
+         "quantize.image_share=0.5 needs image tokens, and calibration.modality=text has none; "
+         "remove it or set modality=image_text"),
     ],
 )  # fmt: skip
-def test_a_layout_that_cannot_work_is_refused_with_those_that_do(tmp_path, words, said):
-    assert plan_refusal(tmp_path, TINY, *words) == said
+def test_a_layout_that_cannot_work_is_rejected_with_those_that_do(tmp_path, words, said):
+    assert plan_error(tmp_path, TINY, *words) == said
 
 
 def test_groups_of_a_real_model_limit_its_tensor_ranks(tmp_path, llava_7b):
     words = ["quantize.format=[fp8, int4_awq]", "parallel.tensor=4"]
-    assert plan_refusal(tmp_path, llava_7b, *words) == (
-        "parallel.tensor=4 cuts a group of 128 of format int4_awq; these work: 1, 2"
+    assert plan_error(tmp_path, llava_7b, *words) == (
+        "parallel.tensor=4 splits a group of 128 of format int4_awq; supported: 1, 2"
     )
     recipe = load_recipe(str(write_recipe(tmp_path, llava_7b)), ["parallel.tensor=8"])
     assert "TP 8 x PP 1" in forecast.describe_plan(plan.make_plan(recipe))
@@ -95,11 +96,11 @@ def test_groups_of_a_real_model_limit_its_tensor_ranks(tmp_path, llava_7b):
 @pytest.mark.parametrize("format", ["fp8", "int4_awq"])
 @pytest.mark.parametrize("key", ["parallel.tensor", "export.tensor"])
 @pytest.mark.parametrize("name", ["tiny", "7b"])
-def test_every_size_that_a_refusal_names_does_work(tmp_path, llava_7b, format, key, name):
+def test_every_size_that_an_error_names_does_work(tmp_path, llava_7b, format, key, name):
     recipe = write_recipe(tmp_path, {"tiny": TINY, "7b": llava_7b}[name])
     first = f"quantize.format={format}"
-    said = refusal("plan", recipe, first, f"{key}=3")
-    for size in re.search(r"these work: (.+)$", said)[1].split(", "):
+    said = error_message("plan", recipe, first, f"{key}=3")
+    for size in re.search(r"supported: (.+)$", said)[1].split(", "):
         plan.make_plan(load_recipe(str(recipe), [first, f"{key}={size}"]))
 
 
@@ -107,7 +108,7 @@ def test_groups_must_fit_into_the_inputs_of_every_linear(tmp_path):
     """Attention is wider than the hidden size here, so its inputs alone do not tell."""
     folder = hollow_model(tmp_path / "model", _narrow(LLAVA_7B))
     words = ["quantize.format=int4_awq", "quantize.group_size=128", "export.targets=[hf]"]
-    assert "group of 128" in plan_refusal(tmp_path, folder, *words)
+    assert "group of 128" in plan_error(tmp_path, folder, *words)
 
 
 @pytest.mark.parametrize(
@@ -118,8 +119,8 @@ def test_blocks_that_a_format_fixes_limit_tensor_ranks_too(tmp_path, name, group
     """4 heads of 8, so 32 inputs of o_proj."""
     folder = hollow_model(tmp_path / "model", _small(LLAVA_7B))
     words = [f"quantize.format={name}", "export.targets=[hf]", "quantize.group_size=4096"]
-    assert plan_refusal(tmp_path, folder, *words, "parallel.tensor=4") == (
-        f"parallel.tensor=4 cuts a group of {group} of format {name}; these work: {sizes}"
+    assert plan_error(tmp_path, folder, *words, "parallel.tensor=4") == (
+        f"parallel.tensor=4 splits a group of {group} of format {name}; supported: {sizes}"
     )
 
 
@@ -134,14 +135,14 @@ def _small(config):
 def test_an_nvfp4_cache_needs_heads_of_whole_blocks(tmp_path):
     folder = hollow_model(tmp_path / "model", _small(LLAVA_7B))
     words = ["quantize.kv_cache=nvfp4", "export.targets=[hf]"]
-    assert plan_refusal(tmp_path, folder, *words) == (
-        "quantize.kv_cache=nvfp4 needs heads of whole blocks of 16, this model's have 8 features; "
-        "these work: none, fp8, int8"
+    assert plan_error(tmp_path, folder, *words) == (
+        "quantize.kv_cache=nvfp4 needs a head_dim that is a multiple of 16, and this model's is 8; "
+        "supported: none, fp8, int8"
     )
 
 
 @pytest.mark.parametrize(
-    ("words", "wanted"),
+    ("words", "expected"),
     [
         ([], False),
         (["quantize.format=[fp8, nvfp4]", "quantize.smoothquant_alpha=search"], False),
@@ -150,11 +151,11 @@ def test_an_nvfp4_cache_needs_heads_of_whole_blocks(tmp_path):
         (["quantize.format=int8_sq", "quantize.smoothquant_alpha=search"], True),
     ],
 )
-def test_second_moments_are_asked_for_where_something_is_searched(tmp_path, words, wanted):
+def test_second_moments_are_required_where_something_is_searched(tmp_path, words, expected):
     words = ["parallel.tensor=1", *words]
     made = plan.make_plan(load_recipe(str(write_recipe(tmp_path, TINY)), words))
-    assert made.second_moments == wanted
-    assert ("second moments" in forecast.describe_plan(made)) == wanted
+    assert made.second_moments == expected
+    assert ("second moments" in forecast.describe_plan(made)) == expected
 
 
 def test_a_format_goes_to_the_targets_that_take_it_with_the_kv_cache(tmp_path):
@@ -226,8 +227,8 @@ def test_ranks_that_were_started_must_make_up_the_layout():
          "llava: vision_feature_select_strategy is 'full'; only 'default' is supported"),
     ],
 )  # fmt: skip
-def test_a_model_that_no_family_holds_is_refused_by_what_is_different(tmp_path, values, said):
-    line = plan_refusal(tmp_path, configure(copy_model(tmp_path / "model"), values))
+def test_a_model_that_no_family_holds_is_rejected_by_what_is_different(tmp_path, values, said):
+    line = plan_error(tmp_path, configure(copy_model(tmp_path / "model"), values))
     assert line.startswith(said)
     assert ("LlavaForConditionalGeneration" in line) == ("architectures" in values)
 
@@ -245,23 +246,23 @@ def test_a_model_that_no_family_holds_is_refused_by_what_is_different(tmp_path, 
         ("vision_feature_layer", -9, "vision_feature_layer"),
     ],
 )
-def test_a_config_that_makes_no_sense_is_refused_by_the_value(tmp_path, key, value, named):
+def test_a_config_that_makes_no_sense_is_rejected_by_the_value(tmp_path, key, value, named):
     folder = configure(copy_model(tmp_path / "model"), {key: value})
-    assert named in plan_refusal(tmp_path, folder)
+    assert named in plan_error(tmp_path, folder)
 
 
-def test_where_no_size_fits_a_target_it_is_said_to_be_left_out(tmp_path):
+def test_where_no_size_fits_a_target_its_removal_is_suggested(tmp_path):
     config = copy.deepcopy(LLAVA_7B)
     config["text_config"] = config["text_config"] | {"num_key_value_heads": 1, "head_dim": 32}
     model = hollow_model(tmp_path / "model", config)
-    said = plan_refusal(tmp_path, model, "quantize.format=int4_awq")
-    assert said.endswith("or a tile of TensorRT-LLM; these work: none; leave trtllm out of "
+    said = plan_error(tmp_path, model, "quantize.format=int4_awq")
+    assert said.endswith("or a tile of TensorRT-LLM; supported: none; remove trtllm from "
                          "export.targets")  # fmt: skip
 
 
 def test_an_unknown_family_lists_the_known_ones(tmp_path):
-    said = plan_refusal(tmp_path, TINY, "family=llama")
-    assert said.startswith("unknown family 'llama'; known: auto, llava")
+    said = plan_error(tmp_path, TINY, "family=llama")
+    assert said.startswith("family 'llama' is not supported; supported: auto, llava")
 
 
 def test_plan_prints_every_format_and_reads_no_weights(tmp_path, monkeypatch, capsys):
@@ -270,18 +271,18 @@ def test_plan_prints_every_format_and_reads_no_weights(tmp_path, monkeypatch, ca
     head = 8 + int.from_bytes(path.read_bytes()[:8], "little")
     path.write_bytes(path.read_bytes()[:head].ljust(path.stat().st_size, b"\xff"))  # all NaN
     monkeypatch.setattr(
-        source.SourceReader, "slices", lambda self, name: pytest.fail(f"read {name}")
+        source.SourceReader, "get_slice", lambda self, name: pytest.fail(f"read {name}")
     )
     every = f"quantize.format=[{','.join(FORMATS)}]"
     words = [f"model={folder}", f"workdir={tmp_path / 'work'}", every]
-    words.append(f"export.targets=[{','.join(TARGETS)}]")
+    words += [f"export.targets=[{','.join(TARGETS)}]", "export.tensor=2"]
     text = forecast.describe_plan(plan.make_plan(load_recipe("quickstart", words)))
     lines = dict(line.split(maxsplit=1) for line in text.splitlines())
     assert "4.5 M parameters, 9.1 MB, bfloat16" in lines["model"]
     assert lines["decoder"].startswith("4 layers, hidden 256, 8 heads, 4 KV heads, MLP 768")
     assert set(lines) >= set(FORMATS)
     for name, row in FORMATS.items():
-        assert lines[name].startswith(f"-> {', '.join(row.targets)}: about ")
+        assert lines[name].startswith(f"-> {', '.join(supported_targets(row))}: about ")
         served = lines[name].endswith("TensorRT-LLM ranks: TP 2 x PP 1")
-        assert served == ("trtllm" in row.targets)
+        assert served == ("trtllm" in supported_targets(row))
     assert not (tmp_path / "work").exists()

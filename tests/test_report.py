@@ -1,4 +1,4 @@
-"""The report: a table that lines up, a page that escapes, plots that exist, gaps that are named."""
+"""Report: table alignment, HTML escaping, plots, and facts that are missing."""
 
 import re
 from html.parser import HTMLParser
@@ -26,7 +26,7 @@ def make_format(name, *, sees=True, passed=True, error=0.01):
     return {
         "name": name, "about": "weights & <codes>", "targets": ["trtllm", "hf"], "bytes": 54_321,
         "accuracy": make_score(77.0), "swapped": make_score(40.0), "sees": sees,
-        "verdict": "sees: a lot" if sees else "no longer looks: not a lot",
+        "verdict": "sees: large gap" if sees else "ignores images: small gap",
         "comparison": {
             "total": 50, "lost": 3, "gained": 1, "difference": -4.0, "interval": [-9.0, 1.0],
             "p_value": 0.62, "gate": {"limit": 0.5, "passed": False},
@@ -63,7 +63,7 @@ def make_facts(*formats):
 
 
 class Reader(HTMLParser):
-    """Checks that tags close in order; keeps the text and the images."""
+    """HTML parser that checks the nesting of tags and collects text and images."""
 
     def __init__(self):
         super().__init__()
@@ -95,15 +95,15 @@ def read(path):
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     formats = (make_format("fp8"), make_format("int4_awq", sees=False, error=0.1))
-    formats[0]["layers"][0]["error"] = 0.0  # left in 16 bit: nothing to draw, nothing broken
+    formats[0]["layers"][0]["error"] = 0.0  # kept in 16 bit: not plotted and not reported as broken
     return page.write_report(folder, make_facts(*formats))
 
 
-def test_table_lines_up_within_100_columns():
+def test_table_is_aligned_within_100_columns():
     rows = [
         {
-            "format": "int8_smoothquant", "gqa": 100.0, "change": -100.0, "p_value": 1e-30,
-            "interval": (-100.0, -100.0), "sight": "no longer looks", "ratio": 99.94,
+            "format": max(FORMATS, key=len), "gqa": 100.0, "change": -100.0, "p_value": 1e-30,
+            "interval": (-100.0, -100.0), "sight": "ignores images", "ratio": 99.94,
             "verify": False,
         },
         {"format": "fp8"},
@@ -115,8 +115,8 @@ def test_table_lines_up_within_100_columns():
     assert len(bounds) == len(table.HEADER)
     worst = [lines[2][start:end].strip() for start, end in bounds]
     assert worst == [
-        "int8_smoothquant", "100.00 %", "-100.00", "-100.00 to -100.00", "<0.001",
-        "no longer looks", "99.94x", "FAILED",
+        max(FORMATS, key=len), "100.00 %", "-100.00", "-100.00 to -100.00", "<0.001",
+        "ignores images", "99.94x", "FAILED",
     ]  # fmt: skip
     assert [lines[3][start:end].strip() for start, end in bounds] == ["fp8"] + ["not run"] * 7
     assert lines[4].split() == ["16", "bit", "not", "run"]
@@ -138,12 +138,12 @@ def test_sizes_are_decimal(size, text):
     assert table.size_text(size) == text
 
 
-def test_page_holds_the_facts_and_escapes_them(report):
+def test_page_shows_the_facts_escaped(report):
     found = read(report)
     for text in (
         "<script>alert(1)</script>", 'folder/"x" & y', "weights & <codes>", "12 found <of> 12",
         "quantize.group_size", "fp8", "77.00 %", "-4.00", "kl 0.001235", "6,912", "75.0 %", "llava",
-        "a0, a1, a2, a3, ...", "9 sample ids over 2 data-parallel ranks, 1 seen twice.",
+        "a0, a1, a2, a3, ...", "9 sample ids on 2 data-parallel ranks, 1 duplicated.",
     ):  # fmt: skip
         assert text in found.text
     assert "not run" not in found.text
@@ -159,32 +159,32 @@ def test_page_is_self_contained(report):
             assert image.width > 600 and len(image.convert("RGB").getcolors(1 << 20)) > 10
 
 
-def test_page_puts_problems_first(report):
+def test_page_shows_problems_first(report):
     text = read(report).text
-    assert "int4_awq: no longer looks: not a lot." in text
-    assert "fp8: loses 4.00 points, its gate allows 0.5." in text
-    assert text.index("no longer looks: not a lot") < text.index("95 % interval")
+    assert "int4_awq: ignores images: small gap." in text
+    assert "fp8: GQA accuracy drops by 4.00 points, the gate allows 0.5." in text
+    assert text.index("ignores images: small gap") < text.index("95 % interval")
 
 
-def test_broken_errors_and_failed_proofs_are_problems(tmp_path):
+def test_nan_errors_and_failed_verification_are_problems(tmp_path):
     broken = make_format("fp8", passed=False, error=float("nan"))
     text = read(page.write_report(tmp_path, {"title": "x", "formats": [broken]})).text
     assert "fp8: verification FAILED; do not use this checkpoint." in text
-    assert "fp8: the output error of 12 linears is not a number." in text
+    assert "fp8: the output error of 12 linears is NaN or infinite." in text
     assert not (tmp_path / "layers.png").exists()
 
 
-def test_what_was_not_run_is_said_and_old_plots_go(tmp_path):
+def test_missing_facts_are_shown_as_not_run_and_old_plots_are_removed(tmp_path):
     (tmp_path / "accuracy.png").write_bytes(b"old")
     path = page.write_report(tmp_path, {"title": "x", "formats": [{"name": "fp8"}]})
     found = read(path)
     assert not found.images and [entry.name for entry in tmp_path.iterdir()] == ["index.html"]
     for text in ("GQA: not run", "fp8: not run", "Calibration: not run", "Export: not run"):
         assert text in found.text
-    assert "No problem was found, but not all was run: fp8." in found.text
+    assert "No problems found, but not all checks were run: fp8." in found.text
 
 
-def test_page_holds_the_error_of_every_linear(report):
+def test_page_shows_the_error_of_every_linear(report):
     found = read(report)
     assert "details" in found.tags
     for layer in range(3):  # of int4_awq
@@ -192,10 +192,10 @@ def test_page_holds_the_error_of_every_linear(report):
         assert line in found.text
     assert "fp8: 12 linears" in found.text and "int4_awq: 12 linears" in found.text
     worst = found.text.index("The 3 linears with the largest error")
-    assert worst < found.text.index("Every linear")
+    assert worst < found.text.index("All linears")
 
 
-def test_all_layers_are_there_once_whatever_their_number(tmp_path):
+def test_every_layer_is_shown_once_for_an_odd_number_of_layers(tmp_path):
     layers = [
         {"layer": layer, "linear": linear, "error": layer + 0.5, "alpha": None}
         for layer in range(33)
@@ -203,14 +203,14 @@ def test_all_layers_are_there_once_whatever_their_number(tmp_path):
     ]
     item = make_format("fp8") | {"layers": layers[:-1]}  # the last linear has no error
     page.write_report(tmp_path, make_facts(item))
-    text = read(tmp_path / "index.html").text.split("Every linear")[1].split("Verification")[0]
+    text = read(tmp_path / "index.html").text.split("All linears")[1].split("Verification")[0]
     shown = re.findall(r"^(\d+\.\d{4})$", text, flags=re.MULTILINE)
     assert sorted(map(float, shown)) == sorted(entry["error"] for entry in layers[:-1])
     assert "32\n" + "32.5000\n" * 3 + "none" in text
 
 
-def test_modalities_are_compared_where_both_were_seen(report, tmp_path):
-    text = read(report).text.split("What the modality balance buys")[1].split("Medians")[0]
+def test_modalities_are_compared_if_both_were_observed(report, tmp_path):
+    text = read(report).text.split("Error by modality")[1].split("Medians")[0]
     assert text.split() == [
         "format", "linears", "image", "share", "error,", "text", "tokens", "error,", "image",
         "tokens", "fp8", "12", "0.25", "0.0300", "0.0050", "int4_awq", "12", "0.25", "0.3000",
@@ -220,18 +220,18 @@ def test_modalities_are_compared_where_both_were_seen(report, tmp_path):
     for entry in item["layers"]:
         entry["error_image"] = None
     text = read(page.write_report(tmp_path, make_facts(item))).text
-    assert "modality balance" not in text
+    assert "Error by modality" not in text
 
 
 @pytest.mark.parametrize("cache", ["none", "fp8"])
-def test_a_kv_cache_is_named(tmp_path, cache):
+def test_the_kv_cache_format_is_shown(tmp_path, cache):
     facts = make_facts(make_format("fp8")) | {"kv_cache": cache}
     text = read(page.write_report(tmp_path, facts)).text
-    assert ("KV cache: fp8, in every format." in text) == (cache == "fp8")
+    assert ("KV cache: fp8, in all formats." in text) == (cache == "fp8")
 
 
 @pytest.mark.parametrize("images", [0, 6912])
-def test_calibration_on_text_alone_is_said(tmp_path, images):
+def test_calibration_on_text_only_is_flagged(tmp_path, images):
     facts = make_facts(make_format("fp8"))
     facts["calibration"]["tokens"] = {"text": 300, "image": images}
     text = read(page.write_report(tmp_path, facts)).text
@@ -239,7 +239,7 @@ def test_calibration_on_text_alone_is_said(tmp_path, images):
     assert ("No image tokens: calibrated on text only." in text) == (images == 0)
 
 
-def test_many_formats_are_told_apart_in_the_plot(tmp_path):
+def test_many_formats_have_distinct_styles_in_the_plot(tmp_path):
     from matplotlib.axes import Axes
 
     names = list(FORMATS)

@@ -1,8 +1,9 @@
-"""An observe that was stopped goes on, on other ranks, and ends with an unbroken one's bytes."""
+"""An interrupted observe resumes on other ranks and writes the bytes of an uninterrupted run."""
 
 import contextlib
 import signal
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
@@ -10,132 +11,160 @@ import models
 import pytest
 from safetensors import safe_open
 
-from nemo_vlm_ptq.calibrate.observe import loop as observing
+from nemo_vlm_ptq.calibrate.observe import loop
 from nemo_vlm_ptq.calibrate.observe.loop import ObserveOptions, ObserveSetup
 from nemo_vlm_ptq.calibrate.observe.progress import read_progress
 from nemo_vlm_ptq.calibrate.statistics import layer_file
-from nemo_vlm_ptq.distributed.layout import strip_entries
+from nemo_vlm_ptq.distributed.moment_strips import strip_numel
 from nemo_vlm_ptq.megatron.forward import collate
 from nemo_vlm_ptq.workdir import store
 
 LAYERS, SAMPLES = 4, 12
 SETTINGS = {"data": "random"}
-LAYER = 2 * 8 * sum(strip_entries(width, 0, 1) for width in (256, 256, 256, 512))
-# (name, [(layout, what stops it or None, layers in memory or None)]); it stops after so many
-# forwards of a rank, or (rank, forwards): by a signal that this rank gets in the last of them
-STORIES = {
-    "data-then-pipeline": [((1, 1, 2), 3, None), ((1, 2, 1), None, None)],
-    "pipeline-then-data": [((1, 2, 1), 5, None), ((1, 1, 2), None, None)],
-    "twice": [((1, 1, 2), 3, None), ((1, 2, 1), 3, None), ((1, 1, 2), None, None)],
-    "second-pass": [((1, 1, 2), 8, 2), ((1, 2, 1), None, None)],
-    "tensor": [((2, 1, 1), 5, None), ((2, 1, 1), None, None)],
-    "tensor-then-data": [((2, 1, 1), 5, None), ((1, 1, 2), None, None)],
-    "pipeline-then-tensor": [((1, 2, 1), 5, None), ((2, 1, 1), None, None)],
-    "signal-data": [((1, 1, 2), (1, 4), None), ((1, 2, 1), None, None)],
-    "signal-pipeline": [((1, 2, 1), (0, 3), None), ((1, 1, 2), None, None)],
-    "signal-tensor": [((2, 1, 1), (1, 4), None), ((1, 1, 2), None, None)],
+LAYER_BYTES = 2 * 8 * sum(strip_numel(width, 0, 1) for width in (256, 256, 256, 512))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of observe.
+
+    layout: (tensor, pipeline, data) sizes.
+    fail_after: forward passes of each rank before it raises an error; None: it does not.
+    signal_at: (rank, forward pass) that receives a stop signal; None: no rank does.
+    max_layers: layers whose second moments fit in memory; None: all.
+    """
+
+    layout: tuple[int, int, int]
+    fail_after: int | None = None
+    signal_at: tuple[int, int] | None = None
+    max_layers: int | None = None
+
+
+SCENARIOS = {
+    "data-then-pipeline": [Run((1, 1, 2), fail_after=3), Run((1, 2, 1))],
+    "pipeline-then-data": [Run((1, 2, 1), fail_after=5), Run((1, 1, 2))],
+    "twice": [Run((1, 1, 2), fail_after=3), Run((1, 2, 1), fail_after=3), Run((1, 1, 2))],
+    "second-pass": [Run((1, 1, 2), fail_after=8, max_layers=2), Run((1, 2, 1))],
+    "tensor": [Run((2, 1, 1), fail_after=5), Run((2, 1, 1))],
+    "tensor-then-data": [Run((2, 1, 1), fail_after=5), Run((1, 1, 2))],
+    "pipeline-then-tensor": [Run((1, 2, 1), fail_after=5), Run((2, 1, 1))],
+    "signal-data": [Run((1, 1, 2), signal_at=(1, 4)), Run((1, 2, 1))],
+    "signal-pipeline": [Run((1, 2, 1), signal_at=(0, 3)), Run((1, 1, 2))],
+    "signal-tensor": [Run((2, 1, 1), signal_at=(1, 4)), Run((1, 1, 2))],
 }
 
 
-class StoppedError(Exception):
-    """What a test does to a rank."""
+class InjectedError(Exception):
+    """Error that a test raises in a rank."""
 
 
-def observed(own, model_folder, folder, stop, room):
-    """Observe until a rank is stopped as a story says, saving after every two micro-batches."""
+def observe_until(parallel, model_folder, folder, run):
+    """Observe until the run ends or is interrupted; return the forward passes of this rank.
+
+    Statistics are saved after every two micro-batches.
+    """
     from rank_parity import import_llava
 
-    model, vision = import_llava(own, model_folder, to_observe=True)
+    model, vision = import_llava(parallel, model_folder, for_calibration=True)
     samples = models.to_samples(models.random_questions([40] * SAMPLES, range(0, 12, 3), seed=5))
-    ran = []
+    forward_passes = 0
 
-    def count(samples):
-        if len(ran) == stop:
-            raise StoppedError
-        ran.append(1)
-        if (own.rank, len(ran)) == stop:
+    def counting_collate(samples):
+        nonlocal forward_passes
+        if forward_passes == run.fail_after:
+            raise InjectedError
+        forward_passes += 1
+        if (parallel.rank, forward_passes) == run.signal_at:
             signal.raise_signal(signal.SIGUSR1)
         return collate(samples)
 
-    memory = None if room is None else room * LAYER + 1
-    work, chunks = ObserveSetup(model, vision, own, models.ready), [[sample] for sample in samples]
-    broken_off = contextlib.suppress(StoppedError, SystemExit)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # which ends a rank once it has saved
-    with mock.patch.object(observing, "collate", count), broken_off:
-        observing.observe(
-            work, chunks, folder, ObserveOptions(True, memory, save_every=2), SETTINGS
-        )
-    return len(ran)
+    options = ObserveOptions(
+        second_moments=True,
+        max_memory=None if run.max_layers is None else run.max_layers * LAYER_BYTES + 1,
+        save_every=2,
+    )
+    setup = ObserveSetup(model, vision, parallel, models.identity_preprocess)
+    interrupted = contextlib.suppress(InjectedError, SystemExit)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it is raised again after the save
+    with mock.patch.object(loop, "collate", counting_collate), interrupted:
+        loop.observe(setup, [[sample] for sample in samples], folder, options, SETTINGS)
+    return forward_passes
 
 
 def main():
-    """Ranks: MODEL FOLDER STORY ..."""
+    """Run scenarios on the launched ranks; arguments: MODEL FOLDER SCENARIO ..."""
     model, folder, names = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
-    acts = [(name, act) for name in names for act in STORIES[name]]
-    for (name, act), own in zip(acts, models.each_layout([act[0] for _, act in acts]), strict=True):
-        if own.rank == 0:
+    runs = [(name, run) for name in names for run in SCENARIOS[name]]
+    contexts = models.parallel_contexts([run.layout for _, run in runs])
+    for (name, run), parallel in zip(runs, contexts, strict=True):
+        if parallel.rank == 0:
             (folder / name).mkdir(exist_ok=True)
-        own.barrier()
-        ran = own.gather(observed(own, model, folder / name, *act[1:]))
-        if own.rank == 0:
-            with (folder / f"{name}.ran").open("a") as file:
-                file.write(f"{ran}\n")
+        parallel.barrier()
+        counts = parallel.all_gather(observe_until(parallel, model, folder / name, run))
+        if parallel.rank == 0:
+            with (folder / f"{name}.counts").open("a") as file:
+                file.write(f"{counts}\n")
 
 
 @pytest.fixture(scope="module")
-def whole(tiny, tmp_path_factory):
-    """Statistics of an unbroken run on one rank."""
-    folder = tmp_path_factory.mktemp("whole")
-    with models.alone() as own:
-        observed(own, tiny.float32, folder, None, None)
-    return digests(folder)
+def uninterrupted(tiny, tmp_path_factory):
+    """Hashes of the statistics of an uninterrupted run on one rank."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    with models.single_rank() as parallel:
+        observe_until(parallel, tiny.float32, folder, Run((1, 1, 1)))
+    return hash_layers(folder)
 
 
 @pytest.fixture(scope="module")
-def stories(tiny, tmp_path_factory):
-    """Folder of every story; two ranks, few launches (each has ports for six sessions)."""
-    folder = tmp_path_factory.mktemp("stories")
-    names = list(STORIES)
+def scenarios(tiny, tmp_path_factory):
+    """Folder with a folder per scenario; each launch has ports for six parallel contexts."""
+    folder = tmp_path_factory.mktemp("scenarios")
+    names = list(SCENARIOS)
     for part in (names[:2], names[2:4], names[4:7], names[7:]):
-        words = [*models.main_of("test_resume"), tiny.float32, folder, *part]
-        code, _, err = models.launch(words, 2)
+        arguments = [*models.main_command("test_resume"), tiny.float32, folder, *part]
+        code, _, err = models.launch_ranks(arguments, 2)
         assert code == 0, err[-3000:]
     return folder
 
 
-def digests(folder):
+def hash_layers(folder):
     return {name: store.hash_file(folder / name) for name in map(layer_file, range(LAYERS))}
 
 
-@pytest.mark.parametrize("name", STORIES)
-def test_a_stopped_run_ends_with_the_bytes_of_an_unbroken_one_on_one_rank(stories, whole, name):
-    assert digests(stories / name) == whole
+def read_counts(scenarios, name):
+    """Return the lines of forward passes per rank of the first two runs."""
+    return (scenarios / f"{name}.counts").read_text().split("\n")[:2]
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_a_resumed_run_writes_the_bytes_of_an_uninterrupted_run(scenarios, uninterrupted, name):
+    assert hash_layers(scenarios / name) == uninterrupted
 
 
 @pytest.mark.parametrize(
-    ("name", "ran"),
+    ("name", "counts"),
     [
-        ("signal-data", ["[6, 5]", "[1, 1]"]),  # the other rank comes to its end first
-        ("signal-pipeline", ["[5, 5]", "[4, 3]"]),  # two more are under way
+        ("signal-data", ["[6, 5]", "[1, 1]"]),  # the other replica runs out of data first
+        ("signal-pipeline", ["[5, 5]", "[4, 3]"]),  # two more micro-batches are in flight
         ("signal-tensor", ["[5, 5]", "[4, 3]"]),
     ],
 )
-def test_a_rank_with_a_signal_stops_all_and_no_micro_batch_is_lost(stories, name, ran):
-    assert (stories / f"{name}.ran").read_text().split("\n")[:2] == ran
+def test_a_signal_to_one_rank_stops_all_ranks_without_losing_a_micro_batch(scenarios, name, counts):
+    assert read_counts(scenarios, name) == counts
 
 
-def test_what_was_saved_is_not_run_again(stories):
-    first, second = (stories / "data-then-pipeline.ran").read_text().split("\n")[:2]
-    assert first == "[3, 3]"  # saved after two of each
-    assert second == "[8, 8]"  # 12 samples less the four saved
+def test_saved_samples_are_not_run_again(scenarios):
+    first, second = read_counts(scenarios, "data-then-pipeline")
+    assert first == "[3, 3]"  # saved after two of each rank
+    assert second == "[8, 8]"  # 12 samples minus the four saved
 
 
-def test_nothing_is_left_of_the_saves(stories):
-    for name in STORIES:
-        assert not list((stories / name).glob("save-*"))
+def test_no_save_folder_remains_after_the_run(scenarios):
+    for name in SCENARIOS:
+        assert not list((scenarios / name).glob("save-*"))
 
 
-def test_progress_of_other_settings_is_thrown_away(tmp_path):
+def test_progress_with_other_settings_is_discarded(tmp_path):
     folder = tmp_path / "statistics"
     folder.mkdir()
     (folder / "old").touch()
@@ -148,11 +177,11 @@ def test_progress_of_other_settings_is_thrown_away(tmp_path):
     assert not list(folder.iterdir())
 
 
-def test_saved_layers_say_which_samples_they_contain(tiny, tmp_path):
-    with models.alone() as own:
-        observed(own, tiny.float32, tmp_path, 7, None)
+def test_progress_records_the_samples_of_each_layer(tiny, tmp_path):
+    with models.single_rank() as parallel:
+        observe_until(parallel, tiny.float32, tmp_path, Run((1, 1, 1), fail_after=7))
     progress = read_progress(tmp_path, SETTINGS)
-    assert {layer: sorted(progress.ids(layer)) for layer in range(LAYERS)} == {
+    assert {layer: sorted(progress.sample_ids(layer)) for layer in range(LAYERS)} == {
         layer: sorted(f"q{index}" for index in range(6)) for layer in range(LAYERS)
     }
     with safe_open(tmp_path / progress.saved[3].folder / layer_file(3), framework="pt") as file:

@@ -1,58 +1,78 @@
-"""Samples of a micro-batch, prepared by several threads."""
+"""Preprocessing of calibration micro-batches by several threads."""
 
 import json
 import shutil
+from importlib import import_module
 
 import pytest
 import torch
 from bad_models import TINY
 
-from nemo_vlm_ptq.families.shared import load_tokenizer
+from nemo_vlm_ptq.families.folder_files import load_tokenizer
 from nemo_vlm_ptq.planning.plan import make_plan
 from nemo_vlm_ptq.recipe import load_recipe
-from nemo_vlm_ptq.stages import observe as observing
 
-CUT = {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
-FILLED = {"strategy": {"Fixed": 99}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 0,
-          "pad_type_id": 0, "pad_token": "<unk>"}  # fmt: skip
+# `nemo_vlm_ptq.stages` exports a function of the same name, which hides the module.
+observe = import_module("nemo_vlm_ptq.stages.observe")
+
+TRUNCATION = {
+    "direction": "Right",
+    "max_length": 16,
+    "strategy": "LongestFirst",
+    "stride": 0,
+}
+PADDING = {
+    "strategy": {"Fixed": 99},
+    "direction": "Left",
+    "pad_to_multiple_of": None,
+    "pad_id": 0,
+    "pad_type_id": 0,
+    "pad_token": "<unk>",
+}
 
 
-def prepared(monkeypatch, folder, cores, looks=True):
-    """Chunks of a model, and their samples made by so many threads on a rank that looks or not."""
-    words = [f"model={folder}", "calibration.samples=64", "calibration.micro_batch=32"]
-    plan = make_plan(load_recipe("quickstart", words))
-    monkeypatch.setattr(observing, "own_cores", lambda: cores)
-    chunks, prepare = observing.calibration_micro_batches(plan)
-    return chunks, [sample for chunk in chunks for sample in prepare(chunk, looks)]
+def preprocess_all(monkeypatch, folder, cores, encodes_images=True):
+    """Return a model's micro-batches and their samples, made on a rank with `cores` cores."""
+    overrides = [f"model={folder}", "calibration.samples=64", "calibration.micro_batch=32"]
+    plan = make_plan(load_recipe("quickstart", overrides))
+    monkeypatch.setattr(observe, "cores_per_rank", lambda: cores)
+    micro_batches, preprocess = observe.calibration_micro_batches(plan)
+    samples = [
+        sample
+        for micro_batch in micro_batches
+        for sample in preprocess(micro_batch, encodes_images)
+    ]
+    return micro_batches, samples
 
 
 @pytest.mark.parametrize("name", ["tiny-llava", "tiny-phi", "tiny-vila"])
-def test_threads_prepare_the_samples_of_one_in_their_order(monkeypatch, name):
-    _, alone = prepared(monkeypatch, TINY.parent / name, 1)
-    chunks, together = prepared(monkeypatch, TINY.parent / name, 64)
-    assert [sample.id for sample in together] == [item.id for chunk in chunks for item in chunk]
-    for one, many in zip(alone, together, strict=True):
-        assert torch.equal(one.input_ids, many.input_ids)
-        assert torch.equal(one.pixels.pixel_values, many.pixels.pixel_values)
-
-
-@pytest.mark.parametrize("name", ["tiny-llava", "tiny-phi", "tiny-vila"])
-def test_a_rank_that_does_not_look_has_the_same_tokens(monkeypatch, name):
-    _, seen = prepared(monkeypatch, TINY.parent / name, 1)
-    _, blind = prepared(monkeypatch, TINY.parent / name, 1, looks=False)
-    for one, other in zip(seen, blind, strict=True):
+def test_several_threads_return_the_samples_of_one_thread_in_order(monkeypatch, name):
+    _, expected = preprocess_all(monkeypatch, TINY.parent / name, 1)
+    micro_batches, found = preprocess_all(monkeypatch, TINY.parent / name, 64)
+    ids = [question.id for micro_batch in micro_batches for question in micro_batch]
+    assert [sample.id for sample in found] == ids
+    for one, other in zip(expected, found, strict=True):
         assert torch.equal(one.input_ids, other.input_ids)
-        assert torch.equal(one.is_image, other.is_image)
-        assert (other.pixels is observing.PLACEHOLDER_IMAGE) is (
-            name != "tiny-phi"
-        )  # whose images differ
+        assert torch.equal(one.images.pixel_values, other.images.pixel_values)
 
 
-def test_what_a_tokenizers_file_says_of_cutting_and_filling_is_off_before_threads_ask(tmp_path):
-    """transformers switches it off when it is first asked, which fails while others ask."""
+@pytest.mark.parametrize("name", ["tiny-llava", "tiny-phi", "tiny-vila"])
+def test_a_rank_that_does_not_encode_images_has_the_same_tokens(monkeypatch, name):
+    _, encoding = preprocess_all(monkeypatch, TINY.parent / name, 1)
+    _, other = preprocess_all(monkeypatch, TINY.parent / name, 1, encodes_images=False)
+    for expected, found in zip(encoding, other, strict=True):
+        assert torch.equal(expected.input_ids, found.input_ids)
+        assert torch.equal(expected.is_image, found.is_image)
+        # tiny-phi needs the image, as its size determines the number of tokens.
+        is_empty = found.images is observe.EMPTY_IMAGE
+        assert is_empty is (name != "tiny-phi")
+
+
+def test_truncation_and_padding_of_a_tokenizer_file_are_disabled_when_it_is_loaded(tmp_path):
+    """transformers disables them in the first call, which fails during calls of other threads."""
     folder = shutil.copytree(TINY, tmp_path / "model")
-    file = folder / "tokenizer.json"
-    settings = json.loads(file.read_text())
-    file.write_text(json.dumps(settings | {"truncation": CUT, "padding": FILLED}))
+    path = folder / "tokenizer.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"truncation": TRUNCATION, "padding": PADDING}))
     tokenizer = load_tokenizer(folder).backend_tokenizer
     assert tokenizer.truncation is None and tokenizer.padding is None

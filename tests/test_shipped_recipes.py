@@ -1,55 +1,61 @@
-"""Recipes of published models: each one plans, and is what its script writes."""
+"""Recipes in configs/: one per published model; the format is an override."""
 
-import make_recipes
 import pytest
 import yaml
 from bad_models import ROOT
-from test_full_size import hollow_folder
+from test_full_size import write_sparse_model
 
-from nemo_vlm_ptq.data.questions import calibration_questions
 from nemo_vlm_ptq.formats import FORMATS
 from nemo_vlm_ptq.planning.forecast import describe_plan
 from nemo_vlm_ptq.planning.plan import make_plan
 from nemo_vlm_ptq.recipe import load_recipe, shipped_recipes
+from nemo_vlm_ptq.targets.registry import supported_targets
 
-WRITTEN = make_recipes.recipes()
-NAMES = [(model, fmt) for model in make_recipes.MODELS for fmt in FORMATS]
+MODELS = [name for name in shipped_recipes() if not name.startswith("quickstart")]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Hub id -> a folder like the published one, whose weights take no disk."""
+    """Hub id -> a folder like the published one, whose weights take no disk space."""
     home = tmp_path_factory.mktemp("published")
-    ids = [model for _, model in make_recipes.MODELS.values()]
-    return {model: hollow_folder(home, model.split("/")[1]) for model in ids}
+    ids = [load_recipe(name).model for name in MODELS]
+    return {model: write_sparse_model(home, model.split("/")[1]) for model in ids}
 
 
-def test_the_files_are_what_the_script_writes():
-    for name, text in WRITTEN.items():
-        assert (ROOT / "configs" / name).read_text() == text, "run python tests/make_recipes.py"
+def test_configs_holds_one_recipe_per_model():
+    ids = [load_recipe(name).model for name in MODELS]
+    assert len(set(ids)) == len(ids) == 6 and len(shipped_recipes()) <= 20
 
 
-def test_no_file_of_a_model_or_format_is_left_that_the_script_no_longer_writes():
-    own = {name for name in shipped_recipes() if name.startswith(tuple(make_recipes.MODELS))}
-    assert own - {name.removesuffix(".yaml") for name in WRITTEN} == {"llava15_7b"}
-
-
-@pytest.mark.parametrize(("model", "fmt"), NAMES)
-def test_a_recipe_loads_by_name_and_plans_for_a_model_of_its_size(folders, model, fmt):
-    name = f"{model}_{fmt}"
-    recipe = load_recipe(name)
-    assert (recipe.quantize.format, recipe.workdir) == ((fmt,), f"work/{name}")
-    folder = folders[recipe.model]
-    plan = make_plan(load_recipe(name, [f"model={folder}", "parallel.tensor=1"]))
-    assert len(calibration_questions(recipe.calibration).items) == recipe.calibration.samples
-    (row,) = plan.formats
-    assert plan.targets(row) == list(plan.recipe.export.targets) != []
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_recipe_plans_in_every_format_for_a_model_of_its_size(folders, name, fmt):
+    (target, *_) = supported_targets(FORMATS[fmt])
+    model = f"model={folders[load_recipe(name).model]}"
+    words = [model, "parallel.tensor=1", f"quantize.format={fmt}", f"export.targets=[{target}]"]
+    plan = make_plan(load_recipe(name, words))
+    assert [row.name for row in plan.formats] == [fmt]
+    assert plan.targets(FORMATS[fmt]) == [target]
     assert fmt in describe_plan(plan)
 
 
-@pytest.mark.parametrize("name", WRITTEN)
-def test_a_recipe_is_short_and_says_itself_what_one_may_want_to_change(name):
-    lines = WRITTEN[name].splitlines()
+@pytest.mark.parametrize("name", MODELS)
+def test_a_former_name_is_resolved_with_one_line(capsys, monkeypatch, name):
+    monkeypatch.delenv("RANK", raising=False)
+    for fmt in ("int4_awq", "fp8_pc_pt"):
+        found = load_recipe(f"{name}_{fmt}")
+        expected = load_recipe(name, [f"quantize.format={fmt}", f"workdir=work/{name}_{fmt}"])
+        assert found == expected
+        line = f"recipe {name}_{fmt} is deprecated: use {name} quantize.format={fmt}"
+        assert capsys.readouterr() == ("", f"nemo-vlm-ptq: {line}\n")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_recipe_is_short_and_calibrates_and_scores_on_real_data(name):
+    text = shipped_recipes()[name].read_text()
+    lines = text.splitlines()
     assert len(lines) <= 12 and max(map(len, lines)) <= 120
-    said = yaml.safe_load(WRITTEN[name])
-    assert set(said) == {"model", "workdir", "quantize", "calibration", "export", "evaluate"}
+    keys = yaml.safe_load(text)
+    assert set(keys) == {"model", "workdir", "quantize", "calibration", "export", "evaluate"}
+    assert "scenes" not in (keys["calibration"]["data"], keys["evaluate"]["data"])
+    assert (ROOT / "configs" / f"{name}.yaml") == shipped_recipes()[name]

@@ -1,4 +1,4 @@
-"""slurm/: the chain on a Slurm of two nodes, its jobs stopped and failing, and what is refused."""
+"""slurm/: the job chain on two nodes, preemption, failures, and input rejected by submit.sh."""
 
 import json
 import os
@@ -10,14 +10,19 @@ from pathlib import Path
 import PIL.Image
 import pytest
 import scripts
-import slurms
 from bad_models import PREFIX, ROOT, askable, write_recipe
-from slurms import asked, facts, until, until_all_is_over
-from test_full_size import hollow_folder
-from test_ranks_of_others import hashes
+from slurm_cluster import (
+    job_fields,
+    running_cluster,
+    slurm_output,
+    wait_until,
+    wait_until_queue_is_empty,
+)
+from test_external_launchers import hashes
+from test_full_size import write_sparse_model
 
 FORMATS = ("fp8", "int4_awq")
-WORDS = ("recipe.yaml", "workdir=work")
+ARGS = ("recipe.yaml", "workdir=work")
 SITE = {"PARTITION": "test", "NODES": "2", "GPUS_PER_NODE": "0", "GPU_TYPE": "", "IMAGE": "",
         "MOUNTS": "", "ACCOUNT": "", "OPTIONS": "()",
         **{f"TIME_{job}": "0:10:00" for job in ("OBSERVE", "SOLVE", "BUILD", "EVALUATE",
@@ -26,10 +31,10 @@ SITE = {"PARTITION": "test", "NODES": "2", "GPUS_PER_NODE": "0", "GPU_TYPE": "",
 
 @pytest.fixture(scope="module")
 def slurm():
-    """A Slurm of two nodes."""
-    with slurms.started() as why:
-        if why:
-            pytest.skip(why)
+    """A running two-node Slurm cluster."""
+    with running_cluster() as reason:
+        if reason:
+            pytest.skip(reason)
         yield
 
 
@@ -38,127 +43,147 @@ def venv(tmp_path_factory):
     return scripts.make_venv(tmp_path_factory.mktemp("venv"))
 
 
-def submit(venv, folder, *words, env=(), **site):
-    """slurm/submit.sh in a folder, with facts of a site; what it did."""
+def submit(venv, folder, *args, env=(), **site):
+    """Run slurm/submit.sh in a folder with settings of a site and return the process."""
     lines = [f"{key}={value}\n" for key, value in (SITE | site).items()]
     (folder / "site.env").write_text("".join(lines))
-    own = {"NEMO_VLM_PTQ_SITE": str(folder / "site.env"), "NEMO_VLM_PTQ_VENV": str(venv),
-           "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}  # fmt: skip
+    variables = {"NEMO_VLM_PTQ_SITE": str(folder / "site.env"), "NEMO_VLM_PTQ_VENV": str(venv),
+                 "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}  # fmt: skip
     return subprocess.run(
-        [ROOT / "slurm" / "submit.sh", *words],
+        [ROOT / "slurm" / "submit.sh", *args],
         cwd=folder,
-        env=os.environ | own | dict(env),
+        env=os.environ | variables | dict(env),
         capture_output=True,
         text=True,
         timeout=120,
     )
 
 
-def queued(done):
-    """Name of a job -> its number, of what submit.sh printed."""
+def queued_jobs(done):
+    """Return job name -> job id from the output of submit.sh."""
     assert done.returncode == 0, done.stderr
     return {name: number for number, name in map(str.split, done.stdout.splitlines())}
 
 
 def status(venv, folder):
-    """What the command says of the workdir."""
+    """Return the output of `nemo-vlm-ptq status` for the workdir."""
     command = [venv / "bin" / "nemo-vlm-ptq", "status", "work"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     return done.stdout
 
 
-def log(folder):
-    """Everything that jobs wrote."""
+def job_logs(folder):
+    """Return the logs of all jobs."""
     return "\n".join(path.read_text() for path in sorted(folder.glob("work/slurm/*.log")))
 
 
-def recipe(folder, **more):
-    """Two formats, scored on few questions."""
+def recipe(folder, **sections):
+    """Write a recipe with two formats and few evaluation questions."""
     settings = {
         "quantize": {"format": list(FORMATS)},
-        "calibration": {"samples": 16, "micro_batch": 2},
+        "calibration": {"data": "scenes", "samples": 16, "micro_batch": 2},
         "export": {"targets": ["trtllm", "hf"], "tensor": 2},
-        "evaluate": {"tasks": ["gqa", "sight"], "limit": 64},
+        "evaluate": {"data": "scenes", "tasks": ["gqa", "sight"], "limit": 64},
     }
-    return write_recipe(folder, **settings | more)
+    return write_recipe(folder, **settings | sections)
 
 
-def test_the_chain_makes_proven_and_scored_checkpoints_on_two_nodes(slurm, venv, tmp_path):
+def test_the_chain_makes_verified_and_evaluated_checkpoints_on_two_nodes(slurm, venv, tmp_path):
     recipe(tmp_path, parallel={"tensor": 2})
     begin = time.monotonic()
-    jobs = queued(submit(venv, tmp_path, *WORDS))
+    jobs = queued_jobs(submit(venv, tmp_path, *ARGS))
     assert list(jobs) == ["observe", "solve_export", "evaluate", "report"]
-    until_all_is_over()
+    wait_until_queue_is_empty()
     print(f"from submit to report: {time.monotonic() - begin:.0f} s")
-    said = status(venv, tmp_path)
-    print(said)
-    assert facts(jobs["observe"])["NodeList"] == "node[1-2]", log(tmp_path)
-    assert said.count(" COMPLETED ") == 5 and "last error" not in said, log(tmp_path)
+    output = status(venv, tmp_path)
+    print(output)
+    assert job_fields(jobs["observe"])["NodeList"] == "node[1-2]", job_logs(tmp_path)
+    assert output.count(" COMPLETED ") == 5 and "last error" not in output, job_logs(tmp_path)
     for name in FORMATS:
-        assert re.search(rf"^{name} +finished +finished +finished +finished$", said, re.M)
+        assert re.search(rf"^{name} +finished +finished +finished +finished$", output, re.M)
         result = json.loads((tmp_path / "work" / name / "evaluate" / "gqa.json").read_text())
         assert result["sees"] and result["accuracy"]["total"] == 64
     assert (tmp_path / "work" / "report" / "index.html").is_file()
 
 
-def test_a_job_that_is_preempted_goes_on_and_leaves_the_bytes_of_an_unbroken_one(
+def test_a_preempted_job_resumes_and_writes_the_files_of_an_uninterrupted_one(
     slurm, venv, tmp_path
 ):
-    """It is sent USR1 in the middle, requeues, and goes on: on both nodes, and then on one."""
-    many = {"calibration": {"samples": 800, "micro_batch": 2}, "quantize": {"format": "int4_awq"}}
-    unbroken = tmp_path / "unbroken"
-    for folder in (unbroken, tmp_path):
+    """The job gets USR1 during observe and is requeued, first on both nodes, then on one."""
+    sections = {
+        "calibration": {"data": "scenes", "samples": 800, "micro_batch": 2},
+        "quantize": {"format": "int4_awq"},
+    }
+    uninterrupted = tmp_path / "uninterrupted"
+    for folder in (uninterrupted, tmp_path):
         folder.mkdir(exist_ok=True)
-        recipe(folder, **many)
-    job = queued(submit(venv, tmp_path, *WORDS, "stages=[import,observe]"))["observe"]
+        recipe(folder, **sections)
+    job = queued_jobs(submit(venv, tmp_path, *ARGS, "stages=[import,observe]"))["observe"]
     for times, nodes in ((1, "2"), (2, "1")):
-        until(lambda times=times: log(tmp_path).count("[rank 0] import: ") == times, log(tmp_path))
-        time.sleep(4)  # a good part of the micro-batches
-        asked("scancel", "--signal=USR1", "--batch", job)
-        until(lambda times=times: facts(job)["Restarts"] == str(times), log(tmp_path))
+        wait_until(
+            lambda times=times: job_logs(tmp_path).count("[rank 0] import: ") == times,
+            job_logs(tmp_path),
+        )
+        time.sleep(4)  # enough for a part of the micro-batches
+        slurm_output("scancel", "--signal=USR1", "--batch", job)
+        wait_until(
+            lambda times=times: job_fields(job)["Restarts"] == str(times), job_logs(tmp_path)
+        )
         if nodes == "1":
-            asked("scontrol", "update", f"JobId={job}", "NumNodes=1", "NumTasks=1")
-        until(lambda: facts(job)["JobState"] == "RUNNING", log(tmp_path))
-        assert facts(job)["NumNodes"] == nodes
-    until_all_is_over()
-    saved = list(map(int, re.findall(r"asked to stop; (\d+) samples are saved", log(tmp_path))))
-    assert len(saved) == 2 and 0 < saved[0] < saved[1] < 800, log(tmp_path)
-    for folder in (unbroken, tmp_path):
-        words = ("run", *WORDS, "stages=[import,observe,solve]")
-        code, _, err = scripts.run("run.sh", venv, folder, *words, GPUS_PER_NODE="1")
+            slurm_output("scontrol", "update", f"JobId={job}", "NumNodes=1", "NumTasks=1")
+        wait_until(lambda: job_fields(job)["JobState"] == "RUNNING", job_logs(tmp_path))
+        assert job_fields(job)["NumNodes"] == nodes
+    wait_until_queue_is_empty()
+    pattern = r"stop requested: statistics of (\d+) samples are saved"
+    messages = re.findall(pattern, job_logs(tmp_path))
+    saved = [int(count) for count in messages]
+    assert len(saved) == 2 and 0 < saved[0] < saved[1] < 800, job_logs(tmp_path)
+    for folder in (uninterrupted, tmp_path):
+        args = ("run", *ARGS, "stages=[import,observe,solve]")
+        code, _, err = scripts.run("run.sh", venv, folder, *args, GPUS_PER_NODE="1")
         assert code == 0, err
-    mine, whole = hashes(tmp_path), hashes(unbroken)
-    same = [name for name in whole if name.startswith(("statistics/", "int4_awq/scales/"))]
-    for name in same:
-        print(name, mine[name]["sha256"][:16], whole[name]["sha256"][:16])
-    assert same and all(mine[name] == whole[name] for name in same)
+    resumed, expected = hashes(tmp_path), hashes(uninterrupted)
+    names = [name for name in expected if name.startswith(("statistics/", "int4_awq/scales/"))]
+    for name in names:
+        print(name, resumed[name]["sha256"][:16], expected[name]["sha256"][:16])
+    assert names and all(resumed[name] == expected[name] for name in names)
 
 
-def test_a_rank_that_fails_ends_the_chain_and_status_says_why(slurm, venv, tmp_path):
+def test_a_failed_rank_ends_the_chain_and_status_shows_the_error(slurm, venv, tmp_path):
     recipe(tmp_path)
-    pictures = tmp_path / "data" / "images"
-    pictures.mkdir(parents=True)
-    ask = {"isBalanced": True, "question": "What is it?", "answer": "a box"}
-    both = {name: ask | {"imageId": name} for name in "12"}
-    (tmp_path / "data" / "questions.json").write_text(json.dumps(both))
-    PIL.Image.new("RGB", (64, 64)).save(pictures / "1.jpg")  # the first is tried beforehand
-    (pictures / "2.jpg").write_text("no picture")
-    jobs = queued(submit(venv, tmp_path, *WORDS, "calibration.data=data", "calibration.samples=2"))
-    until_all_is_over()
-    assert facts(jobs["observe"])["JobState"] == "FAILED"
-    assert facts(jobs["evaluate"])["JobState"] == "CANCELLED"
-    said = status(venv, tmp_path)
-    print(said)
-    assert "last error: run on node" in said, log(tmp_path)
-    assert "\n  data/images/2.jpg is no readable picture: cannot identify" in said
+    images = tmp_path / "data" / "images"
+    images.mkdir(parents=True)
+    question = {"isBalanced": True, "question": "What is it?", "answer": "a box"}
+    questions = {name: question | {"imageId": name} for name in "12"}
+    (tmp_path / "data" / "questions.json").write_text(json.dumps(questions))
+    PIL.Image.new("RGB", (64, 64)).save(images / "1.jpg")  # the preflight check reads the first one
+    (images / "2.jpg").write_text("no picture")
+    jobs = queued_jobs(
+        submit(venv, tmp_path, *ARGS, "calibration.data=data", "calibration.samples=2")
+    )
+    wait_until_queue_is_empty()
+    assert job_fields(jobs["observe"])["JobState"] == "FAILED"
+    assert job_fields(jobs["evaluate"])["JobState"] == "CANCELLED"
+    output = status(venv, tmp_path)
+    print(output)
+    assert "last error: run on node" in output, job_logs(tmp_path)
+    assert "\n  data/images/2.jpg is not a readable image: cannot identify" in output
 
 
 def test_a_dry_run_prints_the_commands_for_four_nodes_of_eight_gpus(venv, tmp_path):
-    model = askable(hollow_folder(tmp_path, "llava-1.5-13b-hf"))
+    model = askable(write_sparse_model(tmp_path, "llava-1.5-13b-hf"))
     site = {"NODES": "4", "GPUS_PER_NODE": "8", "GPU_TYPE": "h100", "ACCOUNT": "me",
             "PARTITION": "batch"}  # fmt: skip
-    words = ("--dry-run", "llava15_13b_fp8", f"model={model}", "workdir=work")
-    done = submit(venv, tmp_path, *words, "stages=[import,observe,solve,export,verify,build]",
+    args = (
+        "--dry-run",
+        "llava15_13b",
+        f"model={model}",
+        "workdir=work",
+        "calibration.data=scenes",
+        "evaluate.data=scenes",
+        "export.targets=[trtllm]",
+    )
+    done = submit(venv, tmp_path, *args, "stages=[import,observe,solve,export,verify,build]",
                   env={"PATH": path_without("sbatch", tmp_path / "others")}, **site)  # fmt: skip
     print(done.stdout)
     assert done.returncode == 0, done.stderr
@@ -171,71 +196,76 @@ def test_a_dry_run_prints_the_commands_for_four_nodes_of_eight_gpus(venv, tmp_pa
 
 
 def path_without(program, folder):
-    """A PATH with everything that is on it but one program, as links in a folder."""
+    """Return a PATH without one program: a folder of links to all other programs."""
     folder.mkdir(exist_ok=True)
-    for place in reversed(os.environ["PATH"].split(os.pathsep)):
-        for path in Path(place).glob("*"):
+    for directory in reversed(os.environ["PATH"].split(os.pathsep)):
+        for path in Path(directory).glob("*"):
             (folder / path.name).unlink(missing_ok=True)
             (folder / path.name).symlink_to(path)
     (folder / program).unlink(missing_ok=True)
     return str(folder)
 
 
-def refused(done, reason):
-    """One line, exit code 2."""
+def assert_rejected(done, message):
+    """Assert exit code 2 and an error of one line that starts with the message."""
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done
-    assert done.stderr.removeprefix(PREFIX).removeprefix("error: ").startswith(reason), done.stderr
+    assert done.stderr.removeprefix(PREFIX).removeprefix("error: ").startswith(message), done.stderr
 
 
-def test_what_cannot_work_is_refused_before_anything_is_queued(venv, tmp_path, monkeypatch):
+def test_invalid_input_is_rejected_before_anything_is_queued(venv, tmp_path, monkeypatch):
     recipe(tmp_path)
-    bin_folder = tmp_path / "bin"  # an empty Slurm: it has partitions, and nobody may queue
+    bin_folder = tmp_path / "bin"  # a fake Slurm with partitions that rejects all jobs
     bin_folder.mkdir()
-    for name, answer in (
+    for name, body in (
         ("sinfo", "echo batch; echo long"),
         ("sbatch", "exit 1"),
         ("squeue", "exit 1"),
     ):
-        (bin_folder / name).write_text(f"#!/bin/sh\n{answer}\n")
+        (bin_folder / name).write_text(f"#!/bin/sh\n{body}\n")
         (bin_folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{bin_folder}{os.pathsep}{os.environ['PATH']}")
-    refused(submit(venv, tmp_path, *WORDS), "PARTITION=test in ")
+    assert_rejected(submit(venv, tmp_path, *ARGS), "PARTITION in ")
     site = {"PARTITION": "batch"}
-    refused(submit(venv, tmp_path, "nothing", **site), "recipe 'nothing' is no file")
-    refused(submit(venv, tmp_path, "--wet", **site), "unknown option --wet")
-    refused(submit(venv, tmp_path, **site), "slurm/submit.sh needs a recipe")
+    assert_rejected(submit(venv, tmp_path, "nothing", **site), "recipe 'nothing' is not a file")
+    assert_rejected(submit(venv, tmp_path, "--wet", **site), "unknown option --wet")
+    assert_rejected(submit(venv, tmp_path, **site), "slurm/submit.sh requires a recipe")
     missing = {"NEMO_VLM_PTQ_SITE": str(tmp_path / "nothing.env")}
-    refused(submit(venv, tmp_path, *WORDS, env=missing, **site), f"no {tmp_path}/nothing.env")
-    refused(submit(venv, tmp_path, *WORDS, NODES="two", **site), "NODES=two in ")
-    refused(submit(venv, tmp_path, *WORDS, GPU_TYPE="h1000", **site), "GPU_TYPE=h1000 in ")
-    refused(submit(venv, tmp_path, *WORDS, "parallel.pipeline=4", **site), "parallel: one model")
-    words = (*WORDS, "quantize.format=nvfp4", "stages=[export,build]")
-    refused(
-        submit(venv, tmp_path, *words, GPU_TYPE="h100", **site), "format nvfp4: no engine of it"
+    assert_rejected(
+        submit(venv, tmp_path, *ARGS, env=missing, **site), f"{tmp_path}/nothing.env does not exist"
+    )
+    assert_rejected(submit(venv, tmp_path, *ARGS, NODES="two", **site), "NODES in ")
+    assert_rejected(submit(venv, tmp_path, *ARGS, GPU_TYPE="h1000", **site), "GPU_TYPE in ")
+    assert_rejected(
+        submit(venv, tmp_path, *ARGS, "parallel.pipeline=4", **site),
+        "parallel: tensor x pipeline is 4",
+    )
+    args = (*ARGS, "quantize.format=nvfp4", "stages=[export,build]")
+    assert_rejected(
+        submit(venv, tmp_path, *args, GPU_TYPE="h100", **site), "format nvfp4: engines require"
     )
     (tmp_path / "file").write_text("")
-    refused(
-        submit(venv, tmp_path, "recipe.yaml", "workdir=file/work", **site), "cannot make the fol"
+    assert_rejected(
+        submit(venv, tmp_path, "recipe.yaml", "workdir=file/work", **site), "cannot create the l"
     )
     (tmp_path / "work" / "slurm").mkdir(parents=True)
-    (tmp_path / "work" / "slurm" / "jobs").write_text("1 observe\n")  # squeue has forgotten it
-    refused(submit(venv, tmp_path, *WORDS, **site), "sbatch refuses observe, and nothing")
+    (tmp_path / "work" / "slurm" / "jobs").write_text("1 observe\n")  # unknown to squeue
+    assert_rejected(submit(venv, tmp_path, *ARGS, **site), "sbatch rejected observe; no job")
     no_sbatch = {"PATH": path_without("sbatch", tmp_path / "others")}
-    refused(submit(venv, tmp_path, *WORDS, env=no_sbatch, **site), "no sbatch on PATH")
+    assert_rejected(submit(venv, tmp_path, *ARGS, env=no_sbatch, **site), "sbatch is not on PATH")
     assert (tmp_path / "work" / "slurm" / "jobs").read_text() == "1 observe\n"
 
 
-def test_a_workdir_of_another_recipe_is_refused(venv, tmp_path):
+def test_a_workdir_of_another_recipe_is_rejected(venv, tmp_path):
     recipe(tmp_path)
-    words = (*WORDS, "stages=[import,observe,solve]")
-    code, _, err = scripts.run("run.sh", venv, tmp_path, "run", *words, GPUS_PER_NODE="1")
+    args = (*ARGS, "stages=[import,observe,solve]")
+    code, _, err = scripts.run("run.sh", venv, tmp_path, "run", *args, GPUS_PER_NODE="1")
     assert code == 0, err
-    for other, reason in (
+    for override, message in (
         ("export.dtype=float16", "work/megatron exists and was made with dtype="),
         ("calibration.seed=1", "work/statistics exists and was made with seed=0"),
         ("quantize.group_size=64", "work/int4_awq/scales exists and was made with group_size=128"),
     ):
-        refused(submit(venv, tmp_path, "--dry-run", *WORDS, other), reason)
+        assert_rejected(submit(venv, tmp_path, "--dry-run", *ARGS, override), message)
 
 
 def test_status_of_a_workdir_without_slurm(venv, tmp_path):
@@ -244,4 +274,4 @@ def test_status_of_a_workdir_without_slurm(venv, tmp_path):
     assert "import    missing" in status(venv, tmp_path)
     command = [venv / "bin" / "nemo-vlm-ptq", "status", "nowhere"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    refused(done, "nowhere is no folder; status wants the workdir of a recipe")
+    assert_rejected(done, "nowhere is not a folder; expected the workdir of a recipe")

@@ -1,14 +1,24 @@
-"""Solve: every format's error against replaying the tokens, shares of images, nf4, files."""
+"""Solve: reported errors against replayed tokens, image shares, nf4, sharding and files."""
 
 import pytest
 import torch
-from solving import GROUP, SHAPES, SIZES, TOKENS, observed, rows_of, solved, weights
+from safetensors.torch import load_file
+from solving import (
+    GROUP_SIZE,
+    SHAPES,
+    SIZES,
+    TOKEN_COUNTS,
+    layer_entries,
+    make_weights,
+    observe_tokens,
+    solve,
+)
 
 from nemo_vlm_ptq.calibrate.solve.fake_quantize import fake_quantize_weight
 from nemo_vlm_ptq.calibrate.solve.layer import (
     SolveOptions,
     double_quantize_absmax,
-    load_kv,
+    load_kv_amax,
     load_scales,
     save_scales,
     solve_layer,
@@ -20,10 +30,7 @@ from nemo_vlm_ptq.calibrate.solve.scales import (
     round_amax,
     shard_scales,
 )
-from nemo_vlm_ptq.calibrate.statistics import (
-    InputStatistics,
-    load_attention,
-)
+from nemo_vlm_ptq.calibrate.statistics import InputStatistics, load_observed_kv_amax
 from nemo_vlm_ptq.formats import FORMATS
 from nemo_vlm_ptq.numerics import (
     dequantize_nf4_absmax,
@@ -32,245 +39,256 @@ from nemo_vlm_ptq.numerics import (
     weight_amax,
 )
 from nemo_vlm_ptq.parameter_map.sharding import shard_tensor, unshard_tensor
-from nemo_vlm_ptq.utils.device_prefetch import prefetch_to_device
+from nemo_vlm_ptq.utils.prefetch import prefetch_to_device
 
 
 @pytest.fixture(scope="module")
 def layer(tmp_path_factory):
-    """(statistics, tokens) of a layer that has seen text and images."""
-    return observed(tmp_path_factory.mktemp("statistics"))
+    """(statistics, tokens) of a layer observed on text and images."""
+    return observe_tokens(tmp_path_factory.mktemp("statistics"))
 
 
-def read_weight(weight, scales, row):
-    """The weight that a reader multiplies the plain input with, float64, by numerics alone."""
-    pre_quant_scale = (
-        torch.ones(weight.shape[1]) if scales.pre_quant_scale is None else scales.pre_quant_scale
+def effective_weight(weight, scales, fmt):
+    """Return the weight that multiplies the unscaled input, float64, from numerics alone."""
+    smooth = divide_by_pre_quant_scale(weight, scales.pre_quant_scale)
+    effective = fake_quantize(
+        residual_weight(smooth, scales.branch), scales.weight_amax, fmt.weight
     )
-    left = residual_weight(divide_by_pre_quant_scale(weight, scales.pre_quant_scale), scales.branch)
-    seen = fake_quantize(left, scales.weight_amax, row.weight)
-    if row.second_weight is not None:
-        seen = fake_quantize(seen, scales.weight_amax_2, row.second_weight)
-    seen = seen.double()
+    if fmt.second_weight is not None:
+        effective = fake_quantize(effective, scales.weight_amax_2, fmt.second_weight)
+    effective = effective.double()
     if scales.branch is not None:
         a, b = scales.branch
-        seen = seen + b.double() @ a.double()
-    return seen * pre_quant_scale.double()
+        effective = effective + b.double() @ a.double()
+    if scales.pre_quant_scale is not None:
+        effective = effective * scales.pre_quant_scale.double()
+    return effective
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", FORMATS)
-def test_rounding_without_codes_is_bit_for_bit_the_round_trip_of_the_codes(name, dtype):
-    row, weight = FORMATS[name], weights(dtype)["linear_fc1"].clone()
-    weight[:, :GROUP] = 0  # groups and rows of nothing
+def test_fake_quantize_weight_equals_numerics_bit_for_bit(name, dtype):
+    fmt, weight = FORMATS[name], make_weights(dtype)["linear_fc1"].clone()
+    weight[:, :GROUP_SIZE] = 0  # groups and a row without magnitude
     weight[3] = 0
-    group = row.group(GROUP)
     for ratio in (1.0, 0.6):
-        amax = round_amax(weight_amax(weight, row.granularity, group) * ratio, dtype)
-        second = None if row.second_weight is None else weight.float().abs().amax()
-        expected = fake_quantize(weight, amax, row.weight)
-        if second is not None:
-            expected = fake_quantize(expected, second, row.second_weight)
-        assert torch.equal(fake_quantize_weight(weight, amax, row, second), expected)
+        plain = weight_amax(weight, fmt.granularity, fmt.group(GROUP_SIZE))
+        amax = round_amax(plain * ratio, dtype)
+        amax_2 = None if fmt.second_weight is None else weight.float().abs().amax()
+        expected = fake_quantize(weight, amax, fmt.weight)
+        if amax_2 is not None:
+            expected = fake_quantize(expected, amax_2, fmt.second_weight)
+        assert torch.equal(fake_quantize_weight(weight, amax, fmt, amax_2), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", FORMATS)
-def test_errors_are_those_of_replaying_the_tokens(name, dtype, layer):
-    given, own = layer[1], weights(dtype)
-    for linear, scales in solved(name, layer, dtype).items():
-        weight = own[linear].double()
-        moved = read_weight(own[linear], scales, FORMATS[name]) - weight
-        x = {kind: part.double() for kind, part in given[linear].items()}
-        for part, told in (
+def test_reported_errors_equal_those_of_replayed_tokens(name, dtype, layer):
+    tokens, weights = layer[1], make_weights(dtype)
+    for linear, scales in solve(name, layer, dtype).items():
+        weight = weights[linear].double()
+        delta = effective_weight(weights[linear], scales, FORMATS[name]) - weight
+        x = {modality: part.double() for modality, part in tokens[linear].items()}
+        for part, error in (
             (torch.cat(list(x.values())), scales.error),
             (x["text"], scales.error_text),
             (x["image"], scales.error_image),
         ):
-            ratio = (part @ moved.T).square().sum() / (part @ weight.T).square().sum()
-            assert told == pytest.approx(float(ratio.sqrt()), rel=1e-3), (linear, scales.alpha)
+            ratio = (part @ delta.T).square().sum() / (part @ weight.T).square().sum()
+            assert error == pytest.approx(float(ratio.sqrt()), rel=1e-3), (linear, scales.alpha)
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_solving_leaves_weights_and_statistics_as_they_were(name, layer):
-    own, seen = weights(), layer[0]
-    before = {linear: one.moment.clone() for linear, one in seen.items()}
-    solve_layer(own, seen, FORMATS[name], GROUP, SIZES, rows=rows_of("llava"))
-    assert all(torch.equal(own[linear], one) for linear, one in weights().items())
-    assert all(torch.equal(seen[linear].moment, one) for linear, one in before.items())
+def test_solving_does_not_modify_weights_or_statistics(name, layer):
+    weights, statistics = make_weights(), layer[0]
+    before = {linear: found.second_moment.clone() for linear, found in statistics.items()}
+    entries = layer_entries("llava")
+    solve_layer(weights, statistics, FORMATS[name], GROUP_SIZE, SIZES, parameter_map=entries)
+    assert all(torch.equal(weights[linear], w) for linear, w in make_weights().items())
+    assert all(torch.equal(statistics[linear].second_moment, m) for linear, m in before.items())
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if FORMATS[name].algorithm != "awq"])
-def test_without_second_moments_scales_are_the_same_and_there_is_no_error(name, layer):
+def test_without_second_moments_scales_are_equal_and_errors_are_none(name, layer):
     bare = {
-        linear: InputStatistics(one.amax, one.mean, one.tokens, None)
-        for linear, one in layer[0].items()
+        linear: InputStatistics(
+            amax=found.amax, abs_mean=found.abs_mean, tokens=found.tokens, second_moment=None
+        )
+        for linear, found in layer[0].items()
     }
-    for linear, scales in solved(name, (bare,)).items():
-        expected = solved(name, layer)[linear].tensors()
-        assert all(torch.equal(scales.tensors()[key], one) for key, one in expected.items())
+    for linear, scales in solve(name, (bare,)).items():
+        expected = solve(name, layer)[linear].tensors()
+        assert all(torch.equal(scales.tensors()[key], t) for key, t in expected.items())
         assert (scales.error, scales.error_text, scales.error_image) == (None, None, None)
 
 
-def test_statistics_of_each_kind_of_token_and_of_both(layer):
-    seen, given = layer
-    for linear, one in seen.items():
-        x = given[linear] | {"both": torch.cat(list(given[linear].values()))}
-        found = dict(one.modalities) | {"both": one}
-        for kind, part in x.items():
-            assert found[kind].tokens == len(part)
-            torch.testing.assert_close(found[kind].mean, part.abs().mean(0), rtol=1e-5, atol=1e-7)
-            moment = (part.double().T @ part.double() / len(part)).float()
-            torch.testing.assert_close(found[kind].moment, moment, rtol=1e-5, atol=1e-6)
-        assert torch.equal(one.amax, x["both"].abs().amax(0))
-        assert one.image_share == 300 / 360
+def test_statistics_match_the_tokens_of_each_modality_and_of_both(layer):
+    statistics, tokens = layer
+    for linear, overall in statistics.items():
+        x = tokens[linear] | {"both": torch.cat(list(tokens[linear].values()))}
+        found = dict(overall.modalities) | {"both": overall}
+        for key, part in x.items():
+            assert found[key].tokens == len(part)
+            abs_mean = part.abs().mean(0)
+            torch.testing.assert_close(found[key].abs_mean, abs_mean, rtol=1e-5, atol=1e-7)
+            expected = (part.double().T @ part.double() / len(part)).float()
+            torch.testing.assert_close(found[key].second_moment, expected, rtol=1e-5, atol=1e-6)
+        assert torch.equal(overall.amax, x["both"].abs().amax(0))
+        assert overall.image_share == 300 / 360
 
 
-@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
-def test_a_share_mixes_means_of_images_and_text(share, layer):
-    one = layer[0]["linear_fc2"]
-    mixed, text, image = one.with_image_share(share), *one.modalities.values()
-    for key in ("mean", "moment"):
-        expected = share * getattr(image, key) + (1 - share) * getattr(text, key)
-        torch.testing.assert_close(getattr(mixed, key), expected)
-    assert mixed.amax is one.amax
-    natural = one.with_image_share(one.image_share)
-    torch.testing.assert_close(natural.moment, one.moment, rtol=1e-5, atol=1e-5)
-    assert one.with_image_share(None) is one
+@pytest.mark.parametrize("image_share", [0.0, 0.25, 1.0])
+def test_an_image_share_interpolates_the_means_of_text_and_images(image_share, layer):
+    observed = layer[0]["linear_fc2"]
+    text, image = observed.modalities.values()
+    weighted = observed.with_image_share(image_share)
+    for key in ("abs_mean", "second_moment"):
+        expected = image_share * getattr(image, key) + (1 - image_share) * getattr(text, key)
+        torch.testing.assert_close(getattr(weighted, key), expected)
+    assert weighted.amax is observed.amax
+    unchanged = observed.with_image_share(observed.image_share)
+    torch.testing.assert_close(
+        unchanged.second_moment, observed.second_moment, rtol=1e-5, atol=1e-5
+    )
+    assert observed.with_image_share(None) is observed
 
 
-def without(kind, tmp_path):
-    return observed(tmp_path, {key: count for key, count in TOKENS.items() if key != kind})
+def observe_without(modality, tmp_path):
+    counts = {key: count for key, count in TOKEN_COUNTS.items() if key != modality}
+    return observe_tokens(tmp_path, counts)
 
 
 @pytest.mark.parametrize("name", ["int4_awq", "nvfp4_svdquant"])
-def test_share_one_solves_as_if_there_were_images_alone(name, layer, tmp_path):
-    """But for the largest input, which is of all tokens."""
-    alone = without("text", tmp_path)[0]
-    expected = solve_layer(weights(), alone, FORMATS[name], GROUP, SIZES)
-    for linear, scales in solved(name, layer, wishes=SolveOptions(image_share=1.0)).items():
+def test_image_share_one_solves_as_if_there_were_only_images(name, layer, tmp_path):
+    """Except for input_amax, which covers all tokens."""
+    images_only = observe_without("text", tmp_path)[0]
+    expected = solve_layer(make_weights(), images_only, FORMATS[name], GROUP_SIZE, SIZES)
+    for linear, scales in solve(name, layer, options=SolveOptions(image_share=1.0)).items():
         for key in set(scales.tensors()) - {"input_amax"}:
             assert torch.equal(scales.tensors()[key], expected[linear].tensors()[key]), key
         assert (scales.image_share, expected[linear].image_share) == (1.0, None)
         assert scales.error_image == pytest.approx(expected[linear].error)
 
 
-@pytest.mark.parametrize("kind", TOKENS)
-@pytest.mark.parametrize("share", [0.5, "search"])
-def test_a_share_means_nothing_where_one_kind_of_token_is_missing(kind, share, tmp_path):
-    seen, _ = without(kind, tmp_path)
-    plain = solve_layer(weights(), seen, FORMATS["int4_awq"], GROUP, SIZES)
-    found = solve_layer(
-        weights(), seen, FORMATS["int4_awq"], GROUP, SIZES, SolveOptions(1.0, share)
-    )
+@pytest.mark.parametrize("modality", TOKEN_COUNTS)
+@pytest.mark.parametrize("image_share", [0.5, "search"])
+def test_an_image_share_has_no_effect_if_a_modality_is_missing(modality, image_share, tmp_path):
+    statistics, _ = observe_without(modality, tmp_path)
+    layer_inputs = (make_weights(), statistics, FORMATS["int4_awq"], GROUP_SIZE, SIZES)
+    expected = solve_layer(*layer_inputs)
+    found = solve_layer(*layer_inputs, SolveOptions(image_share=image_share))
     for linear, scales in found.items():
-        own, other = scales.tensors(), plain[linear].tensors()
-        assert all(torch.equal(own[key], one) for key, one in other.items())
-        assert getattr(scales, f"error_{kind}") is None and scales.image_share is None
+        for key, tensor in expected[linear].tensors().items():
+            assert torch.equal(scales.tensors()[key], tensor)
+        assert getattr(scales, f"error_{modality}") is None and scales.image_share is None
 
 
 @pytest.mark.parametrize("name", ["int4_awq", "nvfp4_awq", "int8_sq"])
-def test_a_searched_share_serves_the_worse_served_tokens_best(name, layer):
-    def worse(share):
-        wishes = SolveOptions("search", share)
-        found = solved(name, layer, wishes=wishes)
-        return {linear: max(one.error_text, one.error_image) for linear, one in found.items()}
+def test_the_searched_image_share_minimizes_the_error_of_the_worse_modality(name, layer):
+    def solve_at(image_share):
+        options = SolveOptions(smoothquant_alpha="search", image_share=image_share)
+        return solve(name, layer, options=options)
 
-    tried = [worse(share) for share in IMAGE_SHARES]
-    found = solved(name, layer, wishes=SolveOptions("search", "search"))
-    for linear, least in worse("search").items():
-        assert least == min(one[linear] for one in tried)
+    def worst_errors(scales):
+        return {linear: max(s.error_text, s.error_image) for linear, s in scales.items()}
+
+    candidates = [worst_errors(solve_at(image_share)) for image_share in IMAGE_SHARES]
+    found = solve_at("search")
+    for linear, error in worst_errors(found).items():
+        assert error == min(candidate[linear] for candidate in candidates)
         assert found[linear].image_share in (*IMAGE_SHARES, 300 / 360)
 
 
-def test_a_share_does_not_touch_formats_that_search_nothing(layer):
+def test_an_image_share_does_not_affect_formats_without_a_search(layer):
     for name in ("fp8", "int4_wo", "int8_sq"):
-        wishes = SolveOptions(image_share=0.0)
-        for linear, scales in solved(name, layer, wishes=wishes).items():
-            own, other = scales.tensors(), solved(name, layer)[linear].tensors()
-            assert all(torch.equal(own[key], one) for key, one in other.items())
+        expected = solve(name, layer)
+        for linear, scales in solve(name, layer, options=SolveOptions(image_share=0.0)).items():
+            for key, tensor in expected[linear].tensors().items():
+                assert torch.equal(scales.tensors()[key], tensor)
             assert scales.image_share is None
 
 
-def test_svdquant_leaves_less_to_round_than_awq(layer):
-    plain, found = solved("nvfp4_awq", layer), solved("nvfp4_svdquant", layer)
-    for linear, scales in found.items():
+def test_svdquant_quantizes_a_smaller_residual_than_awq(layer):
+    awq_scales, svdquant_scales = solve("nvfp4_awq", layer), solve("nvfp4_svdquant", layer)
+    for linear, scales in svdquant_scales.items():
         a, b = scales.branch
         rows, width = SHAPES[linear]
         assert a.shape == (32, width) and b.shape == (rows, 32)
-        left = residual_weight(
-            divide_by_pre_quant_scale(weights()[linear], scales.pre_quant_scale), scales.branch
-        )
-        assert torch.equal(scales.weight_amax, left.abs().amax())
-        assert scales.error < 0.9 * plain[linear].error
+        smooth = divide_by_pre_quant_scale(make_weights()[linear], scales.pre_quant_scale)
+        residual = residual_weight(smooth, scales.branch)
+        assert torch.equal(scales.weight_amax, residual.abs().amax())
+        assert scales.error < 0.9 * awq_scales[linear].error
 
 
-def test_a_cut_of_the_remainder_has_the_bits_of_the_whole(layer):
-    for linear, scales in solved("nvfp4_svdquant", layer, torch.bfloat16).items():
-        kind = next(row.sharding for row in rows_of("llava") if row.module_name == linear)
-        whole = weights(torch.bfloat16)[linear]
-        left = residual_weight(
+def test_the_residual_of_a_shard_has_the_bits_of_the_whole_residual(layer):
+    for linear, scales in solve("nvfp4_svdquant", layer, torch.bfloat16).items():
+        (sharding,) = (e.sharding for e in layer_entries("llava") if e.module_name == linear)
+        whole = make_weights(torch.bfloat16)[linear]
+        residual = residual_weight(
             divide_by_pre_quant_scale(whole, scales.pre_quant_scale), scales.branch
         )
+        hf_weights, hf_residuals = (unshard_tensor(sharding, t, SIZES) for t in (whole, residual))
         for T in (2, 4):
             for t in range(T):
-                own = shard_scales(scales, linear, t, T)
-                part = shard_tensor(kind, unshard_tensor(kind, whole, SIZES), SIZES, t, T)
-                expected = shard_tensor(kind, unshard_tensor(kind, left, SIZES), SIZES, t, T)
-                found = residual_weight(
-                    divide_by_pre_quant_scale(part, own.pre_quant_scale), own.branch
-                )
-                assert torch.equal(found, expected), (linear, t, T)
+                shard = shard_scales(scales, linear, t, T)
+                weight = shard_tensor(sharding, hf_weights, SIZES, t, T)
+                expected = shard_tensor(sharding, hf_residuals, SIZES, t, T)
+                smooth = divide_by_pre_quant_scale(weight, shard.pre_quant_scale)
+                assert torch.equal(residual_weight(smooth, shard.branch), expected), (linear, t, T)
 
 
 @pytest.mark.parametrize("family", ["llava", "phi"])
-def test_nf4_absmaxes_go_through_double_quantization_one_hugging_face_tensor_after_another(family):
-    own, rows = weights(torch.bfloat16), rows_of(family)
-    for row in (row for row in rows if row.is_linear):
-        weight = own[row.module_name]
-        found = double_quantize_absmax(weight_amax(weight, "group", 64), row, SIZES)
-        parts = unshard_tensor(row.sharding, weight, SIZES)
-        tensors = [torch.cat(parts)] if family == "phi" else parts
-        assert len(tensors) == len(row.hf_names)
-        read = []
-        for tensor in tensors:
-            blocks = tensor.float().flatten().view(-1, 64).abs().amax(dim=1)
-            read.append(dequantize_nf4_absmax(*quantize_nf4_absmax(blocks)).view(len(tensor), -1))
-        together = torch.cat(read)
-        assert torch.equal(torch.cat(unshard_tensor(row.sharding, found, SIZES)), together)
+def test_nf4_absmaxes_are_double_quantized_per_hugging_face_tensor(family):
+    weights = make_weights(torch.bfloat16)
+    for entry in (entry for entry in layer_entries(family) if entry.is_linear):
+        weight = weights[entry.module_name]
+        found = double_quantize_absmax(weight_amax(weight, "group", 64), entry, SIZES)
+        parts = unshard_tensor(entry.sharding, weight, SIZES)
+        hf_tensors = [torch.cat(parts)] if family == "phi" else parts
+        assert len(hf_tensors) == len(entry.hf_names)
+        expected = []
+        for tensor in hf_tensors:
+            absmax = tensor.float().flatten().view(-1, 64).abs().amax(dim=1)
+            dequantized = dequantize_nf4_absmax(*quantize_nf4_absmax(absmax))
+            expected.append(dequantized.view(len(tensor), -1))
+        hf_found = torch.cat(unshard_tensor(entry.sharding, found, SIZES))
+        assert torch.equal(hf_found, torch.cat(expected))
 
 
-def test_scales_and_kv_maxima_come_back_from_their_file(layer, tmp_path):
-    scales = solved("nvfp4_svdquant", layer, torch.bfloat16)
-    observed(tmp_path)
-    kv = tuple(round_amax(one, torch.bfloat16) for one in load_attention(tmp_path, 0))
-    save_scales(tmp_path, 5, scales, kv)
-    for linear, one in load_scales(tmp_path, 5).items():
-        assert set(one.tensors()) == set(scales[linear].tensors())
-        assert all(torch.equal(scales[linear].tensors()[k], t) for k, t in one.tensors().items())
-    key, value = load_kv(tmp_path, 5)
+def test_scales_and_kv_amax_survive_a_round_trip_through_their_file(layer, tmp_path):
+    scales = solve("nvfp4_svdquant", layer, torch.bfloat16)
+    observe_tokens(tmp_path)
+    kv_amax = tuple(round_amax(amax, torch.bfloat16) for amax in load_observed_kv_amax(tmp_path, 0))
+    name = save_scales(tmp_path, 5, scales, kv_amax)
+    assert {"linear_qkv.prequant", "linear_qkv.low_rank_a"} < set(load_file(tmp_path / name))
+    for linear, loaded in load_scales(tmp_path, 5).items():
+        assert set(loaded.tensors()) == set(scales[linear].tensors())
+        for key, tensor in loaded.tensors().items():
+            assert torch.equal(scales[linear].tensors()[key], tensor)
+    key, value = load_kv_amax(tmp_path, 5)
     assert key.shape == value.shape == ()
     assert (float(key), float(value)) == (3.296875, 0.69921875)  # nearest bfloat16
 
 
-def test_what_is_read_ahead_comes_in_order_and_one_item_early():
-    log = []
+def test_prefetch_to_device_preserves_order_and_loads_one_item_in_advance():
+    loaded = []
 
-    def read(item):
-        log.append(item)
+    def load(item):
+        loaded.append(item)
         return 10 * item
 
     found = []
-    for item, value in prefetch_to_device(range(5), read, torch.device("cpu")):
+    for item, value in prefetch_to_device(range(5), load, torch.device("cpu")):
         found.append((item, value))
-        assert max(log, default=0) <= item + 1
-    assert found == [(i, 10 * i) for i in range(5)] and log == list(range(5))
+        assert max(loaded, default=0) <= item + 1
+    assert found == [(i, 10 * i) for i in range(5)] and loaded == list(range(5))
 
 
-def test_what_fails_while_it_is_read_ahead_is_raised():
-    def read(item):
+def test_prefetch_to_device_raises_errors_of_the_loader():
+    def load(item):
         if item == 2:
             raise OSError("gone")
         return item
 
     with pytest.raises(OSError, match="gone"):
-        list(prefetch_to_device(range(4), read, torch.device("cpu")))
+        list(prefetch_to_device(range(4), load, torch.device("cpu")))

@@ -1,4 +1,4 @@
-"""Stage folders: done means a manifest, an interrupted one is redone, others' files are kept."""
+"""Stage folders: a manifest finishes them, interrupted ones are redone, other files are kept."""
 
 import hashlib
 import json
@@ -15,33 +15,34 @@ from nemo_vlm_ptq.workdir import store
 SETTINGS = {"model": "a", "targets": ("trtllm", "hf"), "moments": True}
 
 
-def write(folder, text="whole", settings=SETTINGS):
-    """A finished folder with one file."""
+def finish(folder, text="complete"):
+    """Return a finished stage folder with one file."""
     store.begin_stage(folder, SETTINGS)
     (folder / "part").write_text(text)
     files = store.hash_files(folder, ["part"])
-    store.finish_stage(folder, stage="import", settings=settings, files=files, facts={"layers": 4})
+    store.finish_stage(folder, stage="import", settings=SETTINGS, files=files, facts={"layers": 4})
     return folder
 
 
-def refusal(action, *arguments) -> str:
+def error_message(function, *arguments) -> str:
+    """Return the one-line message of the UserError that a call raises."""
     with pytest.raises(UserError) as caught:
-        action(*arguments)
-    said = str(caught.value)
-    assert said and "\n" not in said
-    return said
+        function(*arguments)
+    message = str(caught.value)
+    assert message and "\n" not in message
+    return message
 
 
-def test_a_folder_is_done_once_its_manifest_is_there_and_not_before(tmp_path):
+def test_a_folder_is_finished_only_with_its_manifest(tmp_path):
     folder = tmp_path / "work" / "megatron"
-    assert not store.is_done(folder, SETTINGS)
+    assert not store.is_finished(folder, SETTINGS)
     store.begin_stage(folder, SETTINGS)
     assert store.in_progress_marker(folder).is_file() and folder.is_dir()
-    (folder / "part").write_text("half")
+    (folder / "part").write_text("partial")
     assert store.read_manifest(folder) is None
-    assert not store.is_done(folder, SETTINGS)
-    write(folder)
-    assert store.is_done(folder, SETTINGS)
+    assert not store.is_finished(folder, SETTINGS)
+    finish(folder)
+    assert store.is_finished(folder, SETTINGS)
     assert not store.in_progress_marker(folder).exists()
     assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "part"]
 
@@ -49,103 +50,107 @@ def test_a_folder_is_done_once_its_manifest_is_there_and_not_before(tmp_path):
 def test_an_interrupted_folder_is_emptied_and_redone(tmp_path):
     folder = tmp_path / "megatron"
     store.begin_stage(folder, SETTINGS)
-    (folder / "left").mkdir()
-    (folder / "left" / "over").write_text("half")
-    assert not store.is_done(folder, SETTINGS)
+    (folder / "subfolder").mkdir()
+    (folder / "subfolder" / "file").write_text("partial")
+    assert not store.is_finished(folder, SETTINGS)
     store.begin_stage(folder, SETTINGS)
     assert list(folder.iterdir()) == []
-    write(folder)
-    assert store.is_done(folder, SETTINGS)
+    finish(folder)
+    assert store.is_finished(folder, SETTINGS)
 
 
-def test_the_manifest_tells_what_was_written_from_what_and_with_what(tmp_path):
-    folder = write(tmp_path / "megatron")
+def test_the_manifest_records_files_settings_facts_and_versions(tmp_path):
+    folder = finish(tmp_path / "megatron")
     manifest = json.loads((folder / "manifest.json").read_text())
-    digest = hashlib.sha256(b"whole").hexdigest()
-    assert manifest["files"] == {"part": {"bytes": 5, "sha256": digest}}
-    assert (manifest["stage"], manifest["bytes"]) == ("import", 5)
+    digest = hashlib.sha256(b"complete").hexdigest()
+    assert manifest["files"] == {"part": {"bytes": 8, "sha256": digest}}
+    assert (manifest["stage"], manifest["bytes"]) == ("import", 8)
     assert manifest["settings"] == {"model": "a", "targets": ["trtllm", "hf"], "moments": True}
     assert manifest["facts"] == {"layers": 4}
     assert manifest["versions"]["torch"] == metadata.version("torch")
-    whole = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
-    assert store.hash_manifest(folder) == whole
+    digest = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
+    assert store.hash_manifest(folder) == digest
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "difference"),
     [
-        ({"model": "b"}, "model='a', the recipe says 'b'"),
-        ({"moments": False}, "moments=True, the recipe says False"),
-        ({"targets": ["hf"]}, "targets=['trtllm', 'hf'], the recipe says ['hf']"),
-        ({"dtype": "float16"}, "dtype=None, the recipe says 'float16'"),
+        ({"model": "b"}, "model='a', the recipe has 'b'"),
+        ({"moments": False}, "moments=True, the recipe has False"),
+        ({"targets": ["hf"]}, "targets=['trtllm', 'hf'], the recipe has ['hf']"),
+        ({"dtype": "float16"}, "dtype=None, the recipe has 'float16'"),
     ],
 )
-def test_a_folder_made_with_other_settings_is_refused_with_the_key_and_both_values(
-    tmp_path, change, said
+def test_a_folder_made_with_other_settings_is_rejected_with_key_and_both_values(
+    tmp_path, change, difference
 ):
-    folder = write(tmp_path / "megatron")
-    assert refusal(store.is_done, folder, SETTINGS | change) == (
-        f"{folder} exists and was made with {said}; remove the folder or choose another workdir"
+    folder = finish(tmp_path / "megatron")
+    assert error_message(store.is_finished, folder, SETTINGS | change) == (
+        f"{folder} exists and was made with {difference}; "
+        "remove the folder or choose another workdir"
     )
-    assert (folder / "part").read_text() == "whole"
+    assert (folder / "part").read_text() == "complete"
 
 
-def test_a_folder_with_files_that_are_not_ours_is_refused_and_left_alone(tmp_path):
+def test_a_folder_with_files_of_the_user_is_rejected_and_unchanged(tmp_path):
     folder = tmp_path / "megatron"
     folder.mkdir()
-    assert not store.is_done(folder, SETTINGS)
-    (folder / "thesis.tex").write_text("years of work")
-    assert refusal(store.is_done, folder, SETTINGS) == (
-        f"output folder {folder} exists and is not ours; choose another workdir"
+    assert not store.is_finished(folder, SETTINGS)
+    (folder / "thesis.tex").write_text("text")
+    assert error_message(store.is_finished, folder, SETTINGS) == (
+        f"output folder {folder} exists and was not written by nemo-vlm-ptq; choose another workdir"
     )
-    assert (folder / "thesis.tex").read_text() == "years of work"
+    assert (folder / "thesis.tex").read_text() == "text"
 
 
 @pytest.mark.parametrize("text", ['{"name": "my app", "version": 2}', "[]", "", '{"settings'])
-def test_a_manifest_that_is_not_ours_or_cut_short_is_refused_by_name(tmp_path, text):
+def test_a_manifest_of_another_tool_or_truncated_is_rejected(tmp_path, text):
     folder = tmp_path / "megatron"
     folder.mkdir()
     (folder / "manifest.json").write_text(text)
-    assert str(folder) in refusal(store.is_done, folder, SETTINGS)
+    assert error_message(store.is_finished, folder, SETTINGS) == (
+        f"{folder}/manifest.json is not a manifest written by nemo-vlm-ptq; choose another workdir"
+    )
     assert (folder / "manifest.json").read_text() == text
 
 
-def test_a_file_where_a_folder_should_go_is_refused_by_name(tmp_path):
-    place = tmp_path / "work"
-    place.write_text("a file")
-    for folder in (place, place / "megatron"):
+def test_a_file_in_place_of_a_folder_is_rejected(tmp_path):
+    path = tmp_path / "work"
+    path.write_text("a file")
+    for folder in (path, path / "megatron"):
 
-        def open_folder(folder=folder):
-            if not store.is_done(folder, SETTINGS):
+        def begin(folder=folder):
+            if not store.is_finished(folder, SETTINGS):
                 store.begin_stage(folder, SETTINGS)
 
-        assert str(place) in refusal(open_folder)
-    assert place.read_text() == "a file"
+        expected = f"{path} is a file, expected a folder; choose another workdir"
+        assert error_message(begin) == expected
+    assert path.read_text() == "a file"
 
 
-def test_a_stage_before_that_has_not_finished_is_named(tmp_path):
+def test_an_unfinished_input_stage_is_named(tmp_path):
     folder = tmp_path / "megatron"
-    said = f"{folder} is not finished; run the stage 'import' first"
-    assert refusal(store.require_manifest, folder, "import") == said
+    expected = f"{folder} is not finished; run the stage 'import' first"
+    assert error_message(store.require_manifest, folder, "import") == expected
     store.begin_stage(folder, SETTINGS)
-    (folder / "part").write_text("half")
-    assert refusal(store.require_manifest, folder, "import") == said
-    write(folder)
+    (folder / "part").write_text("partial")
+    assert error_message(store.require_manifest, folder, "import") == expected
+    finish(folder)
     assert store.require_manifest(folder, "import")["stage"] == "import"
 
 
-def test_saved_tensors_come_back_bit_for_bit_even_where_they_share_memory(tmp_path):
-    whole = torch.arange(12.0).reshape(3, 4)
-    tensors = {"whole": whole, "again": whole, "row": whole[1], "turned": whole.T}
+def test_saved_tensors_are_read_back_bit_for_bit_even_if_they_share_memory(tmp_path):
+    matrix = torch.arange(12.0).reshape(3, 4)
+    tensors = {"matrix": matrix, "alias": matrix, "row": matrix[1], "transposed": matrix.T}
     path = tmp_path / "t.safetensors"
     store.save_tensors(tensors, path)
     found = load_file(path)
     assert set(found) == set(tensors)
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
-    assert path.stat().st_size < 1000  # a view is saved without what it is a view of
+    assert path.stat().st_size < 1000  # a view is saved without the rest of its storage
 
 
-def test_saved_tensors_can_be_read_by_whom_the_umask_allows(tmp_path):
+def test_permissions_of_saved_tensors_follow_the_umask(tmp_path):
     path = tmp_path / "t.safetensors"
     before = os.umask(0o027)
     try:
@@ -155,7 +160,7 @@ def test_saved_tensors_can_be_read_by_whom_the_umask_allows(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o640
 
 
-def test_json_appears_whole_or_not_at_all(tmp_path):
+def test_json_is_written_atomically(tmp_path):
     path = tmp_path / "config.json"
     store.write_json(path, {"a": 1})
     with pytest.raises(TypeError):

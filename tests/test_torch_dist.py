@@ -1,4 +1,4 @@
-"""Indices of torch_dist folders, whichever Python wrote them, and nothing else from a pickle."""
+"""Indices of torch_dist checkpoints: all releases of Python are read, other pickles rejected."""
 
 import copyreg
 import io
@@ -14,41 +14,43 @@ from nemo_vlm_ptq.checkpoints.torch_dist_tensors import read_tensor
 from nemo_vlm_ptq.errors import UserError
 
 
-def by_name(member):
-    """How Python 3.11.2, for one, pickles a member of an enumeration."""
+def reduce_by_name(member):
+    """Pickle an enum member through getattr, as Python 3.11.2 does."""
     return getattr, (type(member), member.name)
 
 
 class Attribute:
-    def __init__(self, *asked):
-        self.asked = asked
+    """Object whose pickle calls getattr."""
+
+    def __init__(self, *arguments):
+        self.arguments = arguments
 
     def __reduce__(self):
-        return getattr, self.asked
+        return getattr, self.arguments
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A tensor as torch saves it."""
+    """Return a checkpoint of one tensor, saved by torch."""
     checkpoint.save({"x": torch.arange(6).reshape(2, 3)}, checkpoint_id=tmp_path, no_dist=True)
     return tmp_path
 
 
-def test_an_index_is_read_whichever_way_python_pickles_members(folder):
+def test_enum_members_pickled_by_getattr_are_read(folder):
     index = pickle.loads((folder / INDEX).read_bytes())
     index.storage_meta = None  # a path, which Megatron does not store
-    written = io.BytesIO()
-    pickler = pickle.Pickler(written)
-    pickler.dispatch_table = copyreg.dispatch_table | {records._MEM_FORMAT_ENCODING: by_name}
+    buffer = io.BytesIO()
+    pickler = pickle.Pickler(buffer)
+    pickler.dispatch_table = copyreg.dispatch_table | {records._MEM_FORMAT_ENCODING: reduce_by_name}
     pickler.dump(index)
-    assert b"getattr" in written.getvalue()
-    (folder / INDEX).write_bytes(written.getvalue())
-    found = read_tensor(read_index(folder).tensors["x"])
-    assert torch.equal(found, torch.arange(6).reshape(2, 3))
+    assert b"getattr" in buffer.getvalue()
+    (folder / INDEX).write_bytes(buffer.getvalue())
+    tensor = read_tensor(read_index(folder).tensors["x"])
+    assert torch.equal(tensor, torch.arange(6).reshape(2, 3))
 
 
-@pytest.mark.parametrize("asked", [(torch.Size, "__class__"), (records.Metadata, "__init__")])
-def test_an_index_asks_for_no_other_attributes(folder, asked):
-    (folder / INDEX).write_bytes(pickle.dumps(Attribute(*asked)))
-    with pytest.raises(UserError, match=f"it asks for {asked[1]}"):
+@pytest.mark.parametrize("arguments", [(torch.Size, "__class__"), (records.Metadata, "__init__")])
+def test_other_attributes_are_rejected(folder, arguments):
+    (folder / INDEX).write_bytes(pickle.dumps(Attribute(*arguments)))
+    with pytest.raises(UserError, match=f"unsupported attribute {arguments[1]} of "):
         read_index(folder)

@@ -12,15 +12,20 @@ import pytest
 import torch
 
 from nemo_vlm_ptq.formats import FORMATS
+from nemo_vlm_ptq.targets.registry import supported_targets
 from nemo_vlm_ptq.targets.trtllm.contract import check_contract
 
 WRITTEN = [  # test_compressed_tensors.py and test_nemo_checkpoint.py damage the others
     (name, target)
     for name, row in FORMATS.items()
-    for target in row.targets
+    for target in supported_targets(row)
     if target in ("trtllm", "hf")
 ]
-SCALED = [name for name, row in FORMATS.items() if row.pre_quant_scale and "trtllm" in row.targets]
+SCALED = [
+    name
+    for name, row in FORMATS.items()
+    if row.uses_pre_quant_scale and "trtllm" in supported_targets(row)
+]
 AWQ = [name for name in SCALED if FORMATS[name].algorithm == "awq"]
 NIBBLES = [(name, target) for name, target in WRITTEN if FORMATS[name].weight in ("nvfp4", "nf4")]
 SECOND = [

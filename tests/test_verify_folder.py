@@ -1,244 +1,286 @@
-"""A checkpoint folder as a whole: its files, its ranks against each other, and `verify DIR`."""
+"""Contract checks of a whole checkpoint folder, and the command `verify DIR`."""
 
 import json
 import shutil
 
 import pytest
 import torch
+from encoded_models import random_model, write_trtllm
 from safetensors.torch import load_file, save_file
-from streams import random_stream, write_trtllm
 from test_cli import call
-from test_contract import FEW, configure, stream
-from test_contract_damage import EMBEDDING, HEAD, KV, LAYER, QKV, change, refusal
+from test_contract import EMBEDDING, FEW_KV_HEADS, HEAD, edit_config, encoded_model
+from test_contract_damage import KV_SCALE, LAYER, QKV, assert_findings, edit_rank
 
-from nemo_vlm_ptq import commands as launch
+from nemo_vlm_ptq import commands
 from nemo_vlm_ptq.formats import FORMATS
 from nemo_vlm_ptq.targets.trtllm.contract import check_contract
 
 CHECKS = ("config", "files", "names", "shapes", "values", "ranks", "padding")
+LINEARS = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.gate", "mlp.proj")
 
 
 @pytest.fixture
-def cut(tmp_path):
-    """A checkpoint in fp8 for two tensor ranks with an fp8 KV cache."""
-    write_trtllm(tmp_path / "cut", stream("fp8"), (2, 1), "fp8")
-    return tmp_path / "cut"
+def checkpoint(tmp_path):
+    """An fp8 checkpoint for two tensor-parallel ranks with an fp8 KV cache."""
+    write_trtllm(tmp_path / "llm", encoded_model("fp8"), (2, 1), "fp8")
+    return tmp_path / "llm"
 
 
-def rank(folder, number):
-    return folder / f"rank{number}.safetensors"
+def rank_file(folder, rank):
+    return folder / f"rank{rank}.safetensors"
 
 
-def exchange(first, second):
-    first.rename(first.with_suffix(".away"))
+def swap_files(first, second):
+    first.rename(first.with_suffix(".swap"))
     second.rename(first)
-    first.with_suffix(".away").rename(second)
+    first.with_suffix(".swap").rename(second)
 
 
-def test_a_missing_rank_file_is_refused(cut):
-    rank(cut, 1).unlink()
-    refusal(cut, "rank1.safetensors is missing")
+def test_missing_rank_file_is_reported(checkpoint):
+    rank_file(checkpoint, 1).unlink()
+    assert_findings(checkpoint, "rank1.safetensors is missing")
 
 
 @pytest.mark.parametrize("name", ["rank2.safetensors", "model.safetensors"])
-def test_a_file_too_many_is_refused(cut, name):
-    shutil.copy(rank(cut, 1), cut / name)
-    refusal(cut, f"{name} does not belong here")
+def test_unexpected_file_is_reported(checkpoint, name):
+    shutil.copy(rank_file(checkpoint, 1), checkpoint / name)
+    assert_findings(checkpoint, f"{name} is unexpected")
 
 
-def test_a_truncated_file_is_refused(cut):
-    rank(cut, 1).write_bytes(rank(cut, 1).read_bytes()[:-7])
-    refusal(cut, "rank1.safetensors cannot be read: * is truncated: * bytes, its header asks for *")
-
-
-def test_a_file_of_something_else_is_refused(cut):
-    rank(cut, 0).write_bytes(b"PK\x03\x04" * 100)
-    refusal(cut, "rank0.safetensors cannot be read: *")
-
-
-def test_exchanged_ranks_are_refused_where_the_vocabulary_is_odd(cut):
-    exchange(rank(cut, 0), rank(cut, 1))
-    refusal(
-        cut,
-        f"rank1.safetensors: {HEAD} must hold zeros from row 250 on, where the vocabulary of 501 *",
-        f"rank1.safetensors: {EMBEDDING} must hold zeros from row 250 on, *",
+def test_truncated_file_is_reported(checkpoint):
+    path = rank_file(checkpoint, 1)
+    path.write_bytes(path.read_bytes()[:-7])
+    assert_findings(
+        checkpoint,
+        "rank1.safetensors cannot be read: * is truncated: * bytes, its header expects *",
     )
 
 
-def test_the_file_of_one_rank_in_the_place_of_another_is_refused(cut):
-    shutil.copy(rank(cut, 0), rank(cut, 1))
-    found = check_contract(cut)
-    own = "is that of the tensor rank before, each must hold its own share"
+def test_file_of_another_type_is_reported(checkpoint):
+    rank_file(checkpoint, 0).write_bytes(b"PK\x03\x04" * 100)
+    assert_findings(checkpoint, "rank0.safetensors cannot be read: *")
+
+
+def test_swapped_rank_files_are_reported_by_their_padding(checkpoint):
+    swap_files(rank_file(checkpoint, 0), rank_file(checkpoint, 1))
+    assert_findings(
+        checkpoint,
+        f"rank1.safetensors: {HEAD} must be zero from row 250, after the vocabulary of 501",
+        f"rank1.safetensors: {EMBEDDING} must be zero from row 250, *",
+    )
+
+
+def test_copied_rank_file_is_reported(checkpoint):
+    shutil.copy(rank_file(checkpoint, 0), rank_file(checkpoint, 1))
+    found = check_contract(checkpoint)
+    message = "is sharded and must differ from that of the previous tensor-parallel rank"
     for layer in range(2):
-        for module in ("attention.qkv", "attention.dense", "mlp.fc", "mlp.gate", "mlp.proj"):
-            place = f"rank1.safetensors: transformer.layers.{layer}.{module}.weight"
-            assert f"{place} {own}" in found
+        for module in LINEARS:
+            tensor = f"transformer.layers.{layer}.{module}.weight"
+            assert f"rank1.safetensors: {tensor} {message}" in found
 
 
 @pytest.mark.parametrize("name", ["fp8", "int8_sq", "int4_awq"])
-def test_kv_heads_that_are_not_repeated_rightly_are_refused(tmp_path, name):
-    folder = tmp_path / "cut"
-    write_trtllm(folder, random_stream(FORMATS[name], "llava", FEW, 128), (8, 1))
+def test_wrong_replica_of_kv_head_is_reported(tmp_path, name):
+    folder = tmp_path / "llm"
+    write_trtllm(folder, random_model(FORMATS[name], "llava", FEW_KV_HEADS, 128), (8, 1))
     key = QKV.replace("1", "0") + "weight"
-    change(folder, 3, lambda own: own.update({key: load_file(rank(folder, 5))[key]}))
-    refusal(folder, f"rank3.safetensors: {key} has another KV head than tensor rank 2, 2 ranks *")
-
-
-def test_exchanged_pipeline_stages_are_refused(tmp_path):
-    write_trtllm(tmp_path / "cut", stream("fp8"), (1, 2))
-    exchange(rank(tmp_path / "cut", 0), rank(tmp_path / "cut", 1))
-    refusal(
-        tmp_path / "cut",
-        f"rank0.safetensors: {EMBEDDING} is missing",
-        f"rank0.safetensors: {HEAD} is extra",
-        "rank0.safetensors: transformer.ln_f.weight is extra",
-        f"rank1.safetensors: {HEAD} is missing",
-        "rank1.safetensors: transformer.ln_f.weight is missing",
-        f"rank1.safetensors: {EMBEDDING} is extra",
+    other = load_file(rank_file(folder, 5))[key]
+    edit_rank(folder, 3, lambda tensors: tensors.update({key: other}))
+    assert_findings(
+        folder,
+        f"rank3.safetensors: {key} must hold the KV head of tensor-parallel rank 2: 2 ranks *",
     )
 
 
-def test_layers_counted_over_all_pipeline_stages_are_refused(tmp_path):
-    write_trtllm(tmp_path / "cut", stream(None), (1, 2))
+def test_swapped_pipeline_stages_are_reported(tmp_path):
+    folder = tmp_path / "llm"
+    write_trtllm(folder, encoded_model("fp8"), (1, 2))
+    swap_files(rank_file(folder, 0), rank_file(folder, 1))
+    assert_findings(
+        folder,
+        f"rank0.safetensors: tensor {EMBEDDING} is missing",
+        f"rank0.safetensors: unexpected tensor {HEAD}",
+        "rank0.safetensors: unexpected tensor transformer.ln_f.weight",
+        f"rank1.safetensors: tensor {HEAD} is missing",
+        "rank1.safetensors: tensor transformer.ln_f.weight is missing",
+        f"rank1.safetensors: unexpected tensor {EMBEDDING}",
+    )
 
-    def count_on(tensors):
+
+def test_global_layer_numbers_are_reported(tmp_path):
+    folder = tmp_path / "llm"
+    write_trtllm(folder, encoded_model(None), (1, 2))
+
+    def renumber(tensors):
         for name in [name for name in tensors if ".layers.0." in name]:
             tensors[name.replace(".0.", ".1.")] = tensors.pop(name)
 
-    change(tmp_path / "cut", 1, count_on)
-    found = check_contract(tmp_path / "cut")
-    assert "rank1.safetensors: transformer.layers.0.mlp.fc.weight is missing" in found
-    assert "rank1.safetensors: transformer.layers.1.mlp.fc.weight is extra" in found
+    edit_rank(folder, 1, renumber)
+    found = check_contract(folder)
+    assert "rank1.safetensors: tensor transformer.layers.0.mlp.fc.weight is missing" in found
+    assert "rank1.safetensors: unexpected tensor transformer.layers.1.mlp.fc.weight" in found
 
 
 @pytest.mark.parametrize(
-    ("name", "edit", "expected"),
+    ("name", "changes", "expected"),
     [
-        ("int4_awq", {"group_size": 64}, "has shape [256, 4], not [256, 8]"),
+        ("int4_awq", {"group_size": 64}, "must have shape [256, 8], got [256, 4]"),
         ("int4_awq", {"quant_algo": "W4A8_AWQ"}, "activation_scaling_factor is missing"),
-        ("fp8", {"quant_algo": None}, "has dtype F8_E4M3, not BF16"),
-        ("fp8", {"kv_cache_quant_algo": None}, "kv_cache_scaling_factor is extra"),
-        ("nvfp4", {"quant_algo": "FP8"}, "has dtype U8, not F8_E4M3"),
-        ("w4a8_awq", {"quant_algo": "W4A16_AWQ"}, "activation_scaling_factor is extra"),
+        ("fp8", {"quant_algo": None}, "must have dtype BF16, got F8_E4M3"),
+        (
+            "fp8",
+            {"kv_cache_quant_algo": None},
+            f"unexpected tensor {LAYER}attention.kv_cache_scaling_factor",
+        ),
+        ("nvfp4", {"quant_algo": "FP8"}, "must have dtype F8_E4M3, got U8"),
+        (
+            "w4a8_awq",
+            {"quant_algo": "W4A16_AWQ"},
+            f"unexpected tensor {LAYER}mlp.fc.activation_scaling_factor",
+        ),
     ],
 )
-def test_a_config_of_another_format_is_refused(tmp_path, name, edit, expected):
-    write_trtllm(tmp_path / "cut", stream(name), (2, 1), "fp8")
-    configure(tmp_path / "cut", lambda config: config["quantization"].update(edit))
-    assert any(finding.endswith(expected) for finding in check_contract(tmp_path / "cut"))
+def test_config_of_another_format_is_reported(tmp_path, name, changes, expected):
+    write_trtllm(tmp_path / "llm", encoded_model(name), (2, 1), "fp8")
+    edit_config(tmp_path / "llm", lambda config: config["quantization"].update(changes))
+    assert any(finding.endswith(expected) for finding in check_contract(tmp_path / "llm"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"vocab_size": 500}, f"{HEAD} must have shape [250, 512], got [251, 512]"),
+        ({"num_hidden_layers": 3}, "tensor transformer.layers.2.mlp.fc.weight is missing"),
+        ({"num_hidden_layers": 1}, f"unexpected tensor {LAYER}mlp.fc.weight"),
+        ({"num_key_value_heads": 4}, f"{QKV}weight must have shape [384, 512], got [512, 512]"),
+        (
+            {"architecture": "Phi3ForCausalLM", "hidden_act": "swiglu", "rotary_pct": 1.0},
+            f"unexpected tensor {LAYER}mlp.gate.weight",
+        ),
+    ],
+)
+def test_config_of_another_model_is_reported(checkpoint, changes, expected):
+    edit_config(checkpoint, lambda config: config.update(changes))
+    assert f"rank1.safetensors: {expected}" in check_contract(checkpoint)
 
 
 @pytest.mark.parametrize(
     ("edit", "expected"),
     [
-        ({"vocab_size": 500}, f"{HEAD} has shape [251, 512], not [250, 512]"),
-        ({"num_hidden_layers": 3}, "transformer.layers.2.mlp.fc.weight is missing"),
-        ({"num_hidden_layers": 1}, f"{LAYER}mlp.fc.weight is extra"),
-        ({"num_key_value_heads": 4}, f"{QKV}weight has shape [512, 512], not [384, 512]"),
-        ({"architecture": "Phi3ForCausalLM", "hidden_act": "swiglu", "rotary_pct": 1.0},
-         f"{LAYER}mlp.gate.weight is extra"),
+        (
+            lambda config: config.pop("rotary_pct"),
+            "rotary_pct is missing; Phi3ForCausalLM requires it",
+        ),
+        (
+            lambda config: config.pop("longrope_scaling_long_factors"),
+            "longrope_scaling_long_factors is missing",
+        ),
+        (
+            lambda config: config.update(longrope_scaling_short_factors=[1.0] * 15),
+            "longrope_scaling_short_factors must hold 16 positive factors, got 15",
+        ),
+        (
+            lambda config: config.update(original_max_position_embeddings=512),
+            "original_max_position_embeddings must be between 1 and max_position_embeddings 256, "
+            "got 512",
+        ),
+        (
+            lambda config: config.update(hidden_act="silu"),
+            "unsupported hidden_act 'silu'; supported: swiglu",
+        ),
+        (
+            lambda config: config["mapping"].update(pp_size=2, world_size=4),
+            "Phi3ForCausalLM has no pipeline parallelism: pp_size must be 1, got 2",
+        ),
     ],
-)  # fmt: skip
-def test_a_config_of_another_model_is_refused(cut, edit, expected):
-    configure(cut, lambda config: config.update(edit))
-    assert f"rank1.safetensors: {expected}" in check_contract(cut)
+)
+def test_damaged_phi_config_is_reported(tmp_path, edit, expected):
+    write_trtllm(tmp_path / "llm", encoded_model("fp8", "phi"), (2, 1))
+    edit_config(tmp_path / "llm", edit)
+    assert_findings(tmp_path / "llm", f"config.json: {expected}")
 
 
-@pytest.mark.parametrize(
-    ("edit", "expected"),
-    [
-        (lambda own: own.pop("rotary_pct"), "rotary_pct is missing; Phi3ForCausalLM reads it"),
-        (lambda own: own.pop("longrope_scaling_long_factors"),
-         "longrope_scaling_long_factors is missing"),
-        (lambda own: own.update(longrope_scaling_short_factors=[1.0] * 15),
-         "longrope_scaling_short_factors must hold 16 factors above 0"),
-        (lambda own: own.update(original_max_position_embeddings=512),
-         "original_max_position_embeddings is 512, not between 1 and max_position_embeddings 256"),
-        (lambda own: own.update(hidden_act="silu"),
-         "hidden_act 'silu' is not known; known: swiglu"),
-        (lambda own: own["mapping"].update(pp_size=2, world_size=4),
-         "Phi3ForCausalLM has no pipeline parallelism, pp_size must be 1"),
-    ],
-)  # fmt: skip
-def test_a_config_that_misreads_phi_is_refused(tmp_path, edit, expected):
-    write_trtllm(tmp_path / "cut", stream("fp8", "phi"), (2, 1))
-    configure(tmp_path / "cut", edit)
-    refusal(tmp_path / "cut", f"config.json: {expected}")
+def test_common_kv_scale_must_be_the_larger_of_key_and_value_scales(checkpoint):
+    names = [KV_SCALE.replace("kv_", f"{part}_") for part in "kv"]
 
-
-def test_the_scale_of_a_kv_cache_is_the_larger_one_of_keys_and_values(cut):
-    own = [KV.replace("kv_", f"{part}_") for part in "kv"]
-
-    def pair(key, value):
+    def add_scales(key, value):
+        factors = zip(names, (key, value), strict=True)
         return lambda tensors: tensors.update(
-            {name: tensors[KV] * share for name, share in zip(own, (key, value), strict=True)}
+            {name: tensors[KV_SCALE] * factor for name, factor in factors}
         )
 
-    for number in range(2):
-        change(cut, number, pair(0.5, 1.0))
-    assert check_contract(cut) == []
-    for number in range(2):
-        change(cut, number, pair(0.5, 0.75))
-    refusal(cut, f"rank0.safetensors: {KV} must be the larger one of keys and of values")
+    for rank in range(2):
+        edit_rank(checkpoint, rank, add_scales(0.5, 1.0))
+    assert check_contract(checkpoint) == []
+    for rank in range(2):
+        edit_rank(checkpoint, rank, add_scales(0.5, 0.75))
+    assert_findings(
+        checkpoint,
+        f"rank0.safetensors: {KV_SCALE} must be the larger of the key and value scales",
+    )
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '"x"', "null"])
-def test_a_config_that_is_no_object_is_refused(cut, text):
-    (cut / "config.json").write_text(text)
-    assert len(check_contract(cut)) == 1
+def test_config_that_is_no_json_object_is_reported(checkpoint, text):
+    (checkpoint / "config.json").write_text(text)
+    assert len(check_contract(checkpoint)) == 1
 
 
-def test_the_command_prints_a_line_for_each_check(cut, capsys):
-    code, out, err = call(capsys, "verify", cut)
+def test_command_prints_one_line_per_check(checkpoint, capsys):
+    code, out, err = call(capsys, "verify", checkpoint)
     assert (code, err) == (0, "")
     assert [line.split()[:2] for line in out.splitlines()] == [[name, "passed"] for name in CHECKS]
     assert "LlamaForCausalLM, FP8, KV cache FP8, TP 2 x PP 1" in out
 
 
-def test_the_command_finds_the_checkpoint_of_an_export(cut, capsys):
-    shutil.copytree(cut, cut.parent / "trtllm" / "llm")
-    assert call(capsys, "verify", cut.parent / "trtllm") == call(capsys, "verify", cut)
+def test_command_finds_checkpoint_in_llm_subfolder(checkpoint, capsys):
+    shutil.copytree(checkpoint, checkpoint.parent / "trtllm" / "llm")
+    expected = call(capsys, "verify", checkpoint)
+    assert call(capsys, "verify", checkpoint.parent / "trtllm") == expected
 
 
-def test_a_finding_is_printed_and_ends_the_command_with_3(cut, capsys):
-    change(cut, 1, lambda tensors: tensors[KV].fill_(-1))
-    code, out, err = call(capsys, "verify", cut)
+def test_command_prints_findings_and_exits_with_3(checkpoint, capsys):
+    edit_rank(checkpoint, 1, lambda tensors: tensors[KV_SCALE].fill_(-1))
+    code, out, err = call(capsys, "verify", checkpoint)
     assert code == 3
-    first = f"rank1.safetensors: {KV} holds the scale -1, every scale must be above 0"
-    assert f"values  FAILED  1 finding\n  {first}\n" in out
-    assert err == f"nemo-vlm-ptq: error: verify {cut}: values: {first} (2 findings)\n"
+    finding = f"rank1.safetensors: {KV_SCALE} must hold positive scales, got -1"
+    assert f"values  FAILED  1 finding\n  {finding}\n" in out
+    expected = f"nemo-vlm-ptq: error: verify {checkpoint}: values: {finding} (2 findings)\n"
+    assert err == expected
 
 
-def test_all_findings_are_given_as_json(cut, capsys):
-    rank(cut, 1).unlink()
-    save_file({"more": torch.ones(1)}, rank(cut, 0))
-    code, out, _ = call(capsys, "verify", cut, "--json")
-    found = json.loads(out)
-    assert (code, found["passed"], found["folder"]) == (3, False, str(cut))
-    assert [check["name"] for check in found["checks"]] == list(CHECKS)
-    assert [one for check in found["checks"] for one in check["findings"]] == check_contract(cut)
-    code, out, _ = call(capsys, "verify", cut)
-    count = len(found["checks"][2]["findings"])
-    assert f"\n  and {count - 10} more; --json gives all\n" in out
+def test_json_output_has_all_findings(checkpoint, capsys):
+    rank_file(checkpoint, 1).unlink()
+    save_file({"more": torch.ones(1)}, rank_file(checkpoint, 0))
+    code, out, _ = call(capsys, "verify", checkpoint, "--json")
+    result = json.loads(out)
+    assert (code, result["passed"], result["folder"]) == (3, False, str(checkpoint))
+    assert [check["name"] for check in result["checks"]] == list(CHECKS)
+    findings = [finding for check in result["checks"] for finding in check["findings"]]
+    assert findings == check_contract(checkpoint)
+    code, out, _ = call(capsys, "verify", checkpoint)
+    count = len(result["checks"][2]["findings"])
+    assert f"\n  and {count - 10} more; --json prints all\n" in out
 
 
-def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path, capsys):
+def test_folder_without_checkpoint_is_rejected(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
     code, out, err = call(capsys, "verify", tmp_path)
     assert (code, out) == (2, "")
-    assert f"error: {tmp_path} holds no TensorRT-LLM checkpoint: it needs config.json" in err
+    assert f"error: {tmp_path} holds no TensorRT-LLM checkpoint: expected config.json" in err
 
 
-def test_recipe_keys_make_no_sense_for_a_folder(cut, capsys):
-    code, _, err = call(capsys, "verify", cut, "export.tensor=4")
+def test_recipe_keys_are_rejected_for_a_folder(checkpoint, capsys):
+    code, _, err = call(capsys, "verify", checkpoint, "export.tensor=4")
     assert code == 2
     assert err.endswith("verify DIR takes no recipe keys, got 'export.tensor=4'\n")
 
 
-def test_a_recipe_that_is_called_like_a_folder_is_still_verified(cut, monkeypatch, capsys):
-    monkeypatch.chdir(cut.parent)
-    (cut.parent / "quickstart").mkdir()
-    monkeypatch.setattr(launch, "start", lambda *words, **_: print(words) or 0)
+def test_recipe_name_takes_precedence_over_a_folder(checkpoint, monkeypatch, capsys):
+    monkeypatch.chdir(checkpoint.parent)
+    (checkpoint.parent / "quickstart").mkdir()
+    monkeypatch.setattr(commands, "run_command", lambda *words, **_: print(words) or 0)
     expected = (0, "('verify', 'quickstart', [])\n", "")
     assert call(capsys, "verify", "quickstart") == expected
     code, _, err = call(capsys, "verify", "./quickstart")

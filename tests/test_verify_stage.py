@@ -4,16 +4,16 @@ import shutil
 
 import pytest
 import torch
-from conftest import Export, prover
+from conftest import Export, verifier
 from test_verify import LAYER, VISION, flip_bit
 
 from nemo_vlm_ptq.errors import VerificationError
-from nemo_vlm_ptq.stages import model_forms as forms
+from nemo_vlm_ptq.verify import model_forms as forms
 from nemo_vlm_ptq.workdir import store
 
 
-def test_the_stage_passes_every_check_of_an_undamaged_export(proving):
-    result = proving[0]()
+def test_the_stage_passes_every_check_of_an_undamaged_export(verification):
+    result = verification[0]()
     assert result["passed"] and all(check["passed"] for check in result["checks"])
     assert {check["name"].split()[0] for check in result["checks"]} == {"trtllm", "hf"}
 
@@ -32,20 +32,20 @@ def test_each_model_is_loaded_once_for_all_formats_and_targets(works, tmp_path, 
 
     for name in ("load_model", "load_quantized"):
         monkeypatch.setattr(forms, name, counting(getattr(forms, name)))
-    assert prover(tmp_path, formats)()["passed"]
+    assert verifier(tmp_path, formats)()["passed"]
     assert sorted(what.name for _, what in asked) == [*formats, "megatron"]
 
 
-def test_damage_done_after_the_stage_passed_is_found_when_it_runs_again(proving):
-    run, folder = proving
+def test_damage_done_after_the_stage_passed_is_found_when_it_runs_again(verification):
+    run, folder = verification
     run()
     Export(folder / "trtllm", "trtllm").change(flip_bit, VISION)
     with pytest.raises(VerificationError, match="was changed after it was written"):
         run()
 
 
-def test_a_doubled_activation_scale_is_found(proving):
-    run, folder = proving
+def test_a_doubled_activation_scale_is_found(verification):
+    run, folder = verification
     damaged = Export(folder / "trtllm", "trtllm")
     key = LAYER["trtllm"] + "mlp.proj.activation_scaling_factor"
     damaged.change(lambda tensors: tensors[key].mul_(2))
@@ -80,8 +80,8 @@ def lose_mapping(folder):
 @pytest.mark.parametrize(
     "damage", [lose_vision, lose_hf_scale, add_to_hf, add_to_vision, lose_mapping]
 )
-def test_damage_ends_the_stage_with_a_finding_and_not_with_a_bug(proving, damage):
-    run, folder = proving
+def test_damage_ends_the_stage_with_a_finding_and_not_with_a_bug(verification, damage):
+    run, folder = verification
     damage(folder)
     with pytest.raises(VerificationError):
         run()
@@ -96,8 +96,8 @@ def test_damage_ends_the_stage_with_a_finding_and_not_with_a_bug(proving, damage
         ("hf/model.safetensors.index.json", {"weight_map": {}}),
     ],
 )
-def test_a_config_that_serves_another_model_is_found(proving, name, change):
-    run, folder = proving
+def test_a_config_that_serves_another_model_is_found(verification, name, change):
+    run, folder = verification
     target, _, file = name.partition("/")
     damaged = Export(folder / target, target)
     damaged.configure(lambda config: config.update(change), file)

@@ -1,1 +1,1 @@
-"""Observe, then solve: statistics of activations once, scales for any format from them."""
+"""Calibration: observe gathers activation statistics once, solve derives any format's scales."""

@@ -1,9 +1,11 @@
-"""What calibration does most often, each in one pass over memory on an NVIDIA GPU (Triton).
+"""Fused kernels for the most frequent operations of calibration on NVIDIA GPUs (Triton).
 
-Plain torch says what each computes, on any device; there it takes a dozen passes. Imported where
-tensors are on such a GPU, and only there: Triton comes with torch's CUDA builds.
+Each makes one pass over memory where eager PyTorch makes a dozen. The eager code next to every call
+defines the result on other devices. Import this module only where tensors are on such a GPU:
+Triton is installed with torch's CUDA builds only.
 
-Legend: T tokens, K input features, N rows of a weight, G groups of g inputs.
+Legend: T tokens, K input features, N rows of a weight, G groups of inputs, C candidate scales,
+M rows of a result (N for each candidate).
 """
 
 # ruff: noqa: N803
@@ -19,61 +21,67 @@ import triton.language as tl
 
 from nemo_vlm_ptq.formats import MAX_CODE, MIN_CODE, NumberFormat
 
-PART = 512  # tokens whose sums one program makes; sums do not depend on the width of the input
-EXACT: dict[str, Any] = {"enable_fp_fusion": False}  # products are rounded as torch rounds them
-# Added and taken off again they leave a whole number, halves rounded to even.
+TOKENS_PER_PROGRAM = 512  # sums of one program; fixed, so that sums do not depend on the width
+NO_FMA: dict[str, Any] = {"enable_fp_fusion": False}  # round products as eager PyTorch does
+# Adding and subtracting this constant rounds a float to an integer, halves to even.
 ROUND_32, ROUND_64 = tl.constexpr(1.5 * 2.0**23), tl.constexpr(1.5 * 2.0**52)
 
 
 def column_statistics(
-    x_TK: torch.Tensor, kind_T: torch.Tensor
+    x_TK: torch.Tensor, modality_T: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Largest |x| and sum of |x| of each column, float32 [2,K] each: tokens of kind 1, of kind 2.
+    """Return the largest |x| and the sum of |x| of each column, float32 [2,K] each.
 
     Args:
-        x_TK: tokens, rows contiguous.
-        kind_T: int8; tokens of other kinds are left out.
+        x_TK: tokens; rows must be contiguous.
+        modality_T: int8; row 0 of the results is modality 1, row 1 is modality 2, other tokens are
+            ignored.
     """
     tokens, width = x_TK.shape
-    parts, columns = triton.cdiv(tokens, PART), 128
-    out = torch.empty(parts, 2, 2, width, dtype=torch.float32, device=x_TK.device)
-    grid = (parts, triton.cdiv(width, columns))
-    _columns[grid](x_TK, kind_T, out, tokens, width, x_TK.stride(0), PART, 16, columns)
+    programs, block_columns = triton.cdiv(tokens, TOKENS_PER_PROGRAM), 128
+    out = torch.empty(programs, 2, 2, width, dtype=torch.float32, device=x_TK.device)
+    grid = (programs, triton.cdiv(width, block_columns))
+    _column_statistics_kernel[grid](
+        x_TK, modality_T, out, tokens, width, x_TK.stride(0), TOKENS_PER_PROGRAM, 16, block_columns
+    )
     return out[:, 0].amax(dim=0), out[:, 1].sum(dim=0)
 
 
 def add_rounded(total: torch.Tensor, product: torch.Tensor) -> None:
-    """total (float64) += round(product) (float32), halves to even; both contiguous."""
+    """Add round(product) (float32, halves to even) to total (float64) in place; both contiguous."""
     count, block = total.numel(), 1024
-    _add_rounded[(triton.cdiv(count, block),)](total, product, count, block)
+    _add_rounded_kernel[(triton.cdiv(count, block),)](total, product, count, block)
 
 
 def clip_candidates(
     weight_NK: torch.Tensor,
     pre_quant_scale_CK: torch.Tensor,
-    moment_KK: torch.Tensor,
+    second_moment_KK: torch.Tensor,
     ratios: torch.Tensor,
-    kind: NumberFormat,
-    group: int,
+    number_format: NumberFormat,
+    group_size: int,
 ) -> torch.Tensor:
-    """Plain amax of each group, and that of least cost, float32 [C,2,N,G]: see `clip`.
+    """Return each group's plain amax and the clipped amax of least cost, float32 [C,2,N,G].
+
+    The result is that of `clipping.clip_amax` for each candidate.
 
     Args:
         weight_NK: in the model's dtype.
-        prequant_CK: float32, a candidate in each row.
-        moment_KK: float32, mean of x x^T; only each group's own block is read.
-        ratios: float32, of the largest magnitude; of equals the first is taken.
-        kind: int4 or another kind of whole numbers.
-        group: inputs that share a weight scale.
+        pre_quant_scale_CK: float32, one candidate per row.
+        second_moment_KK: float32, mean of x x^T; only each group's diagonal block is read.
+        ratios: float32, of the largest magnitude; the first of equal costs is chosen.
+        number_format: int4 or another integer format.
+        group_size: inputs that share a weight scale.
     """
     (height, width), count = weight_NK.shape, len(pre_quant_scale_CK)
-    shape = (count, 2, height, width // group)
+    shape = (count, 2, height, width // group_size)
     out = torch.empty(shape, dtype=torch.float32, device=weight_NK.device)
-    grid = (triton.cdiv(height, 64), width // group, count)
-    _clip[grid](
-        weight_NK, 1.0 / pre_quant_scale_CK, pre_quant_scale_CK, moment_KK, ratios, out, height, width,
-        weight_NK.stride(0), len(ratios), MIN_CODE[kind], MAX_CODE[kind], group, 64,
-        num_warps=4, num_stages=1, **EXACT,
+    grid = (triton.cdiv(height, 64), width // group_size, count)
+    _clip_candidates_kernel[grid](
+        weight_NK, 1.0 / pre_quant_scale_CK, pre_quant_scale_CK, second_moment_KK, ratios, out,
+        height, width, weight_NK.stride(0), len(ratios),
+        MIN_CODE[number_format], MAX_CODE[number_format], group_size, 64,
+        num_warps=4, num_stages=1, **NO_FMA,
     )  # fmt: skip
     return out
 
@@ -82,159 +90,171 @@ def weight_delta(
     weight_NK: torch.Tensor,
     pre_quant_scale_CK: torch.Tensor | None,
     amax: torch.Tensor,
-    kind: NumberFormat,
+    number_format: NumberFormat,
     amax_2: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """A weight as its reader sees it less the weight [M,K].
+    """Return the dequantized weight minus the weight, [M,K].
 
-    M is N, or more: then the weight is taken as often as it fits in, and the candidates of the
-    scale and of amax_2 have M / C rows each.
+    M is N, or a multiple of it: then the weight repeats, and each of the C candidates of the
+    pre_quant_scale and of amax_2 has M / C consecutive rows.
 
     Args:
         weight_NK: in the model's dtype.
-        prequant_CK: float32, or None.
-        amax: float32, [] or [N] or [M,G].
-        kind: fp8, or a kind of whole numbers.
+        pre_quant_scale_CK: float32, or None.
+        amax: float32, [], [N] or [M,G].
+        number_format: fp8 or an integer format.
         amax_2: float32 [C], of a second rounding to fp8, or None.
         dtype: of the result.
     """
     height, width = weight_NK.shape
-    by_row, by_group, group, rows = 0, 0, width, height
+    amax_row_stride, amax_group_stride, group_size, rows = 0, 0, width, height
     if amax.dim():
-        by_row, rows = amax.stride(0), len(amax)
+        amax_row_stride, rows = amax.stride(0), len(amax)
     if amax.dim() == 2:
-        by_group, group = 1, width // amax.shape[1]
+        amax_group_stride, group_size = 1, width // amax.shape[1]
     out = torch.empty(rows, width, dtype=dtype, device=weight_NK.device)
-    each = rows if pre_quant_scale_CK is None else rows // len(pre_quant_scale_CK)
-    back_CK = (
-        weight_NK if pre_quant_scale_CK is None else 1.0 / pre_quant_scale_CK
-    )  # not read without a scale
+    scaled, requantized = pre_quant_scale_CK is not None, amax_2 is not None
+    rows_per_candidate, inverse_scale_CK = rows, weight_NK  # the latter is not read if not scaled
+    if pre_quant_scale_CK is not None:
+        rows_per_candidate = rows // len(pre_quant_scale_CK)
+        inverse_scale_CK = 1.0 / pre_quant_scale_CK
     grid = (triton.cdiv(rows, 8), triton.cdiv(width, 256))
-    _change[grid](
-        weight_NK, back_CK, pre_quant_scale_CK, amax, amax_2, out, rows, height, each, width,
-        weight_NK.stride(0), by_row, by_group, group, MIN_CODE[kind], MAX_CODE[kind], MAX_CODE["fp8"],
-        kind == "fp8", pre_quant_scale_CK is not None, amax_2 is not None, 8, 256, **EXACT,
+    _weight_delta_kernel[grid](
+        weight_NK, inverse_scale_CK, pre_quant_scale_CK, amax, amax_2, out,
+        rows, height, rows_per_candidate, width,
+        weight_NK.stride(0), amax_row_stride, amax_group_stride, group_size,
+        MIN_CODE[number_format], MAX_CODE[number_format], MAX_CODE["fp8"],
+        number_format == "fp8", scaled, requantized, 8, 256, **NO_FMA,
     )  # fmt: skip
     return out
 
 
 @triton.jit
-def _columns(
-    x, kinds, out, tokens, width, stride,
-    PART: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+def _column_statistics_kernel(
+    x_ptr, modality_ptr, out_ptr, tokens, width, x_stride,
+    BLOCK_TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    part, columns = tl.program_id(0), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = columns < width
-    top_1 = tl.zeros((ROWS, COLUMNS), tl.float32)
-    top_2 = tl.zeros((ROWS, COLUMNS), tl.float32)
+    block, columns = tl.program_id(0), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    column_mask = columns < width
+    amax_1 = tl.zeros((ROWS, COLUMNS), tl.float32)
+    amax_2 = tl.zeros((ROWS, COLUMNS), tl.float32)
     sum_1 = tl.zeros((ROWS, COLUMNS), tl.float32)
     sum_2 = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, PART, ROWS):
-        rows = part * PART + start + tl.arange(0, ROWS)
-        kind = tl.load(kinds + rows, mask=rows < tokens, other=0)[:, None]
-        place = x + rows.to(tl.int64)[:, None] * stride + columns[None, :]
-        seen = (kind > 0) & inside[None, :]
-        size = tl.abs(tl.load(place, mask=seen, other=0.0).to(tl.float32))
-        first = tl.where(kind == 1, size, 0.0)
-        second = tl.where(kind == 2, size, 0.0)
-        top_1 = tl.maximum(top_1, first)
-        top_2 = tl.maximum(top_2, second)
-        sum_1 += first
-        sum_2 += second
-    place = out + part.to(tl.int64) * 4 * width + columns
-    tl.store(place, tl.max(top_1, 0), mask=inside)
-    tl.store(place + width, tl.max(top_2, 0), mask=inside)
-    tl.store(place + 2 * width, tl.sum(sum_1, 0), mask=inside)
-    tl.store(place + 3 * width, tl.sum(sum_2, 0), mask=inside)
+    for start in range(0, BLOCK_TOKENS, ROWS):
+        rows = block * BLOCK_TOKENS + start + tl.arange(0, ROWS)
+        modality = tl.load(modality_ptr + rows, mask=rows < tokens, other=0)[:, None]
+        pointers = x_ptr + rows.to(tl.int64)[:, None] * x_stride + columns[None, :]
+        mask = (modality > 0) & column_mask[None, :]
+        magnitude = tl.abs(tl.load(pointers, mask=mask, other=0.0).to(tl.float32))
+        magnitude_1 = tl.where(modality == 1, magnitude, 0.0)
+        magnitude_2 = tl.where(modality == 2, magnitude, 0.0)
+        amax_1 = tl.maximum(amax_1, magnitude_1)
+        amax_2 = tl.maximum(amax_2, magnitude_2)
+        sum_1 += magnitude_1
+        sum_2 += magnitude_2
+    pointers = out_ptr + block.to(tl.int64) * 4 * width + columns
+    tl.store(pointers, tl.max(amax_1, 0), mask=column_mask)
+    tl.store(pointers + width, tl.max(amax_2, 0), mask=column_mask)
+    tl.store(pointers + 2 * width, tl.sum(sum_1, 0), mask=column_mask)
+    tl.store(pointers + 3 * width, tl.sum(sum_2, 0), mask=column_mask)
 
 
 @triton.jit
-def _add_rounded(total, product, count, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    value = tl.load(product + at, mask=inside, other=0.0).to(tl.float64)
+def _add_rounded_kernel(total_ptr, product_ptr, count, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < count
+    value = tl.load(product_ptr + offsets, mask=mask, other=0.0).to(tl.float64)
     value = (value + ROUND_64) - ROUND_64
-    tl.store(total + at, tl.load(total + at, mask=inside, other=0.0) + value, mask=inside)
+    total = tl.load(total_ptr + offsets, mask=mask, other=0.0)
+    tl.store(total_ptr + offsets, total + value, mask=mask)
 
 
 @triton.jit
-def _clip(
-    weight, back, pre_quant_scale, moment, ratios, out, height, width, stride, count,
-    LOW: tl.constexpr, HIGH: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+def _clip_candidates_kernel(
+    weight_ptr, inverse_scale_ptr, scale_ptr, second_moment_ptr, ratios_ptr, out_ptr,
+    height, width, weight_stride, num_ratios,
+    MIN: tl.constexpr, MAX: tl.constexpr, GROUP_SIZE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.program_id(1) * GROUP + tl.arange(0, GROUP)
-    inside = rows < height
-    place = weight + rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    own = tl.load(place, mask=inside[:, None], other=0.0)
-    at = tl.program_id(2) * width + columns
-    smooth = (own.to(tl.float32) * tl.load(back + at)[None, :]).to(own.dtype).to(tl.float32)
-    scale = tl.load(pre_quant_scale + at)[None, :]
-    place = moment + columns.to(tl.int64)[:, None] * width + columns[None, :]
-    block = tl.load(place)
-    top = tl.max(tl.abs(smooth), 1)
-    least = tl.full((ROWS,), float("inf"), tl.float32)
-    best = top
-    for step in range(count):
-        amax = (top * tl.load(ratios + step)).to(own.dtype).to(tl.float32)
+    columns = tl.program_id(1) * GROUP_SIZE + tl.arange(0, GROUP_SIZE)
+    mask = rows < height
+    pointers = weight_ptr + rows.to(tl.int64)[:, None] * weight_stride + columns[None, :]
+    weight = tl.load(pointers, mask=mask[:, None], other=0.0)
+    offsets = tl.program_id(2) * width + columns
+    inverse_scale = tl.load(inverse_scale_ptr + offsets)[None, :]
+    smooth = (weight.to(tl.float32) * inverse_scale).to(weight.dtype).to(tl.float32)
+    scale = tl.load(scale_ptr + offsets)[None, :]
+    pointers = second_moment_ptr + columns.to(tl.int64)[:, None] * width + columns[None, :]
+    second_moment = tl.load(pointers)
+    plain_amax = tl.max(tl.abs(smooth), 1)
+    least_cost = tl.full((ROWS,), float("inf"), tl.float32)
+    best_amax = plain_amax
+    for step in range(num_ratios):
+        amax = (plain_amax * tl.load(ratios_ptr + step)).to(weight.dtype).to(tl.float32)
         safe = tl.where(amax > 0, amax, 1.0)
-        factor = tl.div_rn(tl.zeros_like(safe) + HIGH, safe)
+        factor = tl.div_rn(tl.zeros_like(safe) + MAX, safe)
         codes = ((smooth * factor[:, None]) + ROUND_32) - ROUND_32
-        codes = tl.minimum(tl.maximum(codes, LOW), HIGH)
-        moved = (codes * tl.div_rn(safe, tl.zeros_like(safe) + HIGH)[:, None] - smooth) * scale
-        cost = tl.sum(tl.dot(moved, block) * moved, 1)
-        better = cost < least
-        least = tl.where(better, cost, least)
-        best = tl.where(better, amax, best)
-    groups = width // GROUP
-    place = (2 * tl.program_id(2) * height + rows).to(tl.int64) * groups + tl.program_id(1)
-    tl.store(out + place, top, mask=inside)
-    tl.store(out + place + height * groups, best, mask=inside)
+        codes = tl.minimum(tl.maximum(codes, MIN), MAX)
+        delta = (codes * tl.div_rn(safe, tl.zeros_like(safe) + MAX)[:, None] - smooth) * scale
+        cost = tl.sum(tl.dot(delta, second_moment) * delta, 1)
+        better = cost < least_cost
+        least_cost = tl.where(better, cost, least_cost)
+        best_amax = tl.where(better, amax, best_amax)
+    groups = width // GROUP_SIZE
+    pointers = out_ptr + (2 * tl.program_id(2) * height + rows).to(tl.int64) * groups
+    pointers += tl.program_id(1)
+    tl.store(pointers, plain_amax, mask=mask)
+    tl.store(pointers + height * groups, best_amax, mask=mask)
 
 
 @triton.jit
-def _nearest_fp8(value):
-    """Nearest number of e4m3, halves to even; within its range. Triton's cast asks for an Ada."""
+def _round_to_e4m3(value):
+    """Round to the nearest e4m3 number, halves to even; the value must be within its range.
+
+    Triton's own cast needs compute capability 8.9.
+    """
     power = (value.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     step = tl.maximum(power, 0.015625) * 0.125
     return (tl.div_rn(value, step) + ROUND_32 - ROUND_32) * step
 
 
 @triton.jit
-def _rounded(value, amax, LOW, HIGH, FP8: tl.constexpr):
-    """Codes and back."""
+def _fake_quantize(value, amax, MIN, MAX, FP8: tl.constexpr):
+    """Quantize and dequantize."""
     safe = tl.where(amax > 0, amax, 1.0)
-    code = value * tl.div_rn(tl.zeros_like(safe) + HIGH, safe)
+    code = value * tl.div_rn(tl.zeros_like(safe) + MAX, safe)
     if FP8:
-        code = _nearest_fp8(tl.minimum(tl.maximum(code, LOW), HIGH))
+        code = _round_to_e4m3(tl.minimum(tl.maximum(code, MIN), MAX))
     else:
-        code = tl.minimum(tl.maximum((code + ROUND_32) - ROUND_32, LOW), HIGH)
-    return code * tl.div_rn(safe, tl.zeros_like(safe) + HIGH)
+        code = tl.minimum(tl.maximum((code + ROUND_32) - ROUND_32, MIN), MAX)
+    return code * tl.div_rn(safe, tl.zeros_like(safe) + MAX)
 
 
 @triton.jit
-def _change(
-    weight, back, pre_quant_scale, amax, amax_2, out, count, height, each, width,
-    stride, by_row, by_group, group,
-    LOW: tl.constexpr, HIGH: tl.constexpr, HIGH_2: tl.constexpr, FP8: tl.constexpr,
-    SCALED: tl.constexpr, TWICE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+def _weight_delta_kernel(
+    weight_ptr, inverse_scale_ptr, scale_ptr, amax_ptr, amax_2_ptr, out_ptr,
+    out_rows, height, rows_per_candidate, width,
+    weight_stride, amax_row_stride, amax_group_stride, group_size,
+    MIN: tl.constexpr, MAX: tl.constexpr, FP8_MAX: tl.constexpr, FP8: tl.constexpr,
+    SCALED: tl.constexpr, REQUANTIZED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     columns = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
-    inside = (rows < count) & (columns < width)
-    own = tl.load(weight + (rows % height) * stride + columns, mask=inside, other=0.0)
-    value = own.to(tl.float32)
-    at = (rows // each) * width + columns
+    mask = (rows < out_rows) & (columns < width)
+    weight = tl.load(weight_ptr + (rows % height) * weight_stride + columns, mask=mask, other=0.0)
+    value = weight.to(tl.float32)
+    offsets = (rows // rows_per_candidate) * width + columns
     if SCALED:
-        factor = tl.load(back + at, mask=inside, other=1.0)
-        value = (value * factor).to(own.dtype).to(tl.float32)
-    place = amax + rows * by_row + (columns // group) * by_group
-    value = _rounded(value, tl.load(place, mask=inside, other=1.0), LOW, HIGH, FP8)
-    if TWICE:
-        top = tl.load(amax_2 + rows // each, mask=rows < count, other=1.0)
-        value = _rounded(value, top, -HIGH_2, HIGH_2, True)
+        inverse_scale = tl.load(inverse_scale_ptr + offsets, mask=mask, other=1.0)
+        value = (value * inverse_scale).to(weight.dtype).to(tl.float32)
+    pointers = amax_ptr + rows * amax_row_stride + (columns // group_size) * amax_group_stride
+    value = _fake_quantize(value, tl.load(pointers, mask=mask, other=1.0), MIN, MAX, FP8)
+    if REQUANTIZED:
+        pointers = amax_2_ptr + rows // rows_per_candidate
+        amax_2 = tl.load(pointers, mask=rows < out_rows, other=1.0)
+        value = _fake_quantize(value, amax_2, -FP8_MAX, FP8_MAX, True)
     if SCALED:
-        value *= tl.load(pre_quant_scale + at, mask=inside, other=1.0)
-    value -= own.to(tl.float32)
-    tl.store(out + rows * width + columns, value.to(out.dtype.element_ty), mask=inside)
+        value *= tl.load(scale_ptr + offsets, mask=mask, other=1.0)
+    value -= weight.to(tl.float32)
+    tl.store(out_ptr + rows * width + columns, value.to(out_ptr.dtype.element_ty), mask=mask)

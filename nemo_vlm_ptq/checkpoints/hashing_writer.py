@@ -1,9 +1,9 @@
-"""Statistics into a safetensors file, piece by piece.
+"""Writer of a safetensors file that hashes the bytes while it writes them.
 
-From a GPU they go through one piece of page-locked memory, which torch keeps for the next file, on
-a stream of their own: several times faster than a plain copy, little memory on the host, and
-whoever computes is not held up. The library would want all of a layer on the host, and page-locking
-as much takes longer than writing it.
+GPU tensors pass through one pinned staging buffer, which torch's allocator reuses for the next
+file, in a stream of their own. That is several times as fast as a pageable copy, takes little host
+memory and does not block computation. `safetensors.torch.save_file` needs all tensors of the file
+on the host, and pinning that much memory takes longer than writing it.
 """
 
 from __future__ import annotations
@@ -16,39 +16,57 @@ from typing import Any
 
 import torch
 
-from nemo_vlm_ptq.checkpoints.streaming_writer import NAMES
+from nemo_vlm_ptq.checkpoints.streaming_writer import SAFETENSORS_DTYPES
 
-PIECE = 1 << 26  # bytes
+STAGING_BYTES = 1 << 26
 
 
-def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> str:
-    """Write a file of tensors that are on one device; returns its sha256, hex."""
+def write_and_hash(tensors: Mapping[str, torch.Tensor], path: Path) -> str:
+    """Write tensors to a safetensors file and return its sha256.
+
+    Args:
+        tensors: by name, all on one device.
+        path: of the file.
+
+    Returns:
+        The sha256 of the file as hex digits.
+    """
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in order:
-        tensor, start = tensors[name], end
-        end += tensor.nbytes
-        about = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape)}
-        header[name] = about | {"data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    start_of_file = len(text).to_bytes(8, "little") + text
-    digest = hashlib.sha256(start_of_file)
+    header, size = _header(tensors, order)
+    digest = hashlib.sha256(header)
     device = tensors[order[0]].device
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     if stream is not None:
         stream.wait_stream(torch.cuda.default_stream(device))
-    piece = torch.empty(min(PIECE, end), dtype=torch.uint8, pin_memory=stream is not None)
-    with torch.cuda.stream(stream), path.open("wb") as file:  # None: the stream as it is
-        file.write(start_of_file)
+    staging = torch.empty(
+        min(STAGING_BYTES, size), dtype=torch.uint8, pin_memory=stream is not None
+    )
+    with torch.cuda.stream(stream), path.open("wb") as file:  # a no-op if the stream is None
+        file.write(header)
         for name in order:
-            every = tensors[name].detach().contiguous().view(-1).view(torch.uint8)
-            for part in every.split(PIECE):
-                own = piece[: len(part)]
-                own.copy_(part, non_blocking=True)
+            flat = tensors[name].detach().contiguous().view(-1).view(torch.uint8)
+            for part in flat.split(STAGING_BYTES):
+                staged = staging[: len(part)]
+                staged.copy_(part, non_blocking=True)
                 if stream is not None:
                     stream.synchronize()
-                file.write(own.numpy().data)
-                digest.update(own.numpy().data)
+                file.write(staged.numpy().data)
+                digest.update(staged.numpy().data)
     return digest.hexdigest()
+
+
+def _header(tensors: Mapping[str, torch.Tensor], order: list[str]) -> tuple[bytes, int]:
+    """Return the header, with its length in front, and the number of bytes that follow it."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        tensor, start = tensors[name], end
+        end += tensor.nbytes
+        entries[name] = {
+            "dtype": SAFETENSORS_DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, end

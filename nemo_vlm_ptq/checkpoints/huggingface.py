@@ -1,4 +1,8 @@
-"""Reading a Hugging Face checkpoint: safetensors only, checked before a byte of weights is used."""
+"""Reader of Hugging Face checkpoints.
+
+Only safetensors files are accepted, because loading a pickle can run code. Headers and file sizes
+are validated first, so that a damaged checkpoint is reported before any weight is read.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +19,16 @@ from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.parameter_map.entries import published_name
 
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+DOWNLOAD_PATTERNS = ("*.safetensors", "*.json", "*.model", "*.txt")  # nothing that can run code
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
 
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """Where a tensor lies on disk; read: reads it whole, where the file is no safetensors."""
+    """Location, shape and safetensors dtype of one tensor of a checkpoint.
+
+    read: returns the whole tensor; set for files that are not safetensors.
+    """
 
     file: Path
     disk_name: str
@@ -29,11 +37,11 @@ class SourceTensor:
     read: Callable[[], Any] | None = None
 
 
-def model_folder(model: str) -> Path:
-    """The folder of a model: itself, or a download of a hub id without anything that runs code.
+def resolve_model_folder(model: str) -> Path:
+    """Return the folder of a model, downloading it if `model` is a Hugging Face Hub id.
 
     Raises:
-        UserError: neither a folder nor downloadable.
+        UserError: `model` is neither a folder nor downloadable.
     """
     folder = Path(model)
     if folder.is_dir():
@@ -44,118 +52,136 @@ def model_folder(model: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        kept = ["*.safetensors", "*.json", "*.model", "*.txt"]
-        return Path(snapshot_download(model, allow_patterns=kept))
+        return Path(snapshot_download(model, allow_patterns=list(DOWNLOAD_PATTERNS)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"model {model} is no folder and could not be fetched from the hub: {reason}"
+            f"model {model} is not a folder and could not be downloaded from the Hub: {reason}"
         ) from None
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Read a file that holds a JSON object.
 
     Raises:
-        UserError: no JSON, or no object.
+        UserError: the file is not valid JSON, or holds another type.
     """
     try:
         config = json.loads(path.read_text())
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are
-        raise UserError(f"{path} is not JSON: {error}") from None
+    except ValueError as error:  # includes UnicodeDecodeError and JSONDecodeError
+        raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
-        raise UserError(f"{path} is not JSON with an object in it")
+        found = type(config).__name__
+        raise UserError(f"{path} is not valid JSON: expected an object, got {found}")
     return config
 
 
 def read_safetensors_header(path: Path) -> dict[str, Any]:
-    """The JSON header of a safetensors file, with the file's length checked against it."""
+    """Read the JSON header of a safetensors file and validate the file's size against it.
+
+    Raises:
+        UserError: the file is truncated, damaged or of another format.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
-            raise UserError(f"{path} is truncated or no safetensors file")
+            raise UserError(f"{path} is truncated or not a safetensors file")
         try:
             header = json.loads(file.read(length))
         except ValueError:
-            raise UserError(f"{path} is truncated or no safetensors file") from None
+            raise UserError(f"{path} is truncated or not a safetensors file") from None
     try:
         header.pop("__metadata__", None)
         ends = [8 + length]
         for entry in header.values():
             start, end = entry["data_offsets"]
-            size_of = DTYPE_BYTES.get(entry["dtype"])
-            if size_of and end - start != math.prod(entry["shape"]) * size_of:
+            element_size = DTYPE_BYTES.get(entry["dtype"])
+            if element_size and end - start != math.prod(entry["shape"]) * element_size:
                 raise ValueError
             ends.append(8 + length + end)
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise UserError(f"{path} is damaged: its header is not of a safetensors file") from None
+        raise UserError(f"{path} is damaged: invalid safetensors header") from None
     if max(ends) != size:
-        what = "truncated" if max(ends) > size else "damaged"
-        raise UserError(f"{path} is {what}: {size} bytes, its header asks for {max(ends)}")
+        problem = "truncated" if max(ends) > size else "damaged"
+        raise UserError(f"{path} is {problem}: {size} bytes, its header expects {max(ends)}")
     return header
 
 
-def _files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, by its index where it has one."""
+def _safetensors_files(folder: Path) -> list[Path]:
+    """List the safetensors files of a folder, from its index if it has one."""
     if not folder.is_dir():
         raise UserError(f"model folder {folder} does not exist")
     index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            pickles = [path.name for pattern in PICKLE_PATTERNS for path in folder.glob(pattern)]
-            if pickles:
-                raise UserError(
-                    f"{folder} holds {pickles[0]}, a pickle that can run code when loaded; "
-                    "convert it to safetensors first"
-                )
-            raise UserError(f"{folder} holds no .safetensors file")
-        return files
+    if index.is_file():
+        return _indexed_files(index)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickles = [path.name for pattern in PICKLE_PATTERNS for path in folder.glob(pattern)]
+        if pickles:
+            raise UserError(
+                f"{folder} holds {pickles[0]}, a pickle that can run code when loaded; "
+                "convert it to safetensors first"
+            )
+        raise UserError(f"{folder} holds no .safetensors file")
+    return files
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    """List the files named by an index, all of which must exist in its folder."""
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         outside = [name for name in names if Path(name).name != name]
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{index} is no index: it needs weight_map, tensor -> file") from None
+        raise UserError(
+            f"{index} is not a checkpoint index: weight_map, tensor name -> file name, "
+            "is missing or invalid"
+        ) from None
     for name in names:
-        path = folder / name
         if name in outside:
             raise UserError(f"{index} names {name!r}, a file outside the folder")
-        if not path.is_file():
-            raise UserError(f"{index} names {name!r}, which is not there")
-    return [folder / name for name in names]
+        if not (index.parent / name).is_file():
+            raise UserError(f"{index} names {name!r}, which does not exist")
+    return [index.parent / name for name in names]
 
 
 def list_tensors(
-    folder: Path, aliases: Sequence[tuple[str, str]], parts: Sequence[str] = ("",)
+    folder: Path, aliases: Sequence[tuple[str, str]], subfolders: Sequence[str] = ("",)
 ) -> dict[str, SourceTensor]:
-    """Published name -> place on disk, for every tensor of a checkpoint; reads headers only.
+    """List every tensor of a checkpoint by its published name; read headers only.
 
     Args:
         folder: the model folder.
-        aliases: (pattern, replacement) that bring any vintage's name to the published one.
-        parts: sub-folders that hold a checkpoint each, "" for the folder itself; names in a
-            sub-folder are PART/NAME.
+        aliases: (pattern, replacement) pairs that map older tensor names to published ones.
+        subfolders: sub-folders that hold a checkpoint each, "" for the folder itself. Tensors of
+            a sub-folder are named SUBFOLDER/NAME.
 
     Raises:
-        UserError: no folder, no safetensors, a pickle, a truncated shard, a bad index, or two
-            tensors that bear the same published name.
+        UserError: the folder or its safetensors files are missing, it holds a pickle, a shard is
+            truncated, the index is invalid, or two tensors have the same published name.
     """
-    found: dict[str, SourceTensor] = {}
-    for part in parts:
-        start = f"{part}/" if part else ""
-        for path in _files(folder / part):
+    tensors: dict[str, SourceTensor] = {}
+    for subfolder in subfolders:
+        prefix = f"{subfolder}/" if subfolder else ""
+        for path in _safetensors_files(folder / subfolder):
             for disk_name, entry in read_safetensors_header(path).items():
-                name = published_name(start + disk_name, aliases)
-                if name in found:
-                    first = found[name].disk_name
-                    raise UserError(f"{path}: {disk_name} and {first} are both {name}")
-                found[name] = SourceTensor(path, disk_name, tuple(entry["shape"]), entry["dtype"])
-    return found
+                name = published_name(prefix + disk_name, aliases)
+                if name in tensors:
+                    first = tensors[name].disk_name
+                    raise UserError(
+                        f"{path}: tensors {disk_name} and {first} have the same name {name}"
+                    )
+                tensors[name] = SourceTensor(
+                    file=path,
+                    disk_name=disk_name,
+                    shape=tuple(entry["shape"]),
+                    dtype=entry["dtype"],
+                )
+    return tensors
 
 
 def most_common_dtype(tensors: Iterable[SourceTensor]) -> str:
-    """The dtype of most weights; norms may have another."""
+    """Return the dtype with the most elements; norms may have another."""
     counts = Counter[str]()
     for tensor in tensors:
         counts[tensor.dtype] += math.prod(tensor.shape)
@@ -163,49 +189,56 @@ def most_common_dtype(tensors: Iterable[SourceTensor]) -> str:
 
 
 class SourceReader:
-    """Open safetensors files; `slices(name)` can be cut like a tensor and reads only the cut."""
+    """Lazy reader of the tensors of a checkpoint."""
 
     def __init__(self, tensors: Mapping[str, SourceTensor], stack: ExitStack) -> None:
         self._tensors = tensors
         self._stack = stack
         self._open: dict[Path, Any] = {}
 
-    def slices(self, name: str) -> Any:
-        """A lazily read tensor: `[a:b]` and `[:, a:b]` read those rows or columns."""
+    def get_slice(self, name: str) -> Any:
+        """Return a lazy tensor: indexing it with `[a:b]` or `[:, a:b]` reads only that slice."""
         from safetensors import safe_open
 
-        place = self._tensors[name]
-        if place.read is not None:
-            return place.read()
-        if place.file not in self._open:
-            handle = safe_open(place.file, framework="pt")
-            self._open[place.file] = self._stack.enter_context(handle)
-        return self._open[place.file].get_slice(place.disk_name)
+        tensor = self._tensors[name]
+        if tensor.read is not None:
+            return tensor.read()
+        if tensor.file not in self._open:
+            handle = safe_open(tensor.file, framework="pt")
+            self._open[tensor.file] = self._stack.enter_context(handle)
+        return self._open[tensor.file].get_slice(tensor.disk_name)
 
-    def whole(self, name: str) -> Any:
-        """The whole tensor, checked to be finite."""
-        return require_finite(self.slices(name)[:], name)
+    def get_tensor(self, name: str) -> Any:
+        """Return the whole tensor.
+
+        Raises:
+            UserError: the tensor holds NaN or Inf.
+        """
+        return require_finite(self.get_slice(name)[:], name)
 
 
 @contextmanager
 def open_source(tensors: Mapping[str, SourceTensor]) -> Iterator[SourceReader]:
-    """Reader over tensors listed by `list_tensors`; files are opened when first needed."""
+    """Open a reader of the tensors that `list_tensors` found; files are opened on first use."""
     with ExitStack() as stack:
         yield SourceReader(tensors, stack)
 
 
 def all_finite(tensor: Any) -> bool:
-    """No NaN and no Inf, found without a temporary tensor: both reach the extremes."""
+    """Return whether a tensor holds neither NaN nor Inf.
+
+    Both propagate to the minimum or maximum, so that no temporary of the tensor's size is needed.
+    """
     import torch
 
     return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 
 def require_finite(tensor: Any, name: str) -> Any:
-    """The tensor itself.
+    """Return the tensor unchanged.
 
     Raises:
-        UserError: it holds NaN or Inf.
+        UserError: the tensor holds NaN or Inf.
     """
     if tensor.is_floating_point() and not all_finite(tensor):
         raise UserError(f"tensor {name} holds NaN or Inf")
@@ -213,19 +246,19 @@ def require_finite(tensor: Any, name: str) -> Any:
 
 
 def cast_checked(tensor: Any, name: str, dtype: Any) -> Any:
-    """The tensor in a dtype.
+    """Return the tensor cast to a dtype.
 
     Raises:
-        UserError: it holds NaN or Inf, or numbers that the dtype cannot hold.
+        UserError: the tensor holds NaN or Inf, or values beyond the range of the dtype.
     """
-    made = require_finite(tensor, name).to(dtype)
-    if not all_finite(made):
+    cast = require_finite(tensor, name).to(dtype)
+    if not all_finite(cast):
         raise UserError(
-            f"tensor {name} holds numbers beyond {dtype}'s largest; set export.dtype=bfloat16"
+            f"tensor {name} holds values beyond the range of {dtype}; set export.dtype=bfloat16"
         )
-    return made
+    return cast
 
 
 def total_bytes(tensors: Mapping[str, SourceTensor]) -> int:
-    """Bytes of the listed tensors on disk."""
+    """Return the number of bytes of the tensors on disk."""
     return sum(math.prod(t.shape) * DTYPE_BYTES.get(t.dtype, 4) for t in tensors.values())

@@ -1,4 +1,4 @@
-"""A model's config.json, changed: with a recipe's values, in a dtype."""
+"""Changes to a model's config.json: values of the recipe, and the dtype of the weights."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ from typing import Any
 
 
 def merge_config(config: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """A config with some values in place of its own, key by key also in the configs inside it."""
-    changed = dict(config)
+    """Return a copy of the config with some values replaced, recursively in nested configs."""
+    merged = dict(config)
     for key, value in values.items():
-        inner = changed.get(key)
-        if isinstance(inner, dict) and isinstance(value, dict):
-            value = merge_config(inner, value)
-        changed[key] = value
-    return changed
+        nested = merged.get(key)
+        if isinstance(nested, dict) and isinstance(value, dict):
+            value = merge_config(nested, value)
+        merged[key] = value
+    return merged
 
 
 def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """A config, and the configs inside it, whose dtypes are this one where they have any."""
+    """Return a copy of the config, nested configs included, whose dtype entries are `dtype`.
+
+    Configs without a dtype get none.
+    """
     changed = dict(config)
     for key, value in config.items():
         if isinstance(value, dict):

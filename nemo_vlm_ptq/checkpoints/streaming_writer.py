@@ -1,7 +1,8 @@
-"""A safetensors file that is written while its tensors are made.
+"""Writer of a safetensors file that takes tensors while later ones are still being computed.
 
-The library wants all tensors of a file at once. Here room is left for the header, which comes
-first, and filled in at the end: no more is held than what waits to be written.
+`safetensors.torch.save_file` needs all tensors of the file at once. Here the space of the header,
+which precedes the tensors, is reserved and filled in last, so that only the tensors of the pending
+write are held in memory. The cost is an upper bound on the number of tensors, and some padding.
 """
 
 from __future__ import annotations
@@ -15,60 +16,67 @@ from typing import Any
 
 import torch
 
-NAMES = {
+SAFETENSORS_DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.bool: "BOOL",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
     torch.uint8: "U8",
 }  # fmt: skip
-ENTRY = 256  # bytes of the header that a tensor may take
-UNIT = 8  # bytes of the largest entry
-LENGTH = 8  # bytes that tell the header's
+HEADER_BYTES_PER_TENSOR = 256
+ALIGNMENT = 8  # bytes; the size of the largest element
+LENGTH_BYTES = 8  # of the integer that states the header's length
 
-Add = Callable[[Mapping[str, torch.Tensor]], None]
+AddTensors = Callable[[Mapping[str, torch.Tensor]], None]
 
 
 @contextmanager
-def tensor_file(path: Path, count: int) -> Iterator[Add]:
-    """What takes tensors of the CPU; a thread writes them while the next ones are made.
+def open_streaming_writer(path: Path, max_tensors: int) -> Iterator[AddTensors]:
+    """Open a safetensors file and yield a function that adds CPU tensors to it.
 
-    It comes back when those given before have been written. Every tensor begins at a multiple of
-    its entries' size: those whose bytes are no multiple of 8, most of them of one entry, are kept
-    for the end of the file. Where the block fails, the header is missing.
+    A thread writes the added tensors. Each call first waits until the previous ones are written.
+    Every tensor starts at a multiple of its element size: tensors whose size is no multiple of 8
+    bytes, most of them scalars, are written last. If the block raises, the file has no header.
 
     Args:
         path: of the file.
-        count: tensors that come, at most.
+        max_tensors: upper bound on the number of tensors.
+
+    Raises:
+        AssertionError: the header does not fit, because of more tensors or long names.
     """
-    room, end = ENTRY * (count + 1), 0
+    header_size, end = HEADER_BYTES_PER_TENSOR * (max_tensors + 1), 0
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    last: list[Future[None]] = []
-    odd: dict[str, torch.Tensor] = {}
+    pending: list[Future[None]] = []
+    unaligned: dict[str, torch.Tensor] = {}
 
     def write(named: Iterable[tuple[str, torch.Tensor]]) -> None:
         nonlocal end
         for name, tensor in named:
             start, end = end, end + tensor.nbytes
-            about = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape)}
-            header[name] = about | {"data_offsets": [start, end]}
-            every = tensor.detach().contiguous().view(-1)
-            file.write(every.view(torch.uint8).numpy().data)
+            header[name] = {
+                "dtype": SAFETENSORS_DTYPES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [start, end],
+            }
+            flat = tensor.detach().contiguous().view(-1)
+            file.write(flat.view(torch.uint8).numpy().data)
 
     def wait() -> None:
-        while last:
-            last.pop().result()
+        while pending:
+            pending.pop().result()
 
     def add(tensors: Mapping[str, torch.Tensor]) -> None:
         wait()
-        odd.update({name: tensor for name, tensor in tensors.items() if tensor.nbytes % UNIT})
-        last.append(writer.submit(write, [one for one in tensors.items() if one[0] not in odd]))
+        unaligned.update({name: t for name, t in tensors.items() if t.nbytes % ALIGNMENT})
+        aligned = [(name, t) for name, t in tensors.items() if name not in unaligned]
+        pending.append(executor.submit(write, aligned))
 
-    with path.open("wb") as file, ThreadPoolExecutor(1) as writer:
-        file.seek(LENGTH + room)
+    with path.open("wb") as file, ThreadPoolExecutor(1) as executor:
+        file.seek(LENGTH_BYTES + header_size)
         yield add
         wait()
-        write(sorted(odd.items(), key=lambda one: -one[1].element_size()))
+        write(sorted(unaligned.items(), key=lambda item: -item[1].element_size()))
         text = json.dumps(header, separators=(",", ":")).encode()
-        assert len(text) <= room, f"a header of {len(text)} bytes, room for {room}"
+        assert len(text) <= header_size, f"header of {len(text)} bytes, {header_size} reserved"
         file.seek(0)
-        file.write(room.to_bytes(LENGTH, "little") + text.ljust(room))
+        file.write(header_size.to_bytes(LENGTH_BYTES, "little") + text.ljust(header_size))

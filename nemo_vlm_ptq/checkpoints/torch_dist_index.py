@@ -1,8 +1,8 @@
-"""Reading torch_dist folders without Megatron, and without running anything that lies in them.
+"""Reader of the index of torch_dist checkpoints, without Megatron and without running pickled code.
 
-`.metadata` is a pickle that may come from anybody: it is read by an unpickler that knows the
-records of torch's distributed checkpoints and nothing else. Tensors lie in .distcp files at stated
-places and are loaded with torch's own restricted loader.
+`.metadata` is a pickle from an untrusted source. It is read by an unpickler that is limited to the
+metadata classes of `torch.distributed.checkpoint`. The byte ranges of tensors in .distcp files are
+loaded with `torch.load(weights_only=True)`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,19 @@ from torch.distributed.checkpoint import metadata as records
 from nemo_vlm_ptq.errors import UserError
 
 INDEX = ".metadata"
-# What unpickling raises on bytes that are no pickle, or one of something else.
-DAMAGE = (pickle.UnpicklingError, AttributeError, EOFError, LookupError, TypeError, ValueError)
+# Raised by unpickling bytes that are not a pickle, or a pickle of other classes.
+UNPICKLING_ERRORS = (
+    pickle.UnpicklingError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    TypeError,
+    ValueError,
+)
 
 
 class _Unused:
-    """What is told of how a checkpoint was written, which no reader needs."""
+    """Placeholder of a record about how a checkpoint was written, which reading does not need."""
 
     def __init__(self, *args: Any) -> None:
         pass
@@ -36,22 +43,22 @@ class _Unused:
         pass
 
     def __call__(self, *args: Any) -> None:
-        """An unused function."""
+        """Accept a call in place of a function that was pickled."""
 
 
 def _member(record: Any, name: str) -> Any:
-    """`getattr` of an index: how some releases of Python 3.11 pickle members of enumerations."""
+    """Resolve the `getattr` by which some releases of Python 3.11 pickle members of enums."""
     if record is _Unused:
         return _Unused()
     if isinstance(record, type) and issubclass(record, Enum):
         return record[name]
-    raise pickle.UnpicklingError(f"it asks for {name} of {record!r}")
+    raise pickle.UnpicklingError(f"unsupported attribute {name} of {record!r}")
 
 
-METADATA = "torch.distributed.checkpoint.metadata"
-KNOWN: dict[tuple[str, str], Any] = {
+METADATA_MODULE = "torch.distributed.checkpoint.metadata"
+ALLOWED_GLOBALS: dict[tuple[str, str], Any] = {
     **{
-        (METADATA, name): getattr(records, name)
+        (METADATA_MODULE, name): getattr(records, name)
         for name in (
             "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex",
             "StorageMeta", "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
@@ -63,7 +70,7 @@ KNOWN: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): dict,
     ("builtins", "getattr"): _member,
 }  # fmt: skip
-UNUSED = {
+IGNORED_GLOBALS = {
     ("torch.distributed.checkpoint.planner", name)
     for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType", "BytesIOWriteData")
 } | {
@@ -72,20 +79,22 @@ UNUSED = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
+class _RestrictedUnpickler(pickle.Unpickler):
+    """Unpickler of the metadata classes of torch's distributed checkpoints alone."""
+
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in UNUSED:
+        if (module, name) in IGNORED_GLOBALS:
             return _Unused
-        if (module, name) in KNOWN:
-            return KNOWN[module, name]
+        if (module, name) in ALLOWED_GLOBALS:
+            return ALLOWED_GLOBALS[module, name]
         if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
             return found
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        raise pickle.UnpicklingError(f"unsupported global {module}.{name}")
 
 
 @dataclass(frozen=True)
 class ByteRange:
-    """Where bytes lie: `length` bytes of a file from `offset`."""
+    """Range of `length` bytes of a file, starting at `offset`."""
 
     file: Path
     offset: int
@@ -94,16 +103,16 @@ class ByteRange:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A block of a stored tensor: its first element's index, its shape, and its bytes."""
+    """Block of a stored tensor: the index of its first element, its shape and its bytes."""
 
     start: tuple[int, ...]
     shape: tuple[int, ...]
-    place: ByteRange
+    byte_range: ByteRange
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a torch_dist folder, in the chunks that were written."""
+    """Tensor of a torch_dist checkpoint and the chunks that it was written in."""
 
     name: str
     shape: tuple[int, ...]
@@ -113,69 +122,76 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Index:
-    """What a torch_dist folder holds, by stored name."""
+    """Contents of a torch_dist checkpoint, by stored name."""
 
     tensors: Mapping[str, StoredTensor]
     objects: Mapping[str, ByteRange]
 
 
 def read_index(folder: Path) -> Index:
-    """The index of a torch_dist folder; no tensor is read.
+    """Read the index of a torch_dist checkpoint, but no tensor.
 
     Raises:
-        UserError: no index, one that asks for more than torch's records, or bytes that are not
-            where it says.
+        UserError: the index is missing or damaged, refers to other classes than torch's metadata,
+            or names bytes that do not exist.
     """
     path = folder / INDEX
     if not path.is_file():
-        raise UserError(f"{folder} is no torch_dist checkpoint: it has no {INDEX}")
+        raise UserError(f"{folder} is not a torch_dist checkpoint: {INDEX} is missing")
     try:
         with path.open("rb") as file:
-            found = _Unpickler(file).load()
-        return _index(folder, found)
-    except DAMAGE as error:
-        raise UserError(f"{path} is damaged or no index of tensors: {error}") from None
+            metadata = _RestrictedUnpickler(file).load()
+        return _make_index(folder, metadata)
+    except UNPICKLING_ERRORS as error:
+        raise UserError(f"{path} is damaged or not a torch_dist index: {error}") from None
 
 
-def _index(folder: Path, found: records.Metadata) -> Index:
-    places: dict[tuple[str, tuple[int, ...] | None], ByteRange] = {}
-    for key, info in found.storage_data.items():
+def _make_index(folder: Path, metadata: records.Metadata) -> Index:
+    """Convert torch's metadata into an index."""
+    ranges: dict[tuple[str, tuple[int, ...] | None], ByteRange] = {}
+    for key, info in metadata.storage_data.items():
         start = None if key.offset is None else tuple(key.offset)
-        places[key.fqn, start] = _place(folder, info)
+        ranges[key.fqn, start] = _byte_range(folder, info)
     tensors, objects = {}, {}
-    for name, entry in found.state_dict_metadata.items():
+    for name, entry in metadata.state_dict_metadata.items():
         if not isinstance(entry, records.TensorStorageMetadata):
-            objects[name] = places[name, None]
+            objects[name] = ranges[name, None]
             continue
         chunks = tuple(
-            Chunk(tuple(one.offsets), tuple(one.sizes), places[name, tuple(one.offsets)])
-            for one in entry.chunks
+            Chunk(
+                start=tuple(chunk.offsets),
+                shape=tuple(chunk.sizes),
+                byte_range=ranges[name, tuple(chunk.offsets)],
+            )
+            for chunk in entry.chunks
         )
         tensors[name] = StoredTensor(name, tuple(entry.size), entry.properties.dtype, chunks)
     return Index(tensors, objects)
 
 
-def _place(folder: Path, info: Any) -> ByteRange:
+def _byte_range(folder: Path, info: Any) -> ByteRange:
+    """Return the bytes that a storage record names, after checking that they exist."""
     file = folder / info.relative_path
     if Path(info.relative_path).name != info.relative_path:
-        raise UserError(f"{folder}/{INDEX} names {info.relative_path!r}, outside of the folder")
+        raise UserError(f"{folder}/{INDEX} names {info.relative_path!r}, a file outside the folder")
     if not file.is_file():
-        raise UserError(f"{folder}/{INDEX} names {info.relative_path!r}, which is not there")
+        raise UserError(f"{folder}/{INDEX} names {info.relative_path!r}, which does not exist")
     if getattr(info, "transform_descriptors", None):
         raise UserError(f"{file} is compressed; save the checkpoint without transforms")
     if file.stat().st_size < info.offset + info.length:
         raise UserError(
             f"{file} is truncated: {file.stat().st_size} bytes, "
-            f"{INDEX} asks for {info.offset + info.length}"
+            f"{INDEX} expects {info.offset + info.length}"
         )
-    return ByteRange(file, info.offset, info.length)
+    return ByteRange(file, offset=info.offset, length=info.length)
 
 
-class _View(io.RawIOBase):
-    """Some bytes of a file as a file of their own: torch reads them straight into the tensor."""
+class _FileView(io.RawIOBase):
+    """Read-only file over a byte range of another; torch reads from it directly into tensors."""
 
-    def __init__(self, file: io.FileIO, place: ByteRange) -> None:
-        self._file, self._start, self._length, self._at = file, place.offset, place.length, 0
+    def __init__(self, file: io.FileIO, byte_range: ByteRange) -> None:
+        self._file, self._position = file, 0
+        self._start, self._length = byte_range.offset, byte_range.length
 
     def readable(self) -> bool:
         return True
@@ -184,51 +200,53 @@ class _View(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
-        self._at = min(max(0, base + offset), self._length)
-        return self._at
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
+        self._position = min(max(0, base + offset), self._length)
+        return self._position
 
     def readinto(self, buffer: Any) -> int:
-        self._file.seek(self._start + self._at)
-        wanted = memoryview(buffer).cast("B")[: self._length - self._at]
+        self._file.seek(self._start + self._position)
+        target = memoryview(buffer).cast("B")[: self._length - self._position]
         done = 0
-        while done < len(wanted) and (more := self._file.readinto(wanted[done:])):
-            done += more  # the system reads at most 2 GB at once
-        self._at += done
+        while done < len(target) and (count := self._file.readinto(target[done:])):
+            done += count  # the system reads at most 2 GB per call
+        self._position += done
         return done
 
 
-def load_range(place: ByteRange) -> Any:
-    """What torch saved somewhere, made of plain values and tensors alone.
+def load_range(byte_range: ByteRange) -> Any:
+    """Load what torch saved in a byte range, limited to plain values and tensors.
 
     Raises:
-        UserError: damaged, or made of anything else.
+        UserError: the bytes are damaged or hold other types.
     """
     try:
-        with place.file.open("rb", buffering=0) as file:
-            view: Any = _View(file, place)
+        with byte_range.file.open("rb", buffering=0) as file:
+            view: Any = _FileView(file, byte_range)
             return torch.load(view, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{place.file} is damaged at byte {place.offset}: {reason}") from None
+        raise UserError(
+            f"{byte_range.file} is damaged at byte {byte_range.offset}: {reason}"
+        ) from None
 
 
 def read_object(index: Index, name: str) -> Any:
-    """What lies under a name beside the tensors, made of plain values and tensors alone.
+    """Load an object that is not a tensor, limited to plain values and tensors.
 
-    Megatron pickles it once more, into bytes.
+    Megatron stores such an object as a tensor of bytes that holds a second pickle.
 
     Raises:
-        UserError: damaged, or made of anything else.
+        UserError: the bytes are damaged or hold other types.
     """
-    found = load_range(index.objects[name])
+    byte_range = index.objects[name]
+    found = load_range(byte_range)
     if isinstance(found, list) and len(found) == 1:
         (found,) = found
     if isinstance(found, torch.Tensor) and found.dtype == torch.uint8 and found.numel():
-        place = index.objects[name]
         try:
             return torch.load(io.BytesIO(found.numpy().tobytes()), weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"{place.file} holds a damaged {name}: {reason}") from None
+            raise UserError(f"{byte_range.file}: object {name} is damaged: {reason}") from None
     return found

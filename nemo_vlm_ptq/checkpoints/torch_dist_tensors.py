@@ -1,6 +1,7 @@
-"""Tensors and blocks of them out of torch_dist folders, whichever ranks wrote them in what chunks.
+"""Reader of tensors, and of blocks of tensors, from torch_dist checkpoints.
 
-Files are mapped: what nobody uses is not read.
+A block is assembled from the chunks that overlap it, whatever layout wrote them. Files are
+memory-mapped, so that only the pages in use are read.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from nemo_vlm_ptq.errors import UserError
 
 
 def read_tensor(stored: StoredTensor, first: int | None = None) -> torch.Tensor:
-    """A whole tensor, or the entry `first` of its first axis; see `read_block`."""
+    """Read a whole tensor, or its slice at index `first` of the first axis, by `read_block`."""
     if first is None:
         return read_block(stored, (0,) * len(stored.shape), stored.shape)
     start = (first, *(0 for _ in stored.shape[1:]))
@@ -27,107 +28,114 @@ def read_tensor(stored: StoredTensor, first: int | None = None) -> torch.Tensor:
 def read_block(
     stored: StoredTensor, start: tuple[int, ...], shape: tuple[int, ...]
 ) -> torch.Tensor:
-    """A block of a tensor, from the chunks that hold it.
+    """Read a block of a tensor from the chunks that overlap it.
 
-    Where one chunk holds it all, its values are those of the mapped file: they are read when they
-    are used, and no others.
+    If one chunk holds the whole block, the result is a view of the mapped file, whose pages are
+    read on access. Otherwise it is a copy.
 
     Args:
         stored: the tensor.
         start: index of the block's first element.
-        shape: of the block.
+        shape: shape of the block.
 
     Raises:
-        UserError: chunks are damaged, of another shape, or do not make up the block.
+        UserError: a chunk is damaged or of another shape, or the chunks do not cover the block.
     """
-    whole, filled = None, 0
+    block, filled = None, 0
     for chunk in stored.chunks:
-        ends = zip(start, shape, chunk.start, chunk.shape, strict=True)
-        spans = [(max(a, c), min(a + n, c + m)) for a, n, c, m in ends]
+        axes = zip(start, shape, chunk.start, chunk.shape, strict=True)
+        spans = [(max(a, c), min(a + n, c + m)) for a, n, c, m in axes]
         if any(low >= high for low, high in spans):
             continue
-        part = _mapped(chunk.place)
+        part = _map_tensor(chunk.byte_range)
         if tuple(part.shape) != chunk.shape:
-            raise UserError(f"{chunk.place.file} does not hold the part of {stored.name} it should")
+            raise UserError(
+                f"{chunk.byte_range.file}: a chunk of tensor {stored.name} has shape "
+                f"{tuple(part.shape)}, expected {chunk.shape}"
+            )
         part = part[_slices(spans, chunk.start)]
         if tuple(part.shape) == shape and part.dtype == stored.dtype:
             return part
-        if whole is None:
-            whole = torch.empty(shape, dtype=stored.dtype)
-        whole[_slices(spans, start)] = part
+        if block is None:
+            block = torch.empty(shape, dtype=stored.dtype)
+        block[_slices(spans, start)] = part
         filled += part.numel()
     if filled != math.prod(shape):
-        raise UserError(f"tensor {stored.name} is not whole: {filled} of {math.prod(shape)} values")
-    return torch.empty(shape, dtype=stored.dtype) if whole is None else whole
+        raise UserError(
+            f"tensor {stored.name} is incomplete: {filled} of {math.prod(shape)} elements"
+        )
+    return torch.empty(shape, dtype=stored.dtype) if block is None else block
 
 
 def _slices(spans: Iterable[tuple[int, int]], origin: Iterable[int]) -> tuple[slice, ...]:
-    """Spans counted from an origin."""
+    """Return slices of the spans relative to an origin."""
     return tuple(slice(a - o, b - o) for (a, b), o in zip(spans, origin, strict=True))
 
 
-def _mapped(place: ByteRange) -> torch.Tensor:
-    """The tensor that lies somewhere, over the mapped file; writing to it changes no file."""
-    with FakeTensorMode():  # finds out where its values lie and reads none
-        told = load_range(place)
-    if not isinstance(told, torch.Tensor):
-        raise UserError(f"{place.file} holds no tensor at byte {place.offset}")
-    memory = told.untyped_storage()
-    assert memory._checkpoint_offset is not None, "torch says so of tensors that are not real"
-    size, begin = memory.nbytes(), place.offset + memory._checkpoint_offset
-    if begin + size > place.offset + place.length:
-        raise UserError(f"{place.file} is damaged at byte {place.offset}: it ends too soon")
-    if not size:
-        return torch.empty(told.shape, dtype=told.dtype)
-    before = begin % mmap.ALLOCATIONGRANULARITY  # files are mapped from the start of a page
-    with place.file.open("rb") as file:
-        pages = mmap.mmap(
-            file.fileno(), before + size, access=mmap.ACCESS_COPY, offset=begin - before
+def _map_tensor(byte_range: ByteRange) -> torch.Tensor:
+    """Return a tensor over the memory-mapped file; writes to it do not reach the file."""
+    with FakeTensorMode():  # finds the offset of the data without reading it
+        fake = load_range(byte_range)
+    if not isinstance(fake, torch.Tensor):
+        raise UserError(f"{byte_range.file}: no tensor at byte {byte_range.offset}")
+    storage = fake.untyped_storage()
+    assert storage._checkpoint_offset is not None, "torch.load sets it under FakeTensorMode"
+    size, data_start = storage.nbytes(), byte_range.offset + storage._checkpoint_offset
+    if data_start + size > byte_range.offset + byte_range.length:
+        raise UserError(
+            f"{byte_range.file} is damaged at byte {byte_range.offset}: the tensor is truncated"
         )
-    flat = torch.frombuffer(pages, dtype=told.dtype, offset=before)
-    return flat.as_strided(told.shape, told.stride(), told.storage_offset())
+    if not size:
+        return torch.empty(fake.shape, dtype=fake.dtype)
+    padding = data_start % mmap.ALLOCATIONGRANULARITY  # a mapping starts at a page boundary
+    with byte_range.file.open("rb") as file:
+        pages = mmap.mmap(
+            file.fileno(), padding + size, access=mmap.ACCESS_COPY, offset=data_start - padding
+        )
+    flat = torch.frombuffer(pages, dtype=fake.dtype, offset=padding)
+    return flat.as_strided(fake.shape, fake.stride(), fake.storage_offset())
 
 
 class LazyTensor:
-    """A stored tensor that is cut like a tensor; no more is read than what is cut out."""
+    """Stored tensor that reads only the slice it is indexed with."""
 
     def __init__(self, stored: StoredTensor) -> None:
         self.stored = stored
 
     def get_shape(self) -> list[int]:
-        """Of the whole."""
+        """Return the shape of the whole tensor."""
         return list(self.stored.shape)
 
-    def __getitem__(self, cut: slice | tuple[slice, ...]) -> torch.Tensor:
-        """What slices of step 1 cut out; later axes are whole where none is given."""
-        given = cut if isinstance(cut, tuple) else (cut,)
+    def __getitem__(self, key: slice | tuple[slice, ...]) -> torch.Tensor:
+        """Read the block that slices of step 1 select; axes without a slice are read whole."""
+        given = key if isinstance(key, tuple) else (key,)
         sizes = self.stored.shape
-        every = [*given, *[slice(None)] * (len(sizes) - len(given))]
-        spans = [one.indices(size) for one, size in zip(every, sizes, strict=True)]
+        slices = [*given, *[slice(None)] * (len(sizes) - len(given))]
+        spans = [part.indices(size) for part, size in zip(slices, sizes, strict=True)]
         start = tuple(low for low, _, _ in spans)
         return read_block(self.stored, start, tuple(max(0, b - a) for a, b, _ in spans))
 
 
 class LazyConcat:
-    """Tensors above each other, cut as if they were one."""
+    """Concatenation of lazy tensors along the first axis, indexed as one tensor."""
 
     def __init__(self, parts: Sequence[LazyTensor]) -> None:
         self.parts = parts
 
     def get_shape(self) -> list[int]:
-        """Of all together."""
+        """Return the shape of the concatenation."""
         shapes = [part.get_shape() for part in self.parts]
         return [sum(shape[0] for shape in shapes), *shapes[0][1:]]
 
-    def __getitem__(self, cut: slice | tuple[slice, ...]) -> torch.Tensor:
-        """What slices of step 1 cut out; copied only where it goes over an edge."""
-        rows, *others = cut if isinstance(cut, tuple) else (cut,)
+    def __getitem__(self, key: slice | tuple[slice, ...]) -> torch.Tensor:
+        """Read the block that slices of step 1 select; copy only if it spans several parts."""
+        rows, *others = key if isinstance(key, tuple) else (key,)
         start, stop, _ = rows.indices(self.get_shape()[0])
-        found, first = [], 0
+        blocks, first = [], 0
         for part in self.parts:
             size = part.get_shape()[0]
             low, high = max(start, first), min(stop, first + size)
             if low < high:
-                found.append(part[(slice(low - first, high - first), *others)])
+                blocks.append(part[(slice(low - first, high - first), *others)])
             first += size
-        return torch.cat(found) if found[1:] else found[0]
+        return torch.cat(blocks) if blocks[1:] else blocks[0]

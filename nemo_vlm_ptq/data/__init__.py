@@ -1,1 +1,1 @@
-""""""
+"""Calibration and evaluation data: questions about images, from a folder or drawn scenes."""

@@ -1,4 +1,4 @@
-"""Questions about images, in GQA's own file format: for calibration and for evaluation alike."""
+"""Questions about images in the file format of GQA, for calibration and for evaluation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,119 +18,166 @@ from nemo_vlm_ptq.errors import UserError
 if TYPE_CHECKING:
     from nemo_vlm_ptq.recipe import Calibration
 
-PROMPT_SUFFIX = "\nAnswer the question using a single word or phrase."  # LLaVA's, VILA's for GQA
-IMAGE_SUFFIXES = ("jpg", "png", "jpeg", "webp", "JPG", "PNG", "JPEG", "WEBP")  # of pictures
+# The instruction of LLaVA and VILA for GQA.
+PROMPT_SUFFIX = "\nAnswer the question using a single word or phrase."
+IMAGE_SUFFIXES = ("jpg", "png", "jpeg", "webp", "JPG", "PNG", "JPEG", "WEBP")
+SCENES_PER_SPLIT = 250  # built-in scenes that questions are drawn from, unless more are needed
+MIN_QUESTIONS_PER_SCENE = 8
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question; `kind` is GQA's types.detailed, `image` is empty when it has none."""
+    """One question.
+
+    id: key of the question in the file.
+    image: id of the image; "" for a question without an image.
+    text: the question.
+    answer: the reference answer.
+    question_type: GQA's types.detailed; "other" if the file has none.
+    """
 
     id: str
     image: str
     text: str
     answer: str
-    kind: str
+    question_type: str
+
+    def record(self) -> dict[str, str]:
+        """Return the fields under the keys that Questions.identity hashes."""
+        return {
+            "id": self.id,
+            "image": self.image,
+            "text": self.text,
+            "answer": self.answer,
+            "kind": self.question_type,
+        }
 
 
 @dataclass(frozen=True)
 class Questions:
-    """Questions in a fixed order, and how to get their images by id; folder: None for scenes."""
+    """Questions in a fixed order and a function that loads their images.
+
+    name: "scenes", or the folder as the recipe has it.
+    items: the questions.
+    load_image: image id -> image.
+    folder: the folder; None for the built-in scenes.
+    """
 
     name: str
     items: tuple[Question, ...]
-    image: Callable[[str], PIL.Image.Image]
+    load_image: Callable[[str], PIL.Image.Image]
     folder: Path | None = None
 
     def identity(self) -> str:
-        """sha256 over the questions, and size and time of every image that they are about.
+        """Return the sha256 of the questions and of size and mtime of their image files.
 
         Raises:
-            UserError: an image is not there.
+            UserError: an image does not exist.
         """
-        digest = hashlib.sha256(json.dumps([asdict(item) for item in self.items]).encode())
+        digest = hashlib.sha256(json.dumps([item.record() for item in self.items]).encode())
         if self.folder is not None:
             for name in sorted({item.image for item in self.items if item.image}):
                 status = _image_file(self.folder, name).stat()
                 digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode())
         return digest.hexdigest()
 
-    def require_images(self, instead: str) -> Questions:
-        """The questions, each with the id of an image.
+    def require_images(self, remedy: str) -> Questions:
+        """Return the questions; every one must have the id of an image.
+
+        Args:
+            remedy: what the user can do otherwise, for the message.
 
         Raises:
-            UserError: some have none; says what may be done `instead`.
+            UserError: questions have none.
         """
-        blind = [item.id for item in self.items if not item.image]
-        if blind:
+        without_image = [item.id for item in self.items if not item.image]
+        if without_image:
             raise UserError(
-                f"{len(blind)} of {len(self.items)} questions of {self.name} have no imageId, "
-                f"first {blind[0]!r}; {instead}"
+                f"{len(without_image)} of {len(self.items)} questions of {self.name} have no "
+                f"imageId, first {without_image[0]!r}; {remedy}"
             )
         return self
 
 
-def calibration_questions(wanted: Calibration) -> Questions:
-    """The questions that observe runs the model over.
+def calibration_questions(calibration: Calibration) -> Questions:
+    """Return the questions of the calibration data.
 
     Raises:
-        UserError: fewer than samples, or questions without an image where images are asked for.
+        UserError: calibration.data is not set, there are fewer than calibration.samples, or
+            questions without an image where calibration.modality requires images.
     """
-    questions = load_questions(wanted.data, "calibration", wanted.samples, wanted.seed)
-    if len(questions.items) < wanted.samples:
+    if calibration.data is None:
         raise UserError(
-            f"calibration.samples={wanted.samples} but {wanted.data} has only "
+            "calibration.data is not set: give a folder with questions in GQA's format and images "
+            "like those that the model will be served; scenes suits only the models in assets/"
+        )
+    questions = load_questions(
+        calibration.data, "calibration", calibration.samples, calibration.seed
+    )
+    if len(questions.items) < calibration.samples:
+        raise UserError(
+            f"calibration.samples={calibration.samples} but {calibration.data} has only "
             f"{len(questions.items)} questions"
         )
-    if wanted.modality == "text":
+    if calibration.modality == "text":
         items = tuple(replace(item, image="") for item in questions.items)
         return replace(questions, items=items)
     return questions.require_images(
-        "a model calibrated without images may lose them: add images, or set "
+        "calibration without images lowers accuracy on images: add images, or set "
         "calibration.modality=text"
     )
 
 
-def evaluation_questions(data: str, limit: int | None) -> Questions:
-    """The questions that models are scored with.
+def evaluation_questions(data: str | None, limit: int | None) -> Questions:
+    """Return the questions of the evaluation data.
 
     Raises:
-        UserError: questions without an image.
+        UserError: there is no data, or questions have no image.
     """
+    if data is None:
+        raise UserError(
+            "evaluate.data is not set: give a folder with questions in GQA's format and images, or "
+            "remove evaluate from stages"
+        )
     questions = load_questions(data, "test", limit)
-    return questions.require_images("models are scored on questions about images")
+    return questions.require_images("evaluation requires an image for each question: add images")
 
 
 def load_questions(data: str, split: str, limit: int | None, seed: int = 0) -> Questions:
-    """Balanced questions of the built-in scenes or of a folder.
+    """Load the balanced questions of the built-in scenes or of a folder.
 
     Args:
-        data: "scenes", or a folder with one questions .json in GQA's format and images/ID.jpg.
-        split: "calibration" or "test"; only the scenes have both.
-        limit: at most so many, drawn with `seed` over all; None takes all in their order.
+        data: "scenes", or a folder with one .json file of questions in GQA's format and the images
+            images/ID.jpg (or another suffix of IMAGE_SUFFIXES).
+        split: "calibration" or "test"; ignored for a folder.
+        limit: the largest number of questions, sampled from all; None for all.
+        seed: seed of the sampling.
 
     Raises:
-        UserError: no such folder, no questions file, more than one, or one of another format.
+        UserError: the folder or its file of questions does not exist, there are several files, or
+            a file is not in GQA's format.
     """
     if data == "scenes":
-        from nemo_vlm_ptq.data import scenes
+        from nemo_vlm_ptq.data import scene_questions, scenes
 
-        count = 250 if limit is None else max(250, -(-limit // 8))
-        folder, raw = None, scenes.questions(split, count)
-        image: Callable[[str], PIL.Image.Image] = scenes.draw
+        count = SCENES_PER_SPLIT
+        if limit is not None:
+            count = max(count, -(-limit // MIN_QUESTIONS_PER_SCENE))
+        folder, raw = None, scene_questions.questions(split, count)
+        load_image: Callable[[str], PIL.Image.Image] = scenes.draw
     else:
         folder = Path(data)
-        raw, image = _read_questions(folder), partial(_open_image, folder)
-    read = (_question(data, name, entry) for name, entry in raw.items())
-    items = [item for item in read if item is not None]
+        raw, load_image = _read_questions(folder), partial(_open_image, folder)
+    parsed = (_parse_question(data, name, entry) for name, entry in raw.items())
+    items = [item for item in parsed if item is not None]
     if limit is not None and limit < len(items):
         chosen = set(random.Random(seed).sample(range(len(items)), limit))
         items = [item for i, item in enumerate(items) if i in chosen]
-    return Questions(data, tuple(items), image, folder)
+    return Questions(name=data, items=tuple(items), load_image=load_image, folder=folder)
 
 
-def _question(data: str, name: str, entry: Any) -> Question | None:
-    """A balanced question of a file, or None.
+def _parse_question(data: str, name: str, entry: Any) -> Question | None:
+    """Parse a question of a file; None if it is not of GQA's balanced set.
 
     Raises:
         UserError: it is not in GQA's format.
@@ -140,29 +187,36 @@ def _question(data: str, name: str, entry: Any) -> Question | None:
             return None
         text, answer = entry["question"], entry["answer"]
         if not isinstance(text, str) or not isinstance(answer, str | int | float):
-            raise TypeError("question and answer must be text")
-        kind = (entry.get("types") or {}).get("detailed") or "other"
-        found = Question(name, str(entry.get("imageId") or ""), text, str(answer), str(kind))
-        json.dumps(asdict(found), ensure_ascii=False).encode()
+            raise TypeError("question must be a string, answer a string or a number")
+        question_type = (entry.get("types") or {}).get("detailed") or "other"
+        question = Question(
+            id=name,
+            image=str(entry.get("imageId") or ""),
+            text=text,
+            answer=str(answer),
+            question_type=str(question_type),
+        )
+        # Raises UnicodeEncodeError for lone surrogates.
+        json.dumps(question.record(), ensure_ascii=False).encode()
     except (AttributeError, KeyError, TypeError, UnicodeEncodeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise UserError(
-            f"{questions_file(Path(data))}, question {name!r}, is not in GQA's format: {reason}"
+            f"{questions_file(Path(data))}: question {name!r} is not in GQA's format: {reason}"
         ) from None
-    return found
+    return question
 
 
 def questions_file(folder: Path) -> Path:
-    """The one questions file of a data folder.
+    """Return the path of the file of questions of a data folder.
 
     Raises:
-        UserError: no such folder, no questions file, or more than one.
+        UserError: the folder does not exist, or does not have exactly one .json file.
     """
     if not folder.is_dir():
-        raise UserError(f"data {str(folder)!r} is neither 'scenes' nor a folder")
+        raise UserError(f"data must be 'scenes' or an existing folder, got {str(folder)!r}")
     files = sorted(folder.glob("*.json"))
     if len(files) != 1:
-        raise UserError(f"{folder} must hold one questions .json, found {len(files)}")
+        raise UserError(f"{folder} must hold exactly one .json file of questions, got {len(files)}")
     return files[0]
 
 
@@ -173,13 +227,16 @@ def _read_questions(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(raw, dict):
-        raise UserError(f"{path} is not in GQA's format: an object, id -> question")
+        raise UserError(
+            f"{path} is not in GQA's format: expected an object with question ids as keys, got "
+            f"{type(raw).__name__}"
+        )
     return raw
 
 
 def _image_file(folder: Path, name: str) -> Path:
-    for ending in IMAGE_SUFFIXES:
-        path = folder / "images" / f"{name}.{ending}"
+    for suffix in IMAGE_SUFFIXES:
+        path = folder / "images" / f"{name}.{suffix}"
         if path.is_file():
             return path
     raise UserError(f"{folder}/images has no {name}.jpg, .png, .jpeg or .webp")
@@ -190,4 +247,4 @@ def _open_image(folder: Path, name: str) -> PIL.Image.Image:
     try:
         return PIL.Image.open(path).convert("RGB")
     except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        raise UserError(f"{path} is no readable picture: {error}") from None
+        raise UserError(f"{path} is not a readable image: {error}") from None

@@ -1,6 +1,7 @@
-"""Ranks that Open MPI's mpirun started: MPI says who is who, the rest is as under torchrun.
+"""Environment of ranks that Open MPI's mpirun started.
 
-MPI is left at once, because its end waits for every rank: one that fails later must end the job.
+The rank numbers come from MPI; everything else runs as under torchrun. MPI is finalized at once,
+because MPI_Finalize waits for all ranks, whereas a rank that fails later must end the run.
 """
 
 from __future__ import annotations
@@ -11,41 +12,49 @@ from typing import Any
 
 from nemo_vlm_ptq.errors import UserError
 
-WORLD_SIZE_VARIABLE = "OMPI_COMM_WORLD_SIZE"  # mpirun has put it into the environment of its ranks
+WORLD_SIZE_VARIABLE = "OMPI_COMM_WORLD_SIZE"  # set by Open MPI's mpirun
 
 
 def started_by_mpirun() -> bool:
-    """True on a rank of mpirun."""
+    """Return whether mpirun started this process."""
     return WORLD_SIZE_VARIABLE in os.environ
 
 
-def adopt_mpi_ranks() -> None:
-    """Put into the environment what torchrun puts there; every rank of mpirun must come.
+def set_env_from_mpi() -> None:
+    """Set the environment variables that torchrun sets; a collective call of all MPI ranks.
 
     Raises:
-        UserError: mpi4py is missing, or speaks to another MPI than mpirun.
+        UserError: mpi4py is missing, or uses another MPI than mpirun.
     """
-    mpi = _load()
+    mpi = _import_mpi()
     mpi.Init()
     world = mpi.COMM_WORLD
-    here = world.Split_type(mpi.COMM_TYPE_SHARED)
-    rank, size, local, node = world.rank, world.size, here.rank, here.size
-    address, port = world.bcast(_meeting_point(node == size) if rank == 0 else None)
-    here.Free()
+    node = world.Split_type(mpi.COMM_TYPE_SHARED)
+    rank, world_size, local_rank, local_world_size = world.rank, world.size, node.rank, node.size
+    single_node = local_world_size == world_size
+    address, port = world.bcast(_rendezvous(single_node) if rank == 0 else None)
+    node.Free()
     mpi.Finalize()
-    if size != int(os.environ[WORLD_SIZE_VARIABLE]):
+    started = os.environ[WORLD_SIZE_VARIABLE]
+    if world_size != int(started):
+        library = mpi.Get_library_version().split(",")[0].strip()
         raise UserError(
-            f"mpirun started {os.environ[WORLD_SIZE_VARIABLE]} ranks and mpi4py sees {size}: it has loaded "
-            f"another MPI ({mpi.Get_library_version().split(',')[0].strip()}); set "
-            "MPI4PY_MPIABI=openmpi, or build mpi4py with the Open MPI of this mpirun"
+            f"mpirun started {started} ranks but mpi4py sees {world_size}: it has loaded another "
+            f"MPI ({library}); set MPI4PY_MPIABI=openmpi, or build mpi4py with the Open MPI of "
+            "this mpirun"
         )
-    places = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": node}
-    os.environ.update({key: str(value) for key, value in places.items()})
+    numbers = {
+        "RANK": rank,
+        "WORLD_SIZE": world_size,
+        "LOCAL_RANK": local_rank,
+        "LOCAL_WORLD_SIZE": local_world_size,
+    }
+    os.environ.update({key: str(value) for key, value in numbers.items()})
     os.environ.update({"MASTER_ADDR": address, "MASTER_PORT": port})
 
 
-def _load() -> Any:
-    """mpi4py's MPI, not started."""
+def _import_mpi() -> Any:
+    """Import mpi4py's MPI without initializing it."""
     try:
         import mpi4py
 
@@ -53,15 +62,16 @@ def _load() -> Any:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise UserError(
-            f"ranks of mpirun need mpi4py, and it cannot be loaded ({str(error).splitlines()[0]}); "
-            "pip install 'nemo-vlm-ptq[mpi]', or start ranks with torchrun"
+            "ranks started by mpirun need mpi4py, which cannot be imported "
+            f"({str(error).splitlines()[0]}); pip install 'nemo-vlm-ptq[mpi]', "
+            "or start the ranks with torchrun"
         ) from None
     return MPI
 
 
-def _meeting_point(one_host: bool) -> tuple[str, str]:
-    """(address, port) where the ranks meet: the user's, or this host and a port free on it."""
-    address = os.environ.get("MASTER_ADDR", "localhost" if one_host else socket.gethostname())
+def _rendezvous(single_node: bool) -> tuple[str, str]:
+    """Return the (address, port) of the rendezvous: the user's, or this host and a free port."""
+    address = os.environ.get("MASTER_ADDR", "localhost" if single_node else socket.gethostname())
     with socket.socket() as probe:
         probe.bind(("", 0))
         return address, os.environ.get("MASTER_PORT", str(probe.getsockname()[1]))

@@ -1,1 +1,1 @@
-"""Questions answered by a model, scored, and compared with the 16-bit model; pure arithmetic."""
+"""Visual question answering: generation, scoring and paired comparison with 16 bit."""

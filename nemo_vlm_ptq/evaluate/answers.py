@@ -1,6 +1,9 @@
-"""Answers of one model to many questions: every image is looked at once, questions in batches.
+"""Generate one model's answers to all questions, in batches of similar prompt length.
 
-Legend: H hidden size of the decoder; an image's features are what its is_image positions take.
+Each image is encoded once and its features are kept, because many questions share an image and all
+formats of a model share the 16-bit vision tower. This costs host or device memory per image.
+
+Legend: H hidden size of the decoder.
 """
 
 from __future__ import annotations
@@ -15,14 +18,14 @@ from nemo_vlm_ptq.data.questions import PROMPT_SUFFIX, Questions
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.base import ImageInputs, Preprocess, Sample
 
-MAX_NEW_TOKENS = 16  # longer than any GQA answer: what is cut off could not have matched
+MAX_NEW_TOKENS = 16  # longer than any GQA answer: a truncated answer could not have matched
 
 
-class Runtime(Protocol):
-    """An exported checkpoint that can be run; it moves tensors to its own device and dtype."""
+class GenerationBackend(Protocol):
+    """Runnable form of a checkpoint; moves its inputs to its own device and dtype."""
 
-    def encode(self, pixels: ImageInputs, /) -> torch.Tensor:
-        """Images -> features [image tokens,H]."""
+    def encode_images(self, images: ImageInputs, /) -> torch.Tensor:
+        """Encode images into decoder features [image tokens,H]."""
         ...
 
     def generate(
@@ -32,96 +35,111 @@ class Runtime(Protocol):
         max_new_tokens: int,
         /,
     ) -> list[list[int]]:
-        """New token ids of each sample, greedy, stop ids removed; features [image tokens,H]."""
+        """Decode greedily and return the new token ids of each sample, without stop ids.
+
+        Args:
+            samples: the prompts.
+            features: image features [image tokens,H] of each sample, None for text only.
+            max_new_tokens: upper bound of new tokens per sample.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """One image: what was prepared, without its values, and features [image tokens,H]."""
+    """One encoded image: preprocessed inputs on the meta device and features [image tokens,H]."""
 
-    pixels: ImageInputs | None
+    inputs: ImageInputs | None
     features: torch.Tensor | None
 
 
 @dataclass(frozen=True)
-class AnsweringModel:
-    """Who is asked. Formats of one model share `seen` (image id -> Seen): vision stays 16 bit.
+class EvaluatedModel:
+    """A model under evaluation, with its preprocessing and its cache of encoded images.
 
-    Image ids are those of one data set, so each data set needs a `seen` of its own.
+    encoded_images maps image ids to encoded images. Image ids are unique within one dataset only,
+    so each dataset needs a cache of its own. Formats of one model may share a cache, because the
+    vision tower stays in 16 bit.
     """
 
-    runtime: Runtime
-    prepare: Preprocess
+    backend: GenerationBackend
+    preprocess: Preprocess
     decode: Callable[[list[int]], str]
-    seen: dict[str, EncodedImage] = field(default_factory=dict)
+    encoded_images: dict[str, EncodedImage] = field(default_factory=dict)
 
 
-def answer_all(
-    model: AnsweringModel,
+def generate_answers(
+    model: EvaluatedModel,
     questions: Questions,
     images: Mapping[str, str] | None = None,
     *,
-    batch: int,
+    batch_size: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, str]:
-    """Question id -> the text that the model answers, in the order of the questions.
+    """Generate the answer text of each question.
 
     Args:
-        model: who is asked; its `seen` grows by the images that were not in it.
-        questions: what is asked; the prompt is the question and GQA's suffix.
-        images: question id -> image id to show; None shows each question's own.
-        batch: questions per call of the runtime; they are sorted by length, then id.
-        progress: called with (answered, all) after each batch.
+        model: the model; images that are not in its cache are encoded and added to it.
+        questions: the questions; a prompt is the question followed by GQA's suffix.
+        images: question id -> id of the image to show; None shows each question's own image.
+        batch_size: questions per call of the backend; they are sorted by length, then by id.
+        progress: called with (answered, total) after each batch.
+
+    Returns:
+        Question id -> answer, in the order of the questions.
 
     Raises:
-        UserError: image tokens of a prompt and features of its image differ in number.
+        UserError: the number of image tokens in a prompt differs from the number of features.
     """
-    shown = {item.id: images[item.id] if images else item.image for item in questions.items}
-    samples = _prepare_all(model, questions, shown)
+    image_ids = {item.id: images[item.id] if images else item.image for item in questions.items}
+    samples = _make_samples(model, questions, image_ids)
     samples.sort(key=lambda sample: (len(sample.input_ids), sample.id))
     answers: dict[str, str] = {}
-    for start in range(0, len(samples), batch):
-        part = samples[start : start + batch]
-        features = [model.seen[shown[sample.id]].features for sample in part]
-        tokens = model.runtime.generate(part, features, MAX_NEW_TOKENS)
-        for sample, ids in zip(part, tokens, strict=True):
-            answers[sample.id] = model.decode(ids)
+    for start in range(0, len(samples), batch_size):
+        batch = samples[start : start + batch_size]
+        features = [model.encoded_images[image_ids[sample.id]].features for sample in batch]
+        outputs = model.backend.generate(batch, features, MAX_NEW_TOKENS)
+        for sample, token_ids in zip(batch, outputs, strict=True):
+            answers[sample.id] = model.decode(token_ids)
         if progress is not None:
             progress(len(answers), len(samples))
     return {item.id: answers[item.id] for item in questions.items}
 
 
-def _prepare_all(
-    model: AnsweringModel, questions: Questions, shown: Mapping[str, str]
+def _make_samples(
+    model: EvaluatedModel, questions: Questions, image_ids: Mapping[str, str]
 ) -> list[Sample]:
-    """Samples of all questions; images that are new to the model are drawn and encoded."""
+    """Preprocess all questions; load and encode the images that are not in the cache."""
     samples = []
     for item in questions.items:
-        name, text = shown[item.id], item.text + PROMPT_SUFFIX
-        if name in model.seen:
-            sample = model.prepare(item.id, text, model.seen[name].pixels)
+        image_id, text = image_ids[item.id], item.text + PROMPT_SUFFIX
+        if image_id in model.encoded_images:
+            sample = model.preprocess(item.id, text, model.encoded_images[image_id].inputs)
         else:
-            sample = model.prepare(item.id, text, questions.image(name))
-            model.seen[name] = _look(model.runtime, sample.pixels)
-        _check(sample, name, model.seen[name].features)
+            sample = model.preprocess(item.id, text, questions.load_image(image_id))
+            model.encoded_images[image_id] = _encode_image(model.backend, sample.images)
+        _check_image_tokens(sample, image_id, model.encoded_images[image_id].features)
         samples.append(sample)
     return samples
 
 
-def _look(runtime: Runtime, pixels: ImageInputs | None) -> EncodedImage:
-    """One image at a time: its features do not depend on the others asked; values are let go."""
-    if pixels is None:
-        return EncodedImage(None, None)
-    return EncodedImage(
-        ImageInputs(pixels.pixel_values.to("meta"), pixels.image_sizes), runtime.encode(pixels)
-    )
+def _encode_image(backend: GenerationBackend, inputs: ImageInputs | None) -> EncodedImage:
+    """Encode a single image and release its pixel values.
+
+    Images are not batched, so that the features of an image do not depend on other questions.
+    """
+    if inputs is None:
+        return EncodedImage(inputs=None, features=None)
+    shape_only = ImageInputs(inputs.pixel_values.to("meta"), inputs.image_sizes)
+    return EncodedImage(inputs=shape_only, features=backend.encode_images(inputs))
 
 
-def _check(sample: Sample, image: str, features: torch.Tensor | None) -> None:
-    need, have = int(sample.is_image.sum()), 0 if features is None else len(features)
-    if need != have:
+def _check_image_tokens(sample: Sample, image_id: str, features: torch.Tensor | None) -> None:
+    """Raise UserError when prompt and features differ in the number of image tokens."""
+    expected, got = int(sample.is_image.sum()), 0 if features is None else len(features)
+    if expected != got:
         raise UserError(
-            f"question {sample.id!r} has room for {need} image tokens but image {image!r} gives "
-            f"{have}; the model folder's image processor and its vision config do not match"
+            f"question {sample.id!r}: prompt has {expected} image tokens but image {image_id!r} "
+            f"has {got} features; the model folder's image processor and its vision config must "
+            "match"
         )

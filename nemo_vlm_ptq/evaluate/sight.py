@@ -1,7 +1,8 @@
-"""Does the model still look? Ask the same questions over somebody else's images.
+"""Sight test: answer the same questions with the images of other questions swapped in.
 
-A model whose vision was damaged goes on talking and answers from habit, often rightly: accuracy
-alone does not show it. What a model loses when the images are wrong does.
+A model that uses its images loses accuracy with swapped images. A model whose vision path is broken
+still answers fluently and, from language priors, often correctly, so its accuracy alone does not
+reveal the damage. The test costs a second pass over all questions.
 """
 
 from __future__ import annotations
@@ -11,16 +12,19 @@ from collections.abc import Sequence
 from nemo_vlm_ptq.data.questions import Question
 from nemo_vlm_ptq.errors import UserError
 
-SHARE = 0.5  # of the 16-bit model's gap that must be left
-FLOOR = 5.0  # points that the gap must reach when no 16-bit model was asked
-SEES, LOST, BLIND = "sees", "no longer looks", "blind in 16 bit"
+MIN_GAP_SHARE = 0.5  # required share of the 16-bit model's gap between own and swapped images
+MIN_GAP_POINTS = 5.0  # required gap in percentage points without a 16-bit result
+VERDICT_SEES = "sees"
+VERDICT_IGNORES_IMAGES = "ignores images"
+VERDICT_BASELINE_IGNORES_IMAGES = "16 bit ignores images"
 
 
 def swap_images(items: Sequence[Question]) -> dict[str, str]:
-    """Question id -> the image of another scene, the same for all questions of one image.
+    """Return question id -> id of another question's image.
 
-    The sorted images are turned half way round, so each is used exactly once as a stranger, and
-    the result depends neither on chance nor on the order of the questions.
+    All questions of one image get the same other image. The sorted image ids are rotated by half
+    their number, so each image is used exactly once and the result is deterministic and independent
+    of the order of the questions.
 
     Raises:
         UserError: all questions share one image.
@@ -28,51 +32,51 @@ def swap_images(items: Sequence[Question]) -> dict[str, str]:
     images = sorted({item.image for item in items})
     if len(images) < 2:
         raise UserError(
-            f"sight needs questions about at least 2 images, got {len(images)}; "
-            "raise evaluate.limit or drop 'sight' from evaluate.tasks"
+            f"the sight test needs questions about at least 2 images, got {len(images)}; "
+            "raise evaluate.limit or remove 'sight' from evaluate.tasks"
         )
     half = len(images) // 2
     other = dict(zip(images, images[half:] + images[:half], strict=True))
     return {item.id: other[item.image] for item in items}
 
 
-def sees(
-    normal: float,
+def uses_images(
+    own: float,
     swapped: float,
-    normal_16bit: float | None = None,
+    own_16bit: float | None = None,
     swapped_16bit: float | None = None,
 ) -> bool:
-    """Whether the model's own images still matter to it; all values are accuracies in percent.
+    """Return whether the gap own - swapped is large enough; all values are accuracies in percent.
 
-    The gap normal - swapped must be above 0 and at least half of the 16-bit model's gap; without
-    a 16-bit result it must be at least 5 points.
+    The gap must be above 0 and at least half of the 16-bit model's gap. Without a 16-bit result it
+    must be at least 5 percentage points.
     """
-    gap = normal - swapped
-    if normal_16bit is None or swapped_16bit is None:
-        return gap >= FLOOR
-    return gap > 0 and gap >= SHARE * (normal_16bit - swapped_16bit)
+    gap = own - swapped
+    if own_16bit is None or swapped_16bit is None:
+        return gap >= MIN_GAP_POINTS
+    return gap > 0 and gap >= MIN_GAP_SHARE * (own_16bit - swapped_16bit)
 
 
 def verdict(
-    normal: float,
+    own: float,
     swapped: float,
-    normal_16bit: float | None = None,
+    own_16bit: float | None = None,
     swapped_16bit: float | None = None,
 ) -> str:
-    """One line: one of SEES, LOST and BLIND, and the gaps in points that say so."""
-    if sees(normal, swapped, normal_16bit, swapped_16bit):
-        word = SEES
-    elif normal_16bit is None or swapped_16bit is None or normal_16bit > swapped_16bit:
-        word = LOST
+    """Return one line: one of the VERDICT_* constants and the gaps in percentage points."""
+    if uses_images(own, swapped, own_16bit, swapped_16bit):
+        result = VERDICT_SEES
+    elif own_16bit is None or swapped_16bit is None or own_16bit > swapped_16bit:
+        result = VERDICT_IGNORES_IMAGES
     else:
-        word = BLIND
-    line = f"{word}: its own images are worth {normal - swapped:.1f} points"
-    if normal_16bit is None or swapped_16bit is None:
-        return f"{line} ({FLOOR:.0f} needed)"
-    given = normal_16bit - swapped_16bit
-    if word == BLIND:
+        result = VERDICT_BASELINE_IGNORES_IMAGES
+    line = f"{result}: own images add {own - swapped:.1f} points over swapped images"
+    if own_16bit is None or swapped_16bit is None:
+        return f"{line} (at least {MIN_GAP_POINTS:.0f} required)"
+    gap_16bit = own_16bit - swapped_16bit
+    if result == VERDICT_BASELINE_IGNORES_IMAGES:
         return (
-            f"{line} (16 bit: {given:.1f}, it does not look either; ask questions that need the "
-            "image, evaluate.data, or drop 'sight' from evaluate.tasks)"
+            f"{line} (16 bit: {gap_16bit:.1f}; use questions that need the image in evaluate.data, "
+            "or remove 'sight' from evaluate.tasks)"
         )
-    return f"{line} (16 bit: {given:.1f}, half of it needed)"
+    return f"{line} (16 bit: {gap_16bit:.1f}, at least half required)"

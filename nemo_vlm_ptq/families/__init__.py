@@ -1,4 +1,7 @@
-"""Model families: facts, one file each; a file that defines FAMILY is one."""
+"""Registry of model families.
+
+Each module of this package that defines FAMILY is a family; the others are helpers.
+"""
 
 from __future__ import annotations
 
@@ -13,39 +16,45 @@ from nemo_vlm_ptq.families.base import Decoder, ModelFamily
 
 __all__ = ["FAMILIES", "Decoder", "ModelFamily", "find_family", "read_config"]
 
-_MODULES = [import_module(f"{__name__}.{entry.name}") for entry in pkgutil.iter_modules(__path__)]
+_MODULES = [import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
 FAMILIES: dict[str, ModelFamily] = {
     module.FAMILY.name: module.FAMILY for module in _MODULES if hasattr(module, "FAMILY")
 }
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder.
+    """Return the parsed config.json of a model folder.
 
     Raises:
-        UserError: no folder, no config, or no JSON.
+        UserError: the folder or its config.json does not exist, or is not JSON.
     """
     if not folder.is_dir():
         raise UserError(f"model folder {folder} does not exist")
     path = folder / "config.json"
     if not path.is_file():
-        raise UserError(f"{folder} has no config.json; is it a Hugging Face model folder?")
+        raise UserError(f"{folder} has no config.json; expected a Hugging Face model folder")
     return read_json_object(path)
 
 
 def find_family(config: dict[str, Any], name: str = "auto") -> ModelFamily:
-    """The family of a config, by its architecture unless named.
+    """Return the family with a name, or that of the architecture of a config.
+
+    Args:
+        config: the parsed config.json.
+        name: name of the family; "auto" to find it by architecture.
 
     Raises:
-        UserError: unknown name or architecture; lists the supported ones.
+        UserError: the name or the architecture is not supported; lists those that are.
     """
     if name != "auto":
         if name not in FAMILIES:
-            raise UserError(f"unknown family {name!r}; known: auto, {', '.join(FAMILIES)}")
+            raise UserError(
+                f"family {name!r} is not supported; supported: auto, {', '.join(FAMILIES)}"
+            )
         return FAMILIES[name]
-    found = (config.get("architectures") or ["none"])[0]
+    architecture = (config.get("architectures") or ["none"])[0]
     for family in FAMILIES.values():
-        if found in family.architectures:
+        if architecture in family.architectures:
             return family
-    known = ", ".join(name for family in FAMILIES.values() for name in family.architectures)
-    raise UserError(f"architecture {found!r} is not supported; supported: {known}")
+    supported = ", ".join(name for family in FAMILIES.values() for name in family.architectures)
+    raise UserError(f"architecture {architecture!r} is not supported; supported: {supported}")

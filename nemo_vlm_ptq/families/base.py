@@ -1,4 +1,8 @@
-"""What a family is: a record of facts and a few small functions, no base class."""
+"""The record that describes a model family, and the types of its inputs.
+
+A family is data and a few functions, not a class to inherit from: what differs between families is
+visible in one file, and nothing is overridden.
+"""
 
 from __future__ import annotations
 
@@ -7,33 +11,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import torch
+
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.parameter_map.entries import IgnoredTensor, ParameterEntry
 from nemo_vlm_ptq.parameter_map.sharding import HeadSizes
+from nemo_vlm_ptq.utils.pinned_memory import copy_pinned, to_device
 
 if TYPE_CHECKING:
     import PIL.Image
-    import torch
 
 IMAGE, TEXT = 2, 1  # values of a modality mask; 0 is padding
+
+Config = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class LongRope:
-    """Rotary frequencies divided by one list of factors, by another in sequences over `original`.
+    """Rescaling of rotary frequencies for long contexts, as in Phi-3.
 
-    short, long: [head_dim / 2]; scale multiplies cosine and sine at every length.
+    Frequencies are divided by short_factors [head_dim / 2], or by long_factors [head_dim / 2] in
+    sequences longer than original_max_positions. attention_factor multiplies cosine and sine.
     """
 
-    short: tuple[float, ...]
-    long: tuple[float, ...]
-    original: int
-    scale: float
+    short_factors: tuple[float, ...]
+    long_factors: tuple[float, ...]
+    original_max_positions: int
+    attention_factor: float
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """Facts of a Llama-like decoder, defaults filled in."""
+    """Architecture of a Llama-like decoder, with every default of its config filled in."""
 
     hidden: int
     ffn: int
@@ -48,139 +57,155 @@ class Decoder:
     long_rope: LongRope | None = None
 
     def sizes(self, vocab_multiple: int) -> HeadSizes:
-        """What the layouts need, with the vocabulary padded to a multiple."""
-        parameter_map = -(-self.vocab // vocab_multiple) * vocab_multiple
-        return HeadSizes(self.heads, self.kv_heads, self.head_dim, self.vocab, parameter_map)
+        """Return the sizes that sharding needs, with the vocabulary padded to a multiple."""
+        return HeadSizes(
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            vocab=self.vocab,
+            padded_vocab=-(-self.vocab // vocab_multiple) * vocab_multiple,
+        )
 
     def shapes(self, parameter_map: tuple[ParameterEntry, ...]) -> dict[str, tuple[int, ...]]:
-        """Published decoder name -> shape, for every layer."""
+        """Return the published name and shape of every decoder tensor, for every layer."""
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        by_layout = {
+        by_sharding = {
             "qkv": ((query, self.hidden), (key, self.hidden), (key, self.hidden)),
             "gated": ((self.ffn, self.hidden), (self.ffn, self.hidden)),
             "vocab": ((self.vocab, self.hidden),),
             "replicate": ((self.hidden,),),
         }
         shapes: dict[str, tuple[int, ...]] = {}
-        for row in parameter_map:
-            width = query if "attention" in row.megatron_name else self.ffn
-            subfolders = by_layout.get(row.sharding, ((self.hidden, width),))
-            if row.is_fused:
-                subfolders = ((sum(part[0] for part in subfolders), self.hidden),)
-            for name, shape in zip(row.hf_names, subfolders, strict=True):
-                for layer in range(self.layers if row.per_layer else 1):
+        for entry in parameter_map:
+            width = query if "attention" in entry.megatron_name else self.ffn
+            tensors = by_sharding.get(entry.sharding, ((self.hidden, width),))
+            if entry.is_fused:
+                tensors = ((sum(shape[0] for shape in tensors), self.hidden),)
+            for name, shape in zip(entry.hf_names, tensors, strict=True):
+                for layer in range(self.layers if entry.per_layer else 1):
                     shapes[name.replace("{i}", str(layer))] = shape
         return shapes
 
 
 @dataclass(frozen=True)
 class ImageInputs:
-    """Images as the family's Hugging Face processor gives them.
+    """Preprocessed images, as the family's Hugging Face image processor returns them.
 
-    views: [images,3,h,w], or [images,views,3,h,w] where an image is cut into several;
-    sizes: [images,2] int64 height and width, for families whose images differ in tokens.
+    pixel_values: [images,3,h,w], or [images,views,3,h,w] if an image is split into views.
+    image_sizes: [images,2] int64, height and width; only for families whose number of tokens
+        depends on the size of the image.
     """
 
     pixel_values: torch.Tensor
     image_sizes: torch.Tensor | None = None
 
     def to(self, device: torch.device, dtype: torch.dtype) -> ImageInputs:
-        """Views on a device in a dtype; sizes stay where they are, they are only counted with."""
-        from nemo_vlm_ptq.utils.pinned_memory import to_device
+        """Return the images with pixel_values on a device; image_sizes stay on the host."""
+        return ImageInputs(
+            pixel_values=to_device(self.pixel_values, device).to(dtype),
+            image_sizes=self.image_sizes,
+        )
 
-        return ImageInputs(to_device(self.pixel_values, device).to(dtype), self.image_sizes)
-
-    def part(self, start: int, stop: int | None = None) -> ImageInputs:
-        """Images from `start` to `stop`."""
-        sizes = None if self.image_sizes is None else self.image_sizes[start:stop]
-        return ImageInputs(self.pixel_values[start:stop], sizes)
+    def slice(self, start: int, stop: int | None = None) -> ImageInputs:
+        """Return the images from `start` to `stop`."""
+        return ImageInputs(
+            pixel_values=self.pixel_values[start:stop],
+            image_sizes=None if self.image_sizes is None else self.image_sizes[start:stop],
+        )
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One question made ready for the model.
+    """Model inputs of one question.
 
-    input_ids: [S] int64, image positions already expanded to one id per image token;
-    is_image: [S] bool, True where an image feature stands;
-    pixels: the images, in the order of their tokens, or None for text only.
+    id: id of the question.
+    input_ids: [S] int64, with one id for each image token.
+    is_image: [S] bool, True at image tokens.
+    images: the images in the order of their tokens; None for text only.
     """
 
     id: str
     input_ids: torch.Tensor
     is_image: torch.Tensor
-    pixels: ImageInputs | None
+    images: ImageInputs | None
 
 
 @dataclass(frozen=True)
 class ImagePlaceholders:
-    """Where images stand in published ids.
+    """Image placeholders among the input ids of the published model.
 
-    is_image: [S] bool; repeat: image tokens that one such id becomes; images: how many they are.
+    is_image: [S] bool, True at placeholders.
+    tokens_per_placeholder: image tokens that one placeholder expands to.
+    num_images: images that the placeholders stand for.
     """
 
     is_image: torch.Tensor
-    repeat: int
-    images: int
+    tokens_per_placeholder: int
+    num_images: int
 
 
 class Preprocess(Protocol):
-    """(id, question, picture or pixels or None, answer) -> Sample in the family's prompt.
-
-    Pixels are those of an earlier sample of the same picture.
-    """
+    """Function that builds the sample of a question in the prompt format of the family."""
 
     def __call__(
         self,
-        name: str,
+        sample_id: str,
         question: str,
         image: PIL.Image.Image | ImageInputs | None = None,
         answer: str = "",
     ) -> Sample:
-        """One sample."""
+        """Return the sample of a question.
 
-
-Config = Mapping[str, Any]
+        Args:
+            sample_id: id of the sample, for error messages.
+            question: the text of the question.
+            image: the image, or the `images` of an earlier sample with the same image.
+            answer: appended to the prompt, for calibration.
+        """
 
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """One family: how its files are named, what its decoder is, and how it looks at an image.
+    """One model family: names and shapes of its tensors, its decoder, prompt and vision module.
 
-    Fields that are functions take the parsed config.json (`config`) or the model folder.
+    Functions take the parsed config.json (`config`), the model folder (`folder`), or both.
     """
 
     name: str
     architectures: tuple[str, ...]
-    decoder_prefix: str  # what stands before `model.` and `lm_head.` in published names
+    # prefix of the published decoder names, before `model.` and `lm_head.`
+    decoder_prefix: str
     trtllm_architecture: Literal["LlamaForCausalLM", "Phi3ForCausalLM"]
     parameter_map: tuple[ParameterEntry, ...]
-    name_aliases: tuple[tuple[str, str], ...]  # (pattern, replacement): other vintages' names
+    # (pattern, replacement): from the names of other transformers versions to published names
+    name_aliases: tuple[tuple[str, str], ...]
     ignored_tensors: tuple[IgnoredTensor, ...]
     decoder: Callable[[Config], Decoder]
-    text_config: Callable[[Config], Any]  # transformers config of the decoder alone
-    make_vision_module: Callable[[Config], Any]  # module without weights: Pixels -> features [tokens,H]
+    # transformers config of the decoder alone
+    text_config: Callable[[Config], Any]
+    # uninitialized module: ImageInputs -> features [image tokens,hidden]
+    make_vision_module: Callable[[Config], Any]
     make_preprocessor: Callable[[Path, Config], Preprocess]
-    # (config, ids [S] as published, pixels of the images left) -> where images stand
+    # (config, published ids [S], images not assigned yet) -> placeholders of the next images
     find_placeholders: Callable[[Config, Any, ImageInputs | None], ImagePlaceholders]
-    trtllm_vision_type: str  # model type of TensorRT-LLM's multimodal builder
-    # tokens of an image; None where they depend on its size
+    # model type in TensorRT-LLM's multimodal builder
+    trtllm_vision_type: str
+    # None if the number of tokens depends on the size of the image
     tokens_per_image: Callable[[Config], int] | None = None
-    subfolders: tuple[str, ...] = (
-        "",
-    )  # sub-folders that hold a checkpoint each: names are PART/NAME
-    nemo_supported: bool = False  # NeMo 2 has a model class for it
-    # config.json of the folder with what its parts' own say; may refuse
+    # sub-folders with a checkpoint each; their tensors are named SUBFOLDER/NAME
+    subfolders: tuple[str, ...] = ("",)
+    # whether NeMo 2 has a model class for the family
+    nemo_supported: bool = False
+    # config.json of the folder merged with those of its sub-folders; may raise UserError
     complete_config: Callable[[Path, dict[str, Any]], dict[str, Any]] = lambda _, config: config
 
     @property
     def decoder_subfolder(self) -> str:
-        """The sub-folder of the decoder, "" for the model folder itself."""
+        """Sub-folder of the decoder checkpoint, "" for the model folder itself."""
         return self.decoder_prefix.rpartition("/")[0]
 
     def vision_shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
-        """Published name -> shape of tower, projector and the like."""
-        import torch
-
+        """Return the published name and shape of every tensor of the vision module."""
         with torch.device("meta"):
             module = self.make_vision_module(config)
         return {name: tuple(tensor.shape) for name, tensor in module.published_parameters().items()}
@@ -192,16 +217,17 @@ class ModelFamily:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
     ) -> Any:
-        """The vision module on a device with published tensors in it; others are left.
+        """Build the vision module on a device and load its weights.
 
-        dtype: that of the tensors unless told.
+        Args:
+            config: the parsed config.json.
+            tensors: tensors by published name; those that the module lacks are ignored.
+            device: device of the module.
+            dtype: dtype of the module; that of the tensors if None.
         """
-        import torch
         from transformers.initialization import no_init_weights
 
-        from nemo_vlm_ptq.utils.pinned_memory import copy_pinned
-
-        with no_init_weights(), torch.device(device):  # random ones take seconds
+        with no_init_weights(), torch.device(device):  # random initialization takes seconds
             module = self.make_vision_module(config)
         module.to(dtype or next(iter(tensors.values())).dtype).eval().requires_grad_(False)
         for name, parameter in module.published_parameters().items():
@@ -209,42 +235,43 @@ class ModelFamily:
         return module
 
     def decoder_config(self, config: Config) -> dict[str, Any]:
-        """The config.json that lies beside the decoder: the whole one, or its part's."""
+        """Return the config.json of the folder that holds the decoder checkpoint."""
         return dict(config[f"{self.decoder_subfolder}_cfg"] if self.decoder_subfolder else config)
 
 
 def expand_placeholders(
-    name: str, ids: Sequence[int], mark: int, counts: Sequence[int]
+    sample_id: str, ids: Sequence[int], placeholder_id: int, counts: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids [S] with the k-th `mark` repeated counts[k] times, and where those stand [S] bool.
+    """Repeat the k-th placeholder counts[k] times.
+
+    Returns:
+        Ids [S] int64, and a mask [S] bool that is True at image tokens.
 
     Raises:
-        UserError: there are more marks or fewer than counts, in the sample of that name.
+        UserError: the number of placeholders is not that of counts.
     """
-    import torch
-
-    short = torch.tensor(ids, dtype=torch.int64)
-    marks = short == mark
-    check_placeholder_count(name, int(marks.sum()), len(counts))
-    times = torch.ones_like(short)
-    times[marks] = torch.tensor(counts, dtype=torch.int64)
-    input_ids = short.repeat_interleave(times)
-    return input_ids, input_ids == mark
+    placeholder_ids = torch.tensor(ids, dtype=torch.int64)
+    is_placeholder = placeholder_ids == placeholder_id
+    check_placeholder_count(sample_id, int(is_placeholder.sum()), len(counts))
+    repeats = torch.ones_like(placeholder_ids)
+    repeats[is_placeholder] = torch.tensor(counts, dtype=torch.int64)
+    input_ids = placeholder_ids.repeat_interleave(repeats)
+    return input_ids, input_ids == placeholder_id
 
 
-def check_placeholder_count(name: str, found: int, images: int) -> None:
-    """Each image of a sample has one mark in its prompt, which puts it there.
+def check_placeholder_count(sample_id: str, found: int, images: int) -> None:
+    """Require one image placeholder in the prompt for each image of a sample.
 
     Raises:
-        UserError: there are others, or fewer.
+        UserError: there are more or fewer.
     """
     if found < images:
         raise UserError(
-            "the tokenizer makes no image token of the prompt's mark: the model's config and its "
-            "tokenizer do not belong together"
+            f"question {sample_id!r}: the tokenizer does not map the image placeholder of the "
+            "prompt to the image token of config.json; both must be of the same model"
         )
     if found > images:
         raise UserError(
-            f"question {name!r} has marks of images in its own text or answer ({found} in its "
-            f"prompt, with {images} images); take them out, images get theirs by themselves"
+            f"question {sample_id!r}: its text and answer must not hold image placeholders (got "
+            f"{found} in the prompt, expected {images}); remove them, the prompt adds its own"
         )

@@ -1,13 +1,16 @@
-"""LLaVA-1.5: a CLIP tower, a two-layer projector, a Llama decoder.
+"""LLaVA-1.5: a CLIP vision tower, a projector of two linears, a Llama decoder.
 
-Names are those of the published llava-hf checkpoints. `aliases` brings the other two vintages
-(transformers 4.5x in memory, and transformers 5 without `vision_model.`) to them.
+Parameters have the names of the published llava-hf checkpoints. NAME_ALIASES maps the names of
+transformers 4.5x (in memory) and transformers 5 (without `vision_model.`) to them.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
 
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.base import (
@@ -20,15 +23,10 @@ from nemo_vlm_ptq.families.base import (
     Sample,
     expand_placeholders,
 )
-from nemo_vlm_ptq.families.shared import (
-    COMPUTED_ROTARY,
-    check_feature_layer,
-    llama_decoder,
-    llama_parameter_map,
-    load_tokenizer,
-    require_image_processor,
-    require_values,
-)
+from nemo_vlm_ptq.families.config_checks import check_feature_layer, require_values
+from nemo_vlm_ptq.families.folder_files import load_tokenizer, require_image_processor
+from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, llama_decoder, llama_parameter_map
+from nemo_vlm_ptq.families.towers import select_hidden_states, tower_parameters
 from nemo_vlm_ptq.parameter_map.entries import IgnoredTensor
 
 DECODER_PREFIX = "language_model."
@@ -41,100 +39,134 @@ NAME_ALIASES = (
 )
 
 IGNORED_TENSORS = (
-    COMPUTED_ROTARY,
-    IgnoredTensor(r".*\.embeddings\.position_ids", "counts up from 0"),
+    ROTARY_INV_FREQ,
+    IgnoredTensor(pattern=r".*\.embeddings\.position_ids", reason="the integers from 0"),
 )
 
 
+class LlavaVision(nn.Module):
+    """CLIP vision tower and projector of LLaVA-1.5."""
+
+    def __init__(self, config: Any) -> None:
+        from transformers import CLIPVisionModel
+        from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+        super().__init__()
+        self.feature_layer = config.vision_feature_layer
+        self.vision_tower = CLIPVisionModel(config.vision_config)
+        self.multi_modal_projector = LlavaMultiModalProjector(config)
+
+    def encode_views(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return the features [n,tokens,H] of views [n,3,h,w], without the class token."""
+        states = select_hidden_states(self.vision_tower, pixel_values, self.feature_layer)
+        return self.multi_modal_projector(states[:, 1:])
+
+    @torch.no_grad()
+    def forward(self, images: ImageInputs) -> torch.Tensor:
+        """Return the features [image tokens,H] of all images, concatenated."""
+        return self.encode_views(images.pixel_values).flatten(0, 1)
+
+    def published_parameters(self) -> dict[str, torch.Tensor]:
+        """Return the parameters by published name."""
+        projector = {
+            f"multi_modal_projector.{name}": tensor
+            for name, tensor in self.multi_modal_projector.named_parameters()
+        }
+        return tower_parameters("vision_tower.", self.vision_tower) | projector
+
+
 def full_config(config: Config) -> Any:
-    """transformers' LlavaConfig, with every default that the JSON leaves out."""
+    """Return transformers' LlavaConfig, with the defaults that config.json leaves out."""
     from transformers import LlavaConfig
 
     return LlavaConfig.from_dict(dict(config))
 
 
 def text_config(config: Config) -> Any:
-    """transformers' LlamaConfig of the decoder."""
+    """Return transformers' LlamaConfig of the decoder."""
     return full_config(config).text_config
 
 
 def decoder(config: Config) -> Decoder:
-    """Facts of the decoder.
+    """Return the architecture of the decoder.
 
     Raises:
-        UserError: the config asks for something this family's rows do not hold.
+        UserError: the config has a value that the family does not support.
     """
-    whole = full_config(config)
-    check_clip(FAMILY.name, whole)
-    require_values(FAMILY.name, {"text_config.model_type": (whole.text_config.model_type, "llama")})
-    return llama_decoder(FAMILY.name, whole.text_config)
+    full = full_config(config)
+    check_clip_vision(FAMILY.name, full)
+    require_values(FAMILY.name, {"text_config.model_type": (full.text_config.model_type, "llama")})
+    return llama_decoder(FAMILY.name, full.text_config)
 
 
-def check_clip(family: str, whole: Any) -> None:
-    """Refuse what is not LLaVA's way of looking.
+def check_clip_vision(family: str, full: Any) -> None:
+    """Reject vision settings that LlavaVision does not support.
 
     Raises:
-        UserError: another tower, another choice of its features, or tied embeddings.
+        UserError: another vision tower, another selection of its features, or tied embeddings.
     """
     require_values(
         family,
         {
-            "tie_word_embeddings": (whole.tie_word_embeddings, False),
-            "vision_config.model_type": (whole.vision_config.model_type, "clip_vision_model"),
-            "vision_feature_select_strategy": (whole.vision_feature_select_strategy, "default"),
+            "tie_word_embeddings": (full.tie_word_embeddings, False),
+            "vision_config.model_type": (full.vision_config.model_type, "clip_vision_model"),
+            "vision_feature_select_strategy": (full.vision_feature_select_strategy, "default"),
         },
     )
-    depth = whole.vision_config.num_hidden_layers
-    check_feature_layer(family, whole.vision_feature_layer, depth)
+    depth = full.vision_config.num_hidden_layers
+    check_feature_layer(family, full.vision_feature_layer, depth)
 
 
-def make_vision_module(config: Config) -> Any:
-    """Tower and projector, unfilled."""
-    from nemo_vlm_ptq.families.llava_vision import LlavaVision
-
+def make_vision_module(config: Config) -> LlavaVision:
+    """Return the vision module, uninitialized."""
     return LlavaVision(full_config(config))
 
 
-def image_tokens(config: Config) -> tuple[int, int]:
-    """The id that stands for an image token, and how many of them one image takes."""
-    whole = full_config(config)
-    grid = whole.vision_config.image_size // whole.vision_config.patch_size
-    return whole.image_token_index, grid * grid
+def tokens_per_image(config: Config) -> int:
+    """Return the number of image tokens of one image."""
+    vision_config = full_config(config).vision_config
+    grid = vision_config.image_size // vision_config.patch_size
+    return grid * grid
 
 
-def find_placeholders(config: Config, ids: Any, pixels: ImageInputs | None) -> ImagePlaceholders:
-    """Published ids have one id for each image token already.
+def find_placeholders(config: Config, ids: Any, images: ImageInputs | None) -> ImagePlaceholders:
+    """Locate the image tokens, which the published processor has expanded already.
 
     Raises:
-        UserError: their number is not one of whole images.
+        UserError: their number is not a multiple of the tokens of one image.
     """
-    image_id, count = image_tokens(config)
-    is_image = ids == image_id
-    images, rest = divmod(int(is_image.sum()), count)
-    if rest:
-        raise UserError(f"{int(is_image.sum())} image tokens; each image takes {count}")
-    return ImagePlaceholders(is_image, 1, images)
+    is_image = ids == full_config(config).image_token_index
+    found, count = int(is_image.sum()), tokens_per_image(config)
+    if found % count:
+        raise UserError(
+            f"the number of image tokens must be a multiple of {count}, the tokens of one image, "
+            f"got {found}"
+        )
+    return ImagePlaceholders(is_image=is_image, tokens_per_placeholder=1, num_images=found // count)
 
 
 def make_preprocessor(folder: Path, config: Config) -> Preprocess:
-    """A function (id, question, image, answer) -> Sample in LLaVA-1.5's prompt."""
+    """Return the function that builds samples in the prompt format of LLaVA-1.5."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    tokens = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     require_image_processor(folder)
-    images = CLIPImageProcessorPil.from_pretrained(folder)
-    image_id, count = image_tokens(config)
+    processor = CLIPImageProcessorPil.from_pretrained(folder)
+    image_token_id, count = full_config(config).image_token_index, tokens_per_image(config)
 
-    def prepare(name: str, question: str, image: Any = None, answer: str = "") -> Sample:
-        mark = "<image>\n" if image is not None else ""
-        text = f"USER: {mark}{question} ASSISTANT:" + (f" {answer}" if answer else "")
+    def preprocess(sample_id: str, question: str, image: Any = None, answer: str = "") -> Sample:
+        placeholder = "<image>\n" if image is not None else ""
+        prompt = f"USER: {placeholder}{question} ASSISTANT:" + (f" {answer}" if answer else "")
         counts = [] if image is None else [count]
-        input_ids, is_image = expand_placeholders(name, tokens(text)["input_ids"], image_id, counts)
+        input_ids, is_image = expand_placeholders(
+            sample_id, tokenizer(prompt)["input_ids"], image_token_id, counts
+        )
         if image is not None and not isinstance(image, ImageInputs):
-            image = ImageInputs(images(image.convert("RGB"), return_tensors="pt")["pixel_values"])
-        return Sample(name, input_ids, is_image, image)
+            processed = processor(image.convert("RGB"), return_tensors="pt")
+            image = ImageInputs(pixel_values=processed["pixel_values"])
+        return Sample(id=sample_id, input_ids=input_ids, is_image=is_image, images=image)
 
-    return prepare
+    return preprocess
 
 
 FAMILY = ModelFamily(
@@ -151,6 +183,6 @@ FAMILY = ModelFamily(
     make_preprocessor=make_preprocessor,
     find_placeholders=find_placeholders,
     trtllm_vision_type="llava",
-    tokens_per_image=lambda config: image_tokens(config)[1],
+    tokens_per_image=tokens_per_image,
     nemo_supported=True,
 )

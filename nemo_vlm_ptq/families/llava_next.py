@@ -1,12 +1,17 @@
-"""LLaVA-NeXT (LLaVA-1.6): LLaVA-1.5's parts, and images cut into tiles of the tower's size.
+"""LLaVA-NeXT (LLaVA-1.6): the modules of LLaVA-1.5, with images split into tiles (anyres).
 
-The decoder is Vicuna's Llama or Mistral. Names are those of the published llava-v1.6-*-hf folders.
+The decoder is Vicuna's Llama or Mistral. Parameters have the names of the published
+llava-v1.6-*-hf checkpoints.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+import torch
+from torch import nn
 
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families import llava
@@ -20,117 +25,169 @@ from nemo_vlm_ptq.families.base import (
     Sample,
     expand_placeholders,
 )
-from nemo_vlm_ptq.families.shared import (
-    llama_decoder,
-    llama_parameter_map,
-    load_tokenizer,
-    require_image_processor,
-)
+from nemo_vlm_ptq.families.folder_files import load_tokenizer, require_image_processor
+from nemo_vlm_ptq.families.llama import llama_decoder, llama_parameter_map
 
 NAME_ALIASES = (*llava.NAME_ALIASES, (r"^model\.image_newline$", "image_newline"))
-PROMPTS = {
+PROMPTS = {  # model_type of the decoder -> prompt
     "llama": "A chat between a curious human and an artificial intelligence assistant. The "
     "assistant gives helpful, detailed, and polite answers to the human's questions. "
-    "USER: {mark}{question} ASSISTANT:",
-    "mistral": "[INST] {mark}{question} [/INST]",
+    "USER: {image}{question} ASSISTANT:",
+    "mistral": "[INST] {image}{question} [/INST]",
 }
 
 
+class LlavaNextVision(llava.LlavaVision):
+    """Vision tower and projector of LLaVA-1.5, applied to the resized image and to its tiles.
+
+    A learned newline feature ends each row of the tiles' features.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.config = config
+        self.image_newline = nn.Parameter(torch.empty(config.text_config.hidden_size))
+
+    @torch.no_grad()
+    def forward(self, images: ImageInputs) -> torch.Tensor:
+        """Return the features [image tokens,H] of all images, concatenated.
+
+        pixel_values [images,views,3,h,w] are padded to the most views of an image.
+        """
+        assert images.image_sizes is not None
+        counts = view_counts(self.config, images.image_sizes)
+        features = [
+            self.encode_views(views[:count])
+            for views, count in zip(images.pixel_values, counts, strict=True)
+        ]
+        packed = pack_features(self.config, features, images.image_sizes, self.image_newline)
+        return torch.cat(packed)
+
+    def published_parameters(self) -> dict[str, torch.Tensor]:
+        """Return the parameters by published name."""
+        return super().published_parameters() | {"image_newline": self.image_newline}
+
+
 def full_config(config: Config) -> Any:
-    """transformers' LlavaNextConfig, with every default that the JSON leaves out."""
+    """Return transformers' LlavaNextConfig, with the defaults that config.json leaves out."""
     from transformers import LlavaNextConfig
 
     return LlavaNextConfig.from_dict(dict(config))
 
 
 def text_config(config: Config) -> Any:
-    """transformers' config of the decoder."""
+    """Return transformers' config of the decoder."""
     return full_config(config).text_config
 
 
 def decoder(config: Config) -> Decoder:
-    """Facts of the decoder.
+    """Return the architecture of the decoder.
 
     Raises:
-        UserError: the config asks for something this family's rows do not hold.
+        UserError: the config has a value that the family does not support.
     """
-    whole = full_config(config)
-    llava.check_clip(FAMILY.name, whole)
-    kind = whole.text_config.model_type
-    if kind not in PROMPTS:
+    full = full_config(config)
+    llava.check_clip_vision(FAMILY.name, full)
+    model_type = full.text_config.model_type
+    if model_type not in PROMPTS:
         raise UserError(
-            f"{FAMILY.name}: text_config.model_type is {kind!r}; supported: {', '.join(PROMPTS)}"
+            f"{FAMILY.name}: text_config.model_type is {model_type!r}; "
+            f"supported: {', '.join(PROMPTS)}"
         )
-    return llama_decoder(FAMILY.name, whole.text_config)
+    return llama_decoder(FAMILY.name, full.text_config)
 
 
-def make_vision_module(config: Config) -> Any:
-    """Tower, projector and newline, unfilled."""
-    from nemo_vlm_ptq.families.llava_next_vision import LlavaNextVision
-
+def make_vision_module(config: Config) -> LlavaNextVision:
+    """Return the vision module, uninitialized."""
     return LlavaNextVision(full_config(config))
 
 
-def token_counts(config: Config, sizes: Any) -> list[int]:
-    """Tokens of each image of `sizes` [images,2], counted with features that take no memory."""
-    import torch
+def view_counts(full: Any, image_sizes: torch.Tensor) -> list[int]:
+    """Return the number of views of each image: the resized image and its tiles."""
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-    from nemo_vlm_ptq.families.llava_next_vision import pack, view_counts
-
-    whole = full_config(config)
-    grid = whole.vision_config.image_size // whole.vision_config.patch_size
-    views = [
-        torch.empty(count, grid * grid, 1, device="meta") for count in view_counts(whole, sizes)
+    side = full.vision_config.image_size
+    return [
+        image_size_to_num_patches(size.tolist(), full.image_grid_pinpoints, side)
+        for size in image_sizes
     ]
-    owner = type("Owner", (), {"config": whole})
+
+
+def pack_features(
+    full: Any, features: list[torch.Tensor], image_sizes: torch.Tensor, newline: torch.Tensor
+) -> list[torch.Tensor]:
+    """Arrange the features [views,tokens,H] of each image as the decoder expects them, [tokens,H].
+
+    transformers' method reads nothing of its model but the config.
+    """
+    from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
+
+    model: Any = SimpleNamespace(config=full)
+    packed, _ = LlavaNextModel.pack_image_features(model, features, image_sizes, "default", newline)
+    return packed
+
+
+def token_counts(config: Config, image_sizes: torch.Tensor) -> list[int]:
+    """Return the number of tokens of each image, from features on the meta device."""
+    full = full_config(config)
+    grid = full.vision_config.image_size // full.vision_config.patch_size
+    features = [
+        torch.empty(count, grid * grid, 1, device="meta")
+        for count in view_counts(full, image_sizes)
+    ]
     newline = torch.empty(1, device="meta")
-    return [len(tokens) for tokens in pack(owner, views, sizes, newline)]
+    return [len(tokens) for tokens in pack_features(full, features, image_sizes, newline)]
 
 
-def find_placeholders(config: Config, ids: Any, pixels: ImageInputs | None) -> ImagePlaceholders:
-    """Published ids have one id for each image token already.
+def find_placeholders(config: Config, ids: Any, images: ImageInputs | None) -> ImagePlaceholders:
+    """Locate the image tokens, which the published processor has expanded already.
 
     Raises:
-        UserError: their number is not that of whole images.
+        UserError: their number is not that of the next images.
     """
     is_image = ids == full_config(config).image_token_index
-    wanted, images = int(is_image.sum()), 0
-    if pixels is not None and pixels.image_sizes is None:
+    image_sizes = None if images is None else images.image_sizes
+    if images is not None and image_sizes is None:
         raise UserError("inputs must hold image_sizes [images,2], height and width")
-    counts = [] if pixels is None else token_counts(config, pixels.image_sizes)
-    total = wanted
-    while wanted > 0 and images < len(counts):
-        wanted -= counts[images]
-        images += 1
-    if wanted:
-        raise UserError(f"{total} image tokens; the images left take {counts}")
-    return ImagePlaceholders(is_image, 1, images)
+    counts = [] if image_sizes is None else token_counts(config, image_sizes)
+    found = remaining = int(is_image.sum())
+    num_images = 0
+    while remaining > 0 and num_images < len(counts):
+        remaining -= counts[num_images]
+        num_images += 1
+    if remaining:
+        raise UserError(f"got {found} image tokens; the remaining images take {counts}")
+    return ImagePlaceholders(is_image=is_image, tokens_per_placeholder=1, num_images=num_images)
 
 
 def make_preprocessor(folder: Path, config: Config) -> Preprocess:
-    """A function (id, question, image, answer) -> Sample in the prompt of the decoder."""
+    """Return the function that builds samples in the prompt format of the decoder."""
     from transformers.models.llava_next.image_processing_pil_llava_next import (
         LlavaNextImageProcessorPil,
     )
 
-    tokens = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     require_image_processor(folder)
-    images = LlavaNextImageProcessorPil.from_pretrained(folder)
-    whole = full_config(config)
-    prompt = PROMPTS[whole.text_config.model_type]
+    processor = LlavaNextImageProcessorPil.from_pretrained(folder)
+    full = full_config(config)
+    template = PROMPTS[full.text_config.model_type]
 
-    def prepare(name: str, question: str, image: Any = None, answer: str = "") -> Sample:
+    def preprocess(sample_id: str, question: str, image: Any = None, answer: str = "") -> Sample:
         if image is not None and not isinstance(image, ImageInputs):
-            made = images(image.convert("RGB"), return_tensors="pt")
-            image = ImageInputs(made["pixel_values"], made["image_sizes"])
-        mark = "<image>\n" if image is not None else ""
-        text = prompt.format(mark=mark, question=question) + (f" {answer}" if answer else "")
+            processed = processor(image.convert("RGB"), return_tensors="pt")
+            image = ImageInputs(
+                pixel_values=processed["pixel_values"], image_sizes=processed["image_sizes"]
+            )
+        placeholder = "<image>\n" if image is not None else ""
+        prompt = template.format(image=placeholder, question=question)
+        prompt += f" {answer}" if answer else ""
         counts = [] if image is None else token_counts(config, image.image_sizes)
-        ids = tokens(text)["input_ids"]
-        input_ids, is_image = expand_placeholders(name, ids, whole.image_token_index, counts)
-        return Sample(name, input_ids, is_image, image)
+        input_ids, is_image = expand_placeholders(
+            sample_id, tokenizer(prompt)["input_ids"], full.image_token_index, counts
+        )
+        return Sample(id=sample_id, input_ids=input_ids, is_image=is_image, images=image)
 
-    return prepare
+    return preprocess
 
 
 FAMILY = ModelFamily(

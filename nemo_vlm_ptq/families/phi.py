@@ -1,19 +1,23 @@
-"""Phi-3-vision and Phi-3.5-vision: CLIP-L over crops of an image (HD transform), a Phi-3 decoder.
+"""Phi-3-vision and Phi-3.5-vision: CLIP on crops of the image (HD transform), a Phi-3 decoder.
 
-q, k and v are one tensor, gate and up another; rotary frequencies change after 4,096 positions.
-The config says nothing of CLIP's sizes: they are those of CLIP-L/14-336, unless
-img_processor.vision_config names others.
+q, k and v are one tensor, gate and up another. Rotary frequencies change after 4,096 positions.
+The published configs do not hold the sizes of CLIP: they are those of CLIP-L/14-336, unless
+img_processor.vision_config has others.
+
+Legend: S side of a crop in pixels, g patches and m = g/2 image tokens along a side of a crop,
+C channels of CLIP, H hidden size of the decoder.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
 
 from nemo_vlm_ptq.checkpoints.huggingface import read_json_object
 from nemo_vlm_ptq.errors import UserError
@@ -22,23 +26,20 @@ from nemo_vlm_ptq.families.base import (
     Decoder,
     ImageInputs,
     ImagePlaceholders,
-    LongRope,
     ModelFamily,
     Preprocess,
     Sample,
     check_placeholder_count,
 )
-from nemo_vlm_ptq.families.shared import (
-    COMPUTED_ROTARY,
-    decoder_from_sizes,
-    llama_parameter_map,
-    load_tokenizer,
-    require_file,
-    require_values,
-)
+from nemo_vlm_ptq.families.config_checks import require_values
+from nemo_vlm_ptq.families.folder_files import load_tokenizer, require_file
+from nemo_vlm_ptq.families.hd_transform import crop_image, token_count
+from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, decoder_from_sizes, llama_parameter_map
+from nemo_vlm_ptq.families.long_rope import read_long_rope, to_transformers_5
+from nemo_vlm_ptq.families.towers import merge_patches, select_hidden_states, tower_parameters
 from nemo_vlm_ptq.parameter_map.entries import IgnoredTensor
 
-CLIP_L = {
+CLIP_L_336 = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "num_hidden_layers": 24,
@@ -47,75 +48,127 @@ CLIP_L = {
     "patch_size": 14,
     "projection_dim": 768,
 }
-CLIP_FEATURE_LAYER = -2  # hidden state of CLIP that is looked at
-STOP_TOKENS = (
-    32000,
-    32001,
-    32007,
-)  # <|endoftext|>, <|assistant|>, <|end|> of the published tokenizer
+CLIP_FEATURE_LAYER = -2  # index of the hidden state that the features are read from
+EMBED_PREFIX = "model.vision_embed_tokens."
+STOP_TOKEN_IDS = (32000, 32001, 32007)  # <|endoftext|>, <|assistant|>, <|end|> as published
 PUBLISHED_VOCAB = 32064
 PLACEHOLDER = re.compile(r"<\|image_\d+\|>")
-LONG_ROPE_TYPES = ("su", "longrope")  # two names of one kind of rotary scaling
-ROPE_FACTOR_KEYS = ("short_factor", "long_factor")
-ROPE_KEYS = {"type", "rope_type", "rope_theta", "factor", *ROPE_FACTOR_KEYS}
-ROPE_KEYS |= {"original_max_position_embeddings", "partial_rotary_factor"}
 IGNORED_TENSORS = (
-    COMPUTED_ROTARY,
-    IgnoredTensor(r".*\.embeddings\.position_ids", "counts up from 0"),
+    ROTARY_INV_FREQ,
+    IgnoredTensor(pattern=r".*\.embeddings\.position_ids", reason="the integers from 0"),
     IgnoredTensor(
-        r"model\.vision_embed_tokens\.wte\.weight", "the same tensor as model.embed_tokens"
+        pattern=r"model\.vision_embed_tokens\.wte\.weight",
+        reason="the same tensor as model.embed_tokens",
     ),
 )
 
 
+class PhiVision(nn.Module):
+    """CLIP vision tower, separators and projector of Phi-3-vision.
+
+    Args:
+        tower: values of transformers' CLIPVisionConfig.
+        hidden: H.
+        feature_layer: index of the hidden state that the features are read from.
+    """
+
+    def __init__(self, tower: dict[str, Any], hidden: int, feature_layer: int) -> None:
+        from transformers import CLIPVisionConfig, CLIPVisionModel
+
+        super().__init__()
+        config = CLIPVisionConfig(**tower)
+        self.feature_layer, self.side = feature_layer, int(tower["image_size"])
+        self.vision_tower = CLIPVisionModel(config)
+        width = 4 * config.hidden_size
+        self.glb_GN = nn.Parameter(torch.empty(1, 1, width))
+        self.sub_GN = nn.Parameter(torch.empty(1, 1, 1, width))
+        self.img_projection = nn.Sequential(
+            nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden)
+        )
+
+    @torch.no_grad()
+    def forward(self, images: ImageInputs) -> torch.Tensor:
+        """Return the features [image tokens,H] of all images, concatenated.
+
+        pixel_values [images,1+crops,3,S,S] are padded to the largest number of crops.
+        """
+        assert images.image_sizes is not None
+        features = []
+        for views, (height, width) in zip(images.pixel_values, images.image_sizes, strict=True):
+            rows, columns = int(height) // self.side, int(width) // self.side
+            image_views = views[None, : rows * columns + 1]
+            features.append(self.encode_views(image_views, rows, columns)[0])
+        return torch.cat(features)
+
+    def encode_views(self, views: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+        """Encode the global view and the crops of images with the same grid of crops.
+
+        Args:
+            views: [n,1+rows*columns,3,S,S], global view first.
+            rows: rows of crops.
+            columns: columns of crops.
+
+        Returns:
+            Features [n,tokens,H] of the crops, a separator, and the global view.
+        """
+        n = len(views)
+        states = select_hidden_states(self.vision_tower, views.flatten(0, 1), self.feature_layer)
+        patches = states[:, 1:]
+        g = round(patches.shape[1] ** 0.5)
+        blocks = merge_patches(patches.unflatten(1, (g, g))).unflatten(0, (n, -1))
+        m = blocks.shape[2]
+        crops = blocks[:, 1:].unflatten(1, (rows, columns)).transpose(2, 3)
+        parts = [
+            self._append_separators(crops.reshape(n, rows * m, columns * m, -1)),
+            self.glb_GN.expand(n, 1, -1),
+            self._append_separators(blocks[:, 0]),
+        ]
+        return self.img_projection(torch.cat(parts, dim=1))
+
+    def _append_separators(self, grid: torch.Tensor) -> torch.Tensor:
+        """Append a separator to each row and flatten: [n,h,w,4C] -> [n,h*(w+1),4C]."""
+        separators = self.sub_GN.expand(*grid.shape[:2], 1, -1)
+        return torch.cat([grid, separators], dim=2).flatten(1, 2)
+
+    def published_parameters(self) -> dict[str, torch.Tensor]:
+        """Return the parameters by published name."""
+        others = {
+            EMBED_PREFIX + name: tensor
+            for name, tensor in self.named_parameters()
+            if not name.startswith("vision_tower.")
+        }
+        return tower_parameters(EMBED_PREFIX + "img_processor.", self.vision_tower) | others
+
+
 def text_config(config: Config) -> Any:
-    """transformers' Phi3Config of the decoder."""
+    """Return transformers' Phi3Config of the decoder."""
     from transformers import Phi3Config
 
-    foreign = ("model_type", "architectures", "auto_map", "embd_layer", "img_processor")
-    own = {key: value for key, value in config.items() if key not in foreign}
-    own = copy.deepcopy({key: value for key, value in own.items() if key[0] != "_"})
-    eos = own.get("eos_token_id", 32000)
-    stops = dict.fromkeys(eos if isinstance(eos, list) else [eos])
-    if own.get("vocab_size", PUBLISHED_VOCAB) == PUBLISHED_VOCAB:
-        stops |= dict.fromkeys(STOP_TOKENS)
-    own |= {"eos_token_id": list(stops), "pad_token_id": own.get("pad_token_id")}
+    excluded = ("model_type", "architectures", "auto_map", "embd_layer", "img_processor")
+    values = {key: value for key, value in config.items() if key not in excluded}
+    values = copy.deepcopy({key: value for key, value in values.items() if key[0] != "_"})
+    eos = values.get("eos_token_id", 32000)
+    stop_ids = dict.fromkeys(eos if isinstance(eos, list) else [eos])
+    if values.get("vocab_size", PUBLISHED_VOCAB) == PUBLISHED_VOCAB:
+        stop_ids |= dict.fromkeys(STOP_TOKEN_IDS)
+    values |= {"eos_token_id": list(stop_ids), "pad_token_id": values.get("pad_token_id")}
     for key in ("rope_scaling", "rope_parameters"):
-        if rope := own.get(key):  # transformers 5 has other names for the same
-            rope["rope_type"] = (
-                "longrope" if rope_kind(rope) in LONG_ROPE_TYPES else rope_kind(rope)
-            )
-            rope.pop("type", None)
-            rope.setdefault("original_max_position_embeddings", original_positions(config))
-            rope["factor"] = position_ratio(config)
-    return Phi3Config.from_dict(own)
-
-
-def rope_kind(rope: Mapping[str, Any]) -> str:
-    """The kind of rotary scaling under any of its names."""
-    return str(rope.get("rope_type") or rope.get("type") or "default")
-
-
-def original_positions(config: Config) -> int:
-    """Positions up to which the short factors hold."""
-    return int(config.get("original_max_position_embeddings", 4096))
-
-
-def position_ratio(config: Config) -> float:
-    """Positions of the long context over those of the short one."""
-    return float(config.get("max_position_embeddings", 4096) / original_positions(config))
+        if rope := values.get(key):
+            values[key] = to_transformers_5(config, rope)
+    return Phi3Config.from_dict(values)
 
 
 def decoder(config: Config) -> Decoder:
-    """Facts of the decoder.
+    """Return the architecture of the decoder.
 
     Raises:
-        UserError: the config asks for something that Phi-3-vision does not do.
+        UserError: the config has a value that the family does not support.
     """
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    _check_rope(config, rope)
+    long_rope = read_long_rope(config)  # before transformers parses it: its messages are unclear
     text = text_config(config)
     embed, images = config.get("embd_layer") or {}, config.get("img_processor") or {}
+    layer = images.get("layer_idx", CLIP_FEATURE_LAYER)
+    clip_hidden = tower_config(config)["hidden_size"]
     require_values(
         "phi",
         {
@@ -127,117 +180,78 @@ def decoder(config: Config) -> Decoder:
             "embd_layer.with_learnable_separator": (embed.get("with_learnable_separator"), True),
             "embd_layer.projection_cls": (embed.get("projection_cls"), "mlp"),
             "img_processor.name": (images.get("name"), "clip_vision_model"),
-            "img_processor.layer_idx": (
-                images.get("layer_idx", CLIP_FEATURE_LAYER),
-                CLIP_FEATURE_LAYER,
-            ),
+            "img_processor.layer_idx": (layer, CLIP_FEATURE_LAYER),
             "img_processor.type_feature": (images.get("type_feature", "patch"), "patch"),
-            "img_processor.image_dim_out": (
-                images.get("image_dim_out"),
-                tower_config(config)["hidden_size"],
-            ),
+            "img_processor.image_dim_out": (images.get("image_dim_out"), clip_hidden),
         },
     )
-    facts = decoder_from_sizes("phi", text, text.rope_parameters.get("rope_theta", 10000.0))
-    if rope_kind(rope) not in LONG_ROPE_TYPES:
-        return facts
-    original, ratio = original_positions(config), position_ratio(config)
-    scale = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
-    short, long = (tuple(rope[key]) for key in ROPE_FACTOR_KEYS)
-    return replace(facts, long_rope=LongRope(short, long, original, scale))
-
-
-def _check_rope(config: Config, rope: Mapping[str, Any]) -> None:
-    """Refuse rotary scaling that is not su / longrope as published, before transformers does.
-
-    Raises:
-        UserError: another kind, unknown settings, or factors that do not fit the heads.
-    """
-    kind = rope_kind(rope)
-    if kind not in ("default", *LONG_ROPE_TYPES):
-        raise UserError(
-            f"phi: rope type is {kind!r}; supported: {', '.join(LONG_ROPE_TYPES)}, or none"
-        )
-    if unknown := sorted(set(rope) - ROPE_KEYS):
-        raise UserError(f"phi: rope_scaling.{unknown[0]} is not known")
-    half = config.get("hidden_size", 3072) // config.get("num_attention_heads", 32) // 2
-    for key in ROPE_FACTOR_KEYS if kind in LONG_ROPE_TYPES else ():
-        count = len(rope.get(key) or ())
-        if count != half:
-            raise UserError(f"phi: rope_scaling.{key} has {count} factors; the heads need {half}")
+    base = decoder_from_sizes("phi", text, text.rope_parameters.get("rope_theta", 10000.0))
+    return replace(base, long_rope=long_rope)
 
 
 def tower_config(config: Config) -> dict[str, Any]:
-    """Sizes of CLIP."""
-    given = (config.get("img_processor") or {}).get("vision_config")
-    return dict(given or CLIP_L)
+    """Return the values of CLIPVisionConfig."""
+    vision_config = (config.get("img_processor") or {}).get("vision_config")
+    return dict(vision_config or CLIP_L_336)
 
 
-def make_vision_module(config: Config) -> Any:
-    """Tower, separators and projector, unfilled."""
-    from nemo_vlm_ptq.families.phi_vision import PhiVision
-
+def make_vision_module(config: Config) -> PhiVision:
+    """Return the vision module, uninitialized."""
     return PhiVision(tower_config(config), config.get("hidden_size", 3072), CLIP_FEATURE_LAYER)
 
 
-def token_counts(config: Config, sizes: Any) -> list[int]:
-    """Tokens of each image of `sizes` [images,2], padded heights and widths."""
-    from nemo_vlm_ptq.families.phi_vision import token_count
-
+def token_counts(config: Config, image_sizes: Any) -> list[int]:
+    """Return the number of tokens of each image, from padded sizes [images,2]."""
     tower = tower_config(config)
     side = tower["image_size"]
     m = side // tower["patch_size"] // 2
-    return [token_count(int(height), int(width), side, m) for height, width in sizes]
+    return [token_count(int(height), int(width), side, m) for height, width in image_sizes]
 
 
-def find_placeholders(config: Config, ids: Any, pixels: ImageInputs | None) -> ImagePlaceholders:
-    """Published ids have -i for each token of image i of the row.
+def find_placeholders(config: Config, ids: Any, images: ImageInputs | None) -> ImagePlaceholders:
+    """Locate the image tokens; published ids have -i for each token of image i of the sample.
 
     Raises:
-        UserError: their number is not that of the images.
+        UserError: their number is not that of the next images.
     """
-    images = max(0, -int(ids.min()))
-    sizes = None if pixels is None else pixels.image_sizes
-    if images and sizes is None:
+    num_images = max(0, -int(ids.min()))
+    sizes = None if images is None else images.image_sizes
+    if num_images and sizes is None:
         raise UserError("inputs must hold pixel_values and image_sizes [images,2], padded")
-    counts = [] if sizes is None else token_counts(config, sizes[:images])
-    found = [int((ids == -1 - index).sum()) for index in range(images)]
+    counts = [] if sizes is None else token_counts(config, sizes[:num_images])
+    found = [int((ids == -1 - index).sum()) for index in range(num_images)]
     if found != counts:
-        raise UserError(f"{found} image tokens; the images left take {counts}")
-    return ImagePlaceholders(ids < 0, 1, images)
+        raise UserError(f"got {found} image tokens; the remaining images take {counts}")
+    return ImagePlaceholders(is_image=ids < 0, tokens_per_placeholder=1, num_images=num_images)
 
 
 def make_preprocessor(folder: Path, config: Config) -> Preprocess:
-    """A function (id, question, image, answer) -> Sample in Phi-3-vision's prompt.
+    """Return the function that builds samples in the prompt format of Phi-3-vision.
 
-    Pieces of the prompt beside an image are tokenized apart, each with a <s> of its own, as the
-    published processor does.
+    The texts before and after an image are tokenized separately, each with <s>, as in the
+    published processor.
     """
-    import torch
-
-    from nemo_vlm_ptq.families.phi_vision import crop_image
-
-    tokens = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     settings = read_json_object(require_file(folder, "preprocessor_config.json"))
     crops, side = settings["num_crops"], tower_config(config)["image_size"]
     mean, std = settings["image_mean"], settings["image_std"]
 
-    def prepare(name: str, question: str, image: Any = None, answer: str = "") -> Sample:
+    def preprocess(sample_id: str, question: str, image: Any = None, answer: str = "") -> Sample:
         if image is not None and not isinstance(image, ImageInputs):
             views, size = crop_image(image, crops, side, mean, std)
-            image = ImageInputs(views[None], torch.tensor([size]))
-        mark = "<|image_1|>\n" if image is not None else ""
-        text = f"<|user|>\n{mark}{question}<|end|>\n<|assistant|>\n{answer}"
+            image = ImageInputs(pixel_values=views[None], image_sizes=torch.tensor([size]))
+        placeholder = "<|image_1|>\n" if image is not None else ""
+        prompt = f"<|user|>\n{placeholder}{question}<|end|>\n<|assistant|>\n{answer}"
         counts = [] if image is None else token_counts(config, image.image_sizes)
-        first, *rest = PLACEHOLDER.split(text)
-        check_placeholder_count(name, len(rest), len(counts))
-        ids: list[int] = tokens(first)["input_ids"]
-        for index, (count, chunk) in enumerate(zip(counts, rest, strict=True), 1):
-            ids += [-index] * count + tokens(chunk)["input_ids"]
+        first, *rest = PLACEHOLDER.split(prompt)
+        check_placeholder_count(sample_id, len(rest), len(counts))
+        ids: list[int] = tokenizer(first)["input_ids"]
+        for index, (count, text) in enumerate(zip(counts, rest, strict=True), 1):
+            ids += [-index] * count + tokenizer(text)["input_ids"]
         input_ids = torch.tensor(ids)
-        return Sample(name, input_ids, input_ids < 0, image)
+        return Sample(id=sample_id, input_ids=input_ids, is_image=input_ids < 0, images=image)
 
-    return prepare
+    return preprocess
 
 
 FAMILY = ModelFamily(
@@ -246,7 +260,7 @@ FAMILY = ModelFamily(
     decoder_prefix="",
     trtllm_architecture="Phi3ForCausalLM",
     parameter_map=llama_parameter_map(
-        "", ("self_attn.qkv_proj.weight",), ("mlp.gate_up_proj.weight",)
+        "", qkv=("self_attn.qkv_proj.weight",), gate_up=("mlp.gate_up_proj.weight",)
     ),
     name_aliases=(),
     ignored_tensors=IGNORED_TENSORS,

@@ -1,13 +1,18 @@
-"""VILA-1.5: a SigLIP tower, a projector that merges 2x2 patches, a Llama decoder; three folders.
+"""VILA-1.5: a SigLIP vision tower, a projector that merges 2x2 patches, a Llama decoder.
 
-The folders are llm/, vision_tower/ and mm_projector/, each with a config.json of its own; where
-config.json of the whole says otherwise (it names paths of the machine of its training), they count.
+A model has three sub-folders, llm/, vision_tower/ and mm_projector/, each with a config.json. The
+config.json of the model folder repeats them, with paths of the training machine; where they
+differ, the sub-folders' take precedence.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
 
 from nemo_vlm_ptq.checkpoints.huggingface import read_json_object
 from nemo_vlm_ptq.errors import UserError
@@ -22,79 +27,144 @@ from nemo_vlm_ptq.families.base import (
     check_placeholder_count,
     expand_placeholders,
 )
-from nemo_vlm_ptq.families.shared import (
-    COMPUTED_ROTARY,
-    check_feature_layer,
-    llama_decoder,
-    llama_parameter_map,
-    load_tokenizer,
-    require_file,
-    require_values,
-)
+from nemo_vlm_ptq.families.config_checks import check_feature_layer, require_values
+from nemo_vlm_ptq.families.folder_files import load_tokenizer, require_file
+from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, llama_decoder, llama_parameter_map
+from nemo_vlm_ptq.families.towers import merge_patches, select_hidden_states, tower_parameters
 from nemo_vlm_ptq.parameter_map.entries import IgnoredTensor
 
 SUBFOLDERS = ("llm", "vision_tower", "mm_projector")
 DECODER_PREFIX = "llm/"
-IMAGE_ID = -200  # stands for an image in published ids, and for each of its tokens in ours
-TOKEN_ORDERS = ("column", "row")
+IMAGE_TOKEN_INDEX = -200  # published: one for each image; in a Sample: one for each image token
+TOKEN_ORDERS = ("column", "row")  # of mm_token_order
+DEFAULT_TOKEN_ORDER = "column"  # that of VILA-1.5's training; NVILA has "row"
 IGNORED_TENSORS = (
-    COMPUTED_ROTARY,
-    IgnoredTensor(r".*\.embeddings\.position_ids", "counts up from 0"),
+    ROTARY_INV_FREQ,
+    IgnoredTensor(pattern=r".*\.embeddings\.position_ids", reason="the integers from 0"),
     IgnoredTensor(
-        r"vision_tower/vision_model\.head\..*", "VILA looks at patches, not the pool", True
+        pattern=r"vision_tower/vision_model\.head\..*",
+        reason="features are those of patches, before the pooling head",
+        passthrough=True,
     ),
 )
-SYSTEM = (
+VICUNA_SYSTEM_PROMPT = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
     "helpful, detailed, and polite answers to the user's questions."
 )
-SYSTEM_3 = (
+LLAMA_3_SYSTEM_PROMPT = (
     "You are a helpful language and vision assistant. You are able to understand the visual "
     "content that the user provides, and assist the user with a variety of tasks using natural "
     "language."
 )
-# vicuna_v1 and llama_3 of the vila1.5 branch, but for its second role, which was "system"
-VICUNA = f"{SYSTEM} USER: {{mark}}{{question}} ASSISTANT:"
-LLAMA_3 = (
-    f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{SYSTEM_3}<|end_of_text|>"
-    "<|start_header_id|>user<|end_header_id|>\n\n{mark}{question}<|end_of_text|>"
+# Conversations vicuna_v1 and llama_3 of the vila1.5 branch. Its llama_3 names the second role
+# "system"; here it is "assistant".
+VICUNA_PROMPT = f"{VICUNA_SYSTEM_PROMPT} USER: {{image}}{{question}} ASSISTANT:"
+LLAMA_3_PROMPT = (
+    "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+    f"{LLAMA_3_SYSTEM_PROMPT}<|end_of_text|>"
+    "<|start_header_id|>user<|end_header_id|>\n\n{image}{question}<|end_of_text|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\n"
 )
 
 
+class VilaVision(nn.Module):
+    """SigLIP vision tower and projector of VILA-1.5.
+
+    Args:
+        tower: config.json of the vision tower.
+        hidden: hidden size H of the decoder.
+        feature_layer: index of the hidden state that the features are read from.
+        token_order: "column" or "row", the order of image tokens over the grid of blocks.
+    """
+
+    def __init__(
+        self, tower: dict[str, Any], hidden: int, feature_layer: int, token_order: str
+    ) -> None:
+        from transformers import SiglipVisionConfig, SiglipVisionModel
+
+        super().__init__()
+        config = SiglipVisionConfig(**tower | {"vision_use_head": False})
+        self.feature_layer, self.token_order = feature_layer, token_order
+        self.vision_tower = SiglipVisionModel(config)
+        width = 4 * config.hidden_size
+        self.mm_projector = nn.ModuleDict(
+            {
+                "1": nn.LayerNorm(width),
+                "2": nn.Linear(width, hidden),
+                "4": nn.Linear(hidden, hidden),
+            }
+        )
+
+    @torch.no_grad()
+    def forward(self, images: ImageInputs) -> torch.Tensor:
+        """Return the features [image tokens,H] of all images, concatenated."""
+        return self.encode_views(images.pixel_values).flatten(0, 1)
+
+    def encode_views(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return the features [n,tokens,H] of images [n,3,h,w]."""
+        patches = select_hidden_states(self.vision_tower, pixel_values, self.feature_layer)
+        norm, first, second = self.mm_projector.values()
+        return second(functional.gelu(first(norm(downsample(patches, self.token_order)))))
+
+    def published_parameters(self) -> dict[str, torch.Tensor]:
+        """Return the parameters by published name."""
+        projector = {
+            f"mm_projector/layers.{name}": tensor
+            for name, tensor in self.mm_projector.named_parameters()
+        }
+        return tower_parameters("vision_tower/", self.vision_tower) | projector
+
+
+def downsample(patches: torch.Tensor, token_order: str) -> torch.Tensor:
+    """Merge 2x2 patches: [n,g*g,C] -> [n,m*m,4C], m = ceil(g/2).
+
+    An odd grid is padded with a row and a column of zeros.
+    """
+    side = round(patches.shape[1] ** 0.5)
+    grid = patches.reshape(len(patches), side, side, -1)
+    if side % 2:
+        grid = functional.pad(grid, (0, 0, 0, 1, 0, 1))
+    blocks = merge_patches(grid)
+    if token_order == "column":
+        blocks = blocks.transpose(1, 2)
+    return blocks.flatten(1, 2)
+
+
 def complete_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """config.json with the configs of the three folders as llm_cfg, vision_tower_cfg, ...
+    """Return config.json with the configs of the sub-folders as llm_cfg, vision_tower_cfg, ...
 
     Raises:
-        UserError: a part has no config.
+        UserError: a sub-folder has no config.json, and the config of the folder does not hold it.
     """
-    whole = dict(config)
+    merged = dict(config)
     for part in SUBFOLDERS:
         path = folder / part / "config.json"
         if path.is_file():
-            whole[f"{part}_cfg"] = read_json_object(path)
-        elif not isinstance(whole.get(f"{part}_cfg"), dict):
+            merged[f"{part}_cfg"] = read_json_object(path)
+        elif not isinstance(merged.get(f"{part}_cfg"), dict):
             raise UserError(f"{folder} has no {part}/config.json")
-    return whole
+    return merged
 
 
 def text_config(config: Config) -> Any:
-    """transformers' LlamaConfig of the decoder."""
+    """Return transformers' LlamaConfig of the decoder."""
     from transformers import LlamaConfig
 
     return LlamaConfig.from_dict(dict(config["llm_cfg"]))
 
 
 def decoder(config: Config) -> Decoder:
-    """Facts of the decoder.
+    """Return the architecture of the decoder.
 
     Raises:
-        UserError: another decoder, tower, projector or way to look at an image than VILA-1.5's.
+        UserError: the config has a value that the family does not support.
     """
     tower, projector = config["vision_tower_cfg"], config["mm_projector_cfg"]
-    order = token_order(config)
-    if order not in TOKEN_ORDERS:
-        raise UserError(f"vila: mm_token_order is {order!r}; known: {', '.join(TOKEN_ORDERS)}")
+    token_order = config.get("mm_token_order", DEFAULT_TOKEN_ORDER)
+    if token_order not in TOKEN_ORDERS:
+        raise UserError(
+            f"vila: mm_token_order is {token_order!r}; supported: {', '.join(TOKEN_ORDERS)}"
+        )
     require_values(
         "vila",
         {
@@ -116,80 +186,80 @@ def decoder(config: Config) -> Decoder:
     return llama_decoder("vila", text_config(config), "llm_cfg")
 
 
-def token_order(config: Config) -> Any:
-    """The way the blocks of an image are read: `column`, as VILA-1.5 was trained, unless told."""
-    return config.get("mm_token_order", "column")
-
-
 def feature_layer(config: Config) -> int:
-    """Hidden state of the tower that is looked at."""
+    """Return the index of the hidden state that the features are read from."""
     return int(config.get("mm_vision_select_layer", -2))
 
 
-def make_vision_module(config: Config) -> Any:
-    """Tower and projector, unfilled."""
-    from nemo_vlm_ptq.families.vila_vision import VilaVision
+def make_vision_module(config: Config) -> VilaVision:
+    """Return the vision module, uninitialized."""
+    return VilaVision(
+        tower=config["vision_tower_cfg"],
+        hidden=text_config(config).hidden_size,
+        feature_layer=feature_layer(config),
+        token_order=config.get("mm_token_order", DEFAULT_TOKEN_ORDER),
+    )
 
-    hidden = text_config(config).hidden_size
-    tower, layer = config["vision_tower_cfg"], feature_layer(config)
-    return VilaVision(tower, hidden, layer, token_order(config))
 
-
-def image_tokens(config: Config) -> int:
-    """Tokens of one image."""
+def tokens_per_image(config: Config) -> int:
+    """Return the number of image tokens of one image."""
     from transformers import SiglipVisionConfig
 
-    from nemo_vlm_ptq.families.vila_vision import token_count
+    tower: Any = SiglipVisionConfig(**config["vision_tower_cfg"])
+    grid = int(tower.image_size) // int(tower.patch_size)
+    return (-(-grid // 2)) ** 2
 
-    tower = SiglipVisionConfig(**config["vision_tower_cfg"])
-    return token_count(int(tower.image_size), int(tower.patch_size))  # type: ignore[arg-type]
 
-
-def find_placeholders(config: Config, ids: Any, pixels: ImageInputs | None) -> ImagePlaceholders:
-    """Published ids have one -200 for each image."""
-    is_image = ids == IMAGE_ID
-    return ImagePlaceholders(is_image, image_tokens(config), int(is_image.sum()))
+def find_placeholders(config: Config, ids: Any, images: ImageInputs | None) -> ImagePlaceholders:
+    """Locate the image placeholders; published ids have one for each image."""
+    is_image = ids == IMAGE_TOKEN_INDEX
+    return ImagePlaceholders(
+        is_image=is_image,
+        tokens_per_placeholder=tokens_per_image(config),
+        num_images=int(is_image.sum()),
+    )
 
 
 def make_preprocessor(folder: Path, config: Config) -> Preprocess:
-    """A function (id, question, image, answer) -> Sample in the prompt of the decoder.
+    """Return the function that builds samples in the prompt format of the decoder.
 
-    Pieces of the prompt beside the image are tokenized apart, as VILA does.
+    The text before and the text after the image are tokenized separately, as in VILA.
     """
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-    tokens = load_tokenizer(folder / "llm")
+    tokenizer = load_tokenizer(folder / "llm")
     require_file(folder / "vision_tower", "preprocessor_config.json")
     processor = SiglipImageProcessorPil.from_pretrained(folder / "vision_tower")
-    llama_3 = tokens.convert_tokens_to_ids("<|start_header_id|>") not in (
-        None,
-        tokens.unk_token_id,
-    )
-    prompt, count = LLAMA_3 if llama_3 else VICUNA, image_tokens(config)
-    begin = tokens.bos_token_id
-    first = [begin] if not llama_3 or tokens("")["input_ids"][:1] == [begin] else []
+    header_id = tokenizer.convert_tokens_to_ids("<|start_header_id|>")
+    is_llama_3 = header_id not in (None, tokenizer.unk_token_id)
+    template = LLAMA_3_PROMPT if is_llama_3 else VICUNA_PROMPT
+    before, _, after = template.partition("{image}")
+    count, bos = tokens_per_image(config), tokenizer.bos_token_id
+    adds_bos = not is_llama_3 or tokenizer("")["input_ids"][:1] == [bos]
+    first = [bos] if adds_bos else []
 
-    def piece(text: str) -> list[int]:
-        return tokens(text, add_special_tokens=False)["input_ids"]
+    def tokenize(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def prepare(name: str, question: str, image: Any = None, answer: str = "") -> Sample:
+    def preprocess(sample_id: str, question: str, image: Any = None, answer: str = "") -> Sample:
         if image is not None and not isinstance(image, ImageInputs):
-            made = processor(image.convert("RGB"), return_tensors="pt")
-            image = ImageInputs(made["pixel_values"])
-        before, between, after = prompt.partition("{mark}")
-        assert between
-        space = "" if llama_3 else " "
-        after = after.format(question=question) + (f"{space}{answer}" if answer else "")
+            processed = processor(image.convert("RGB"), return_tensors="pt")
+            image = ImageInputs(pixel_values=processed["pixel_values"])
+        text = after.format(question=question)
+        if answer:
+            text += answer if is_llama_3 else f" {answer}"
         images = int(image is not None)
-        check_placeholder_count(name, images + after.count("<image>"), images)
+        check_placeholder_count(sample_id, images + text.count("<image>"), images)
         if image is None:
-            ids = piece(before + after)
+            ids = tokenize(before + text)
         else:
-            ids = [*piece(before), IMAGE_ID, *piece("\n" + after)]
-        input_ids, is_image = expand_placeholders(name, [*first, *ids], IMAGE_ID, [count] * images)
-        return Sample(name, input_ids, is_image, image)
+            ids = [*tokenize(before), IMAGE_TOKEN_INDEX, *tokenize("\n" + text)]
+        input_ids, is_image = expand_placeholders(
+            sample_id, [*first, *ids], IMAGE_TOKEN_INDEX, [count] * images
+        )
+        return Sample(id=sample_id, input_ids=input_ids, is_image=is_image, images=image)
 
-    return prepare
+    return preprocess
 
 
 FAMILY = ModelFamily(
@@ -206,7 +276,7 @@ FAMILY = ModelFamily(
     make_preprocessor=make_preprocessor,
     find_placeholders=find_placeholders,
     trtllm_vision_type="vila",
-    tokens_per_image=image_tokens,
+    tokens_per_image=tokens_per_image,
     subfolders=SUBFOLDERS,
     complete_config=complete_config,
 )

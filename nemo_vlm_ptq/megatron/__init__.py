@@ -1,1 +1,1 @@
-"""The only room that imports megatron: session, model, checkpoint, forward."""
+"""Megatron-core: process groups, the decoder, its checkpoints and its forward pass."""

@@ -1,11 +1,12 @@
-"""Core attention through torch's scaled_dot_product_attention: the same code on CPU and GPU.
+"""Core attention on torch's scaled_dot_product_attention, for CPU and GPU.
 
-megatron-core's own DotProductAttention builds its mask on CUDA and forks the CUDA random state
-even in evaluation, so it cannot run on a CPU; this one can, and is faster.
+megatron-core's DotProductAttention creates its mask on CUDA and forks the CUDA RNG state even in
+eval mode, so it does not run on a CPU.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,12 +15,13 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 
 
 class SdpaCoreAttention(DotProductAttention):
-    """softmax(q k^T / sqrt(D)) v, causal, KV heads shared by query heads.
+    """Grouped-query attention softmax(q k^T / sqrt(D)) v.
 
-    `watch`, when set, is called with (key, value) of each forward, shapes [S,B,heads,D].
+    Attributes:
+        kv_observer: called with the key and the value, [S,B,kv heads,D], of each forward pass.
     """
 
-    kv_observer: Any = None
+    kv_observer: Callable[[torch.Tensor, torch.Tensor], Any] | None = None
 
     def forward(
         self,
@@ -30,15 +32,22 @@ class SdpaCoreAttention(DotProductAttention):
         *_: Any,
         **__: Any,
     ) -> torch.Tensor:
-        """query [S,B,heads,D], key and value [S,B,kv heads,D] -> [S,B,heads*D].
+        """Compute attention.
 
-        attention_mask: None for plain causal attention, else [B,1,S,S] bool, True where hidden.
+        Args:
+            query: [S,B,heads,D].
+            key: [S,B,kv heads,D].
+            value: [S,B,kv heads,D].
+            attention_mask: [B,1,S,S] bool, True where masked out; None: causal.
+
+        Returns:
+            [S,B,heads*D].
         """
         if self.kv_observer is not None:
             self.kv_observer(key, value)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        visible = None if attention_mask is None else ~attention_mask
+        keep = None if attention_mask is None else ~attention_mask
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=True
+            q, k, v, attn_mask=keep, is_causal=keep is None, enable_gqa=True
         )
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)

@@ -1,4 +1,4 @@
-"""A Megatron-core GPTModel of a decoder's shape, on the shards of this rank."""
+"""Build the shards of this rank of a decoder as a Megatron-core GPTModel."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
 
+from nemo_vlm_ptq.constants import VOCAB_MULTIPLE
 from nemo_vlm_ptq.families.base import Decoder
 from nemo_vlm_ptq.megatron.attention import SdpaCoreAttention
 from nemo_vlm_ptq.megatron.output_sharded_linear import OutputShardedLinear
 from nemo_vlm_ptq.megatron.parallel_context import ParallelContext
-from nemo_vlm_ptq.megatron.rotary import use_long_rope
-from nemo_vlm_ptq.planning.plan import VOCAB_MULTIPLE
+from nemo_vlm_ptq.megatron.rotary import apply_long_rope
 
 
 def transformer_config(
     decoder: Decoder, parallel: ParallelContext, dtype: torch.dtype
 ) -> TransformerConfig:
-    """Megatron's description of a Llama-like decoder, with every fusion that needs CUDA off."""
+    """Return the TransformerConfig of a Llama-like decoder, without fusions that require CUDA."""
     return TransformerConfig(
         num_layers=decoder.layers,
         hidden_size=decoder.hidden,
@@ -48,36 +48,45 @@ def transformer_config(
         pipeline_dtype=dtype,
         tensor_model_parallel_size=parallel.layout.tensor,
         pipeline_model_parallel_size=parallel.layout.pipeline,
-        hetereogenous_dist_checkpoint=True,  # one key a layer: any layer can be read alone
+        hetereogenous_dist_checkpoint=True,  # one key per layer, so that layers load separately
     )
 
 
 def build_decoder(
-    decoder: Decoder, parallel: ParallelContext, dtype: torch.dtype, *, to_observe: bool = False
+    decoder: Decoder,
+    parallel: ParallelContext,
+    dtype: torch.dtype,
+    *,
+    for_calibration: bool = False,
 ) -> GPTModel:
-    """The decoder with uninitialised weights; logits come out whole on every tensor rank.
+    """Build the decoder with uninitialized weights; logits are gathered over tensor ranks.
 
-    to_observe: for the inputs of linears alone. o and down are cut by outputs, so that tensor ranks
-    compute the numbers of one rank, and what comes out is that of the last layer: there is no head.
+    Args:
+        decoder: sizes of the decoder.
+        parallel: coordinates and device of this rank.
+        dtype: of the parameters.
+        for_calibration: build the model that observe runs. It ends with the hidden states of the
+            last layer, without final norm and output layer, and shards o_proj and down_proj along
+            their outputs, so that the inputs of all linears are independent of the TP size.
     """
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     attention, mlp = spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules
     attention.core_attention = SdpaCoreAttention
-    if to_observe:
+    if for_calibration:
         attention.linear_proj = mlp.linear_fc2 = OutputShardedLinear
-    with parallel.device:  # else it would be made on the host and copied
+    with parallel.device:  # allocate on the device instead of copying from the host
         model = GPTModel(
             config=transformer_config(decoder, parallel, dtype),
             transformer_layer_spec=spec,
             vocab_size=decoder.sizes(VOCAB_MULTIPLE).padded_vocab,
             max_sequence_length=decoder.max_positions,
             pre_process=parallel.first_stage,
-            post_process=parallel.last_stage and not to_observe,
+            post_process=parallel.last_stage and not for_calibration,
             parallel_output=False,
             share_embeddings_and_output_weights=False,
             position_embedding_type="rope",
             rotary_base=decoder.rope_theta,
         )
     if decoder.long_rope is not None:
-        use_long_rope(model, decoder, decoder.long_rope)
+        apply_long_rope(model, decoder, decoder.long_rope)
     return model.to(parallel.device, dtype).eval().requires_grad_(False)

@@ -1,4 +1,7 @@
-"""Weights in and out of a Megatron model: Hugging Face slices, torch_dist folders, layers."""
+"""Load Hugging Face and torch_dist checkpoints into a Megatron model, and save torch_dist.
+
+Data-parallel ranks share the I/O: each parameter has one writer among them, which also reads it.
+"""
 
 from __future__ import annotations
 
@@ -28,48 +31,51 @@ from torch.distributed.checkpoint.api import CheckpointException
 from nemo_vlm_ptq.checkpoints.huggingface import SourceReader, all_finite, cast_checked
 from nemo_vlm_ptq.checkpoints.torch_dist_index import INDEX, read_index
 from nemo_vlm_ptq.checkpoints.torch_dist_tensors import LazyConcat, LazyTensor, read_block
+from nemo_vlm_ptq.constants import VOCAB_MULTIPLE
 from nemo_vlm_ptq.families.base import Decoder
 from nemo_vlm_ptq.megatron.parallel_context import ParallelContext
 from nemo_vlm_ptq.parameter_map.entries import STORED_NORMS, ParameterEntry, expand_layers
 from nemo_vlm_ptq.parameter_map.sharding import shard_tensor
-from nemo_vlm_ptq.planning.plan import VOCAB_MULTIPLE
 from nemo_vlm_ptq.utils.pinned_memory import copy_pinned, to_device
 from nemo_vlm_ptq.utils.progress import progress_bar
 
 LAYER_PREFIX = "decoder.layers."
-HOST = torch.device("cpu")
-FILE_BYTES = 1 << 29  # bytes: a rank writes its files at the same time, a process each
-MAX_FILES = 8
+CPU = torch.device("cpu")
+FILE_BYTES = 1 << 29  # target file size; a rank writes its files in parallel, one process per file
+MIN_FILES, MAX_FILES = 2, 8  # files per rank
 
 
-def global_names(model: GPTModel) -> dict[str, torch.nn.Parameter]:
-    """Parameters by names that count layers over the whole model, not over this stage."""
-    first = model.decoder.layers[0].layer_number - 1
+def named_global_parameters(model: GPTModel) -> dict[str, torch.nn.Parameter]:
+    """Return the parameters by name, with global instead of stage-local layer indices."""
+    first_layer = model.decoder.layers[0].layer_number - 1
     named = {}
     for name, parameter in model.named_parameters():
         if name.startswith(LAYER_PREFIX):
             layer, rest = name.removeprefix(LAYER_PREFIX).split(".", 1)
-            name = f"{LAYER_PREFIX}{int(layer) + first}.{rest}"
+            name = f"{LAYER_PREFIX}{int(layer) + first_layer}.{rest}"
         named[name] = parameter
     return named
 
 
-def writer_rank(name: str, data: int) -> int:
-    """Which of the data ranks writes a parameter: layers are dealt over them."""
+def writer_rank(name: str, data_size: int) -> int:
+    """Return the data rank that writes a parameter: round-robin over layers.
+
+    The embedding is written by the first data rank, final norm and output layer by the last.
+    """
     layer = re.match(r"decoder\.layers\.(\d+)\.", name)
     if layer is None:
-        return 0 if name.startswith("embedding") else data - 1
-    return int(layer[1]) % data
+        return 0 if name.startswith("embedding") else data_size - 1
+    return int(layer[1]) % data_size
 
 
 def is_writer(name: str) -> bool:
-    """This data rank writes a parameter."""
-    data = parallel_state.get_data_parallel_world_size()
-    return writer_rank(name, data) == parallel_state.get_data_parallel_rank()
+    """Return whether this data rank writes a parameter."""
+    data_size = parallel_state.get_data_parallel_world_size()
+    return writer_rank(name, data_size) == parallel_state.get_data_parallel_rank()
 
 
 def written_layers(model: GPTModel) -> set[int]:
-    """Layers that this data rank writes, counted over the whole model."""
+    """Return the global indices of the layers that this data rank writes."""
     layers = {block.layer_number - 1 for block in model.decoder.layers}
     return {layer for layer in layers if is_writer(f"{LAYER_PREFIX}{layer}.")}
 
@@ -77,71 +83,90 @@ def written_layers(model: GPTModel) -> set[int]:
 def load_from_source(
     model: GPTModel,
     parallel: ParallelContext,
-    rows: Iterable[ParameterEntry],
+    parameter_map: Iterable[ParameterEntry],
     decoder: Decoder,
     reader: SourceReader,
     *,
-    to_write: bool = False,
+    written_only: bool = False,
 ) -> int:
-    """Copy into every parameter just the slices of the source that this rank holds.
+    """Load this rank's shards from a Hugging Face checkpoint, reading only their slices.
 
-    to_write: only into those that this data rank writes.
+    Args:
+        model: the model to fill.
+        parallel: coordinates of this rank.
+        parameter_map: entries of the family.
+        decoder: sizes of the decoder.
+        reader: the open checkpoint.
+        written_only: load only the parameters that this data rank writes.
 
     Returns:
         Bytes read by this rank.
 
     Raises:
-        UserError: NaN or Inf in a slice, or numbers that the model's dtype cannot hold.
+        UserError: NaN or Inf in a slice, or values outside of the range of the model's dtype.
     """
-    table = {row.megatron_name: row for row in expand_layers(rows, range(decoder.layers))}
+    entries = {
+        entry.megatron_name: entry for entry in expand_layers(parameter_map, range(decoder.layers))
+    }
     sizes = decoder.sizes(VOCAB_MULTIPLE)
-    read = 0
-    named = [one for one in global_names(model).items() if not to_write or is_writer(one[0])]
-    for name, parameter in progress_bar("import", "tensor", parallel.rank, named):
-        row = table[name]
-        parts = [reader.slices(part) for part in row.hf_names]
-        shard = shard_tensor(row.sharding, parts, sizes, parallel.tensor, parallel.layout.tensor)
+    bytes_read = 0
+    parameters = [
+        (name, parameter)
+        for name, parameter in named_global_parameters(model).items()
+        if not written_only or is_writer(name)
+    ]
+    for name, parameter in progress_bar("import", "tensor", parallel.rank, parameters):
+        entry = entries[name]
+        sources = [reader.get_slice(hf_name) for hf_name in entry.hf_names]
+        shard = shard_tensor(
+            entry.sharding, sources, sizes, parallel.tensor_rank, parallel.layout.tensor
+        )
         assert shard.shape == parameter.shape, (name, shard.shape, parameter.shape)
         parameter.data.copy_(shard)
         if not all_finite(parameter.data):
-            for part, source in zip(parts, row.hf_names, strict=True):
-                cast_checked(part[:], source, parameter.dtype)  # names the one that is not
-        read += shard.nbytes
-    return read
+            for source, hf_name in zip(sources, entry.hf_names, strict=True):
+                cast_checked(source[:], hf_name, parameter.dtype)  # raises with the tensor's name
+        bytes_read += shard.nbytes
+    return bytes_read
 
 
 def save_model(model: GPTModel, folder: Path) -> None:
-    """Write a torch_dist checkpoint, every rank its own shards of its own layers (collective)."""
+    """Write a torch_dist checkpoint; every rank writes shards of its own layers (collective)."""
     state = model.sharded_state_dict()
-    data = parallel_state.get_data_parallel_world_size()
-    own = parallel_state.get_data_parallel_rank()
-    apply_factories(state)  # a gated linear comes apart into halves, views of one parameter
+    data_size = parallel_state.get_data_parallel_world_size()
+    data_rank = parallel_state.get_data_parallel_rank()
+    apply_factories(state)  # splits gated linears into gate and up, views of one parameter
     for shard in nested_values(state):
         if isinstance(shard, ShardedTensor):
             *others, _ = shard.replica_id
-            shard.replica_id = (*others, (own - writer_rank(shard.key, data)) % data)  # 0 writes
+            # Replica 0 is the one that is written.
+            replica = (data_rank - writer_rank(shard.key, data_size)) % data_size
+            shard.replica_id = (*others, replica)
             if shard.data is not None and is_main_replica(shard.replica_id):
-                shard.data = to_device(
-                    shard.data.detach(), HOST
-                )  # the writer would page-lock it all
-                shard.data = torch.from_dlpack(shard.data)  # no view: the writer would copy views
+                # The writer would pin the memory of all GPU tensors at once, and copy views.
+                shard.data = torch.from_dlpack(to_device(shard.data.detach(), CPU))
         elif isinstance(shard, ShardedObject):
-            shard.data = _same_bytes_always(shard.data)
-    save_state(state, folder)
+            shard.data = _deterministic_pickle(shard.data)
+    save_sharded_state(state, folder)
 
 
-def save_state(state: dict[str, Any], folder: Path) -> None:
-    """Write a torch_dist folder of the shards that the ranks bring (collective)."""
-    filesystem_async._results_queue = queue.Queue()  # its own is a process that outlives a kill
-    own = 0
+def save_sharded_state(state: dict[str, Any], folder: Path) -> None:
+    """Write the sharded state dicts of all ranks as a torch_dist checkpoint (collective).
+
+    Raises:
+        RuntimeError: writing failed on a rank; names the ranks and their errors.
+    """
+    # The default results queue is a manager process, which survives if this process is killed.
+    filesystem_async._results_queue = queue.Queue()
+    own_bytes = 0
     for shard in nested_values(state):
         if isinstance(shard, ShardedTensor) and shard.data is not None:
-            own += shard.data.nbytes * is_main_replica(shard.replica_id)
-    files = min(MAX_FILES, max(2, -(-own // FILE_BYTES)))
+            own_bytes += shard.data.nbytes * is_main_replica(shard.replica_id)
+    files = min(MAX_FILES, max(MIN_FILES, -(-own_bytes // FILE_BYTES)))
     strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=files)
     try:
         dist_checkpointing.save(state, str(folder), strategy)
-    except CheckpointException as error:  # which is no Exception
+    except CheckpointException as error:  # a BaseException, which callers do not catch
         reasons = {f"rank {rank}: {failure}" for rank, (failure, _) in error.failures.items()}
         raise RuntimeError("; ".join(sorted(reasons))) from error
     if dist.get_rank() == 0:
@@ -149,7 +174,7 @@ def save_state(state: dict[str, Any], folder: Path) -> None:
 
 
 def normalize_index(folder: Path) -> None:
-    """Write .metadata again without random id and path, in order and not as threads ended."""
+    """Rewrite .metadata deterministically: without random id and path, sorted by key."""
     path = folder / INDEX
     index = pickle.loads(path.read_bytes())
     index.storage_meta = None
@@ -157,63 +182,67 @@ def normalize_index(folder: Path) -> None:
     path.write_bytes(pickle.dumps(index))
 
 
-def _same_bytes_always(state: Any) -> Any:
-    """What modelopt pickled of its quantizers, with names in order: it makes them from sets."""
+def _deterministic_pickle(state: Any) -> Any:
+    """Pickle an extra state again with sorted keys: modelopt builds it from unordered sets."""
     if not isinstance(state, torch.Tensor) or not state.numel():
         return state
     buffer = io.BytesIO()
-    torch.save(_in_order(torch.load(io.BytesIO(state.numpy().tobytes()))), buffer)
+    torch.save(_sort_keys(torch.load(io.BytesIO(state.numpy().tobytes()))), buffer)
     return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
 
 
-def _in_order(value: Any) -> Any:
+def _sort_keys(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
-    return {key: _in_order(value[key]) for key in sorted(value, key=str)}
+    return {key: _sort_keys(value[key]) for key in sorted(value, key=str)}
 
 
-def load_model(model: GPTModel, folder: Path, *, to_write: bool = False) -> None:
-    """Fill a model's parameters, in any layout, from a torch_dist checkpoint.
+def load_model(model: GPTModel, folder: Path, *, written_only: bool = False) -> None:
+    """Load a torch_dist checkpoint, saved in any layout, into a model's parameters (collective).
 
-    Every rank reads those that it would write, straight into its parameters, and has the others
-    from the data ranks that read them. megatron-core's loader would put the halves of gated linears
-    together in new memory: 5.8 GB of a 7B model's 13.5.
+    Each data rank reads the parameters that it would write, directly into the parameter, and
+    broadcasts them to its data-parallel group. megatron-core's loader concatenates gate and up in
+    new memory: 5.8 GB of the 13.5 GB of a 7B model.
 
-    to_write: without the others (else collective).
+    Args:
+        model: the model to fill.
+        folder: the checkpoint.
+        written_only: load only the parameters that this data rank writes; not collective.
 
     Raises:
         UserError: damaged files.
     """
-    named = global_names(model)
-    own = [one for name, one in named.items() if is_writer(name)]
+    parameters = named_global_parameters(model)
+    own = [parameter for name, parameter in parameters.items() if is_writer(name)]
     stored = read_index(folder).tensors
-    memory, filled = {parameter.untyped_storage().data_ptr() for parameter in own}, 0
+    own_storage = {parameter.untyped_storage().data_ptr() for parameter in own}
+    loaded = 0
     state = model.sharded_state_dict()
     apply_factories(state)
     for shard in nested_values(state):
         if not isinstance(shard, ShardedTensor) or shard.data is None:
             continue
-        if shard.data.untyped_storage().data_ptr() in memory:
-            place = tuple(shard.global_offset), tuple(shard.local_shape)
-            copy_pinned(shard.data.detach(), read_block(stored[shard.key], *place))
-            filled += shard.data.numel()
-    assert filled == sum(parameter.numel() for parameter in own), folder
+        if shard.data.untyped_storage().data_ptr() in own_storage:
+            offset, shape = tuple(shard.global_offset), tuple(shard.local_shape)
+            copy_pinned(shard.data.detach(), read_block(stored[shard.key], offset, shape))
+            loaded += shard.data.numel()
+    assert loaded == sum(parameter.numel() for parameter in own), folder
     group = parallel_state.get_data_parallel_group()
     ranks = dist.get_process_group_ranks(group)
-    if to_write or len(ranks) == 1:
+    if written_only or len(ranks) == 1:
         return
-    for name, parameter in named.items():
+    for name, parameter in parameters.items():
         dist.broadcast(parameter.data, ranks[writer_rank(name, len(ranks))], group=group)
 
 
 class LayerReader:
-    """Tensors of a torch_dist checkpoint by name, without a model and without peers."""
+    """Reader of unsharded parameters of a torch_dist checkpoint, without a model or other ranks."""
 
     def __init__(self, folder: Path) -> None:
         self._stored = read_index(folder).tensors
 
     def slices(self, names: Iterable[str]) -> dict[str, LazyTensor | LazyConcat]:
-        """Whole parameters by their names in the model, to be cut: nothing is read before.
+        """Return lazily sliced parameters by Megatron name; slicing reads the files.
 
         Raises:
             UserError: damaged files, when they are read.
@@ -221,18 +250,19 @@ class LayerReader:
         return {name: self._slices(name) for name in names}
 
     def _slices(self, name: str) -> LazyTensor | LazyConcat:
-        stored = name
-        for own, other in STORED_NORMS.items():
-            if name.endswith(own):
-                stored = name.removesuffix(own) + other
-        if stored in self._stored:
-            return LazyTensor(self._stored[stored])
+        stored_name = name
+        for local_suffix, stored_suffix in STORED_NORMS.items():
+            if name.endswith(local_suffix):
+                stored_name = name.removesuffix(local_suffix) + stored_suffix
+        if stored_name in self._stored:
+            return LazyTensor(self._stored[stored_name])
         halves = [f"{name}_w", f"{name}_v"]  # gate and up, as modelopt's MLP stores them
-        assert all(half in self._stored for half in halves), f"{name} is not in the checkpoint"
+        missing = [half for half in halves if half not in self._stored]
+        assert not missing, f"{name} is not in the checkpoint"
         return LazyConcat([LazyTensor(self._stored[half]) for half in halves])
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Whole parameters by their names in the model, on the CPU.
+        """Read parameters to the CPU, by Megatron name.
 
         Raises:
             UserError: damaged files.

@@ -1,7 +1,9 @@
-"""Running samples through a model that is spread over ranks.
+"""Forward pass of micro-batches through a tensor-, pipeline- and data-parallel model.
 
-A micro-batch is formed by sample ids alone, so its arithmetic is the same on any data or pipeline
-rank. Legend: S tokens, B samples, H hidden, V vocabulary.
+The composition of a micro-batch is independent of the layout, so its arithmetic is the same on
+every data rank and with every pipeline size.
+
+Legend: S tokens, B samples, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,103 +22,124 @@ from nemo_vlm_ptq.megatron.parallel_context import ParallelContext
 from nemo_vlm_ptq.megatron.rotary import LongRotaryEmbedding
 from nemo_vlm_ptq.utils.pinned_memory import to_device
 
-IMAGES_PER_CALL = 16  # samples whose images a tower looks at in one call
+MAX_SAMPLES_PER_VISION_CALL = 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Samples padded to one length on the right.
+    """A micro-batch of samples, right-padded to a common length.
 
-    input_ids: [B,S] int64; modality: [B,S] int8, 0 padding, TEXT or IMAGE;
-    hidden: [B,1,S,S] bool, True where attention must not look, or None for plain causal.
+    Attributes:
+        sample_ids: ids of the samples.
+        input_ids: [B,S] int64.
+        modality: [B,S] int8: 0 padding, TEXT or IMAGE.
+        attention_mask: [B,1,S,S] bool, True where masked out (Megatron's convention); None: causal.
     """
 
-    ids: tuple[str, ...]
+    sample_ids: tuple[str, ...]
     input_ids: torch.Tensor
     modality: torch.Tensor
-    hidden: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
 
 
-def collate(samples: Sequence[Sample], mask: torch.Tensor | None = None) -> Batch:
-    """Pad samples on the right; causal attention keeps padding out of sight.
+def collate(samples: Sequence[Sample], key_mask: torch.Tensor | None = None) -> Batch:
+    """Right-pad samples into a batch; causal attention never attends to right padding.
 
-    mask: [S] of a single sample, 0 where attention must not look besides.
+    Args:
+        samples: one or more samples.
+        key_mask: [S], for a batch of one sample: 0 for keys that are masked out in addition to the
+            causal mask.
     """
     length = max(len(sample.input_ids) for sample in samples)
     input_ids = torch.zeros(len(samples), length, dtype=torch.int64)
     modality = torch.zeros(len(samples), length, dtype=torch.int8)
-    for row, sample in enumerate(samples):
+    for index, sample in enumerate(samples):
         count = len(sample.input_ids)
-        input_ids[row, :count] = sample.input_ids
-        modality[row, :count] = torch.where(sample.is_image, IMAGE, TEXT).to(torch.int8)
-    ids = tuple(sample.id for sample in samples)
-    return Batch(ids, input_ids, modality, None if mask is None else _hidden(mask))
+        input_ids[index, :count] = sample.input_ids
+        modality[index, :count] = torch.where(sample.is_image, IMAGE, TEXT).to(torch.int8)
+    return Batch(
+        sample_ids=tuple(sample.id for sample in samples),
+        input_ids=input_ids,
+        modality=modality,
+        attention_mask=None if key_mask is None else _causal_mask(key_mask),
+    )
 
 
-def _hidden(mask: torch.Tensor) -> torch.Tensor:
-    """Attention mask [1,1,S,S], True where hidden; a token always sees itself."""
-    length = len(mask)
-    later = torch.ones(length, length, dtype=torch.bool).triu(1)
-    hidden = later | (mask == 0)[None, :]
-    return (hidden & ~torch.eye(length, dtype=torch.bool))[None, None]
+def _causal_mask(key_mask: torch.Tensor) -> torch.Tensor:
+    """Return the mask [1,1,S,S], True where masked out; the diagonal is never masked."""
+    length = len(key_mask)
+    future = torch.ones(length, length, dtype=torch.bool).triu(1)
+    masked = future | (key_mask == 0)[None, :]
+    return (masked & ~torch.eye(length, dtype=torch.bool))[None, None]
 
 
 def encode_images(
-    vision: Any, parallel: ParallelContext, batches: Sequence[Sequence[Sample]], hidden: int
+    vision: Any,
+    parallel: ParallelContext,
+    micro_batches: Sequence[Sequence[Sample]],
+    hidden_size: int,
 ) -> list[torch.Tensor | None]:
-    """Features [image tokens,H] of each micro-batch, sample after sample; None without images.
+    """Compute the image features of micro-batches (collective over the first stage's TP group).
 
-    Images of a micro-batch are looked at together, so features depend on no other. The tensor ranks
-    of the first pipeline stage share micro-batches out; other stages get None.
+    Each micro-batch is encoded on its own, so its features do not depend on the others. The tensor
+    ranks of the first pipeline stage encode the micro-batches round-robin and broadcast the
+    features.
+
+    Returns:
+        Per micro-batch [image tokens,H] in sample order; None without images and on later stages.
     """
     if not parallel.first_stage:
-        return [None] * len(batches)
+        return [None] * len(micro_batches)
     T, dtype = parallel.layout.tensor, next(vision.parameters()).dtype
-    owners = dist.get_process_group_ranks(parallel.tensor_group)
+    group_ranks = dist.get_process_group_ranks(parallel.tensor_group)
     features: list[torch.Tensor | None] = []
-    for i, batch in enumerate(batches):
-        pixels = [sample.pixels for sample in batch if sample.pixels is not None]
-        if not pixels:
+    for i, samples in enumerate(micro_batches):
+        images = [sample.images for sample in samples if sample.images is not None]
+        if not images:
             features.append(None)
-        elif encodes_images(parallel, i):
-            there = [one.to(parallel.device, dtype) for one in pixels]
-            features.append(torch.cat([vision(one) for one in _together(there)]))
+        elif is_encoding_rank(parallel, i):
+            on_device = [image.to(parallel.device, dtype) for image in images]
+            features.append(torch.cat([vision(inputs) for inputs in _merge(on_device)]))
         else:
-            tokens = sum(int(sample.is_image.sum()) for sample in batch)
-            features.append(torch.empty(tokens, hidden, dtype=dtype, device=parallel.device))
+            tokens = sum(int(sample.is_image.sum()) for sample in samples)
+            features.append(torch.empty(tokens, hidden_size, dtype=dtype, device=parallel.device))
     if T > 1:
-        for i, one in enumerate(features):
-            if one is not None:
-                dist.broadcast(one, owners[i % T], group=parallel.tensor_group)
+        for i, feature in enumerate(features):
+            if feature is not None:
+                dist.broadcast(feature, group_ranks[i % T], group=parallel.tensor_group)
     return features
 
 
-def encodes_images(parallel: ParallelContext, index: int) -> bool:
-    """This rank looks at the images of micro-batch `index` of those that are encoded together."""
-    return parallel.first_stage and index % parallel.layout.tensor == parallel.tensor
+def is_encoding_rank(parallel: ParallelContext, index: int) -> bool:
+    """Return whether this rank encodes the images of micro-batch `index` in `encode_images`."""
+    return parallel.first_stage and index % parallel.layout.tensor == parallel.tensor_rank
 
 
-def _together(pixels: Sequence[ImageInputs]) -> list[ImageInputs]:
-    """Images of several samples as if of one; those that are cut into views stay by themselves."""
-    if any(one.image_sizes is not None for one in pixels):
-        return list(pixels)
-    parts = [
-        pixels[start : start + IMAGES_PER_CALL] for start in range(0, len(pixels), IMAGES_PER_CALL)
+def _merge(images: Sequence[ImageInputs]) -> list[ImageInputs]:
+    """Concatenate the inputs of samples per vision call; inputs with image sizes stay separate."""
+    if any(image.image_sizes is not None for image in images):
+        return list(images)
+    step = MAX_SAMPLES_PER_VISION_CALL
+    groups = [images[start : start + step] for start in range(0, len(images), step)]
+    return [
+        ImageInputs(pixel_values=torch.cat([image.pixel_values for image in group]))
+        for group in groups
     ]
-    return [ImageInputs(torch.cat([one.pixel_values for one in part])) for part in parts]
 
 
 def embed(
     model: GPTModel, batch: Batch, features: torch.Tensor | None, device: torch.device
 ) -> torch.Tensor:
-    """Token embeddings with image features in their places, [S,B,H]."""
-    safe_ids = to_device(batch.input_ids.clamp(min=0), device)
+    """Return token embeddings [S,B,H] with image features at the image placeholder tokens."""
+    safe_ids = to_device(batch.input_ids.clamp(min=0), device)  # placeholder ids may be negative
     embedded = model.embedding(safe_ids, None)
-    embedded = embedded.clone(memory_format=torch.contiguous_format)  # strides as well
+    # clone() also normalizes the strides of size-1 dimensions, which contiguous() keeps and which
+    # differ between TP sizes.
+    embedded = embedded.clone(memory_format=torch.contiguous_format)
     if features is not None:
         sample, token = (batch.modality == IMAGE).nonzero(as_tuple=True)
-        places = to_device(token * len(batch.input_ids) + sample, device)
-        embedded.flatten(0, 1).index_copy_(0, places, features.to(embedded.dtype))
+        positions = to_device(token * len(batch.input_ids) + sample, device)
+        embedded.flatten(0, 1).index_copy_(0, positions, features.to(embedded.dtype))
     return embedded
 
 
@@ -127,13 +150,17 @@ def forward(
     batch: Batch,
     features: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    """One micro-batch through this rank's stage.
+    """Run one micro-batch through the pipeline stage of this rank.
 
     Returns:
-        On the last stage logits [B,S,V], of a model without a head [S,B,H]; else None.
+        On the last stage logits [B,S,V], or hidden states [S,B,H] of a model without output layer;
+        None on other stages.
+
+    Raises:
+        UserError: see `validate_rope_lengths`.
     """
     B, S = batch.input_ids.shape
-    check_lengths(model, batch)
+    validate_rope_lengths(model, batch)
     decoder_input = None
     if parallel.first_stage:
         decoder_input = embed(model, batch, features, parallel.device)
@@ -142,42 +169,49 @@ def forward(
         received = torch.empty(
             S, B, config.hidden_size, dtype=config.pipeline_dtype, device=parallel.comm_device
         )
-        dist.recv(received, parallel.peer(-1))
+        dist.recv(received, parallel.pipeline_peer(-1))
         model.set_input_tensor(received.to(parallel.device))
-    hidden = None if batch.hidden is None else batch.hidden.to(parallel.device)
+    mask = batch.attention_mask
+    attention_mask = None if mask is None else mask.to(parallel.device)
     input_ids = to_device(batch.input_ids, parallel.device)
-    out = model(input_ids, None, hidden, decoder_input=decoder_input)
+    output = model(input_ids, None, attention_mask, decoder_input=decoder_input)
     if parallel.last_stage:
-        return out
-    dist.send(out.contiguous().to(parallel.comm_device), parallel.peer(1))
+        return output
+    dist.send(output.contiguous().to(parallel.comm_device), parallel.pipeline_peer(1))
     return None
 
 
-def check_lengths(model: GPTModel, batch: Batch) -> None:
-    """Samples of one batch take the same rotary factors.
+def validate_rope_lengths(model: GPTModel, batch: Batch) -> None:
+    """Reject batches that mix samples with short and with long LongRoPE factors.
 
     Raises:
-        UserError: some are longer than where the factors change, and some are not.
+        UserError: sample lengths on both sides of the original context length.
     """
     rotary = model.rotary_pos_emb
     if not isinstance(rotary, LongRotaryEmbedding):
         return
     lengths = (batch.modality != 0).sum(dim=1)
-    original = rotary.long_rope.original
+    original = rotary.long_rope.original_max_positions
     if int(lengths.min()) <= original < int(lengths.max()):
         raise UserError(
             f"samples of {int(lengths.min())} and {int(lengths.max())} tokens are in one "
-            f"micro-batch, and rotary factors change after {original}; "
+            f"micro-batch, but LongRoPE factors change after {original} tokens; "
             "set calibration.micro_batch=1"
         )
 
 
 def gather_logits(
-    parallel: ParallelContext, parts: Iterable[torch.Tensor], total: int
+    parallel: ParallelContext, logits: Iterable[torch.Tensor], micro_batches: int
 ) -> list[torch.Tensor]:
-    """Logits of all micro-batches in order, on every rank; `parts` are those of this data rank."""
-    holder = parallel.last_stage and parallel.tensor == 0
-    mine = (parallel.data, [part.cpu() for part in parts]) if holder else None
-    by_data = dict(entry for entry in parallel.gather(mine) if entry is not None)
-    world = parallel.layout.data
-    return [by_data[i % world][i // world] for i in range(total)]
+    """Gather the logits of all micro-batches, in order, on every rank (collective).
+
+    Args:
+        parallel: coordinates of this rank.
+        logits: of this data rank's micro-batches, which are distributed round-robin.
+        micro_batches: number of micro-batches of all data ranks.
+    """
+    is_source = parallel.last_stage and parallel.tensor_rank == 0
+    own = (parallel.data_rank, [part.cpu() for part in logits]) if is_source else None
+    by_rank = dict(entry for entry in parallel.all_gather(own) if entry is not None)
+    data_size = parallel.layout.data
+    return [by_rank[i % data_size][i // data_size] for i in range(micro_batches)]

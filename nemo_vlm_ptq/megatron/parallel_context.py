@@ -1,7 +1,7 @@
-"""One process group for all stages of a run: NCCL when every rank has a GPU, gloo otherwise.
+"""Process groups and the coordinates of this rank, for all stages of a run.
 
-Also the one place that reads the environment of a rank and that bends CUDA calls of megatron-core
-which have no CPU form; with a GPU present nothing is bent.
+The backend is NCCL if every rank has its own GPU, gloo otherwise. Without a GPU, two CUDA calls of
+megatron-core that have no CPU implementation are replaced.
 """
 
 from __future__ import annotations
@@ -22,141 +22,157 @@ from megatron.core import parallel_state
 
 from nemo_vlm_ptq.distributed.layout import Layout, data_parallel_size
 
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class ParallelContext:
-    """This rank's place: coordinates in the layout, its devices, and its groups."""
+    """Coordinates of this rank in the parallel layout, its devices and its process groups."""
 
     layout: Layout
     rank: int
-    tensor: int
-    pipeline: int
-    data: int
+    tensor_rank: int
+    pipeline_rank: int
+    data_rank: int
     device: torch.device
-    comm_device: torch.device  # where tensors lie while they are sent from rank to rank
+    comm_device: torch.device  # device of tensors passed to point-to-point communication
 
     @property
     def tensor_group(self) -> dist.ProcessGroup:
-        """Ranks that share the shards of one layer."""
+        """Tensor-parallel group: ranks that hold the shards of the same layers."""
         return parallel_state.get_tensor_model_parallel_group()
 
     @property
     def data_group(self) -> dist.ProcessGroup:
-        """Ranks that hold the same shard and see different samples."""
+        """Data-parallel group: ranks that hold the same shard and process different samples."""
         return parallel_state.get_data_parallel_group()
 
     @property
     def first_stage(self) -> bool:
-        """This rank embeds tokens and looks at images."""
-        return self.pipeline == 0
+        """Whether this rank is in the first pipeline stage (token embedding, vision tower)."""
+        return self.pipeline_rank == 0
 
     @property
     def last_stage(self) -> bool:
-        """This rank has the head."""
-        return self.pipeline == self.layout.pipeline - 1
+        """Whether this rank is in the last pipeline stage (output layer)."""
+        return self.pipeline_rank == self.layout.pipeline - 1
 
-    def peer(self, offset: int) -> int:
-        """Global rank of the pipeline stage `offset` after this one."""
+    def pipeline_peer(self, offset: int) -> int:
+        """Return the global rank `offset` pipeline stages after this one."""
         return self.rank + offset * self.layout.tensor * self.layout.data
 
     def barrier(self) -> None:
         """Wait for all ranks."""
         dist.barrier()
 
-    def gather(self, value: Any) -> list[Any]:
-        """One value of each rank, on every rank."""
-        values: list[Any] = [None] * self.layout.world
+    def all_gather(self, value: Any) -> list[Any]:
+        """Return the pickled values of all ranks, in rank order, on every rank (collective)."""
+        values: list[Any] = [None] * self.layout.world_size
         dist.all_gather_object(values, value)
         return values
 
     def log(self, message: str) -> None:
-        """One line on stderr from this rank."""
+        """Print one line to stderr, prefixed with this rank."""
         print(f"[rank {self.rank}] {message}", file=sys.stderr, flush=True)
 
 
 def rank_and_world() -> tuple[int, int, int]:
-    """(rank, world, local rank) that torchrun put into the environment; (0, 1, 0) without it."""
+    """Return (rank, world size, local rank) from torchrun's environment; (0, 1, 0) without it."""
     get = os.environ.get
     return int(get("RANK", "0")), int(get("WORLD_SIZE", "1")), int(get("LOCAL_RANK", "0"))
 
 
-def _bend_for_cpu() -> None:
-    """megatron-core asks CUDA for the current device and for a sync; answer for the CPU."""
+def _patch_cuda_for_cpu() -> None:
+    """Replace the CUDA calls that megatron-core makes unconditionally."""
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda device=None: None
 
 
-def _choose_device(local: int) -> tuple[torch.device, torch.device]:
-    """(device of this rank, device its messages leave from).
+def _select_devices(local_rank: int) -> tuple[torch.device, torch.device]:
+    """Return (compute device, communication device) of this rank.
 
-    NCCL needs a GPU of its own for every rank; ranks that share one talk over gloo.
+    NCCL requires one GPU per rank; ranks that share a GPU communicate over gloo.
     """
     gpus = torch.cuda.device_count()
     if not gpus:
-        _bend_for_cpu()
+        _patch_cuda_for_cpu()
         torch.set_num_threads(cores_per_rank())
         return torch.device("cpu"), torch.device("cpu")
-    device = torch.device("cuda", local % gpus)
+    device = torch.device("cuda", local_rank % gpus)
     torch.cuda.set_device(device)
-    return device, device if local_world() <= gpus else torch.device("cpu")
+    return device, device if local_world_size() <= gpus else torch.device("cpu")
 
 
-def _start_group(rank: int, world: int, backend: str) -> None:
-    patience = datetime.timedelta(minutes=30)
-    if world > 1:
-        dist.init_process_group(backend, timeout=patience)
+def _init_process_group(rank: int, world_size: int, backend: str) -> None:
+    if world_size > 1:
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     else:
-        store = dist.HashStore()
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=patience)
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT
+        )
 
 
 @contextmanager
 def parallel_context(parallel: Mapping[str, Any]) -> Iterator[ParallelContext]:
-    """Join the ranks that were started and lay the three axes over them.
+    """Initialize the process groups, and destroy them on exit.
 
-    Until it ends, Python does not look for garbage among what is there already, packages above all:
-    each look takes half a second.
+    Objects that exist at entry are excluded from garbage collection until exit: traversing the
+    imported packages takes half a second per collection.
 
     Args:
-        parallel: tensor, pipeline and data (or "auto") of the recipe.
+        parallel: the sizes tensor, pipeline and data of the recipe; data may be "auto".
 
     Raises:
-        UserError: the sizes do not make up the number of ranks.
+        UserError: the product of the sizes is not the world size.
     """
-    rank, world, local = rank_and_world()
+    rank, world_size, local_rank = rank_and_world()
     data = None if parallel["data"] == "auto" else int(parallel["data"])
     tensor, pipeline = int(parallel["tensor"]), int(parallel["pipeline"])
-    layout = Layout(tensor, pipeline, data_parallel_size(tensor, pipeline, world, data))
-    device, comm_device = _choose_device(local)
-    _start_group(rank, world, "gloo" if comm_device.type == "cpu" else "cpu:gloo,cuda:nccl")
+    layout = Layout(
+        tensor=tensor,
+        pipeline=pipeline,
+        data=data_parallel_size(tensor, pipeline, world_size, data),
+    )
+    device, comm_device = _select_devices(local_rank)
+    backend = "gloo" if comm_device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    _init_process_group(rank, world_size, backend)
     parallel_state.initialize_model_parallel(tensor, pipeline)
-    whole = False
+    succeeded = False
     gc.freeze()
     try:
-        t, p, d = layout.coordinates(rank)
-        yield ParallelContext(layout, rank, t, p, d, device, comm_device)
-        whole = True
+        tensor_rank, pipeline_rank, data_rank = layout.coordinates(rank)
+        yield ParallelContext(
+            layout=layout,
+            rank=rank,
+            tensor_rank=tensor_rank,
+            pipeline_rank=pipeline_rank,
+            data_rank=data_rank,
+            device=device,
+            comm_device=comm_device,
+        )
+        succeeded = True
     finally:
-        gc.unfreeze()  # nanobind would call it leaked
-        if whole or world == 1:  # NCCL's shutdown waits for peers, and they for a rank that failed
+        gc.unfreeze()  # nanobind reports frozen objects as leaked at interpreter exit
+        # After a failure NCCL's shutdown waits for the peers, which wait for this rank.
+        if succeeded or world_size == 1:
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this rank may still take: its part of what nobody uses."""
+    """Return the bytes available to this rank: an equal share of the free memory of the device."""
     if device.type == "cpu":
-        return int(psutil.virtual_memory().available) // local_world()
-    sharing = -(-local_world() // torch.cuda.device_count())
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] // sharing + unused
+        return int(psutil.virtual_memory().available) // local_world_size()
+    ranks_per_gpu = -(-local_world_size() // torch.cuda.device_count())
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] // ranks_per_gpu + cached
 
 
-def local_world() -> int:
-    """Ranks on this host."""
+def local_world_size() -> int:
+    """Return the number of ranks on this host."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def cores_per_rank() -> int:
-    """Cores of this host that a rank may take for itself."""
-    return max(1, len(os.sched_getaffinity(0)) // local_world())
+    """Return the number of CPU cores available to each rank on this host, at least one."""
+    return max(1, len(os.sched_getaffinity(0)) // local_world_size())

@@ -1,4 +1,4 @@
-"""Rotary frequencies of Phi-3's long context, which megatron-core does not have."""
+"""LongRoPE rotary embedding of Phi-3, which megatron-core does not implement."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from nemo_vlm_ptq.families.base import Decoder, LongRope
 
 
 class LongRotaryEmbedding(RotaryEmbedding):
-    """Frequencies divided by the short factors, or by the long ones for all of a long sequence."""
+    """LongRoPE frequencies: short factors, or long factors for long sequences.
+
+    A sequence is long if it exceeds `original_max_positions`. The factors apply to all of its
+    positions, as in transformers.
+    """
 
     def __init__(self, decoder: Decoder, long_rope: LongRope) -> None:
         super().__init__(
@@ -22,25 +26,27 @@ class LongRotaryEmbedding(RotaryEmbedding):
             use_cpu_initialization=True,
         )
         self.long_rope = long_rope
-        dim = decoder.head_dim  # in the order of operations of transformers, to the bit
+        dim = decoder.head_dim  # operations in transformers' order, for bitwise equal frequencies
         self.base = decoder.rope_theta ** (torch.arange(0, dim, 2).float() / dim)
 
     def get_freqs_non_repeated(self, max_seq_len: int, offset: int = 0) -> torch.Tensor:
-        """Angles [S,head_dim/2] of a sequence of S tokens."""
+        """Return the angles [S,head_dim/2] of a sequence of S tokens."""
         rope = self.long_rope
-        factors = rope.long if max_seq_len + offset > rope.original else rope.short
+        is_long = max_seq_len + offset > rope.original_max_positions
+        factors = rope.long_factors if is_long else rope.short_factors
         frequencies = 1.0 / (torch.tensor(factors) * self.base)
         positions = torch.arange(max_seq_len, dtype=torch.float32) + offset
         return torch.outer(positions, frequencies).to(self.inv_freq.device)
 
 
-def use_long_rope(model: GPTModel, decoder: Decoder, long_rope: LongRope) -> None:
-    """Give a model these frequencies, and its cosines and sines their scale.
+def apply_long_rope(model: GPTModel, decoder: Decoder, long_rope: LongRope) -> None:
+    """Replace the rotary embedding of a model and set the attention scaling of LongRoPE.
 
-    megatron-core scales cosines and sines for YaRN alone, by (0.1 a ln f + 1) / (0.1 b ln f + 1)
-    with f, a and b from the config; f = e^10, a = scale - 1 and b = 0 make that the scale.
+    megatron-core scales cosine and sine only for YaRN, by (0.1 a ln f + 1) / (0.1 b ln f + 1) with
+    f, a and b from the config. f = e^10, a = attention_factor - 1 and b = 0 give attention_factor.
     """
     model.rotary_pos_emb = LongRotaryEmbedding(decoder, long_rope)
-    settings = {"rotary_scaling_factor": math.exp(10), "mscale": long_rope.scale - 1}
-    for name, value in (settings | {"mscale_all_dim": 0.0}).items():
-        setattr(model.config, f"yarn_{name}", value)
+    config = model.config
+    config.yarn_rotary_scaling_factor = math.exp(10)
+    config.yarn_mscale = long_rope.attention_factor - 1
+    config.yarn_mscale_all_dim = 0.0

@@ -1,4 +1,4 @@
-"""Writing a torch_dist checkpoint whose layers are stacked along a first axis, as NeMo has them."""
+"""Write torch_dist checkpoints in NeMo's format, where layers are stacked along a first axis."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
-from nemo_vlm_ptq.megatron.checkpoint import save_state
+from nemo_vlm_ptq.megatron.checkpoint import save_sharded_state
 
 
 @dataclass(frozen=True)
 class StackedEntry:
-    """A whole tensor, or an object, and the layer of it that this is; None: it has no layers."""
+    """One layer's unsharded tensor or object under a stacked name; layer None: not stacked."""
 
     name: str
     value: Any
@@ -24,21 +24,21 @@ class StackedEntry:
 def save_stacked(
     tensors: Iterable[StackedEntry], objects: Iterable[StackedEntry], layers: int, folder: Path
 ) -> None:
-    """Write what the ranks bring; no two may bring the same (collective).
+    """Write the entries of all ranks; each entry must come from exactly one rank (collective).
 
     Args:
-        tensors: on the CPU.
-        objects: bytes that Megatron pickled, uint8 [n], or None.
-        layers: of the model.
-        folder: exists, and is empty.
+        tensors: CPU tensors.
+        objects: uint8 tensors [n] pickled by Megatron, or None.
+        layers: number of layers of the model.
+        folder: an existing, empty folder.
     """
     state: dict[str, Any] = {}
-    for one in tensors:
-        place = () if one.layer is None else ((0, one.layer, layers),)
-        state[f"{one.name}/{one.layer}"] = ShardedTensor.from_rank_offsets(
-            one.name, one.value, *place, prepend_axis_num=len(place)
+    for entry in tensors:
+        offsets = () if entry.layer is None else ((0, entry.layer, layers),)
+        state[f"{entry.name}/{entry.layer}"] = ShardedTensor.from_rank_offsets(
+            entry.name, entry.value, *offsets, prepend_axis_num=len(offsets)
         )
-    for one in objects:
-        shape, offset = ((1,), (0,)) if one.layer is None else ((layers,), (one.layer,))
-        state[f"{one.name}/{one.layer}"] = ShardedObject(one.name, one.value, shape, offset)
-    save_state(state, folder)
+    for entry in objects:
+        shape, offset = ((1,), (0,)) if entry.layer is None else ((layers,), (entry.layer,))
+        state[f"{entry.name}/{entry.layer}"] = ShardedObject(entry.name, entry.value, shape, offset)
+    save_sharded_state(state, folder)

@@ -1,1 +1,1 @@
-""""""
+"""Mapping between Megatron parameters and Hugging Face tensors, and their sharding."""

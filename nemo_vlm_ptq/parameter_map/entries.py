@@ -1,29 +1,36 @@
-"""Rows: the one table that names every tensor in both worlds, and its exact coverage.
+"""Parameter map: Megatron parameter names, the Hugging Face tensors they hold, and their sharding.
 
-A row ties a Megatron name pattern to one or more Hugging Face name patterns and a layout. `{i}`
-stands for the layer. The same rows serve import, export and every tensor-parallel size.
+An entry maps one Megatron name to one or more Hugging Face names; `{i}` stands for the layer index.
+Import and export use the same entries at every tensor-parallel size.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.parameter_map.sharding import MERGED_PARTS, Sharding
 
-# In torch_dist folders a norm lies under the linear that follows it, so that fused and local layers
-# agree.
+# Local-spec name -> name in torch_dist checkpoints, where Megatron stores a norm under the linear
+# that follows it, so that fused (TransformerEngine) and local layers share checkpoints.
 STORED_NORMS = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ParameterEntry:
-    """One line of the table; `linear` marks a weight that the decoder formats quantize."""
+    """One Megatron parameter and the Hugging Face tensors that it holds.
+
+    Attributes:
+        megatron_name: name of the parameter, with `{i}` for the layer index.
+        hf_names: published names of its parts, in order; a single name if HF fuses them.
+        sharding: how the parameter is sharded over tensor-parallel ranks.
+        is_linear: whether decoder formats quantize the parameter.
+    """
 
     megatron_name: str
     hf_names: tuple[str, ...]
@@ -31,96 +38,105 @@ class ParameterEntry:
     is_linear: bool = False
 
     def for_layer(self, layer: int) -> ParameterEntry:
-        """The row with its layer filled in."""
-        return ParameterEntry(
-            self.megatron_name.replace("{i}", str(layer)),
-            tuple(name.replace("{i}", str(layer)) for name in self.hf_names),
-            self.sharding,
-            self.is_linear,
+        """Return the entry with the layer index filled in."""
+        return replace(
+            self,
+            megatron_name=self.megatron_name.replace("{i}", str(layer)),
+            hf_names=tuple(name.replace("{i}", str(layer)) for name in self.hf_names),
         )
 
     @property
     def is_fused(self) -> bool:
-        """Hugging Face keeps in one tensor, part after part, what others keep in several."""
+        """Whether one Hugging Face tensor holds all parts (q, k, v or gate, up), concatenated."""
         return self.sharding in MERGED_PARTS and len(self.hf_names) == 1
 
     @property
     def module_name(self) -> str:
-        """Megatron's name of the module alone: linear_qkv, input_layernorm, word_embeddings."""
+        """Last component of the Megatron module, e.g. linear_qkv or word_embeddings."""
         return self.megatron_name.split(".")[-2]
 
     @property
     def per_layer(self) -> bool:
-        """The row stands for one tensor in each layer."""
+        """Whether every layer has this parameter."""
         return "{i}" in self.megatron_name
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class IgnoredTensor:
-    """Source tensors that nothing here uses, and why.
+    """Tensors of a checkpoint that no module of this package uses.
 
-    carried: they go with the tower into every export; others are left out.
+    Attributes:
+        pattern: regular expression for the published names.
+        reason: why they are not used.
+        passthrough: whether exports contain them, unchanged.
     """
 
     pattern: str
     reason: str
-    carried: bool = False
+    passthrough: bool = False
 
 
-def expand_layers(rows: Iterable[ParameterEntry], layers: Iterable[int]) -> list[ParameterEntry]:
-    """Rows with every layer filled in, layer by layer, rows without layers first."""
-    rows = list(rows)
-    flat = [row for row in rows if not row.per_layer]
-    return flat + [row.for_layer(layer) for layer in layers for row in rows if row.per_layer]
+def expand_layers(
+    parameter_map: Iterable[ParameterEntry], layers: Iterable[int]
+) -> list[ParameterEntry]:
+    """Return the entries without layer index, then those of each layer."""
+    entries = list(parameter_map)
+    expanded = [entry for entry in entries if not entry.per_layer]
+    for layer in layers:
+        expanded += [entry.for_layer(layer) for entry in entries if entry.per_layer]
+    return expanded
 
 
 def published_name(name: str, aliases: Sequence[tuple[str, str]]) -> str:
-    """The published name of a tensor found on disk under any vintage's name."""
+    """Return the published name of a tensor that another release of transformers named.
+
+    Args:
+        name: name in the checkpoint.
+        aliases: (pattern, replacement) pairs, applied in order.
+    """
     for pattern, replacement in aliases:
         name = re.sub(pattern, replacement, name)
     return name
 
 
-def carried_names(found: Iterable[str], drops: Sequence[IgnoredTensor]) -> list[str]:
-    """Names of unused tensors that go into every export beside the tower."""
+def passthrough_names(names: Iterable[str], ignored: Sequence[IgnoredTensor]) -> list[str]:
+    """Return the names of ignored tensors that exports contain."""
     return [
         name
-        for name in found
-        if any(drop.carried and re.fullmatch(drop.pattern, name) for drop in drops)
+        for name in names
+        if any(entry.passthrough and re.fullmatch(entry.pattern, name) for entry in ignored)
     ]
 
 
 def check_coverage(
     found: Mapping[str, Sequence[int]],
     expected: Mapping[str, Sequence[int]],
-    drops: Sequence[IgnoredTensor],
+    ignored: Sequence[IgnoredTensor],
     where: str,
 ) -> None:
-    """Every expected tensor is there in its shape, every other one is dropped by a stated pattern.
+    """Check that a checkpoint has exactly the expected and, optionally, the ignored tensors.
 
     Args:
-        found: published name -> shape, as read from the checkpoint.
-        expected: published name -> shape, from the rows and the config.
-        drops: patterns of tensors that may be there and are not used.
-        where: the folder, for the message.
+        found: published name -> shape in the checkpoint.
+        expected: published name -> shape from the parameter map and the config.
+        ignored: tensors that may exist.
+        where: prefix of error messages, e.g. the folder.
 
     Raises:
-        UserError: a tensor is missing, extra, or of another shape.
+        UserError: a tensor is missing, unexpected, or has another shape.
     """
     missing = sorted(set(expected) - set(found))
     if missing:
-        raise UserError(f"{where}: tensor {missing[0]} is missing ({len(missing)} in all)")
-    extra = sorted(
+        raise UserError(f"{where}: missing tensor {missing[0]} ({len(missing)} missing in total)")
+    unexpected = sorted(
         name
         for name in set(found) - set(expected)
-        if not any(re.fullmatch(drop.pattern, name) for drop in drops)
+        if not any(re.fullmatch(entry.pattern, name) for entry in ignored)
     )
-    if extra:
-        raise UserError(f"{where}: tensor {extra[0]} has no place in this family "
-                        f"({len(extra)} in all)")  # fmt: skip
+    if unexpected:
+        raise UserError(f"{where}: unexpected tensor {unexpected[0]} ({len(unexpected)} in total)")
     for name, shape in expected.items():
         if tuple(found[name]) != tuple(shape):
             raise UserError(
-                f"{where}: tensor {name} has shape {tuple(found[name])}, "
-                f"the config asks for {tuple(shape)}"
+                f"{where}: tensor {name} has shape {tuple(found[name])}, expected {tuple(shape)}"
             )

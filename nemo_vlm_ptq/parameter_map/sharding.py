@@ -1,11 +1,11 @@
-"""The closed set of layouts: how one Megatron tensor is cut from, and put back into, HF tensors.
+"""Shard Hugging Face tensors into Megatron parameters, and unshard them again.
 
-Pure tensor arithmetic; nothing here knows of ranks or files. Every function works on anything that
-can be sliced like a tensor, so that a safetensors slice reads only what a rank needs.
+Pure tensor arithmetic, without process groups or files. Functions accept anything that slices like
+a tensor, e.g. a safetensors slice, and read only the slices of one shard.
 
-Legend: O output features, K input features, G groups of K; t index and T size of the tensor axis.
-Tensors whose first axis is O (weights [O,K], per-channel scales [O], per-group scales [O,G]) all
-follow the layout of their weight, so a scale travels by the row of its weight.
+Legend: O output features, K input features, G groups of K; t tensor-parallel rank, T
+tensor-parallel size. Tensors whose first dimension is O (weight [O,K], per-channel scale [O],
+per-group scale [O,G]) are sharded like their weight.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import Any, Literal
 
 import torch
 
+# replicate: on every rank; column: along O; row: along K; vocab: along O, padded;
+# gated: gate and up, each along O; qkv: q, k and v, interleaved per KV head, along KV heads.
 Sharding = Literal["replicate", "column", "row", "gated", "qkv", "vocab"]
-MERGED_PARTS: dict[str, int] = {
-    "gated": 2,
-    "qkv": 3,
-}  # layouts of several HF tensors, or of one fused
+# Number of HF tensors that Megatron merges into one parameter; HF may fuse them, too.
+MERGED_PARTS: dict[str, int] = {"gated": 2, "qkv": 3}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HeadSizes:
-    """What the layouts need to know of a decoder; `vocab_rows` is the vocabulary with padding."""
+    """Sizes of a decoder that determine its sharding; `padded_vocab` includes padding."""
 
     heads: int
     kv_heads: int
@@ -40,117 +40,131 @@ class HeadSizes:
         return self.heads // self.kv_heads
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RowSlice:
-    """Rows `start` to `start + rows` of anything that can be sliced, itself sliced as lazily."""
+    """Lazy view of rows [start, start + rows) of a tensor or of another lazy slice."""
 
     whole: Any
     start: int
     rows: int
 
     def get_shape(self) -> list[int]:
-        """[rows, ...]."""
+        """Return [rows, ...], like a safetensors slice."""
         return [self.rows, *_shape(self.whole)[1:]]
 
     def __getitem__(self, rows: slice) -> torch.Tensor:
-        """Rows of the window."""
+        """Read rows of the view."""
         start, stop, _ = rows.indices(self.rows)
         return self.whole[self.start + start : self.start + stop]
 
 
-def unfuse(kind: Sharding, fused: Any, sizes: HeadSizes) -> list[RowSlice]:
-    """The parts of a fused tensor, [Q|K|V] or [gate|up] along its first axis."""
-    shares = (1, 1) if kind == "gated" else (sizes.heads, sizes.kv_heads, sizes.kv_heads)
-    unit = _shape(fused)[0] // sum(shares)
-    ends = list(accumulate(share * unit for share in shares))
+def split_fused(sharding: Sharding, fused: Any, sizes: HeadSizes) -> list[RowSlice]:
+    """Split a fused tensor, [q|k|v] or [gate|up] along its first dimension, into its parts."""
+    ratios = (1, 1) if sharding == "gated" else (sizes.heads, sizes.kv_heads, sizes.kv_heads)
+    unit = _shape(fused)[0] // sum(ratios)
+    ends = list(accumulate(ratio * unit for ratio in ratios))
     starts = [0, *ends[:-1]]
-    return [RowSlice(fused, start, end - start) for start, end in zip(starts, ends, strict=True)]
+    return [
+        RowSlice(whole=fused, start=start, rows=end - start)
+        for start, end in zip(starts, ends, strict=True)
+    ]
 
 
 def shard_tensor(
-    kind: Sharding, parts: Sequence[Any], sizes: HeadSizes, t: int, T: int
+    sharding: Sharding, parts: Sequence[Any], sizes: HeadSizes, t: int, T: int
 ) -> torch.Tensor:
-    """Megatron's shard `t` of `T` from the HF tensors of one row; vocab rows are zero-padded."""
-    if len(parts) < MERGED_PARTS.get(kind, 1):
-        parts = unfuse(kind, parts[0], sizes)
-    if kind == "qkv":
-        return _take_qkv(parts, sizes, t, T)
-    if kind == "gated":
-        return torch.cat([_cut(part, t, T) for part in parts])
+    """Return Megatron's shard `t` of `T` of one parameter.
+
+    Args:
+        sharding: of the parameter.
+        parts: its HF tensors, or one fused tensor.
+        sizes: of the decoder; a vocabulary is zero-padded to `padded_vocab` rows.
+        t: tensor-parallel rank.
+        T: tensor-parallel size.
+    """
+    if len(parts) < MERGED_PARTS.get(sharding, 1):
+        parts = split_fused(sharding, parts[0], sizes)
+    if sharding == "qkv":
+        return _shard_qkv(parts, sizes, t, T)
+    if sharding == "gated":
+        return torch.cat([_shard_rows(part, t, T) for part in parts])
     (part,) = parts
-    if kind == "replicate":
+    if sharding == "replicate":
         return part[:]
-    if kind == "vocab":
-        return _take_vocab(part, sizes, t, T)
-    if kind == "row":  # a vector of outputs is whole on every shard
-        if len(_shape(part)) == 1:
+    if sharding == "vocab":
+        return _shard_vocab(part, sizes, t, T)
+    if sharding == "row":
+        if len(_shape(part)) == 1:  # per-output-channel vectors are replicated
             return part[:]
         width = _shape(part)[1] // T
         return part[:, t * width : (t + 1) * width]
-    return _cut(part, t, T)
+    return _shard_rows(part, t, T)
 
 
 def unshard_tensor(
-    kind: Sharding, whole: Any, sizes: HeadSizes, t: int = 0, T: int = 1
+    sharding: Sharding, whole: Any, sizes: HeadSizes, t: int = 0, T: int = 1
 ) -> tuple[torch.Tensor, ...]:
-    """What shard `t` of `T` holds of each HF tensor of one row, from Megatron's whole tensor.
+    """Split Megatron's full parameter into its HF tensors, or into shard `t` of `T` of each.
 
-    The inverse of `take(..., 0, 1)` for one shard. KV heads fewer than shards are repeated; a
-    vocabulary loses its padding, and gets as much as T shards ask for.
+    The inverse of `shard_tensor(..., 0, 1)` for t = 0, T = 1. If T exceeds the number of KV heads,
+    KV heads are repeated. A vocabulary loses its padding and is padded to a multiple of T.
     """
-    if kind == "qkv":
-        return _give_qkv(whole, sizes, t, T)
-    if kind == "gated":
+    if sharding == "qkv":
+        return _unshard_qkv(whole, sizes, t, T)
+    if sharding == "gated":
         half = _shape(whole)[0] // 2
-        return tuple(_cut(RowSlice(whole, start, half), t, T) for start in (0, half))
-    if kind == "vocab":
+        halves = [RowSlice(whole=whole, start=start, rows=half) for start in (0, half)]
+        return tuple(_shard_rows(part, t, T) for part in halves)
+    if sharding == "vocab":
         padded = replace(sizes, padded_vocab=-(-sizes.vocab // T) * T)
-        return (_take_vocab(RowSlice(whole, 0, sizes.vocab), padded, t, T),)
-    return (shard_tensor(kind, [whole], sizes, t, T),)
+        unpadded = RowSlice(whole=whole, start=0, rows=sizes.vocab)
+        return (_shard_vocab(unpadded, padded, t, T),)
+    return (shard_tensor(sharding, [whole], sizes, t, T),)
 
 
-def shard_input(kind: Sharding, vector_K: torch.Tensor, t: int, T: int) -> torch.Tensor:
-    """The share of a per-input-channel vector [K] that belongs to shard `t` of a weight."""
-    return _cut(vector_K, t, T) if kind == "row" else vector_K
+def shard_input(sharding: Sharding, vector_K: torch.Tensor, t: int, T: int) -> torch.Tensor:
+    """Return the part of a per-input-channel vector [K] that matches shard `t` of a weight."""
+    return _shard_rows(vector_K, t, T) if sharding == "row" else vector_K
 
 
 def _shape(part: Any) -> Sequence[int]:
     return part.shape if isinstance(part, torch.Tensor) else part.get_shape()
 
 
-def _cut(part: Any, t: int, T: int) -> torch.Tensor:
+def _shard_rows(part: Any, t: int, T: int) -> torch.Tensor:
     rows = _shape(part)[0] // T
     return part[t * rows : (t + 1) * rows]
 
 
-def _take_vocab(part: Any, sizes: HeadSizes, t: int, T: int) -> torch.Tensor:
+def _shard_vocab(part: Any, sizes: HeadSizes, t: int, T: int) -> torch.Tensor:
     rows = sizes.padded_vocab // T
     local = part[min(t * rows, sizes.vocab) : min((t + 1) * rows, sizes.vocab)]
-    missing = rows - local.shape[0]
-    return torch.cat([local, local.new_zeros(missing, local.shape[1])]) if missing else local
+    padding = rows - local.shape[0]
+    return torch.cat([local, local.new_zeros(padding, local.shape[1])]) if padding else local
 
 
-def _take_qkv(parts: Sequence[Any], sizes: HeadSizes, t: int, T: int) -> torch.Tensor:
-    """Rows of one shard: for each of its KV heads the query heads that share it, then k and v."""
-    groups = sizes.kv_heads // T
-    pieces = []
-    for part, per_group in zip(parts, (sizes.queries_per_kv_head, 1, 1), strict=True):
-        rows = groups * per_group * sizes.head_dim
+def _shard_qkv(parts: Sequence[Any], sizes: HeadSizes, t: int, T: int) -> torch.Tensor:
+    """Concatenate, for each KV head of the shard, its query heads, its k and its v."""
+    kv_heads = sizes.kv_heads // T
+    grouped = []
+    for part, heads_per_group in zip(parts, (sizes.queries_per_kv_head, 1, 1), strict=True):
+        rows = kv_heads * heads_per_group * sizes.head_dim
         local = part[t * rows : (t + 1) * rows]
-        pieces.append(local.reshape(groups, per_group * sizes.head_dim, *local.shape[1:]))
-    merged = torch.cat(pieces, dim=1)
+        grouped.append(local.reshape(kv_heads, heads_per_group * sizes.head_dim, *local.shape[1:]))
+    merged = torch.cat(grouped, dim=1)
     return merged.reshape(-1, *merged.shape[2:])
 
 
-def _give_qkv(whole: Any, sizes: HeadSizes, t: int, T: int) -> tuple[torch.Tensor, ...]:
-    """Heads of one shard: those of q, of k and of v."""
+def _unshard_qkv(whole: Any, sizes: HeadSizes, t: int, T: int) -> tuple[torch.Tensor, ...]:
+    """Return the q, k and v rows of the heads of shard `t`."""
     dim, queries_per_kv_head = sizes.head_dim, sizes.queries_per_kv_head
-    first, groups = t * sizes.kv_heads // T, max(1, sizes.kv_heads // T)
-    rows = [queries_per_kv_head * dim, dim, dim]
-    local = whole[first * sum(rows) : (first + groups) * sum(rows)]
-    grouped = local.reshape(groups, sum(rows), *local.shape[1:])
+    first_kv_head, kv_heads = t * sizes.kv_heads // T, max(1, sizes.kv_heads // T)
+    rows = [queries_per_kv_head * dim, dim, dim]  # of q, k and v per KV head
+    local = whole[first_kv_head * sum(rows) : (first_kv_head + kv_heads) * sum(rows)]
+    grouped = local.reshape(kv_heads, sum(rows), *local.shape[1:])
     q, k, v = (
-        piece.reshape(-1, *local.shape[1:]).contiguous() for piece in grouped.split(rows, dim=1)
+        part.reshape(-1, *local.shape[1:]).contiguous() for part in grouped.split(rows, dim=1)
     )
-    start, own = (t * sizes.heads // T - first * queries_per_kv_head) * dim, sizes.heads // T * dim
-    return q[start : start + own], k, v
+    # With fewer KV heads than shards, the local group has more query heads than the shard.
+    first_row = (t * sizes.heads // T - first_kv_head * queries_per_kv_head) * dim
+    return q[first_row : first_row + sizes.heads // T * dim], k, v

@@ -1,8 +1,8 @@
-"""The layout that `auto` stands for: the one that observes fastest of those whose rank fits a GPU.
+"""Choice of the layout that `auto` stands for: the fastest for observe whose ranks fit in a GPU.
 
-Data parallel ranks need no word between them, so they come first; tensor and pipeline ranks where
-the model does not fit otherwise, or where second moments would take so many passes over the data
-that what these ranks send and wait is less. Chosen once, from shapes and the machine alone.
+Data-parallel ranks need no communication and are preferred. Tensor and pipeline parallelism are
+used if the model does not fit otherwise, or if second moments would need so many passes over the
+data that communication costs less. The choice depends on shapes and the machine only.
 """
 
 from __future__ import annotations
@@ -15,163 +15,194 @@ from pathlib import Path
 from nemo_vlm_ptq.constants import BASELINE
 from nemo_vlm_ptq.distributed.layout import divisors
 from nemo_vlm_ptq.errors import UserError
+from nemo_vlm_ptq.planning.constraints import calibration_tensor_sizes
 from nemo_vlm_ptq.planning.forecast import (
+    bytes_per_parameter,
     count_passes,
-    dtype_bytes,
     full_model_bytes,
     observe_bytes,
 )
-from nemo_vlm_ptq.planning.plan import Plan, calibration_tensor_sizes
+from nemo_vlm_ptq.planning.plan import Plan
 from nemo_vlm_ptq.recipe import Parallel
 from nemo_vlm_ptq.workdir.store import MANIFEST
 
-MEMORY_FRACTION = 0.9  # of a GPU's memory that a rank may take
-BREAK_EVEN_HIDDEN = (
-    1800  # hidden size at which tensor ranks send a token for as long as one computes it
-)
+GPU_MEMORY_FRACTION = 0.9  # of a GPU's memory that a rank may use
+# Hidden size at which a tensor rank spends as long on communication as on computation.
+BREAK_EVEN_HIDDEN = 1800
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Where ranks run.
+    """The ranks that run, or can be started with one GPU each.
 
-    ranks: how many run, or can be started with a GPU each; node: of them on one host; memory:
-    bytes of a GPU that a rank has at least, None without GPUs; started: they run already, and all
-    must be used.
+    ranks: number of ranks.
+    ranks_per_node: ranks on one host.
+    gpu_memory: bytes of the smallest GPU's memory per rank; None without GPUs.
+    started: the ranks run already, so that a layout must use all of them.
     """
 
     ranks: int
-    node: int
-    memory: int | None
+    ranks_per_node: int
+    gpu_memory: int | None
     started: bool = False
 
 
-def resolve_layout(plan: Plan, machine: Callable[[], Machine]) -> tuple[Plan, str]:
-    """The plan with numbers for `auto`, and why these; the machine is asked for only then.
+def resolve_layout(plan: Plan, detect: Callable[[], Machine]) -> tuple[Plan, str]:
+    """Replace `auto` tensor and pipeline sizes of a plan by numbers.
 
-    Data parallel stays as it is: `auto` there is what is left of the ranks.
+    Args:
+        plan: the plan. An `auto` data size takes the remaining ranks; it stays `auto` without a
+            GPU.
+        detect: returns the machine; called only if a size is `auto`.
+
+    Returns:
+        the plan and the reason for the layout, empty if nothing was `auto`.
 
     Raises:
         UserError: no layout on this machine holds the model.
     """
     if "auto" not in (plan.recipe.parallel.tensor, plan.recipe.parallel.pipeline):
         return plan, ""
-    parallel, why = choose_layout(plan, machine())
+    parallel, reason = choose_layout(plan, detect())
     recipe = plan.recipe.model_copy(update={"parallel": parallel})
-    return replace(plan, recipe=recipe), why
+    return replace(plan, recipe=recipe), reason
 
 
 def check_evaluate_memory(
-    plan: Plan, stages: Collection[str], machine: Callable[[], Machine]
+    plan: Plan, stages: Collection[str], detect: Callable[[], Machine]
 ) -> None:
-    """A GPU has room for the model that `evaluate` asks, where it has yet to ask.
+    """Check that the model fits on one GPU if `evaluate` has yet to run it.
+
+    Args:
+        plan: the plan.
+        stages: stages that are to run.
+        detect: returns the machine; called only if `evaluate` has to run a model.
 
     Raises:
-        UserError: it has not; says which stages can run.
+        UserError: the model does not fit; the message lists the stages that can run.
     """
     if "evaluate" not in stages or plan.recipe.evaluate.form == "engine":
         return
-    work, asked = Path(plan.recipe.workdir), [BASELINE, *(fmt.name for fmt in plan.formats)]
-    if all((work / name / "evaluate" / MANIFEST).is_file() for name in asked):
+    work, names = Path(plan.recipe.workdir), [BASELINE, *(fmt.name for fmt in plan.formats)]
+    if all((work / name / "evaluate" / MANIFEST).is_file() for name in names):
         return
-    memory, need = machine().memory, full_model_bytes(plan, dtype_bytes(plan))
-    if memory is not None and need > MEMORY_FRACTION * memory:
+    memory, need = detect().gpu_memory, full_model_bytes(plan, bytes_per_parameter(plan))
+    if memory is not None and need > GPU_MEMORY_FRACTION * memory:
         others = [stage for stage in stages if stage != "evaluate"]
         first = f"set stages=[{','.join(others)}], and " if others else ""
         raise UserError(
-            f"evaluate asks a model that is whole on each GPU, {need / 1e9:,.1f} GB in "
-            f"{plan.dtype}, and {MEMORY_FRACTION:.0%} of a GPU here are {MEMORY_FRACTION * memory / 1e9:,.1f} GB; "
-            f"{first}run evaluate where GPUs have more memory"
+            f"evaluate needs the unsharded model on each GPU, {need / 1e9:,.1f} GB in "
+            f"{plan.dtype}, but {_usable_memory(memory)}; {first}run evaluate on GPUs with more "
+            "memory"
         )
+
+
+def _usable_memory(memory: int) -> str:
+    return f"{GPU_MEMORY_FRACTION:.0%} of a GPU is {GPU_MEMORY_FRACTION * memory / 1e9:,.1f} GB"
 
 
 def choose_layout(plan: Plan, machine: Machine) -> tuple[Parallel, str]:
-    """Of the layouts that fit the one of least work; of equals the first of `_candidates`.
+    """Return the fitting layout with the least work, and the reason for it.
+
+    Among equals the first of `_candidates` is chosen.
 
     Raises:
-        UserError: none fits; says what a rank of the best one needs.
+        UserError: no layout fits; the message says what the smallest one needs.
     """
-    wanted = plan.recipe.parallel
-    if machine.memory is None:
-        alone = {key: 1 for key in ("tensor", "pipeline") if getattr(wanted, key) == "auto"}
-        return wanted.model_copy(update=alone), "there is no GPU"
+    requested = plan.recipe.parallel
+    if machine.gpu_memory is None:
+        sizes = {key: 1 for key in ("tensor", "pipeline") if getattr(requested, key) == "auto"}
+        return requested.model_copy(update=sizes), "no GPU"
     candidates = list(_candidates(plan, machine))
     needs = {(t, p): observe_bytes(plan, t, p) for t, p in candidates}
-    fitting = [one for one in candidates if needs[one] <= MEMORY_FRACTION * machine.memory]
+    usable = GPU_MEMORY_FRACTION * machine.gpu_memory
+    fitting = [layout for layout in candidates if needs[layout] <= usable]
     if not fitting:
-        raise UserError(_refusal(wanted, machine, needs))
-    runs = {(t, p): count_passes(plan, t, p, machine.memory) for t, p in fitting}
-    tensor, pipeline = min(fitting, key=lambda one: _work(plan, machine, *one) * runs[one])
-    data = _replicas(wanted, machine, tensor, pipeline)
-    why = f"fits in {needs[tensor, pipeline] / 1e9:,.1f} of {machine.memory / 1e9:,.1f} GB"
-    if (count := runs[tensor, pipeline]) > 1:
-        why += f"; second moments take {count} passes over the data"
-    return Parallel(tensor=tensor, pipeline=pipeline, data=data), why
+        raise UserError(_no_layout_message(requested, machine, needs))
+    passes = {(t, p): count_passes(plan, t, p, machine.gpu_memory) for t, p in fitting}
+    best = min(fitting, key=lambda layout: _work_per_pass(plan, machine, *layout) * passes[layout])
+    tensor, pipeline = best
+    data = _data_size(requested, machine, tensor, pipeline)
+    reason = f"needs {needs[best] / 1e9:,.1f} of {machine.gpu_memory / 1e9:,.1f} GB"
+    if passes[best] > 1:
+        reason += f"; second moments need {passes[best]} passes over the data"
+    return Parallel(tensor=tensor, pipeline=pipeline, data=data), reason
 
 
-def _replicas(wanted: Parallel, machine: Machine, tensor: int, pipeline: int) -> int:
-    """Data ranks of a layout."""
-    return machine.ranks // (tensor * pipeline) if wanted.data == "auto" else wanted.data
+def _data_size(requested: Parallel, machine: Machine, tensor: int, pipeline: int) -> int:
+    """Return the data-parallel size of a layout."""
+    if requested.data == "auto":
+        return machine.ranks // (tensor * pipeline)
+    return requested.data
 
 
-def _work(plan: Plan, machine: Machine, tensor: int, pipeline: int) -> float:
-    """Time that the data takes once, in that of a micro-batch on one rank that has all layers."""
-    wanted, calibration = plan.recipe.parallel, plan.recipe.calibration
-    data = _replicas(wanted, machine, tensor, pipeline)
-    batches = calibration.samples / (calibration.micro_batch * data)
+def _work_per_pass(plan: Plan, machine: Machine, tensor: int, pipeline: int) -> float:
+    """Return the time of one pass, in units of a micro-batch on one rank with all layers."""
+    requested, calibration = plan.recipe.parallel, plan.recipe.calibration
+    data = _data_size(requested, machine, tensor, pipeline)
+    micro_batches = calibration.samples / (calibration.micro_batch * data)
     share = (1 + (tensor - 1) * BREAK_EVEN_HIDDEN / plan.decoder.hidden) / tensor
-    return share * (batches + pipeline - 1) / pipeline  # stages wait for the first one's output
+    return share * (micro_batches + pipeline - 1) / pipeline  # pipeline - 1 fills the pipeline
 
 
 def _candidates(plan: Plan, machine: Machine) -> Iterator[tuple[int, int]]:
-    """(tensor, pipeline) that the model and the ranks allow, in the order of preference."""
-    wanted, layers = plan.recipe.parallel, plan.decoder.layers
-    stages = divisors(layers) if wanted.pipeline == "auto" else [wanted.pipeline]
-    sizes = calibration_tensor_sizes(plan) if wanted.tensor == "auto" else [wanted.tensor]
-    for pipeline in stages:
-        for tensor in sizes:
-            if _makes_up(wanted, machine, tensor, pipeline):
+    """Yield the (tensor, pipeline) sizes that model and ranks allow, in order of preference."""
+    requested, layers = plan.recipe.parallel, plan.decoder.layers
+    pipelines = divisors(layers) if requested.pipeline == "auto" else [requested.pipeline]
+    tensors = calibration_tensor_sizes(plan) if requested.tensor == "auto" else [requested.tensor]
+    for pipeline in pipelines:
+        for tensor in tensors:
+            if _uses_ranks(requested, machine, tensor, pipeline):
                 yield tensor, pipeline
 
 
-def _makes_up(wanted: Parallel, machine: Machine, tensor: int, pipeline: int) -> bool:
-    """There are ranks for the layout, and none that must be left out."""
-    replicas, left = divmod(machine.ranks, tensor * pipeline)
-    data = max(1, replicas) if wanted.data == "auto" else wanted.data
+def _uses_ranks(requested: Parallel, machine: Machine, tensor: int, pipeline: int) -> bool:
+    """Return whether there are enough ranks, and no started rank stays unused.
+
+    Tensor ranks that were started must share a host.
+    """
+    replicas, unused = divmod(machine.ranks, tensor * pipeline)
+    data = max(1, replicas) if requested.data == "auto" else requested.data
     if not machine.started:
         return data <= replicas
-    return data == replicas and not left and machine.node % tensor == 0
+    return data == replicas and not unused and machine.ranks_per_node % tensor == 0
 
 
-def _refusal(wanted: Parallel, machine: Machine, needs: Mapping[tuple[int, int], int]) -> str:
+def _no_layout_message(
+    requested: Parallel, machine: Machine, needs: Mapping[tuple[int, int], int]
+) -> str:
     if not needs:
         return (
-            f"parallel: no tensor size that works makes up {machine.ranks} ranks with pipeline "
-            f"{wanted.pipeline} x data {wanted.data}; change their number"
+            f"parallel: no supported tensor size fills {machine.ranks} ranks with pipeline "
+            f"{requested.pipeline} x data {requested.data}; start another number of ranks"
         )
-    tensor, pipeline = min(needs, key=lambda layout: needs[layout])
-    assert machine.memory is not None
-    more = "" if wanted.pipeline == "auto" else "parallel.pipeline=auto, "
+    smallest = min(needs, key=lambda layout: needs[layout])
+    tensor, pipeline = smallest
+    assert machine.gpu_memory is not None
+    pipeline_auto = "" if requested.pipeline == "auto" else "parallel.pipeline=auto, "
     return (
-        f"no layout of {machine.ranks} ranks fits: at TP {tensor} x PP {pipeline} one takes "
-        f"{needs[tensor, pipeline] / 1e9:,.1f} GB in observe, and {MEMORY_FRACTION:.0%} of its GPU are "
-        f"{MEMORY_FRACTION * machine.memory / 1e9:,.1f} GB; use {more}a smaller calibration.micro_batch or "
-        f"more GPUs, or set parallel.tensor={tensor} to try"
+        f"no layout of {machine.ranks} ranks fits: TP {tensor} x PP {pipeline} needs "
+        f"{needs[smallest] / 1e9:,.1f} GB per rank in observe, but "
+        f"{_usable_memory(machine.gpu_memory)}; use {pipeline_auto}a smaller "
+        f"calibration.micro_batch or more GPUs, or set parallel.tensor={tensor} to run anyway"
     )
 
 
 def detect_machine() -> Machine:
-    """The GPUs of this host, or, on a rank, what the ranks that run have."""
+    """Return the GPUs of this host, or, on a rank, the GPUs of the ranks that run."""
     import torch
 
     gpus = torch.cuda.device_count()
     memory = None
     if gpus:
         memory = min(torch.cuda.get_device_properties(i).total_memory for i in range(gpus))
-    world = os.environ.get("WORLD_SIZE")
-    if world is None:
-        return Machine(max(1, gpus), max(1, gpus), memory)
-    node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    world_size = os.environ.get("WORLD_SIZE")
+    if world_size is None:
+        ranks = max(1, gpus)
+        return Machine(ranks=ranks, ranks_per_node=ranks, gpu_memory=memory)
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if memory is not None:
-        memory //= -(-node // gpus)  # ranks may share a GPU
-    return Machine(int(world), node, memory, started=True)
+        memory //= -(-ranks_per_node // gpus)  # ranks may share a GPU
+    return Machine(
+        ranks=int(world_size), ranks_per_node=ranks_per_node, gpu_memory=memory, started=True
+    )

@@ -1,41 +1,48 @@
-"""What a plan costs, from shapes alone: parameters and bytes a rank, statistics, output."""
+"""Forecast of a plan's memory use and output size, from tensor shapes alone.
+
+It is made before any rank is started. It counts the large tensors only; the automatic layout and
+the observe stage leave a margin for the rest.
+"""
 
 from __future__ import annotations
 
 import math
 
 from nemo_vlm_ptq.checkpoints.huggingface import total_bytes
-from nemo_vlm_ptq.distributed.layout import strip_entries
-from nemo_vlm_ptq.planning.plan import VOCAB_MULTIPLE, Plan, calibration_tensor_sizes
+from nemo_vlm_ptq.constants import VOCAB_MULTIPLE
+from nemo_vlm_ptq.distributed.moment_strips import strip_numel
+from nemo_vlm_ptq.planning.constraints import calibration_tensor_sizes
+from nemo_vlm_ptq.planning.plan import Plan
 
-MAX_IMAGE_TOKENS = 2880  # tokens, at most, of an image that is cut up: LLaVA-NeXT's
-TEXT_TOKENS = 128  # tokens of a sample beside its image: a prompt, a long question, a short answer
-PREFETCH_MICRO_BATCHES = 8  # micro-batches whose images are looked at together
-MEMORY_FRACTION = (
-    0.9  # of the memory left free that second moments take unless the recipe says how much
-)
+MAX_IMAGE_TOKENS = 2880  # per image, for families whose number depends on the size: LLaVA-NeXT's
+TEXT_TOKENS = 128  # per sample: prompt, a long question, a short answer
+PREFETCH_MICRO_BATCHES = 8  # micro-batches whose images are encoded in advance
+# Fraction of the free memory that second moments use unless the recipe limits them.
+SECOND_MOMENT_MEMORY_FRACTION = 0.9
+MODALITIES = 2  # text and image, with second moments of their own
+FLOAT64_BYTES = 8  # per element of a second moment while it is summed
 
 
-def describe_plan(plan: Plan, why: str = "") -> str:
-    """The plan as text: what would be read, held per rank, and written.
+def describe_plan(plan: Plan, layout_reason: str = "") -> str:
+    """Return the plan as text: what is read, held per rank, and written.
 
     Args:
-        plan: its layout is in numbers, data parallel apart.
-        why: said behind the layout.
+        plan: a plan with a resolved layout; only the data-parallel size may be `auto`.
+        layout_reason: why the layout was chosen; printed after it.
     """
     recipe, decoder = plan.recipe, plan.decoder
-    total = sum(math.prod(plan.tensors[name].shape) for name in used_names(plan))
+    total = sum(math.prod(plan.tensors[name].shape) for name in used_tensor_names(plan))
     lines = [
         f"model      {plan.folder}  ({plan.family.name}, {total / 1e6:,.1f} M parameters, "
         f"{total_bytes(plan.tensors) / 1e6:,.1f} MB, {plan.dtype})",
         f"decoder    {decoder.layers} layers, hidden {decoder.hidden}, {decoder.heads} heads, "
         f"{decoder.kv_heads} KV heads, MLP {decoder.ffn}, vocabulary {decoder.vocab}",
         f"calibrate  TP {recipe.parallel.tensor} x PP {recipe.parallel.pipeline} x "
-        f"DP {recipe.parallel.data}{': ' + why if why else ''}",
-        *_ranks(plan),
+        f"DP {recipe.parallel.data}{': ' + layout_reason if layout_reason else ''}",
+        *_describe_tensor_sizes(plan),
     ]
     if plan.second_moments:
-        lines.append(_moments(plan))
+        lines.append(_describe_second_moments(plan))
     linear = linear_parameters(plan)
     export = recipe.export
     for fmt in plan.formats:
@@ -44,135 +51,145 @@ def describe_plan(plan: Plan, why: str = "") -> str:
             f"{fmt.name:14} -> {', '.join(targets)}: about {size / 1e6:,.1f} MB, "
             f"{size / (2 * total):.2f} of 16 bit"
         )
-        served = f"; TensorRT-LLM ranks: TP {export.tensor} x PP {export.pipeline}"
-        lines.append(line + served * ("trtllm" in targets))
+        serving_layout = f"; TensorRT-LLM ranks: TP {export.tensor} x PP {export.pipeline}"
+        lines.append(line + serving_layout * ("trtllm" in targets))
     return "\n".join(lines)
 
 
-def used_names(plan: Plan) -> list[str]:
-    """Source tensors that are used: the decoder's and those beside it."""
+def used_tensor_names(plan: Plan) -> list[str]:
+    """List the source tensors in use: decoder, vision tower and projector."""
     return [*plan.decoder.shapes(plan.family.parameter_map), *plan.vision_names]
 
 
 def rank_parameters(plan: Plan, tensor: int, pipeline: int = 1, *, head: bool = True) -> int:
-    """Parameters of the decoder of the fullest stage, the vocabulary padded as Megatron does.
+    """Return the decoder parameters per rank of the fullest pipeline stage.
 
-    Norms are whole on every tensor rank; everything else is cut.
+    The vocabulary is padded as in Megatron. Norms are replicated over tensor ranks; everything
+    else is sharded.
+
+    Args:
+        plan: the plan.
+        tensor: tensor-parallel size.
+        pipeline: pipeline-parallel size.
+        head: whether to count the final norm and the output layer.
     """
     decoder = plan.decoder
     padding = decoder.sizes(VOCAB_MULTIPLE).padded_vocab - decoder.vocab
-    layers, first, last = 0, 0, 0
-    for row in plan.family.parameter_map:
-        whole = sum(math.prod(shape) for shape in decoder.shapes((row,)).values())
-        if row.sharding == "vocab":
-            whole += padding * decoder.hidden
-        own = whole if row.sharding == "replicate" else whole // tensor
-        if row.per_layer:
-            layers += own // pipeline
-        elif row.module_name == "word_embeddings":
-            first += own
+    layers, embedding, output = 0, 0, 0
+    for entry in plan.family.parameter_map:
+        full = sum(math.prod(shape) for shape in decoder.shapes((entry,)).values())
+        if entry.sharding == "vocab":
+            full += padding * decoder.hidden
+        shard = full if entry.sharding == "replicate" else full // tensor
+        if entry.per_layer:
+            layers += shard // pipeline
+        elif entry.module_name == "word_embeddings":
+            embedding += shard
         elif head:
-            last += own
-    return layers + (first + last if pipeline == 1 else max(first, last))
+            output += shard
+    return layers + (embedding + output if pipeline == 1 else max(embedding, output))
 
 
 def observe_bytes(plan: Plan, tensor: int, pipeline: int = 1) -> int:
-    """About what a rank holds at the height of observe, on the stage that holds most.
+    """Return the least memory that observe needs on a rank of the fullest stage.
 
-    Weights but the head, tower and projector, what `working_bytes` says, and the second moments of
-    one layer where a format needs them.
+    The sum of weights without the output layer, tower and projector, `working_bytes`, and the
+    second moments of a single layer if a format needs them.
     """
-    moments = _layer_moments(plan, tensor) / MEMORY_FRACTION if plan.second_moments else 0
-    return int(_held(plan, tensor, pipeline) + working_bytes(plan, tensor) + moments)
+    moments = 0.0
+    if plan.second_moments:
+        moments = _layer_moment_bytes(plan, tensor) / SECOND_MOMENT_MEMORY_FRACTION
+    return int(_weight_bytes(plan, tensor, pipeline) + working_bytes(plan, tensor) + moments)
 
 
 def working_bytes(plan: Plan, tensor: int) -> int:
-    """About what a rank takes beside weights and second moments while it observes.
+    """Return the memory of a rank in observe beyond weights and second moments.
 
-    A micro-batch inside one layer, image features that lie ready, and a layer's second moments on
-    their way into a file.
+    The sum of the activations of one micro-batch inside a layer, the prefetched image features,
+    and the second moments of a layer that are being written to a file.
     """
     decoder, batch = plan.decoder, plan.recipe.calibration.micro_batch
-    query, image = decoder.heads * decoder.head_dim, plan.family.tokens_per_image
-    tokens = batch * ((image(plan.config) if image else MAX_IMAGE_TOKENS) + TEXT_TOKENS)
-    wide = (decoder.ffn + query) // tensor
+    query, tokens_per_image = decoder.heads * decoder.head_dim, plan.family.tokens_per_image
+    image_tokens = tokens_per_image(plan.config) if tokens_per_image else MAX_IMAGE_TOKENS
+    tokens = batch * (image_tokens + TEXT_TOKENS)
+    sharded = (decoder.ffn + query) // tensor
     gathered = max(decoder.ffn, query) if tensor > 1 else 0
-    inside = 6 * decoder.hidden + 3 * wide + gathered
-    ready = PREFETCH_MICRO_BATCHES * decoder.hidden
-    moments = _layer_moments(plan, 1) if plan.second_moments else 0
-    return dtype_bytes(plan) * tokens * (inside + ready) + moments
+    activations = 6 * decoder.hidden + 3 * sharded + gathered
+    image_features = PREFETCH_MICRO_BATCHES * decoder.hidden
+    moments = _layer_moment_bytes(plan, 1) if plan.second_moments else 0
+    return bytes_per_parameter(plan) * tokens * (activations + image_features) + moments
 
 
-def second_moment_bytes(plan: Plan, tensor: int, pipeline: int = 1, runs: int = 1) -> int:
-    """About what a rank holds while it gathers its layers' second moments in `runs` passes."""
-    layers = math.ceil(plan.decoder.layers / pipeline / runs)
-    moments = layers * _layer_moments(plan, tensor)
-    return _held(plan, tensor, pipeline) + working_bytes(plan, tensor) + moments
+def observe_bytes_with_passes(plan: Plan, tensor: int, pipeline: int = 1, passes: int = 1) -> int:
+    """Return the memory of a rank that sums its second moments in `passes` passes over the data."""
+    layers = math.ceil(plan.decoder.layers / pipeline / passes)
+    moments = layers * _layer_moment_bytes(plan, tensor)
+    return _weight_bytes(plan, tensor, pipeline) + working_bytes(plan, tensor) + moments
 
 
-def count_passes(plan: Plan, tensor: int, pipeline: int, memory: int) -> int:
-    """Times that observe runs over the data with so many bytes of GPU a rank."""
+def count_passes(plan: Plan, tensor: int, pipeline: int, gpu_memory: int) -> int:
+    """Return how many passes over the data observe makes with `gpu_memory` bytes per rank."""
     if not plan.second_moments:
         return 1
-    left = memory - _held(plan, tensor, pipeline) - working_bytes(plan, tensor)
-    room = plan.recipe.calibration.max_statistics_memory or MEMORY_FRACTION * left
-    fitting = max(1, room // _layer_moments(plan, tensor))
-    return math.ceil(plan.decoder.layers / pipeline / fitting)
+    free = gpu_memory - _weight_bytes(plan, tensor, pipeline) - working_bytes(plan, tensor)
+    limit = plan.recipe.calibration.max_statistics_memory or SECOND_MOMENT_MEMORY_FRACTION * free
+    layers_per_pass = max(1, limit // _layer_moment_bytes(plan, tensor))
+    return math.ceil(plan.decoder.layers / pipeline / layers_per_pass)
 
 
-def _held(plan: Plan, tensor: int, pipeline: int) -> int:
-    """Bytes of a rank's weights but the head, of the tower and of the projector."""
-    own = rank_parameters(plan, tensor, pipeline, head=False)
-    return dtype_bytes(plan) * (own + vision_parameters(plan))
+def _weight_bytes(plan: Plan, tensor: int, pipeline: int) -> int:
+    """Return the bytes of a rank's decoder without output layer, of the tower and the projector."""
+    decoder = rank_parameters(plan, tensor, pipeline, head=False)
+    return bytes_per_parameter(plan) * (decoder + vision_parameters(plan))
 
 
-def dtype_bytes(plan: Plan) -> int:
-    """Bytes of a parameter."""
+def bytes_per_parameter(plan: Plan) -> int:
+    """Return the bytes per parameter of weights that are not quantized."""
     return 4 if plan.dtype == "float32" else 2
 
 
 def vision_parameters(plan: Plan) -> int:
-    """Parameters of tower and projector, which every rank holds whole."""
+    """Return the parameters of tower and projector, which are replicated over all ranks."""
     return sum(math.prod(plan.tensors[name].shape) for name in plan.vision_names)
 
 
-def full_model_bytes(plan: Plan, width: int) -> int:
-    """Bytes of decoder, tower and projector on one device, `width` bytes a parameter."""
-    return width * (rank_parameters(plan, 1) + vision_parameters(plan))
+def full_model_bytes(plan: Plan, parameter_bytes: int) -> int:
+    """Return the bytes of the whole model on one device, at `parameter_bytes` per parameter."""
+    return parameter_bytes * (rank_parameters(plan, 1) + vision_parameters(plan))
 
 
 def linear_parameters(plan: Plan) -> int:
-    """Parameters that the formats quantize."""
-    shapes = plan.decoder.shapes(tuple(row for row in plan.family.parameter_map if row.is_linear))
-    return sum(math.prod(shape) for shape in shapes.values())
+    """Return the number of parameters that the formats quantize."""
+    linears = tuple(entry for entry in plan.family.parameter_map if entry.is_linear)
+    return sum(math.prod(shape) for shape in plan.decoder.shapes(linears).values())
 
 
-def _ranks(plan: Plan) -> list[str]:
-    """A line for each tensor size that works: what one rank holds, at one pipeline stage."""
-    beside, width, lines = vision_parameters(plan), dtype_bytes(plan), []
+def _describe_tensor_sizes(plan: Plan) -> list[str]:
+    """Return one line per supported tensor size: the memory of a rank without pipeline stages."""
+    vision, width, lines = vision_parameters(plan), bytes_per_parameter(plan), []
     for tensor in calibration_tensor_sizes(plan):
-        own = rank_parameters(plan, tensor)
+        decoder = rank_parameters(plan, tensor)
         lines.append(
-            f"           TP {tensor:<2} {own / 1e6:>9,.1f} M parameters a rank, "
-            f"{own * width / 1e6:>9,.1f} MB; tower and projector {beside * width / 1e6:,.1f} MB; "
-            f"observe {observe_bytes(plan, tensor) / 1e9:,.1f} GB"
+            f"           TP {tensor:<2} {decoder / 1e6:>9,.1f} M parameters per rank, "
+            f"{decoder * width / 1e6:>9,.1f} MB; tower and projector {vision * width / 1e6:,.1f} "
+            f"MB; observe {observe_bytes(plan, tensor) / 1e9:,.1f} GB"
         )
     return lines
 
 
-def _layer_moments(plan: Plan, tensor: int) -> int:
-    """Bytes of one layer's second moments while they are summed, on tensor rank 0."""
+def _layer_moment_bytes(plan: Plan, tensor: int) -> int:
+    """Return the bytes of one layer's second moments while they are summed, on tensor rank 0."""
     decoder = plan.decoder
     widths = (decoder.hidden, decoder.heads * decoder.head_dim, decoder.hidden, decoder.ffn)
-    return 2 * 8 * sum(strip_entries(width, 0, tensor) for width in widths)
+    return MODALITIES * FLOAT64_BYTES * sum(strip_numel(width, 0, tensor) for width in widths)
 
 
-def _moments(plan: Plan) -> str:
-    """What a rank holds if all its layers are observed in one pass, and what is written."""
+def _describe_second_moments(plan: Plan) -> str:
+    """Return a line on the memory of all layers in one pass, and the size on disk."""
     parallel, layers = plan.recipe.parallel, plan.decoder.layers
-    own = layers // int(parallel.pipeline) * _layer_moments(plan, int(parallel.tensor))
-    disk = layers * _layer_moments(plan, 1) / 2  # as float32
+    memory = layers // int(parallel.pipeline) * _layer_moment_bytes(plan, int(parallel.tensor))
+    disk = layers * _layer_moment_bytes(plan, 1) / 2  # stored as float32
     return (
-        f"           second moments: {own / 1e6:,.1f} MB a rank, or several passes; "
+        f"           second moments: {memory / 1e6:,.1f} MB per rank in one pass, less in several; "
         f"{disk / 1e6:,.1f} MB on disk"
     )

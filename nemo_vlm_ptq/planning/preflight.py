@@ -1,4 +1,8 @@
-"""What can be tried before anything runs: asking the model a question, and writing."""
+"""Preflight check: preprocess one question and check that the workdir is writable.
+
+It runs in seconds and without weights, before ranks are started, so that a mismatch between data,
+image processor and vision tower is not reported after hours of work.
+"""
 
 from __future__ import annotations
 
@@ -21,75 +25,79 @@ if TYPE_CHECKING:
 
 
 def run_preflight(plan: Plan, stages: Iterable[str]) -> None:
-    """Both, for the stages that are to run.
+    """Check the data and the workdir for the stages that are to run.
 
     Raises:
-        UserError: something will not work.
+        UserError: a check failed.
     """
     check_questions(plan, stages)
     check_workdir_writable(Path(plan.recipe.workdir))
 
 
 def check_questions(plan: Plan, stages: Iterable[str]) -> None:
-    """Data that the stages will ask for is there, and the first question of it makes a sample.
+    """Check that the stages' data exists and that its first question can be preprocessed.
 
     Raises:
-        UserError: it is not, or a file of the model folder that questions need is missing or of
-            another model.
+        UserError: data is missing or empty, or a file of the model folder that preprocessing needs
+            is missing or does not match the model.
     """
-    recipe, asked = plan.recipe, list[Questions]()
+    recipe, data_sets = plan.recipe, list[Questions]()
     if "observe" in stages:
-        asked.append(calibration_questions(recipe.calibration))
-    if {"verify", "evaluate"} & set(stages):
-        asked.append(evaluation_questions(recipe.evaluate.data, recipe.evaluate.limit))
-    if asked:
-        _try_first(plan, asked)
+        data_sets.append(calibration_questions(recipe.calibration))
+    if "evaluate" in stages:
+        data_sets.append(evaluation_questions(recipe.evaluate.data, recipe.evaluate.limit))
+    elif "verify" in stages:
+        limit = recipe.evaluate.limit
+        data_sets.append(evaluation_questions(recipe.verification_data, limit))
+    if data_sets:
+        _check_first_questions(plan, data_sets)
 
 
 def check_workdir_writable(work: Path) -> None:
-    """A workdir can be made, or written into.
+    """Check that the workdir can be created or written to.
 
     Raises:
-        UserError: it cannot.
+        UserError: the workdir, or its nearest existing parent, is not writable.
     """
-    there = next(place for place in (work, *work.absolute().parents) if place.exists())
-    if not os.access(there, os.W_OK):
-        raise UserError(f"workdir {work}: {there} cannot be written; choose another workdir")
+    existing = next(path for path in (work, *work.absolute().parents) if path.exists())
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"workdir {work}: {existing} is not writable; choose another workdir")
 
 
-def _try_first(plan: Plan, asked: Sequence[Questions]) -> None:
-    """The first question of each through the prompt and, without weights, through the tower."""
+def _check_first_questions(plan: Plan, data_sets: Sequence[Questions]) -> None:
+    """Preprocess the first question of each data set and encode its image on the meta device."""
     import torch
 
-    prepare = plan.family.make_preprocessor(plan.folder, plan.config)
+    preprocess = plan.family.make_preprocessor(plan.folder, plan.config)
     with torch.device("meta"):
-        tower = plan.family.make_vision_module(plan.config)
-    for questions in asked:
+        vision_module = plan.family.make_vision_module(plan.config)
+    for questions in data_sets:
         if not questions.items:
             raise UserError(f"data {questions.name!r} holds no questions")
         item = questions.items[0]
-        image = questions.image(item.image) if item.image else None
-        sample = prepare(item.id, item.text + PROMPT_SUFFIX, image)
-        if sample.pixels is not None:
-            _look(plan, tower, sample)
+        image = questions.load_image(item.image) if item.image else None
+        sample = preprocess(item.id, item.text + PROMPT_SUFFIX, image)
+        if sample.images is not None:
+            _check_image_features(plan, vision_module, sample)
 
 
-def _look(plan: Plan, tower: Any, sample: Sample) -> None:
-    """A sample's image through a tower without weights."""
+def _check_image_features(plan: Plan, vision_module: Any, sample: Sample) -> None:
+    """Check the number of image features of a sample against its placeholder tokens."""
     from nemo_vlm_ptq.families.base import ImageInputs
 
-    assert sample.pixels is not None
+    assert sample.images is not None
     try:
-        features = tower(
-            ImageInputs(sample.pixels.pixel_values.to("meta"), sample.pixels.image_sizes)
+        features = vision_module(
+            ImageInputs(sample.images.pixel_values.to("meta"), sample.images.image_sizes)
         )
-    except ValueError as error:  # transformers', for pictures of another size
+    except ValueError as error:  # raised by transformers for images of another size
         raise UserError(
-            f"{plan.folder}: the image processor does not fit the tower: {error}"
+            f"{plan.folder}: the image processor does not match the vision tower: {error}"
         ) from None
-    room = int(sample.is_image.sum())
-    if len(features) != room:
+    expected = int(sample.is_image.sum())
+    if len(features) != expected:
         raise UserError(
-            f"{plan.folder}: question {sample.id!r} has room for {room} image tokens and its image "
-            f"gives {len(features)}; the image processor does not fit the tower"
+            f"{plan.folder}: question {sample.id!r} has {expected} image placeholder tokens but "
+            f"its image has {len(features)} features; the image processor does not match the "
+            "vision tower"
         )

@@ -1,1 +1,1 @@
-""""""
+"""Reference reader: decode exported checkpoints and run them, independently of the writers."""

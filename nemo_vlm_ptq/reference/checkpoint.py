@@ -1,4 +1,11 @@
-"""What a reader makes of a written checkpoint, whoever wrote it and in whatever form."""
+"""Data model of a checkpoint that was read back, common to the readers of all targets.
+
+The readers verify what the writers wrote, so they share no arithmetic with them: this package
+imports neither `numerics` nor `targets.writing`. The cost is a second implementation of number
+formats and dequantization.
+
+Legend: O output features, K input features, R rank of the low-rank branch.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +17,26 @@ from typing import Any
 import torch
 
 from nemo_vlm_ptq.errors import VerificationError
-from nemo_vlm_ptq.reference.number_formats import Rounding, to_fp8, unpack_e2m1, unpack_int4
+from nemo_vlm_ptq.reference.number_formats import (
+    ActivationFormat,
+    round_to_fp8,
+    unpack_e2m1,
+    unpack_int4,
+)
 from nemo_vlm_ptq.utils.pinned_memory import to_device
 
 CPU = torch.device("cpu")
-Codes = Mapping[str, torch.Tensor]
+StoredTensors = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Dequantized:
-    """What the codes of a linear stand for.
+    """Dequantized weight of one linear and its quantization step.
 
-    weight [O,K] float32, dequantized; step: what multiplies a code, in a shape that spreads to
-    [O,K]; step_error: how far the step may be off because it was rounded itself (nf4, packed
-    integers), or None.
+    weight: [O,K] float32.
+    step: factor between a code and its value, broadcastable to [O,K].
+    step_error: upper bound of the error of `step` if the checkpoint stores it rounded (nf4, packed
+        integers), else None.
     """
 
     weight: torch.Tensor
@@ -33,165 +46,211 @@ class Dequantized:
 
 @dataclass(frozen=True)
 class ReadLinear:
-    """A quantized linear as its consumer computes it: y = Q(x * prequant) W^T + branch.
+    """Quantized linear as its consumer computes it: y = Q(x * s) W^T + (x * s) A^T B^T.
 
-    codes: tensors as they lie in files, and whatever else W is made of; decode: makes it; number:
-    kind of a code (fp8, int8, int4, nvfp4, nf4); fp8_roundings: how often step or value was rounded
-    once more, to fp8 (W4A8); prequant [K], low_rank (a [r,K], b [O,r]) which x * prequant passes
-    unrounded, input_scale [] and the rounding of inputs, or None.
+    stored: tensors that the weight is decoded from, as stored in the checkpoint.
+    decode: function from `stored` to the weight W.
+    number_format: of the codes: fp8, int8, int4, nvfp4 or nf4.
+    fp8_roundings: number of additional fp8 roundings of value or scale (W4A8).
+    pre_quant_scale: s [K].
+    low_rank: A [R,K] and B [O,R], applied to the scaled input before quantization.
+    input_scale: static scale [] of the input.
+    input_format: format Q of the input; None for 16 bit.
     """
 
-    codes: Codes
-    decode: Callable[[Codes], Dequantized]
-    number: str
+    stored: StoredTensors
+    decode: Callable[[StoredTensors], Dequantized]
+    number_format: str
     fp8_roundings: int = 0
     pre_quant_scale: torch.Tensor | None = None
     low_rank: tuple[torch.Tensor, torch.Tensor] | None = None
     input_scale: torch.Tensor | None = None
-    rounding: Rounding | None = None
+    input_format: ActivationFormat | None = None
 
-    def values(self, device: torch.device = CPU) -> Dequantized:
-        """W on a device; made each time anew, since with its steps it is up to 24 times as large as
-        the codes."""
-        return self.decode({name: to_device(tensor, device) for name, tensor in self.codes.items()})
+    def dequantize(self, device: torch.device = CPU) -> Dequantized:
+        """Dequantize the weight on a device.
+
+        The result is not cached: weight and step take up to 24 times the memory of the codes.
+        """
+        return self.decode(
+            {name: to_device(tensor, device) for name, tensor in self.stored.items()}
+        )
 
 
 @dataclass(frozen=True)
-class ReadKv:
-    """A rounded KV cache: scales [layers] float32 of keys and of values."""
+class ReadKvCache:
+    """Number format of a quantized KV cache and its scales [layers] float32."""
 
-    rounding: Rounding
-    key: torch.Tensor
-    value: torch.Tensor
+    number_format: ActivationFormat
+    key_scale: torch.Tensor
+    value_scale: torch.Tensor
 
 
 @dataclass(frozen=True)
 class ReadCheckpoint:
-    """Linears by Hugging Face name without `.weight`, all other tensors by full name."""
+    """Contents of a checkpoint.
+
+    linears: quantized linears by Hugging Face name without `.weight`.
+    plain: all other tensors by full Hugging Face name.
+    kv: scales of the KV cache; None for 16 bit.
+    """
 
     linears: dict[str, ReadLinear]
     plain: dict[str, torch.Tensor]
-    kv: ReadKv | None = None
+    kv: ReadKvCache | None = None
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """What a quant_algo stands for; `tensors` are there besides weight and scale."""
+    """Meaning of a `quant_algo`; extra_tensors are required besides weight and scale."""
 
-    number: str
-    rounding: Rounding | None
-    tensors: tuple[str, ...] = ()
+    number_format: str
+    input_format: ActivationFormat | None
+    extra_tensors: tuple[str, ...] = ()
 
 
 ALGORITHMS = {
-    "FP8": Algorithm("fp8", "fp8", ("input_scale",)),
-    "FP8_PER_CHANNEL_PER_TOKEN": Algorithm("fp8", "fp8_token"),
-    "W8A8_SQ_PER_CHANNEL": Algorithm("int8", "int8", ("input_scale", "pre_quant_scale")),
-    "W8A16": Algorithm("int8", None),
-    "W4A16_AWQ": Algorithm("int4", None, ("pre_quant_scale",)),
-    "W4A8_AWQ": Algorithm("int4", "fp8", ("input_scale", "pre_quant_scale", "scale_2")),
-    "NVFP4": Algorithm("nvfp4", "nvfp4", ("input_scale", "scale_2")),
-    "NVFP4_AWQ": Algorithm("nvfp4", "nvfp4", ("input_scale", "pre_quant_scale", "scale_2")),
+    "FP8": Algorithm(number_format="fp8", input_format="fp8", extra_tensors=("input_scale",)),
+    "FP8_PER_CHANNEL_PER_TOKEN": Algorithm(number_format="fp8", input_format="fp8_token"),
+    "W8A8_SQ_PER_CHANNEL": Algorithm(
+        number_format="int8", input_format="int8", extra_tensors=("input_scale", "pre_quant_scale")
+    ),
+    "W8A16": Algorithm(number_format="int8", input_format=None),
+    "W4A16_AWQ": Algorithm(
+        number_format="int4", input_format=None, extra_tensors=("pre_quant_scale",)
+    ),
+    "W4A8_AWQ": Algorithm(
+        number_format="int4",
+        input_format="fp8",
+        extra_tensors=("input_scale", "pre_quant_scale", "scale_2"),
+    ),
+    "NVFP4": Algorithm(
+        number_format="nvfp4", input_format="nvfp4", extra_tensors=("input_scale", "scale_2")
+    ),
+    "NVFP4_AWQ": Algorithm(
+        number_format="nvfp4",
+        input_format="nvfp4",
+        extra_tensors=("input_scale", "pre_quant_scale", "scale_2"),
+    ),
     "NVFP4_SVD": Algorithm(
-        "nvfp4",
-        "nvfp4",
-        ("input_scale", "low_rank_a", "low_rank_b", "pre_quant_scale", "scale_2"),
+        number_format="nvfp4",
+        input_format="nvfp4",
+        extra_tensors=("input_scale", "low_rank_a", "low_rank_b", "pre_quant_scale", "scale_2"),
     ),
 }
-KV_ALGORITHMS: dict[str, Rounding] = {"FP8": "fp8", "INT8": "int8", "NVFP4": "nvfp4"}
+KV_CACHE_FORMATS: dict[str, ActivationFormat] = {"FP8": "fp8", "INT8": "int8", "NVFP4": "nvfp4"}
 UNPACK: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "int4": unpack_int4,
     "nvfp4": unpack_e2m1,
 }
 WEIGHT_DTYPES = {"fp8": (torch.float8_e4m3fn,), "int8": (torch.int8,)}
-BYTES = (torch.int8, torch.uint8)
+PACKED_DTYPES = (torch.int8, torch.uint8)
 
 
-def kv_cache(
-    algorithm: str, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
-) -> ReadKv:
-    """A rounded KV cache from the scales of its layers, in order.
+def read_kv_cache(
+    algorithm: str, key_scales: Sequence[torch.Tensor], value_scales: Sequence[torch.Tensor]
+) -> ReadKvCache:
+    """Collect the KV cache scales of all layers, given in layer order.
 
     Raises:
-        ProofError: unknown algorithm, or scales that are not positive float32 numbers.
+        VerificationError: the algorithm is unknown, or a scale is not one positive float32 number.
     """
-    if algorithm not in KV_ALGORITHMS:
-        raise VerificationError(f"kv_cache_quant_algo {algorithm!r} is not known")
-    stacked = []
-    for what, scales in (("keys", keys), ("values", values)):
+    if algorithm not in KV_CACHE_FORMATS:
+        supported = ", ".join(KV_CACHE_FORMATS)
+        raise VerificationError(
+            f"unknown kv_cache_quant_algo {algorithm!r}; supported: {supported}"
+        )
+    for name, scales in (("key", key_scales), ("value", value_scales)):
         for layer, scale in enumerate(scales):
             if scale.dtype != torch.float32 or scale.numel() != 1 or not float(scale) > 0:
-                raise VerificationError(f"layer {layer}: the scale of {what} is {scale}")
-        stacked.append(torch.stack([scale.reshape(()) for scale in scales]))
-    return ReadKv(KV_ALGORITHMS[algorithm], *stacked)
+                raise VerificationError(
+                    f"layer {layer}: {name} scale must be one positive float32 number, got {scale}"
+                )
+    return ReadKvCache(
+        number_format=KV_CACHE_FORMATS[algorithm],
+        key_scale=torch.stack([scale.reshape(()) for scale in key_scales]),
+        value_scale=torch.stack([scale.reshape(()) for scale in value_scales]),
+    )
 
 
-def dequantize(
-    tensors: Mapping[str, torch.Tensor], block: Mapping[str, Any], where: str
+def read_linear(
+    tensors: Mapping[str, torch.Tensor], block: Mapping[str, Any], name: str
 ) -> ReadLinear:
-    """A linear from its tensors.
+    """Build a linear from its stored tensors.
 
     Args:
-        tensors: weight, scale and what the algorithm has besides.
-        block: the quantization block of a config file.
-        where: the linear, for messages.
+        tensors: weight, scale and the extra tensors of the algorithm.
+        block: `quantization` block of a config file.
+        name: of the linear, for messages.
 
     Raises:
-        ProofError: unknown algorithm, or not just the tensors it needs, in their dtypes.
+        VerificationError: the algorithm is unknown, or a tensor is missing, unexpected or of
+            another dtype.
     """
     algorithm = ALGORITHMS.get(block["quant_algo"])
     if algorithm is None:
-        raise VerificationError(f"{where}: quant_algo {block['quant_algo']!r} is not known")
-    needed = {"weight", "scale", *algorithm.tensors}
+        supported = ", ".join(ALGORITHMS)
+        raise VerificationError(
+            f"{name}: unknown quant_algo {block['quant_algo']!r}; supported: {supported}"
+        )
+    expected = {"weight", "scale", *algorithm.extra_tensors}
     if block.get("pre_quant_scale") is False:
-        needed.discard("pre_quant_scale")
-    if missing := sorted(needed - set(tensors)):
-        raise VerificationError(f"{where}: {missing[0]} is missing")
-    if extra := sorted(set(tensors) - needed):
-        raise VerificationError(f"{where}: {extra[0]} is not for {block['quant_algo']}")
-    _check_dtypes(tensors, algorithm.number, where)
-    twice = algorithm.number == "int4" and "scale_2" in tensors
-    pre_quant_scale, given = tensors.get("pre_quant_scale"), tensors.get("input_scale")
+        expected.discard("pre_quant_scale")
+    if missing := sorted(expected - set(tensors)):
+        raise VerificationError(f"{name}: tensor {missing[0]} is missing")
+    if unexpected := sorted(set(tensors) - expected):
+        raise VerificationError(
+            f"{name}: tensor {unexpected[0]} is not part of {block['quant_algo']}"
+        )
+    _check_dtypes(tensors, algorithm.number_format, name)
+    two_level = algorithm.number_format == "int4" and "scale_2" in tensors
+    pre_quant_scale, input_scale = (tensors.get("pre_quant_scale"), tensors.get("input_scale"))
     low_rank = None
     if "low_rank_a" in tensors:
         low_rank = (tensors["low_rank_a"].float(), tensors["low_rank_b"].float())
     return ReadLinear(
-        codes=tensors,
-        decode=partial(_values, algorithm.number, twice),
-        number=algorithm.number,
-        fp8_roundings=int(twice),
+        stored=tensors,
+        decode=partial(_decode, algorithm.number_format, two_level),
+        number_format=algorithm.number_format,
+        fp8_roundings=int(two_level),
         pre_quant_scale=None if pre_quant_scale is None else pre_quant_scale.float(),
         low_rank=low_rank,
-        input_scale=None if given is None else given.reshape(()),
-        rounding=algorithm.rounding,
+        input_scale=None if input_scale is None else input_scale.reshape(()),
+        input_format=algorithm.input_format,
     )
 
 
-def _values(number: str, twice: bool, tensors: Codes) -> Dequantized:
-    """Weight and step; twice: their product is rounded to fp8 in units of scale_2."""
-    unpack = UNPACK.get(number)
-    values = tensors["weight"].float() if unpack is None else unpack(tensors["weight"])
-    step = _spread(tensors["scale"].float(), values.shape[1])
-    if "scale_2" in tensors and not twice:
+def _decode(number_format: str, two_level: bool, tensors: StoredTensors) -> Dequantized:
+    """Decode a weight; `two_level` rounds it to fp8 in units of scale_2 as well (W4A8)."""
+    unpack = UNPACK.get(number_format)
+    codes_OK = tensors["weight"].float() if unpack is None else unpack(tensors["weight"])
+    step = _expand_scale(tensors["scale"].float(), codes_OK.shape[1])
+    if "scale_2" in tensors and not two_level:
         step = step * tensors["scale_2"]
-    weight = values * step
-    if twice:
-        weight = to_fp8(weight / tensors["scale_2"]) * tensors["scale_2"]
-    return Dequantized(weight, step)
+    weight_OK = codes_OK * step
+    if two_level:
+        weight_OK = round_to_fp8(weight_OK / tensors["scale_2"]) * tensors["scale_2"]
+    return Dequantized(weight=weight_OK, step=step)
 
 
-def _spread(scale: torch.Tensor, columns: int) -> torch.Tensor:
-    """A scale in a shape that multiplies a weight [O,K]."""
+def _expand_scale(scale: torch.Tensor, columns: int) -> torch.Tensor:
+    """Expand a scale [], [1], [O] or [O,groups] so that it broadcasts to a weight [O,K]."""
     if scale.dim() == 2:
         return scale.repeat_interleave(columns // scale.shape[1], dim=1)
     return scale[:, None] if scale.numel() > 1 else scale
 
 
-def _check_dtypes(tensors: Mapping[str, torch.Tensor], number: str, where: str) -> None:
-    wanted = {"scale": torch.float8_e4m3fn if number == "nvfp4" else torch.float32}
-    wanted |= dict.fromkeys(("scale_2", "input_scale"), torch.float32)
-    for name, dtype in wanted.items():
+def _check_dtypes(tensors: Mapping[str, torch.Tensor], number_format: str, linear: str) -> None:
+    expected = {"scale": torch.float8_e4m3fn if number_format == "nvfp4" else torch.float32}
+    expected |= dict.fromkeys(("scale_2", "input_scale"), torch.float32)
+    for name, dtype in expected.items():
         if name in tensors and tensors[name].dtype != dtype:
-            raise VerificationError(f"{where}: {name} is {tensors[name].dtype}, not {dtype}")
-    if tensors["weight"].dtype not in WEIGHT_DTYPES.get(number, BYTES):
-        raise VerificationError(f"{where}: weight is {tensors['weight'].dtype}")
+            raise VerificationError(
+                f"{linear}: tensor {name} must be {dtype}, got {tensors[name].dtype}"
+            )
+    dtypes = WEIGHT_DTYPES.get(number_format, PACKED_DTYPES)
+    if tensors["weight"].dtype not in dtypes:
+        supported = " or ".join(map(str, dtypes))
+        raise VerificationError(
+            f"{linear}: tensor weight must be {supported}, got {tensors['weight'].dtype}"
+        )

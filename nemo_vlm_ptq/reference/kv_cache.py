@@ -1,4 +1,4 @@
-"""A KV cache that holds what a rounded one would give back."""
+"""Fake-quantized KV cache of the reference model."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from nemo_vlm_ptq.reference.checkpoint import ReadKv
+from nemo_vlm_ptq.reference.checkpoint import ReadKvCache
 from nemo_vlm_ptq.reference.number_formats import fake_quantize_values
 
 
 class FakeQuantizedCache(DynamicCache):
-    """transformers' cache; keys, after their rotation, and values are rounded as they come in.
+    """KV cache of transformers that fake-quantizes keys, after rotary embedding, and values.
 
-    Attention sees nothing but what is cached, also of the prompt.
+    `update` returns the quantized states, so attention reads them during prefill too.
     """
 
-    def __init__(self, config: Any, kv: ReadKv) -> None:
+    def __init__(self, config: Any, kv: ReadKvCache) -> None:
         super().__init__(config=config)
         self.kv = kv
 
@@ -29,7 +29,8 @@ class FakeQuantizedCache(DynamicCache):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """New keys and values [B,kv heads,S,D] -> all of the layer, rounded."""
-        key = fake_quantize_values(key_states, self.kv.rounding, self.kv.key[layer_idx])
-        value = fake_quantize_values(value_states, self.kv.rounding, self.kv.value[layer_idx])
+        """Append key and value states [B,kv_heads,S,head_dim]; return all states of the layer."""
+        number_format = self.kv.number_format
+        key = fake_quantize_values(key_states, number_format, self.kv.key_scale[layer_idx])
+        value = fake_quantize_values(value_states, number_format, self.kv.value_scale[layer_idx])
         return super().update(key, value, layer_idx, *args, **kwargs)

@@ -1,6 +1,10 @@
-"""Running a read checkpoint: transformers' decoder with its linears replaced, and the tower.
+"""Run a checkpoint that was read back, with transformers' decoder and the vision module.
 
-Weights are dequantized; activations are scaled and rounded as the consumer would.
+Weights are dequantized and activations fake-quantized as the consumer of the checkpoint would. This
+costs the memory of an unquantized model and the time of fake quantization.
+
+Legend: B batch, S sequence, H hidden size, V vocabulary, K input and O output features, R rank of
+the low-rank branch.
 """
 
 from __future__ import annotations
@@ -13,42 +17,42 @@ from torch import nn
 
 from nemo_vlm_ptq.errors import VerificationError
 from nemo_vlm_ptq.families.base import ImageInputs, ModelFamily, Sample
-from nemo_vlm_ptq.reference.checkpoint import ReadCheckpoint, ReadKv, ReadLinear
+from nemo_vlm_ptq.reference.checkpoint import ReadCheckpoint, ReadKvCache, ReadLinear
 from nemo_vlm_ptq.reference.number_formats import fake_quantize_values
 from nemo_vlm_ptq.utils.pinned_memory import to_device
 
 
-class SimulatedLinear(nn.Module):
-    """x -> round(x * prequant) W^T, with the rounding of the format, and a branch beside it."""
+class FakeQuantizedLinear(nn.Module):
+    """Linear with a dequantized weight, a fake-quantized input and an optional low-rank branch."""
 
     def __init__(self, linear: ReadLinear, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        weight = linear.values(device).weight.to(dtype)
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        weight_OK = linear.dequantize(device).weight.to(dtype)
+        self.weight = nn.Parameter(weight_OK, requires_grad=False)
         self.pre_quant_scale = (
             None if linear.pre_quant_scale is None else linear.pre_quant_scale.to(device, dtype)
         )
-        self.branch = [part.to(device, dtype) for part in linear.low_rank or ()]
-        self.scale = None if linear.input_scale is None else linear.input_scale.to(device)
-        self.rounding = linear.rounding
-        self.rounds = True
+        self.low_rank = [factor.to(device, dtype) for factor in linear.low_rank or ()]
+        self.input_scale = None if linear.input_scale is None else linear.input_scale.to(device)
+        self.input_format = linear.input_format
+        self.quantize_input = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [...,K] -> [...,O]."""
+        """Map x [...,K] to [...,O]."""
         if self.pre_quant_scale is not None:
             x = x * self.pre_quant_scale
-        seen = x
-        if self.rounding is not None and self.rounds:
-            seen = fake_quantize_values(x, self.rounding, self.scale)
-        out = nn.functional.linear(seen, self.weight)
-        if self.branch:
-            down, up = self.branch
-            out = out + nn.functional.linear(nn.functional.linear(x, down), up)
+        quantized = x
+        if self.input_format is not None and self.quantize_input:
+            quantized = fake_quantize_values(x, self.input_format, self.input_scale)
+        out = nn.functional.linear(quantized, self.weight)
+        if self.low_rank:
+            a_RK, b_OR = self.low_rank
+            out = out + nn.functional.linear(nn.functional.linear(x, a_RK), b_OR)
         return out
 
 
 class ReferenceModel:
-    """A checkpoint that answers: images to features, samples to logits or to new tokens."""
+    """Vision-language model built from a checkpoint that was read back."""
 
     def __init__(
         self,
@@ -61,61 +65,65 @@ class ReferenceModel:
     ) -> None:
         self.dtype, self.device = dtype, device
         self.decoder = _build_decoder(family, config, checkpoint, dtype, device)
-        self.kv = checkpoint.kv and _on(checkpoint.kv, device)
-        self.rounds = True
+        self.kv = checkpoint.kv and _kv_to_device(checkpoint.kv, device)
+        self.quantize_activations = True
         self.vision = family.build_vision(config, vision, device, dtype)
         eos = self.decoder.generation_config.eos_token_id
-        self.stop = set(eos if isinstance(eos, list) else [eos])
+        self.eos_token_ids = set(eos if isinstance(eos, list) else [eos])
 
-    def round_activations(self, rounds: bool) -> None:
-        """Round inputs of linears, keys and values as the consumer does, or do not.
+    def set_activation_quantization(self, enabled: bool) -> None:
+        """Enable or disable fake quantization of linear inputs, keys and values.
 
-        Without, two readers agree exactly.
+        With it disabled, outputs depend on the weights alone, and two readers agree exactly.
         """
-        self.rounds = rounds
+        self.quantize_activations = enabled
         for module in self.decoder.modules():
-            if isinstance(module, SimulatedLinear):
-                module.rounds = rounds
+            if isinstance(module, FakeQuantizedLinear):
+                module.quantize_input = enabled
 
     def _cache(self) -> Any:
-        """A fresh cache that rounds; None leaves it to transformers."""
-        if self.kv is None or not self.rounds:
+        """Create an empty fake-quantized KV cache; None selects transformers' default cache."""
+        if self.kv is None or not self.quantize_activations:
             return None
         from nemo_vlm_ptq.reference.kv_cache import FakeQuantizedCache
 
         return FakeQuantizedCache(self.decoder.config, self.kv)
 
     @torch.no_grad()
-    def encode(self, pixels: ImageInputs) -> torch.Tensor:
-        """Images -> features [image tokens,H]."""
-        return self.vision(pixels.to(self.device, self.dtype))
+    def encode_images(self, images: ImageInputs) -> torch.Tensor:
+        """Encode images to features [image tokens,H]."""
+        return self.vision(images.to(self.device, self.dtype))
 
     def _embed(
         self, samples: Sequence[Sample], features: Sequence[torch.Tensor | None]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Left-padded embeddings [B,S,H] and mask [B,S]."""
+        """Merge token embeddings and image features, left-padded.
+
+        Returns:
+            Embeddings [B,S,H] and attention mask [B,S].
+        """
         length = max(len(sample.input_ids) for sample in samples)
-        width = self.decoder.config.hidden_size
-        table = self.decoder.get_input_embeddings()
-        embedded = torch.zeros(len(samples), length, width, dtype=self.dtype, device=self.device)
+        hidden = self.decoder.config.hidden_size
+        embedding = self.decoder.get_input_embeddings()
+        embeds = torch.zeros(len(samples), length, hidden, dtype=self.dtype, device=self.device)
         mask = torch.zeros(len(samples), length, dtype=torch.int64, device=self.device)
-        for row, (sample, feature) in enumerate(zip(samples, features, strict=True)):
+        for i, (sample, feature) in enumerate(zip(samples, features, strict=True)):
             start = length - len(sample.input_ids)
-            tokens = table(sample.input_ids.clamp(min=0).to(self.device))
+            tokens = embedding(sample.input_ids.clamp(min=0).to(self.device))
             if feature is not None:
                 tokens[sample.is_image.to(self.device)] = feature.to(self.device, self.dtype)
-            embedded[row, start:], mask[row, start:] = tokens, 1
-        return embedded, mask
+            embeds[i, start:], mask[i, start:] = tokens, 1
+        return embeds, mask
 
     @torch.no_grad()
     def logits(
         self, sample: Sample, feature: torch.Tensor | None, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Logits [S,V] float32 of one sample; mask [S] is 0 where attention must not look."""
-        embedded, whole = self._embed([sample], [feature])
-        given = whole if mask is None else mask[None].to(self.device)
+        """Compute logits [S,V] float32 of one sample; `mask` [S] is an attention mask."""
+        embeds, full_mask = self._embed([sample], [feature])
+        attention_mask = full_mask if mask is None else mask[None].to(self.device)
         out = self.decoder(
-            inputs_embeds=embedded, attention_mask=given, past_key_values=self._cache()
+            inputs_embeds=embeds, attention_mask=attention_mask, past_key_values=self._cache()
         )
         return out.logits[0].float()
 
@@ -126,28 +134,32 @@ class ReferenceModel:
         features: Sequence[torch.Tensor | None],
         max_new_tokens: int,
     ) -> list[list[int]]:
-        """New token ids of each sample, greedy with a KV cache, up to the stop token."""
-        embedded, mask = self._embed(samples, features)
+        """Generate new token ids of each sample by greedy decoding, without the end token."""
+        embeds, mask = self._embed(samples, features)
         tokens = self.decoder.generate(
-            inputs_embeds=embedded,
+            inputs_embeds=embeds,
             attention_mask=mask,
             past_key_values=self._cache(),
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            pad_token_id=next(iter(self.stop)),
+            pad_token_id=next(iter(self.eos_token_ids)),
         )
-        return [_until(row, self.stop) for row in tokens.tolist()]
+        return [_truncate_at_eos(ids, self.eos_token_ids) for ids in tokens.tolist()]
 
 
-def _on(kv: ReadKv, device: torch.device) -> ReadKv:
-    return ReadKv(kv.rounding, kv.key.to(device), kv.value.to(device))
+def _kv_to_device(kv: ReadKvCache, device: torch.device) -> ReadKvCache:
+    return ReadKvCache(
+        number_format=kv.number_format,
+        key_scale=kv.key_scale.to(device),
+        value_scale=kv.value_scale.to(device),
+    )
 
 
-def _until(tokens: list[int], stop: set[int]) -> list[int]:
-    for index, token in enumerate(tokens):
-        if token in stop:
-            return tokens[:index]
-    return tokens
+def _truncate_at_eos(ids: list[int], eos_token_ids: set[int]) -> list[int]:
+    for index, token in enumerate(ids):
+        if token in eos_token_ids:
+            return ids[:index]
+    return ids
 
 
 def _build_decoder(
@@ -157,10 +169,12 @@ def _build_decoder(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Any:
-    """transformers' causal model of the family's decoder, filled from the checkpoint.
+    """Build transformers' causal language model and load the checkpoint into it.
+
+    The model is created on the meta device, so that no unquantized copy is initialized.
 
     Raises:
-        ProofError: a tensor of the decoder is missing.
+        VerificationError: a decoder tensor is missing or has another shape.
     """
     from transformers import AutoModelForCausalLM
 
@@ -169,23 +183,25 @@ def _build_decoder(
     for name, linear in checkpoint.linears.items():
         path = name.removeprefix(family.decoder_prefix)
         parent, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, SimulatedLinear(linear, dtype, device))
+        setattr(model.get_submodule(parent), leaf, FakeQuantizedLinear(linear, dtype, device))
     for name, parameter in list(model.named_parameters()):
         if not parameter.is_meta:
             continue
         tensor = checkpoint.plain.get(family.decoder_prefix + name)
         if tensor is None or tensor.shape != parameter.shape:
+            found = "it is missing" if tensor is None else f"got {tuple(tensor.shape)}"
             raise VerificationError(
-                f"tensor {family.decoder_prefix + name} is missing or misshapen"
+                f"tensor {family.decoder_prefix + name} must have shape "
+                f"{tuple(parameter.shape)}; {found}"
             )
         parent, _, leaf = name.rpartition(".")
-        fresh = nn.Parameter(to_device(tensor, device).to(dtype), requires_grad=False)
-        setattr(model.get_submodule(parent), leaf, fresh)
+        loaded = nn.Parameter(to_device(tensor, device).to(dtype), requires_grad=False)
+        setattr(model.get_submodule(parent), leaf, loaded)
     _rebuild_rotary(model, device)
     return model.eval()
 
 
 def _rebuild_rotary(model: Any, device: torch.device) -> None:
-    """Rotary frequencies are computed, not stored; compute them on the real device."""
+    """Recompute the rotary frequencies on `device`; they are buffers that no checkpoint stores."""
     inner = model.model
     inner.rotary_emb = type(inner.rotary_emb)(model.config).to(device)

@@ -1,1 +1,1 @@
-"""What a person looks at in the end: a text table, plots, one HTML page."""
+"""Report of a run: a text table, plots and one HTML page."""

@@ -1,4 +1,4 @@
-"""A few words of HTML; every text goes through html.escape here and nowhere else."""
+"""Minimal HTML builders without a template engine; all escaping happens in this module."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ td:last-child { overflow-wrap: break-word; min-width: 5rem; max-width: 40rem; }
 .good { color: #00664b; font-weight: 600; }
 .bad { color: #a3260b; font-weight: 600; }
 .missing { color: #77818b; font-style: italic; }
-.alarm { border-left: 4px solid #a3260b; background: #fdf1ee; padding: .5rem .9rem; }
-.calm { border-left: 4px solid #00664b; background: #eef7f4; padding: .5rem .9rem; }
-.open { border-left: 4px solid #8a949e; background: #f3f5f7; padding: .5rem .9rem; }
+.error { border-left: 4px solid #a3260b; background: #fdf1ee; padding: .5rem .9rem; }
+.success { border-left: 4px solid #00664b; background: #eef7f4; padding: .5rem .9rem; }
+.incomplete { border-left: 4px solid #8a949e; background: #f3f5f7; padding: .5rem .9rem; }
 .compact { display: flex; flex-wrap: wrap; gap: 0 2.5rem; }
 .compact table { font-size: .8rem; }
 .compact th, .compact td { padding: .1rem .35rem; min-width: 0; }
@@ -40,27 +40,27 @@ img { display: block; max-width: 100%; height: auto; margin: .6rem 0; }
 code { font: .9em/1.4 ui-monospace, "DejaVu Sans Mono", monospace; }
 """
 
-TONES = {
-    "passed": "good", "sees": "good", "failed": "bad", "FAILED": "bad", "missed": "bad",
-    "no longer looks": "bad", "blind in 16 bit": "bad", "not run": "missing",
+VERDICT_CLASSES = {
+    "passed": "good", "sees": "good", "failed": "bad", "FAILED": "bad", "ignores images": "bad",
+    "16 bit ignores images": "bad", "not run": "missing",
 }  # fmt: skip
 
 
-def element(tag: str, text: Any, kind: str = "") -> str:
-    """One element with escaped text."""
-    attribute = f' class="{kind}"' if kind else ""
+def element(tag: str, text: Any, css_class: str = "") -> str:
+    """Return one element with escaped text."""
+    attribute = f' class="{css_class}"' if css_class else ""
     return f"<{tag}{attribute}>{html.escape(str(text))}</{tag}>"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Sequence[int] = ()) -> str:
-    """A table; words that are verdicts get their colour, columns in `numbers` stand right."""
-    kinds = ["number" if i in numbers else "" for i in range(len(header))]
-    head = "".join(element("th", name, kind) for name, kind in zip(header, kinds, strict=True))
+    """Return a table; verdicts are coloured, columns in `numbers` are right-aligned."""
+    classes = ["number" if i in numbers else "" for i in range(len(header))]
+    head = "".join(element("th", name, css) for name, css in zip(header, classes, strict=True))
     body = []
     for row in rows:
         parts = [
-            element("td", cell, f"{kind} {TONES.get(str(cell), '')}".strip())
-            for cell, kind in zip(row, kinds, strict=True)
+            element("td", cell, f"{css} {VERDICT_CLASSES.get(str(cell), '')}".strip())
+            for cell, css in zip(row, classes, strict=True)
         ]
         body.append(f"<tr>{''.join(parts)}</tr>")
     return (
@@ -69,28 +69,28 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Sequenc
     )
 
 
-def picture(file: str, about: str) -> str:
-    """An image that lies beside the page."""
-    return f'<img src="{html.escape(file)}" alt="{html.escape(about)}">'
+def image(file: str, alt: str) -> str:
+    """Return an image element for a file in the page's folder."""
+    return f'<img src="{html.escape(file)}" alt="{html.escape(alt)}">'
 
 
 def compact(parts: Iterable[str]) -> str:
-    """Tables in small letters, side by side where the page is wide enough."""
+    """Wrap tables in a container with small type, side by side if the page is wide enough."""
     return f'<div class="compact">{"".join(parts)}</div>'
 
 
 def details(title: str, part: str) -> str:
-    """A part that shows when its title is clicked on."""
+    """Return a collapsed section that opens on a click on its title."""
     return f"<details><summary>{html.escape(title)}</summary>{part}</details>"
 
 
-def missing(what: str, why: str = "not run") -> str:
-    """A line that says what is not there."""
-    return element("p", f"{what}: {why}", "missing")
+def missing(what: str, reason: str = "not run") -> str:
+    """Return a line that names missing content and the reason."""
+    return element("p", f"{what}: {reason}", "missing")
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested settings as (dotted key, text) in their order."""
+    """Flatten nested settings into (dotted key, text), in order."""
     rows: list[tuple[str, str]] = []
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
@@ -103,7 +103,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 
 def document(title: str, parts: Iterable[str]) -> str:
-    """The whole page: no scripts, nothing fetched but the images beside it."""
+    """Return the complete page, without scripts; only its local images are loaded."""
     body = "\n".join(parts)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

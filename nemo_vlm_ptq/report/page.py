@@ -1,6 +1,6 @@
-"""The report of a whole job: one page a person can read, keep and mail, with its plots beside it.
+"""HTML report of a run: one self-contained page with its plots in the same folder.
 
-It draws on plain facts only and looks nothing up, so the same facts give the same page.
+The page is a pure function of plain facts, so that the same facts give the same page.
 """
 
 from __future__ import annotations
@@ -10,29 +10,29 @@ from pathlib import Path
 from typing import Any
 
 from nemo_vlm_ptq.report import plots
-from nemo_vlm_ptq.report.layers import finite, layer_parts
-from nemo_vlm_ptq.report.markup import compact, document, element, flatten, missing, picture, table
-from nemo_vlm_ptq.report.table import HEADER, NOT_RUN, cells, choose, percent, summarize
+from nemo_vlm_ptq.report.layers import is_finite, layer_parts
+from nemo_vlm_ptq.report.markup import compact, document, element, flatten, image, missing, table
+from nemo_vlm_ptq.report.table import HEADER, NOT_RUN, bool_text, cells, percent_text, summarize
 
-FIRST_IDS = 4  # sample ids shown per rank
+SHOWN_SAMPLE_IDS = 4  # per data-parallel rank
 
 Facts = Mapping[str, Any]
 
 
 def write_report(folder: Path, facts: dict[str, Any]) -> Path:
-    """Write index.html and its PNGs into an existing or new folder; returns the page's path.
+    """Write index.html and its PNGs and return the path of the page.
 
     Args:
-        folder: where to write; files of an older report are replaced.
+        folder: the output folder, created if needed; files of an older report are replaced.
         facts: title, model, date, layout: str; versions; recipe: nested;
             formats: [{name, about, targets, bytes, accuracy, swapped: evaluate.gqa.Score as a dict,
-            comparison: evaluate.compare.Comparison as a dict, which may also hold
+            comparison: evaluate.comparison.Comparison as a dict, optionally with
             gate: {limit, passed}, sees, verdict, verify: {passed, checks: [{name, passed, detail}],
             logits: {name: number}}, layers: [{layer, linear, error, alpha, image_share, error_text,
-            error_image}]}]; kv_cache: "none" or its numbers;
+            error_image}]}]; kv_cache: "none" or its number format;
             baseline: {accuracy, swapped, bytes}; calibration: {samples, tokens: {image, text},
             ids_per_rank, data, seconds}; timings: [{stage, seconds}]. Only title and each format's
-            name are needed: what is missing or None is shown as not run.
+            name are required: facts that are missing or None are shown as not run.
     """
     facts = {"formats": [], "baseline": {}} | {k: v for k, v in facts.items() if v is not None}
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,48 +62,52 @@ def _head(facts: Facts) -> list[str]:
 
 
 def _summary(facts: Facts) -> list[str]:
-    """The verdict, and the same table that the command prints."""
+    """Build the overall verdict and the summary table, which the CLI prints as well."""
     formats = facts["formats"]
     problems = [problem for item in formats for problem in _problems(item)]
     unknown = [f["name"] for f in formats if not f.get("verify") or f.get("sees") is None]
     if problems:
-        verdict = [element("p", problem, "alarm") for problem in problems]
+        verdict = [element("p", problem, "error") for problem in problems]
     elif unknown or not formats:
         names = ", ".join(unknown) or "no format"
-        verdict = [element("p", f"No problem was found, but not all was run: {names}.", "open")]
+        text = f"No problems found, but not all checks were run: {names}."
+        verdict = [element("p", text, "incomplete")]
     else:
-        verdict = [element("p", "Every checkpoint passed verification and still sees.", "calm")]
+        text = "All checkpoints passed verification and the sight test."
+        verdict = [element("p", text, "success")]
     rows = [cells(row) for row in summarize(facts)]
-    about = [(f["name"], f.get("about", ""), ", ".join(f.get("targets") or ())) for f in formats]
+    details = [(f["name"], f.get("about", ""), ", ".join(f.get("targets") or ())) for f in formats]
     cache = facts.get("kv_cache") or "none"
-    kv = [] if cache == "none" else [element("p", f"KV cache: {cache}, in every format.")]
+    kv = [] if cache == "none" else [element("p", f"KV cache: {cache}, in all formats.")]
     note = (
-        "GQA is read back from the exported checkpoint; change is in points against 16 bit, p is "
-        "McNemar's, of no change at all; ratio is of the bytes of the whole checkpoint."
+        "GQA: accuracy of the exported checkpoint. Change: difference from 16 bit in percentage "
+        "points. p: McNemar's test of no difference. Ratio: checkpoint size relative to 16 bit."
     )
     return [
         *verdict,
         table(HEADER, rows, numbers=range(1, 5)),
         element("p", note, "note"),
         *kv,
-        table(("format", "what it is", "written for"), about),
+        table(("format", "description", "export targets"), details),
     ]
 
 
 def _problems(item: Facts) -> list[str]:
-    """What a reader must know before using a format's checkpoint."""
+    """List the reasons not to use a format's checkpoint."""
     found = []
     if (item.get("verify") or {}).get("passed") is False:
         found.append(f"{item['name']}: verification FAILED; do not use this checkpoint.")
     if item.get("sees") is False:
         found.append(f"{item['name']}: {item['verdict']}.")
-    broken = sum(not finite(entry["error"]) for entry in item.get("layers") or ())
+    broken = sum(not is_finite(entry["error"]) for entry in item.get("layers") or ())
     if broken:
-        found.append(f"{item['name']}: the output error of {broken} linears is not a number.")
-    pair = item.get("comparison") or {}
-    if pair.get("gate") and not pair["gate"]["passed"]:
-        lost, limit = -pair["difference"], pair["gate"]["limit"]
-        found.append(f"{item['name']}: loses {lost:.2f} points, its gate allows {limit:g}.")
+        found.append(f"{item['name']}: the output error of {broken} linears is NaN or infinite.")
+    comparison = item.get("comparison") or {}
+    if comparison.get("gate") and not comparison["gate"]["passed"]:
+        drop, limit = -comparison["difference"], comparison["gate"]["limit"]
+        found.append(
+            f"{item['name']}: GQA accuracy drops by {drop:.2f} points, the gate allows {limit:g}."
+        )
     return found
 
 
@@ -111,127 +115,145 @@ def _accuracy(facts: Facts, folder: Path) -> list[str]:
     parts = [element("h2", "Accuracy")]
     if not plots.plot_accuracy(facts, folder / "accuracy.png"):
         return [*parts, missing("GQA")]
-    about = "GQA accuracy per format with 95 % intervals, own and swapped images"
+    alt = "GQA accuracy per format with 95 % intervals, own and swapped images"
     scores = [item.get("accuracy") for item in [facts["baseline"], *facts["formats"]]]
     rules = sorted({score["rule"] for score in scores if score})
-    note = f"Counting rule: {', '.join(rules) or 'none'}. Intervals of single scores: Wilson, 95 %."
-    parts += [picture("accuracy.png", about), element("p", note, "note")]
-    return [*parts, *_sight(facts), *_comparison(facts), *_kinds(facts)]
+    note = f"Scoring rule: {', '.join(rules) or 'none'}. Intervals of single scores: Wilson, 95 %."
+    parts += [image("accuracy.png", alt), element("p", note, "note")]
+    return [*parts, *_sight_test(facts), *_comparison(facts), *_question_types(facts)]
 
 
-def _sight(facts: Facts) -> list[str]:
+def _sight_test(facts: Facts) -> list[str]:
     rows = [
         (
             item["name"],
-            percent((item.get("accuracy") or {}).get("accuracy")),
-            percent((item.get("swapped") or {}).get("accuracy")),
+            percent_text((item.get("accuracy") or {}).get("accuracy")),
+            percent_text((item.get("swapped") or {}).get("accuracy")),
             item.get("verdict") or NOT_RUN,
         )
         for item in facts["formats"]
     ]
-    header = ("format", "own image", "swapped image", "verdict")
-    return [element("h3", "Does it still look?"), table(header, rows, numbers=(1, 2))]
+    header = ("format", "own images", "swapped images", "verdict")
+    note = (
+        "The same questions are answered with the images of other questions swapped in; a model "
+        "that uses its images loses accuracy."
+    )
+    return [
+        element("h3", "Sight test: own against swapped images"),
+        table(header, rows, numbers=(1, 2)),
+        element("p", note, "note"),
+    ]
 
 
 def _comparison(facts: Facts) -> list[str]:
-    """Each format against 16 bit, on the same questions."""
-    parts = [element("h3", "Against 16 bit, question by question")]
-    found = [item for item in facts["formats"] if item.get("comparison")]
-    if not found:
+    """Tabulate the paired comparison of each format with 16 bit."""
+    parts = [element("h3", "Paired comparison with 16 bit")]
+    compared = [item for item in facts["formats"] if item.get("comparison")]
+    if not compared:
         return [*parts, missing("Comparison")]
     rows = []
-    for item in found:
-        pair = item["comparison"]
-        low, high = pair["interval"]
-        gate = pair.get("gate")
+    for item in compared:
+        comparison = item["comparison"]
+        low, high = comparison["interval"]
+        gate = comparison.get("gate")
         rows.append((
-            item["name"], f"{pair['difference']:+.2f}", f"{low:+.2f} to {high:+.2f}",
-            pair["lost"], pair["gained"], f"{pair['p_value']:.3g}",
-            choose(gate and gate["passed"], "passed", "missed") if gate else "none",
+            item["name"], f"{comparison['difference']:+.2f}", f"{low:+.2f} to {high:+.2f}",
+            comparison["lost"], comparison["gained"], f"{comparison['p_value']:.3g}",
+            bool_text(gate["passed"], "passed", "failed") if gate else "none",
         ))  # fmt: skip
     header = ("format", "difference, points", "95 % interval", "lost", "gained", "p", "gate")
-    first = found[0]["comparison"]
-    note = f"{first.get('interval_method', '')}; p: {first.get('test', 'McNemar')}."
+    first = compared[0]["comparison"]
+    note = (
+        "Lost: questions answered correctly in 16 bit only; gained: correctly in the format only. "
+        f"Interval: {first.get('interval_method', 'not recorded')}. "
+        f"p: {first.get('test', 'McNemar test')}."
+    )
     return [*parts, table(header, rows, numbers=range(1, 6)), element("p", note, "note")]
 
 
-def _kinds(facts: Facts) -> list[str]:
-    """Accuracy by kind of question, formats side by side."""
+def _question_types(facts: Facts) -> list[str]:
+    """Tabulate accuracy by question type, one column per format."""
     columns = [("16 bit", facts["baseline"])]
     columns += [(item["name"], item) for item in facts["formats"]]
-    found = [(name, item["accuracy"]["by_kind"]) for name, item in columns if item.get("accuracy")]
-    if not found:
+    scored = [(name, item["accuracy"]["by_kind"]) for name, item in columns if item.get("accuracy")]
+    if not scored:
         return []
     rows = []
-    for kind in sorted({kind for _, by_kind in found for kind in by_kind}):
-        pairs = [by_kind.get(kind) for _, by_kind in found]
-        total = max(pair[1] for pair in pairs if pair)
-        shares = [percent(100 * p[0] / p[1] if p and p[1] else None, 1) for p in pairs]
-        rows.append((kind, total, *shares))
-    header = ("kind", "questions", *(name for name, _ in found))
+    for question_type in sorted({key for _, by_type in scored for key in by_type}):
+        counts = [by_type.get(question_type) for _, by_type in scored]
+        total = max(count[1] for count in counts if count)
+        shares = [percent_text(100 * c[0] / c[1] if c and c[1] else None, 1) for c in counts]
+        rows.append((question_type, total, *shares))
+    header = ("question type", "questions", *(name for name, _ in scored))
     return [
-        element("h3", "By kind of question"),
+        element("h3", "Accuracy by question type"),
         compact([table(header, rows, numbers=range(1, len(header)))]),
     ]
 
 
 def _bytes(facts: Facts, folder: Path) -> list[str]:
-    parts = [element("h2", "Size on disk")]
+    parts = [element("h2", "Checkpoint size")]
     if not plots.plot_bytes(facts, folder / "bytes.png"):
         return [*parts, missing("Export")]
-    return [*parts, picture("bytes.png", "Checkpoint bytes of each format beside 16 bit")]
+    return [*parts, image("bytes.png", "Checkpoint size of each format and of 16 bit")]
 
 
 def _verification(facts: Facts) -> list[str]:
     parts = [element("h2", "Verification")]
     for item in facts["formats"]:
-        proof = item.get("verify")
-        if not proof:
+        verification = item.get("verify")
+        if not verification:
             parts.append(missing(item["name"]))
             continue
-        checks = proof.get("checks") or ()
-        rows = [(c["name"], choose(c["passed"], "passed", "failed"), c["detail"]) for c in checks]
+        rows = [
+            (check["name"], bool_text(check["passed"], "passed", "failed"), check["detail"])
+            for check in verification.get("checks") or ()
+        ]
+        result = bool_text(verification.get("passed"), "passed", "FAILED")
         parts += [
-            element("h3", f"{item['name']}: {choose(proof.get('passed'), 'passed', 'FAILED')}"),
+            element("h3", f"{item['name']}: {result}"),
             table(("check", "result", "detail"), rows),
         ]
-        if proof.get("logits"):
-            logits = [f"{key} {_number(value)}" for key, value in proof["logits"].items()]
+        if verification.get("logits"):
+            logits = [f"{key} {_number(value)}" for key, value in verification["logits"].items()]
             parts.append(element("p", "Logits: " + ", ".join(logits) + ".", "note"))
     return parts
 
 
 def _calibration(facts: Facts) -> list[str]:
-    found = facts.get("calibration")
+    calibration = facts.get("calibration")
     parts = [element("h2", "Calibration")]
-    if not found:
+    if not calibration:
         return [*parts, missing("Calibration")]
-    tokens, ranks = found.get("tokens") or {}, found.get("ids_per_rank") or ()
-    seconds = found.get("seconds")
+    tokens, ranks = calibration.get("tokens") or {}, calibration.get("ids_per_rank") or ()
+    seconds = calibration.get("seconds")
     rows = [
-        ("data", found.get("data", "unknown")),
-        ("samples", found.get("samples", "unknown")),
-        *((f"{kind} tokens", f"{count:,}") for kind, count in tokens.items()),
+        ("data", calibration.get("data", "unknown")),
+        ("samples", calibration.get("samples", "unknown")),
+        *((f"{modality} tokens", f"{count:,}") for modality, count in tokens.items()),
         ("time", "unknown" if seconds is None else f"{seconds:,.1f} s"),
     ]
-    parts.append(table(("what", "value"), rows))
+    parts.append(table(("item", "value"), rows))
     if tokens.get("image") == 0:
         parts.append(element("p", "No image tokens: calibrated on text only.", "bad"))
     if ranks:
-        shares = []
+        rank_rows = []
         for rank, ids in enumerate(ranks):
-            first = ", ".join(map(str, ids[:FIRST_IDS]))
-            shares.append((rank, len(ids), first + (", ..." if len(ids) > FIRST_IDS else "")))
-        named = [name for ids in ranks for name in ids]
-        twice = len(named) - len(set(named))
-        line = f"{len(named)} sample ids over {len(ranks)} data-parallel ranks, {twice} seen twice."
-        parts.append(element("p", line, "bad" if twice else ""))
-        parts.append(table(("data rank", "samples", "first ids"), shares, numbers=(0, 1)))
+            first_ids = ", ".join(map(str, ids[:SHOWN_SAMPLE_IDS]))
+            ellipsis = ", ..." if len(ids) > SHOWN_SAMPLE_IDS else ""
+            rank_rows.append((rank, len(ids), first_ids + ellipsis))
+        all_ids = [sample_id for ids in ranks for sample_id in ids]
+        duplicates = len(all_ids) - len(set(all_ids))
+        counts = f"{len(all_ids)} sample ids on {len(ranks)} data-parallel ranks"
+        line = f"{counts}, {duplicates} duplicated."
+        parts.append(element("p", line, "bad" if duplicates else ""))
+        header = ("data-parallel rank", "samples", "first ids")
+        parts.append(table(header, rank_rows, numbers=(0, 1)))
     return parts
 
 
 def _settings(facts: Facts) -> list[str]:
-    """Everything that is needed to do it again."""
+    """Tabulate timings, recipe and versions: what is needed to reproduce the run."""
     parts = [element("h2", "Time")]
     timings = [(entry["stage"], f"{entry['seconds']:,.1f}") for entry in facts.get("timings") or ()]
     parts.append(table(("stage", "seconds"), timings, (1,)) if timings else missing("Time"))

@@ -1,4 +1,8 @@
-"""The report's plots, as PNG files; colours are Okabe and Ito's, told apart by shape as well."""
+"""Plots of the report as PNG files.
+
+Colours are Okabe and Ito's colour-blind safe palette; series differ in marker and dash as well.
+matplotlib is imported on use, because it is slow to import.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +22,8 @@ SERIES = (
     ("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"),
     ("#56B4E9", "P"), ("#000000", "X"), ("#6B6B6B", "<"),
 )  # fmt: skip
-DASHES = ("-", "--", ":")  # of the first, second and third round of colours
-LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+DASHES = ("-", "--", ":")  # of the first, second and third cycle through SERIES
+LINEAR_ORDER = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -31,17 +35,20 @@ STYLE: Any = {
     "legend.frameon": False,
 }
 DPI = 150
-UPRIGHT = 7  # names that stand side by side
-LEGEND = 5  # names in a row of a legend
-WIDTH = 9.2  # inches, of every figure, so that their letters are of one size on the page
+MAX_HORIZONTAL_LABELS = 7  # more tick labels than this are rotated
+LEGEND_COLUMNS = 5
+FIGURE_WIDTH = 9.2  # inches, the same for all figures, so that font sizes match on the page
 
 
 def plot_accuracy(facts: Mapping[str, Any], path: Path) -> bool:
-    """Accuracy with 95 % intervals, own and swapped images; False, and no file, if nothing ran.
+    """Plot accuracy with 95 % intervals, with own and with swapped images.
 
     Args:
-        facts: the report's (see page.write_report).
+        facts: facts of the report (see page.write_report).
         path: the PNG to write.
+
+    Returns:
+        False if there are no scores and no file was written.
     """
     from matplotlib import rc_context
 
@@ -53,11 +60,13 @@ def plot_accuracy(facts: Mapping[str, Any], path: Path) -> bool:
     with rc_context(STYLE):
         figure = _figure(4.0)
         axes = figure.add_subplot()
-        _score_points(axes, [item.get("accuracy") for _, item in groups], -0.1, "own image")
-        _score_points(axes, [item.get("swapped") for _, item in groups], 0.1, "swapped image")
-        slanted: Any = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
+        _plot_scores(axes, [item.get("accuracy") for _, item in groups], -0.1, "own image")
+        _plot_scores(axes, [item.get("swapped") for _, item in groups], 0.1, "swapped image")
         names = [name for name, _ in groups]
-        axes.set_xticks(range(len(groups)), names, **(slanted if len(groups) > UPRIGHT else {}))
+        label_style: Any = {}
+        if len(groups) > MAX_HORIZONTAL_LABELS:
+            label_style = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
+        axes.set_xticks(range(len(groups)), names, **label_style)
         axes.set_xlim(-0.5, len(groups) - 0.35)
         axes.set_ylim(*_score_limits([item for _, item in groups]))
         axes.set_ylabel("GQA accuracy, %")
@@ -68,17 +77,22 @@ def plot_accuracy(facts: Mapping[str, Any], path: Path) -> bool:
 
 
 def plot_bytes(facts: Mapping[str, Any], path: Path) -> bool:
-    """Checkpoint bytes of each format beside 16 bit; False, and no file, if there are none."""
+    """Plot the checkpoint size of each format and of 16 bit.
+
+    Returns:
+        False if there are no sizes and no file was written.
+    """
     from matplotlib import rc_context
 
-    whole = (facts.get("baseline") or {}).get("bytes")
+    baseline_size = (facts.get("baseline") or {}).get("bytes")
     sizes = [(f["name"], f["bytes"]) for f in facts.get("formats") or () if f.get("bytes")]
-    sizes = ([("16 bit", whole)] if whole else []) + sizes
+    sizes = ([("16 bit", baseline_size)] if baseline_size else []) + sizes
     if not sizes:
         return False
     names, values = [name for name, _ in sizes], [size for _, size in sizes]
     labels = [
-        size_text(size) + (f"  ({size / whole:.2f}x)" if whole and name != "16 bit" else "")
+        size_text(size)
+        + (f"  ({size / baseline_size:.2f}x)" if baseline_size and name != "16 bit" else "")
         for name, size in sizes
     ]
     with rc_context(STYLE):
@@ -97,98 +111,103 @@ def plot_bytes(facts: Mapping[str, Any], path: Path) -> bool:
 
 
 def plot_layers(facts: Mapping[str, Any], path: Path) -> bool:
-    """Relative output error of each linear over the layers, a panel per kind, a line per format.
+    """Plot relative output errors over the layers: one panel per linear name, one line per format.
 
-    Errors of 0 (layers left in 16 bit) and broken ones have no place on a logarithmic axis.
-    False, and no file, if nothing can be drawn.
+    Errors of 0 (layers kept in 16 bit) and non-finite errors are omitted from the logarithmic axis.
+
+    Returns:
+        False if there is nothing to plot and no file was written.
     """
     from matplotlib import rc_context
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     formats = [item for item in facts.get("formats") or () if item.get("layers")]
-    kinds = kinds_of(entry["linear"] for item in formats for entry in item["layers"])
+    linears = ordered_linears(entry["linear"] for item in formats for entry in item["layers"])
     errors = [entry["error"] for item in formats for entry in item["layers"]]
-    errors = [error for error in errors if _drawable(error)]
+    errors = [error for error in errors if _is_plottable(error)]
     if not errors:
         return False
     low, high = _log_limits(min(errors), max(errors))
     steps = (1.0, 2.0, 5.0) if high / low < 1000 else (1.0,)
-    rows = math.ceil(len(kinds) / 2)
+    rows = math.ceil(len(linears) / 2)
     with rc_context(STYLE):
-        figure = _figure(2.5 * rows + 0.6 + 0.25 * -(-len(formats) // LEGEND))
+        figure = _figure(2.5 * rows + 0.6 + 0.25 * -(-len(formats) // LEGEND_COLUMNS))
         panels = figure.subplots(rows, 2, sharex=True, sharey=True, squeeze=False)
-        for axes, kind in zip(panels.flat, kinds, strict=False):
-            _layer_lines(axes, formats, kind)
-            axes.set_title(kind, loc="left", fontsize=10)
+        for axes, linear in zip(panels.flat, linears, strict=False):
+            _plot_layer_lines(axes, formats, linear)
+            axes.set_title(linear, loc="left", fontsize=10)
             axes.set_yscale("log")
             axes.set_ylim(low, high)
             axes.yaxis.set_major_locator(LogLocator(subs=steps))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.yaxis.set_minor_locator(NullLocator())
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        for axes in panels.flat[len(kinds) :]:
+        for axes in panels.flat[len(linears) :]:
             axes.set_visible(False)
         figure.supxlabel("layer", fontsize=10)
         figure.supylabel("relative output error", fontsize=10)
         handles, labels = panels.flat[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(LEGEND, len(labels)))
+        columns = min(LEGEND_COLUMNS, len(labels))
+        figure.legend(handles, labels, loc="outside upper center", ncols=columns)
         figure.savefig(path, dpi=DPI)
     return True
 
 
-def kinds_of(linears: Iterable[str]) -> list[str]:
-    """Each kind of linear once, in the order of the forward."""
-    found = set(linears)
-    return [kind for kind in LINEARS if kind in found] + sorted(found.difference(LINEARS))
+def ordered_linears(linears: Iterable[str]) -> list[str]:
+    """Return the distinct names of linears in forward order, unknown names last."""
+    names = set(linears)
+    return [name for name in LINEAR_ORDER if name in names] + sorted(names.difference(LINEAR_ORDER))
 
 
 def _figure(height: float) -> Figure:
-    """An empty figure, as wide as the page, that draws without a display; height in inches."""
+    """Create an empty figure that renders without a display; height in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    figure = Figure(figsize=(FIGURE_WIDTH, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _score_points(axes: Axes, scores: Sequence[Any], shift: float, label: str) -> None:
-    """One point with its interval per group; the first group's value runs on as a dashed line."""
+def _plot_scores(axes: Axes, scores: Sequence[Any], shift: float, label: str) -> None:
+    """Plot one point and its interval per group; the first group's value is also a dashed line."""
     color, marker = (BLUE, "o") if shift < 0 else (ORANGE, "s")
-    at = [i for i, score in enumerate(scores) if score]
-    for i in at:
+    positions = [i for i, score in enumerate(scores) if score]
+    for i in positions:
         value, (low, high) = scores[i]["accuracy"], scores[i]["interval"]
         axes.errorbar(
             i + shift, value, [[max(0.0, value - low)], [max(0.0, high - value)]],
             color=color, marker=marker, markersize=6, capsize=4, linestyle="none",
-            label=f"{label}, 95 % interval" if i == at[0] else None,
+            label=f"{label}, 95 % interval" if i == positions[0] else None,
         )  # fmt: skip
-        away, side = (-9, "right") if shift < 0 else (9, "left")
+        offset, align = (-9, "right") if shift < 0 else (9, "left")
         axes.annotate(
-            f"{value:.1f}", (i + shift, value), (away, 0), textcoords="offset points",
-            ha=side, va="center", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+            f"{value:.1f}", (i + shift, value), (offset, 0), textcoords="offset points",
+            ha=align, va="center", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )  # fmt: skip
-    if at and at[0] == 0 and len(scores) > 1:
+    if positions and positions[0] == 0 and len(scores) > 1:
         axes.axhline(scores[0]["accuracy"], color=color, linestyle="--", linewidth=0.9, alpha=0.6)
 
 
 def _score_limits(items: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """Limits of the accuracy axis, in percent, with room around every interval."""
+    """Return the limits of the accuracy axis in percent, with a margin around all intervals."""
     scores = [item[key] for item in items for key in ("accuracy", "swapped") if item.get(key)]
     low = min(score["interval"][0] for score in scores)
     high = max(score["interval"][1] for score in scores)
-    room = max(2.0, 0.08 * (high - low))
-    return max(0.0, low - room), min(102.0, high + room)
+    margin = max(2.0, 0.08 * (high - low))
+    return max(0.0, low - margin), min(102.0, high + margin)
 
 
-def _layer_lines(axes: Axes, formats: Sequence[Mapping[str, Any]], kind: str) -> None:
-    """The lines of one panel."""
+def _plot_layer_lines(axes: Axes, formats: Sequence[Mapping[str, Any]], linear: str) -> None:
+    """Plot the lines of one panel."""
     for i, item in enumerate(formats):
         (color, marker), dashes = SERIES[i % len(SERIES)], DASHES[i // len(SERIES) % len(DASHES)]
         entries = sorted(
-            (entry["layer"], entry["error"]) for entry in item["layers"] if entry["linear"] == kind
+            (entry["layer"], entry["error"])
+            for entry in item["layers"]
+            if entry["linear"] == linear
         )
-        errors = [error if _drawable(error) else math.nan for _, error in entries]
+        errors = [error if _is_plottable(error) else math.nan for _, error in entries]
         axes.plot(
             [layer for layer, _ in entries], errors, color=color, marker=marker,
             markersize=4, linewidth=1.4, linestyle=dashes, label=item["name"],
@@ -196,11 +215,11 @@ def _layer_lines(axes: Axes, formats: Sequence[Mapping[str, Any]], kind: str) ->
 
 
 def _log_limits(low: float, high: float) -> tuple[float, float]:
-    """The next 1, 2 or 5 times a power of ten below and above."""
+    """Return the nearest values of 1, 2 or 5 times a power of ten below and above."""
     first, last = math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1
     ticks = [step * 10.0**power for power in range(first, last + 1) for step in (1, 2, 5)]
     return max(t for t in ticks if t < low), min(t for t in ticks if t > high)
 
 
-def _drawable(error: float | None) -> bool:
+def _is_plottable(error: float | None) -> bool:
     return error is not None and math.isfinite(error) and error > 0

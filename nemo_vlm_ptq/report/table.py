@@ -1,4 +1,4 @@
-"""The table that closes a run: one line per format, everything a decision needs."""
+"""Summary table at the end of a run: one line per format with all results."""
 
 from __future__ import annotations
 
@@ -7,40 +7,42 @@ from typing import Any
 
 NOT_RUN = "not run"
 HEADER = ("format", "GQA", "change", "95 % interval", "p", "sight", "ratio", "verify")
-LEFT = ("format", "sight", "verify")  # columns of words
+LEFT_ALIGNED = ("format", "sight", "verify")  # text columns
 
 
 def summarize(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the table from a report's facts (see page.write_report); None where not run.
+    """Build the table's rows from a report's facts (see page.write_report); None if not run.
 
-    The first is the 16 bit model, which nothing is compared with.
+    The first row is the 16-bit model, which has an accuracy only.
     """
     baseline = facts.get("baseline") or {}
     rows = [{"format": "16 bit", "baseline": True, "gqa": _accuracy(baseline)}]
     for item in facts.get("formats") or ():
-        pair, size, whole = item.get("comparison") or {}, item.get("bytes"), baseline.get("bytes")
+        comparison = item.get("comparison") or {}
+        size, baseline_size = item.get("bytes"), baseline.get("bytes")
         rows.append({
             "format": item["name"],
             "gqa": _accuracy(item),
-            "change": pair.get("difference"),
-            "interval": pair.get("interval"),
-            "p_value": pair.get("p_value"),
+            "change": comparison.get("difference"),
+            "interval": comparison.get("interval"),
+            "p_value": comparison.get("p_value"),
             "sight": (item.get("verdict") or NOT_RUN).partition(":")[0],
-            "ratio": size / whole if size is not None and whole else None,
+            "ratio": size / baseline_size if size is not None and baseline_size else None,
             "verify": (item.get("verify") or {}).get("passed"),
         })  # fmt: skip
     return rows
 
 
 def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """One row as text, in the order of HEADER.
+    """Format one row as text, in the order of HEADER.
 
     Args:
-        row: format; gqa in percent; change: points against 16 bit, interval: two of them; p_value;
-            sight: the word of it; verify: bool; ratio: bytes against 16 bit. All but the format may
-            be missing or None: not run. A row with `baseline` has nothing behind its gqa.
+        row: format: str; gqa: accuracy in percent; change: difference from 16 bit and interval: its
+            (low, high), in percentage points; p_value; sight: verdict; ratio: bytes relative to
+            16 bit; verify: bool. All keys except format may be missing or None, which is shown as
+            not run. A row with `baseline` set has no values after gqa.
     """
-    first = (str(row["format"]), percent(row.get("gqa")))
+    first = (str(row["format"]), percent_text(row.get("gqa")))
     if row.get("baseline"):
         return (*first, *[""] * (len(HEADER) - 2))
     change, interval, ratio = (row.get(key) for key in ("change", "interval", "ratio"))
@@ -48,21 +50,21 @@ def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         *first,
         NOT_RUN if change is None else f"{change:+.2f}",
         NOT_RUN if interval is None else f"{interval[0]:+.2f} to {interval[1]:+.2f}",
-        chance(row.get("p_value")),
+        p_value_text(row.get("p_value")),
         str(row.get("sight") or NOT_RUN),
         NOT_RUN if ratio is None else f"{ratio:.2f}x",
-        choose(row.get("verify"), "passed", "FAILED"),
+        bool_text(row.get("verify"), "passed", "FAILED"),
     )
 
 
 def render(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The whole table, aligned, at most 100 columns wide; changes are in points."""
+    """Return the aligned table; changes are in percentage points."""
     lines = [HEADER, *(cells(row) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
     texts = []
     for line in lines:
         parts = [
-            cell.ljust(width) if name in LEFT else cell.rjust(width)
+            cell.ljust(width) if name in LEFT_ALIGNED else cell.rjust(width)
             for name, cell, width in zip(HEADER, line, widths, strict=True)
         ]
         texts.append("  ".join(parts).rstrip())
@@ -70,25 +72,25 @@ def render(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([texts[0], rule, *texts[1:]])
 
 
-def chance(value: float | None) -> str:
-    """A p value, or "not run"."""
+def p_value_text(value: float | None) -> str:
+    """Format a p-value, or return "not run"."""
     if value is None:
         return NOT_RUN
     return "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def percent(value: float | None, digits: int = 2) -> str:
-    """A share in percent, or "not run"."""
+def percent_text(value: float | None, digits: int = 2) -> str:
+    """Format a percentage, or return "not run"."""
     return NOT_RUN if value is None else f"{value:.{digits}f} %"
 
 
-def choose(value: bool | None, yes: str, no: str) -> str:
-    """A word for a verdict, or "not run"."""
+def bool_text(value: bool | None, yes: str, no: str) -> str:
+    """Return the text of a boolean result, or "not run"."""
     return NOT_RUN if value is None else yes if value else no
 
 
 def size_text(size: int) -> str:
-    """Bytes in the decimal unit that leaves one to three digits before the point."""
+    """Format bytes in the decimal unit that leaves one to three digits before the point."""
     value, unit = float(size), "B"
     for larger in ("kB", "MB", "GB", "TB"):
         if value < 999.5:

@@ -1,4 +1,4 @@
-"""The stages in order; each reads the folder before and writes its own."""
+"""The stages in order; each reads the folders of earlier stages and writes its own."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ STAGE_FUNCTIONS: dict[str, Callable[[RunContext], None]] = {
 }
 
 
-def run_stages(job: RunContext, names: Iterable[str]) -> None:
+def run_stages(context: RunContext, names: Iterable[str]) -> None:
     """Run the named stages in their order; finished ones are skipped."""
-    job = replace(job, stages=frozenset(names))
+    context = replace(context, stages=frozenset(names))
     for name, stage in STAGE_FUNCTIONS.items():
-        if name in job.stages:
-            stage(job)
+        if name in context.stages:
+            stage(context)

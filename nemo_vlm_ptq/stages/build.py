@@ -1,12 +1,13 @@
-"""build: a TensorRT-LLM checkpoint becomes engines, by TensorRT-LLM's own programs.
+"""build: build engines from a TensorRT-LLM checkpoint with TensorRT-LLM's own programs.
 
-Rank 0 runs them, one after the other; trtllm-build spreads the ranks of an engine over GPUs itself.
+Rank 0 runs them one after the other; trtllm-build distributes the ranks of an engine over GPUs.
 """
 
 from __future__ import annotations
 
 import shlex
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,98 +16,95 @@ from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.formats import QuantFormat
 from nemo_vlm_ptq.targets.trtllm.engine.commands import Command, engine_commands, engine_files
 from nemo_vlm_ptq.targets.trtllm.engine.installation import (
-    Builder,
+    Installation,
     clean_environment,
-    find_builder,
+    find_installation,
     gpu_name,
 )
 from nemo_vlm_ptq.workdir import store
 
-PATIENCE = 30.0  # seconds between two looks at a builder; ranks may wait for each other for minutes
-TAIL = 3  # lines of a log that a failure is told with
+POLL_SECONDS = 30.0  # between two polls of a program; other ranks wait in a collective meanwhile
+LOG_TAIL_LINES = 3  # lines of a log quoted in an error message
 
 
-def build(job: RunContext) -> None:
-    """Engines of every format, in FORMAT/engine/llm and /vision."""
-    builder = on_rank_zero(job.parallel, lambda: find_builder(job.plan))
-    gpu = on_rank_zero(job.parallel, gpu_name)
-    for fmt in job.plan.formats:
-        source = job.folder(fmt.name, "trtllm")
-        store.require_manifest(source, "export")
-        chosen = job.plan.recipe.engine.model_dump(
-            exclude={"kv_cache_free_gpu_memory_fraction", "vila_path"}
-        )
+def build(context: RunContext) -> None:
+    """Build the engines of every format into FORMAT/engine/llm and /vision."""
+    installation = on_rank_zero(context.parallel, lambda: find_installation(context.plan))
+    gpu = on_rank_zero(context.parallel, gpu_name)
+    for fmt in context.plan.formats:
+        checkpoint = context.folder(fmt.name, "trtllm")
+        store.require_manifest(checkpoint, "export")
         settings: dict[str, Any] = {
             "format": fmt.name,
-            "input": store.hash_manifest(source),
-            "tensorrt_llm": builder.version,
+            "input": store.hash_manifest(checkpoint),
+            "tensorrt_llm": installation.version,
             "gpu": gpu,
-            **chosen,
+            **context.plan.recipe.engine.model_dump(
+                exclude={"kv_cache_free_gpu_memory_fraction", "vila_path"}
+            ),
         }
-        folder = job.folder(fmt.name, "engine")
-        run_stage(
-            job,
-            f"build {fmt.name}",
-            folder,
-            settings,
-            lambda fmt=fmt, folder=folder: _build(job, fmt, folder, builder),  # type: ignore[misc]
-        )
+        folder = context.folder(fmt.name, "engine")
+        body = partial(_build, context, fmt, folder, installation)
+        run_stage(context, f"build {fmt.name}", folder, settings, body)
 
 
-def _build(job: RunContext, fmt: QuantFormat, folder: Path, builder: Builder) -> StageOutput:
-    commands = engine_commands(job.plan, fmt, builder.path, builder.python)
+def _build(
+    context: RunContext, fmt: QuantFormat, folder: Path, installation: Installation
+) -> StageOutput:
+    commands = engine_commands(context.plan, fmt, installation.path, installation.python)
     for command in commands:
-        _run(job, f"build {fmt.name}", command, folder / f"{command.name}.log")
-    if job.parallel.rank != 0:
+        _run(context, f"build {fmt.name}", command, folder / f"{command.name}.log")
+    if context.parallel.rank != 0:
         return StageOutput()
-    if not (folder / "vision").exists():  # what TensorRT-LLM's builder leaves of such a family
+    if not (folder / "vision").exists():  # families whose tower TensorRT-LLM runs in torch
         (folder / "vision").mkdir()
-        kind = {"precision": "float16", "model_type": job.plan.family.trtllm_vision_type}
-        store.write_json(folder / "vision" / "config.json", {"builder_config": kind})
+        model_type = context.plan.family.trtllm_vision_type
+        config = {"builder_config": {"precision": "float16", "model_type": model_type}}
+        store.write_json(folder / "vision" / "config.json", config)
     files = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
-    said = {command.name: shlex.join(command.words) for command in commands}
-    return StageOutput(files, {"commands": said})
+    lines = {command.name: shlex.join(command.args) for command in commands}
+    return StageOutput(files, {"commands": lines})
 
 
-def _run(job: RunContext, label: str, command: Command, log: Path) -> None:
-    """Run a command on rank 0, its words and whatever it prints in a log.
+def _run(context: RunContext, label: str, command: Command, log: Path) -> None:
+    """Run a command on rank 0; the log holds its command line and output.
 
     Raises:
-        UserError: on every rank, it failed or left no engine.
+        UserError: on every rank, if it failed or wrote no engine.
     """
-    parallel, process = job.parallel, None
+    parallel, process = context.parallel, None
     if parallel.rank == 0:
-        parallel.log(f"{label}: {command.name} is being built, see {log}")
+        parallel.log(f"{label}: building {command.name}, log in {log}")
         with log.open("w") as file:
-            file.write(shlex.join(command.words) + "\n")
+            file.write(shlex.join(command.args) + "\n")
             file.flush()
             process = subprocess.Popen(
-                command.words, env=clean_environment(), stdout=file, stderr=subprocess.STDOUT
+                command.args, env=clean_environment(), stdout=file, stderr=subprocess.STDOUT
             )
     try:
-        while (code := parallel.gather(_look(process))[0]) is None:
+        while (code := parallel.all_gather(_poll(process))[0]) is None:
             pass
     finally:
         if process is not None and process.poll() is None:
             process.terminate()
-    on_rank_zero(parallel, lambda: _check(job, command, code, log))
+    on_rank_zero(parallel, lambda: _check_result(context, command, code, log))
 
 
-def _look(process: subprocess.Popen[bytes] | None) -> int | None:
-    """The exit code of a command, None while it runs."""
+def _poll(process: subprocess.Popen[bytes] | None) -> int | None:
+    """Return the exit code of a process, None while it runs."""
     try:
-        return None if process is None else process.wait(PATIENCE)
+        return None if process is None else process.wait(POLL_SECONDS)
     except subprocess.TimeoutExpired:
         return None
 
 
-def _check(job: RunContext, command: Command, code: int, log: Path) -> None:
-    expected = [name for name in engine_files(job.plan) if name.startswith(f"{command.name}/")]
-    missing = [name for name in expected if not (log.parent / name).is_file()]
+def _check_result(context: RunContext, command: Command, code: int, log: Path) -> None:
+    files = [name for name in engine_files(context.plan) if name.startswith(f"{command.name}/")]
+    missing = [name for name in files if not (log.parent / name).is_file()]
     if code == 0 and not missing:
         return
     lines = log.read_text(errors="replace").split("\n", 1)[1].splitlines()
-    tail = " | ".join([line.strip() for line in lines if line.strip()][-TAIL:]) or "nothing"
-    ended = f"ended with exit code {code}" if code else f"left no {log.parent / missing[0]}"
-    program = Path(command.words[0]).name
-    raise UserError(f"{program} {ended}; the last it said, in {log}: {tail}")
+    tail = " | ".join([line.strip() for line in lines if line.strip()][-LOG_TAIL_LINES:])
+    ended = f"ended with exit code {code}" if code else f"did not write {log.parent / missing[0]}"
+    program = Path(command.args[0]).name
+    raise UserError(f"{program} {ended}; last output, in {log}: {tail or 'none'}")

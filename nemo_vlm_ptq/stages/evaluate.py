@@ -1,4 +1,4 @@
-"""evaluate: questions answered from the written checkpoint, and from the 16 bit source once.
+"""evaluate: score the written checkpoints, and once the 16 bit source, on questions about images.
 
 Every rank answers its share of the questions with the whole exported model.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,186 +17,187 @@ from nemo_vlm_ptq.context import RunContext, StageOutput, run_stage
 from nemo_vlm_ptq.data.questions import Questions, evaluation_questions
 from nemo_vlm_ptq.distributed.layout import split_evenly
 from nemo_vlm_ptq.errors import UserError, VerificationError
-from nemo_vlm_ptq.evaluate import comparison as compare
-from nemo_vlm_ptq.evaluate import gqa, sight
-from nemo_vlm_ptq.evaluate.answers import AnsweringModel, answer_all
-from nemo_vlm_ptq.families.shared import load_tokenizer
+from nemo_vlm_ptq.evaluate import comparison, gqa, sight
+from nemo_vlm_ptq.evaluate.answers import EvaluatedModel, generate_answers
+from nemo_vlm_ptq.families.folder_files import load_tokenizer
 from nemo_vlm_ptq.formats import QuantFormat
 from nemo_vlm_ptq.planning.forecast import full_model_bytes
 from nemo_vlm_ptq.stages.import_model import source_identity
-from nemo_vlm_ptq.stages.model_forms import fits_on_device, load_reference_model
-from nemo_vlm_ptq.targets.trtllm.engine.runtime import EngineRuntime
+from nemo_vlm_ptq.targets.trtllm.engine.client import EngineClient
 from nemo_vlm_ptq.targets.trtllm.engine.session import open_engine
 from nemo_vlm_ptq.utils.progress import progress_bar
+from nemo_vlm_ptq.verify.model_forms import fits_on_device, load_reference_model
 from nemo_vlm_ptq.workdir import store
 
 
-def evaluate(job: RunContext) -> None:
+def evaluate(context: RunContext) -> None:
     """Score the source and every format; the gate is checked when all are scored.
 
     Raises:
-        ProofError: a format lost more than the gate allows, or no longer looks at the image.
-        UserError: no room for the model on a GPU.
+        VerificationError: a format lost more accuracy than the gate allows, or ignores images.
+        UserError: the model does not fit on a GPU.
     """
-    _evaluate_form(job, None)
-    for fmt in job.plan.formats:
-        _evaluate_form(job, fmt)
-    _check_gates(job)
+    for fmt in (None, *context.plan.formats):
+        name = BASELINE if fmt is None else fmt.name
+        folder = context.folder(name, "evaluate")
+        body = partial(_score, context, fmt, folder)
+        run_stage(context, f"evaluate {name}", folder, _settings(context, fmt), body)
+    _check_gates(context)
 
 
-def _settings(job: RunContext, fmt: QuantFormat | None) -> dict[str, Any]:
-    plan = job.plan
-    wanted = plan.recipe.evaluate
-    chosen = wanted.model_dump(exclude={"gate", "batch", "form"})
+def read_result(folder: Path) -> dict[str, Any]:
+    """Return gqa.json of a finished evaluation; empty if the stage has not run."""
+    path = folder / "gqa.json"
+    return store.read_json(path) if path.is_file() else {}
+
+
+def _settings(context: RunContext, fmt: QuantFormat | None) -> dict[str, Any]:
+    """Return what the scores depend on."""
+    plan = context.plan
+    evaluate = plan.recipe.evaluate
+    settings = evaluate.model_dump(exclude={"gate", "batch", "form"})
     if fmt is None:
-        asked = evaluation_questions(wanted.data, wanted.limit).identity()
-        return chosen | {"source": source_identity(plan), "questions": asked}
-    target = _target(job, fmt)
-    folder = job.folder(fmt.name, target)
+        questions = evaluation_questions(evaluate.data, evaluate.limit).identity()
+        return settings | {"source": source_identity(plan), "questions": questions}
+    target = _target(context, fmt)
+    folder = context.folder(fmt.name, target)
     store.require_manifest(folder, "build" if target == "engine" else "export")
-    return chosen | {
+    return settings | {
         "target": target,
         "input": store.hash_manifest(folder),
-        "baseline": store.hash_manifest(job.folder(BASELINE, "evaluate")),
+        "baseline": store.hash_manifest(context.folder(BASELINE, "evaluate")),
     }
 
 
-def _target(job: RunContext, fmt: QuantFormat) -> str:
-    """The folder of a format that is asked: its engine, or the first of its exports."""
-    engine = job.plan.recipe.evaluate.form == "engine"
-    return "engine" if engine else job.plan.targets(fmt)[0]
+def _target(context: RunContext, fmt: QuantFormat) -> str:
+    """Return what is scored of a format: its engine, or the first of its exports."""
+    engine = context.plan.recipe.evaluate.form == "engine"
+    return "engine" if engine else context.plan.targets(fmt)[0]
 
 
-def _evaluate_form(job: RunContext, fmt: QuantFormat | None) -> None:
-    name = BASELINE if fmt is None else fmt.name
-    folder = job.folder(name, "evaluate")
-    settings = _settings(job, fmt)
-
-    def body() -> StageOutput:
-        wanted = job.plan.recipe.evaluate
-        questions = evaluation_questions(wanted.data, wanted.limit)
-        result: dict[str, Any] = {}
-        shown: dict[str, str] = {}
-        with _model(job, fmt) as model:
-            answers = _answer(job, model, questions, None, name)
-            result["accuracy"] = asdict(gqa.score(questions, answers))
-            if "sight" in wanted.tasks:
-                swapped = sight.swap_images(questions.items)
-                shown = _answer(job, model, questions, swapped, f"{name} swapped")
-                result["swapped"] = asdict(gqa.score(questions, shown))
-        if job.parallel.rank != 0:
-            return StageOutput()
-        store.write_json(folder / "answers.json", {"own": answers, "swapped": shown})
-        result |= _against_baseline(job, questions, answers, result) if fmt else {}
-        store.write_json(folder / "gqa.json", result)
-        return StageOutput(["answers.json", "gqa.json"])
-
-    run_stage(job, f"evaluate {name}", folder, settings, body)
+def _score(context: RunContext, fmt: QuantFormat | None, folder: Path) -> StageOutput:
+    """Answer all questions, and again with swapped images for the sight test."""
+    evaluate, name = context.plan.recipe.evaluate, BASELINE if fmt is None else fmt.name
+    questions = evaluation_questions(evaluate.data, evaluate.limit)
+    result: dict[str, Any] = {}
+    swapped_answers: dict[str, str] = {}
+    with _open_model(context, fmt) as model:
+        answers = _answer(context, model, questions, None, name)
+        result["accuracy"] = asdict(gqa.score(questions, answers))
+        if "sight" in evaluate.tasks:
+            images = sight.swap_images(questions.items)
+            swapped_answers = _answer(context, model, questions, images, f"{name} swapped")
+            result["swapped"] = asdict(gqa.score(questions, swapped_answers))
+    if context.parallel.rank != 0:
+        return StageOutput()
+    store.write_json(folder / "answers.json", {"own": answers, "swapped": swapped_answers})
+    if fmt is not None:
+        result |= _compare(context, questions, answers, result)
+    store.write_json(folder / "gqa.json", result)
+    return StageOutput(["answers.json", "gqa.json"])
 
 
 @contextmanager
-def _model(job: RunContext, fmt: QuantFormat | None) -> Iterator[AnsweringModel]:
-    """The export (or the source), read back by the independent runtime, in its own dtype.
+def _open_model(context: RunContext, fmt: QuantFormat | None) -> Iterator[EvaluatedModel]:
+    """Open the export, or the source, in the reference model, in its own dtype.
 
-    An engine is asked through TensorRT-LLM, and looks with its own tower.
+    An engine runs in TensorRT-LLM with its own vision tower.
     """
-    plan = job.plan
-    form = "hf_source" if fmt is None else _target(job, fmt)
-    tokens = load_tokenizer(plan.folder / plan.family.decoder_subfolder)
-
-    def decode(ids: list[int]) -> str:
-        return tokens.decode(ids, skip_special_tokens=True)
-
-    prepare = plan.family.make_preprocessor(plan.folder, plan.config)
+    plan = context.plan
+    form = "hf_source" if fmt is None else _target(context, fmt)
+    tokenizer = load_tokenizer(plan.folder / plan.family.decoder_subfolder)
+    decode = partial(tokenizer.decode, skip_special_tokens=True)
+    preprocess = plan.family.make_preprocessor(plan.folder, plan.config)
     if form == "engine" and fmt is not None:
-        with open_engine(job, fmt) as engine:
-            yield AnsweringModel(engine, prepare, decode)
-    else:
-        _need_room(job)
-        runtime = load_reference_model(job, form, fmt, job.dtype, job.parallel.device)
-        yield AnsweringModel(runtime, prepare, decode, job.image_features)
+        with open_engine(context, fmt) as engine:
+            yield EvaluatedModel(engine, preprocess, decode)
+        return
+    _require_memory(context)
+    model = load_reference_model(context, form, fmt, context.dtype, context.parallel.device)
+    yield EvaluatedModel(model, preprocess, decode, context.encoded_images)
 
 
-def _need_room(job: RunContext) -> None:
-    """Every rank has room for the whole model.
+def _require_memory(context: RunContext) -> None:
+    """Check that the unsharded model fits on every rank.
 
     Raises:
-        UserError: one has not; thousands of questions are not for the host.
+        UserError: it does not; thousands of questions would take too long on the CPU.
     """
-    if not all(job.parallel.gather(fits_on_device(job, job.dtype))):
-        size = full_model_bytes(job.plan, job.dtype.itemsize) / 1e9
+    if not all(context.parallel.all_gather(fits_on_device(context, context.dtype))):
+        size = full_model_bytes(context.plan, context.dtype.itemsize) / 1e9
         raise UserError(
-            f"evaluate asks a model that is whole on each GPU, {size:,.1f} GB in {job.dtype}, and "
-            "a GPU has no room for it; run evaluate alone where GPUs have more memory"
+            f"evaluate needs the unsharded model on each GPU, {size:,.1f} GB in {context.dtype}, "
+            "and it does not fit; run evaluate alone on GPUs with more memory"
         )
 
 
 def _answer(
-    job: RunContext,
-    model: AnsweringModel,
+    context: RunContext,
+    model: EvaluatedModel,
     questions: Questions,
     images: Mapping[str, str] | None,
     label: str,
 ) -> dict[str, str]:
-    """Answers to all questions, on every rank."""
-    parallel = job.parallel
-    alone = isinstance(model.runtime, EngineRuntime)  # it has ranks of its own; rank 0 asks
-    mine = tuple(split_evenly(questions.items, parallel.layout.world, parallel.rank))
-    if alone:
-        mine = questions.items if parallel.rank == 0 else ()
-    own = replace(questions, items=mine)
-    batch = job.plan.recipe.evaluate.batch
-    with progress_bar(f"ask {label}", "question", parallel.rank, len(mine)) as bar:
+    """Return the answers to all questions, on every rank."""
+    parallel = context.parallel
+    assigned = tuple(split_evenly(questions.items, parallel.layout.world_size, parallel.rank))
+    if isinstance(model.backend, EngineClient):  # the engine has ranks of its own
+        assigned = questions.items if parallel.rank == 0 else ()
+    batch_size = context.plan.recipe.evaluate.batch
+    with progress_bar(f"evaluate {label}", "question", parallel.rank, len(assigned)) as bar:
 
-        def progress(done: int, _: int) -> None:
+        def update(done: int, _: int) -> None:
             bar.update(done - bar.n)
 
-        answers = answer_all(model, own, images, batch=batch, progress=progress)
-    together: dict[str, str] = {}
-    for part in parallel.gather(answers):
-        together.update(part)
-    return {item.id: together[item.id] for item in questions.items}
+        answers = generate_answers(
+            model,
+            replace(questions, items=assigned),
+            images,
+            batch_size=batch_size,
+            progress=update,
+        )
+    gathered = {key: text for part in parallel.all_gather(answers) for key, text in part.items()}
+    return {item.id: gathered[item.id] for item in questions.items}
 
 
-def _against_baseline(
-    job: RunContext, questions: Questions, answers: dict[str, str], result: dict[str, Any]
+def _compare(
+    context: RunContext, questions: Questions, answers: dict[str, str], result: dict[str, Any]
 ) -> dict[str, Any]:
-    """Paired comparison with the 16 bit model, and whether the model still looks."""
-    folder = job.folder(BASELINE, "evaluate")
-    before = store.read_json(folder / "answers.json")
-    right_before = gqa.judge(questions, before["own"])
-    comparison = asdict(compare.compare(right_before, gqa.judge(questions, answers)))
-    limit = job.plan.recipe.evaluate.gate.gqa_drop
+    """Return the paired comparison with the 16 bit model, and the result of the sight test."""
+    folder = context.folder(BASELINE, "evaluate")
+    baseline_answers = store.read_json(folder / "answers.json")["own"]
+    before = gqa.match_answers(questions, baseline_answers)
+    paired = asdict(comparison.compare(before, gqa.match_answers(questions, answers)))
+    limit = context.plan.recipe.evaluate.gate.gqa_drop
     if limit is not None:
-        passed = compare.gate(-comparison["difference"], limit)
-        comparison["gate"] = {"limit": limit, "passed": passed}
-    found: dict[str, Any] = {"comparison": comparison}
+        passed = comparison.passes_gate(-paired["difference"], limit)
+        paired["gate"] = {"limit": limit, "passed": passed}
+    compared: dict[str, Any] = {"comparison": paired}
     if "swapped" in result:
         baseline = store.read_json(folder / "gqa.json")
-        four = (
-            result["accuracy"]["accuracy"],
-            result["swapped"]["accuracy"],
-            baseline["accuracy"]["accuracy"],
-            baseline["swapped"]["accuracy"],
-        )
-        found |= {"sees": sight.sees(*four), "verdict": sight.verdict(*four)}
-    return found
+        accuracies = [
+            scores[key]["accuracy"]
+            for scores in (result, baseline)
+            for key in ("accuracy", "swapped")
+        ]
+        compared["sees"] = sight.uses_images(*accuracies)
+        compared["verdict"] = sight.verdict(*accuracies)
+    return compared
 
 
-def _check_gates(job: RunContext) -> None:
-    limit = job.plan.recipe.evaluate.gate.gqa_drop
-    for fmt in job.plan.formats:
-        result = read_result(job.folder(fmt.name, "evaluate"))
+def _check_gates(context: RunContext) -> None:
+    """Check the sight test and the accuracy gate of every format.
+
+    Raises:
+        VerificationError: one failed.
+    """
+    limit = context.plan.recipe.evaluate.gate.gqa_drop
+    for fmt in context.plan.formats:
+        result = read_result(context.folder(fmt.name, "evaluate"))
         if result.get("sees") is False:
             raise VerificationError(f"evaluate {fmt.name}: {result['verdict']}")
         drop = -result["comparison"]["difference"]
-        if not compare.gate(drop, limit):
+        if not comparison.passes_gate(drop, limit):
             raise VerificationError(
                 f"evaluate {fmt.name}: GQA fell by {drop:.2f} points, {limit} are allowed"
             )
-
-
-def read_result(folder: Path) -> dict[str, Any]:
-    """gqa.json of a finished evaluation; empty when the stage has not run."""
-    path = folder / "gqa.json"
-    return store.read_json(path) if path.is_file() else {}

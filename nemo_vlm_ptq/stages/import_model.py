@@ -1,4 +1,4 @@
-"""import: a Hugging Face folder becomes workdir/megatron/."""
+"""import: convert the source model into workdir/megatron/."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import os
 import resource
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,13 +16,12 @@ from nemo_vlm_ptq.context import RunContext, StageOutput, run_stage
 from nemo_vlm_ptq.megatron.build import build_decoder
 from nemo_vlm_ptq.megatron.checkpoint import load_from_source, save_model
 from nemo_vlm_ptq.planning.plan import Plan
+from nemo_vlm_ptq.workdir.files import VISION_FILE, rank_files
 from nemo_vlm_ptq.workdir.store import save_tensors
-
-VISION_FILE = "vision.safetensors"
 
 
 def source_identity(plan: Plan) -> str:
-    """sha256 over the config and name, size and time of every weight file."""
+    """Return the sha256 over the config and over name, size and time of every weight file."""
     digest = hashlib.sha256(json.dumps(plan.config, sort_keys=True).encode())
     for path in sorted({tensor.file for tensor in plan.tensors.values()}):
         name, status = os.path.relpath(path, plan.folder), path.stat()
@@ -32,7 +30,7 @@ def source_identity(plan: Plan) -> str:
 
 
 def import_settings(plan: Plan) -> dict[str, Any]:
-    """What the imported model depends on."""
+    """Return what the imported model depends on."""
     return {
         "model": str(plan.folder.resolve()),
         "family": plan.family.name,
@@ -41,43 +39,36 @@ def import_settings(plan: Plan) -> dict[str, Any]:
     }
 
 
-def import_model(job: RunContext) -> None:
-    """Every rank reads the slices it writes, on the host; tower and projector are kept beside."""
-    plan, parallel, folder = job.plan, job.parallel, job.folder("megatron")
+def import_model(context: RunContext) -> None:
+    """Write the Megatron checkpoint, each rank its own shards, and the vision tensors beside it."""
+    plan, parallel, folder = context.plan, context.parallel, context.folder("megatron")
 
     def body() -> StageOutput:
         before = peak_resident()
-        host = replace(parallel, device=torch.device("cpu"))  # where they are written from
-        model = build_decoder(plan.decoder, host, job.dtype)
+        on_cpu = replace(parallel, device=torch.device("cpu"))  # shards are written from the host
+        model = build_decoder(plan.decoder, on_cpu, context.dtype)
         with open_source(plan.tensors) as reader:
-            given = (model, parallel, plan.family.parameter_map, plan.decoder, reader)
-            read = load_from_source(*given, to_write=True)
+            parameter_map = plan.family.parameter_map
+            bytes_read = load_from_source(
+                model, parallel, parameter_map, plan.decoder, reader, written_only=True
+            )
             save_model(model, folder)
             if parallel.rank == 0:
                 vision = {
-                    name: cast_checked(reader.whole(name), name, job.dtype) for name in plan.vision_names
+                    name: cast_checked(reader.get_tensor(name), name, context.dtype)
+                    for name in plan.vision_names
                 }
                 save_tensors(vision, folder / VISION_FILE)
-        names = rank_files(folder, parallel.rank)
         memory = {"before": before, "peak": peak_resident()}
-        facts = {"bytes_read": [read], "memory": [memory], "tensors": len(plan.tensors)}
-        return StageOutput(names, facts)
+        facts = {"bytes_read": [bytes_read], "memory": [memory], "tensors": len(plan.tensors)}
+        return StageOutput(rank_files(folder, parallel.rank), facts)
 
-    run_stage(job, "import", folder, import_settings(plan), body)
+    run_stage(context, "import", folder, import_settings(plan), body)
 
 
 def peak_resident() -> int:
-    """Bytes: the most that this process has had in memory so far, pages of mapped files included.
+    """Return the peak resident memory of this process in bytes, mapped file pages included.
 
-    The manifest's `memory` has it for every rank before and after the import.
+    The manifest's `memory` lists it for every rank before and after the import.
     """
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def rank_files(folder: Path, rank: int) -> list[str]:
-    """Files of a torch_dist checkpoint that this rank answers for; rank 0 also for common ones."""
-    shards = [path.name for path in folder.glob(f"__{rank}_*.distcp")]
-    if rank:
-        return shards
-    common = [".metadata", "common.pt", "metadata.json", VISION_FILE]
-    return shards + [name for name in common if (folder / name).is_file()]

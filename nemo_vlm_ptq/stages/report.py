@@ -1,4 +1,4 @@
-"""report: one page from what the stages left behind."""
+"""report: write one HTML page from the manifests and results of all stages."""
 
 from __future__ import annotations
 
@@ -12,43 +12,42 @@ from nemo_vlm_ptq.context import RunContext
 from nemo_vlm_ptq.formats import QuantFormat
 from nemo_vlm_ptq.report import page, table
 from nemo_vlm_ptq.stages.evaluate import read_result
-from nemo_vlm_ptq.stages.model_forms import exported_bytes
 from nemo_vlm_ptq.workdir import store
 
 
-def report(job: RunContext) -> None:
+def report(context: RunContext) -> None:
     """Write workdir/report/ and print the table and the page's path."""
-    if job.parallel.rank == 0:
-        facts = collect(job)
-        path = page.write_report(job.folder("report"), facts)
+    if context.parallel.rank == 0:
+        facts = collect(context)
+        path = page.write_report(context.folder("report"), facts)
         print(table.render(table.summarize(facts)), flush=True)
         print(f"report: {path}", flush=True)
-    job.parallel.barrier()
+    context.parallel.barrier()
 
 
-def collect(job: RunContext) -> dict[str, Any]:
-    """Everything the page shows, as plain JSON types."""
-    plan = job.plan
-    observed = store.read_manifest(job.folder("statistics")) or {"settings": {}, "facts": {}}
-    baseline = read_result(job.folder(BASELINE, "evaluate"))
+def collect(context: RunContext) -> dict[str, Any]:
+    """Return everything that the page shows, as plain JSON types."""
+    plan = context.plan
+    observed = store.read_manifest(context.folder("statistics")) or {"settings": {}, "facts": {}}
+    baseline = read_result(context.folder(BASELINE, "evaluate"))
     return {
         "title": f"{Path(plan.folder).name}: post-training quantization",
         "model": str(plan.folder),
         "date": datetime.date.today().isoformat(),
-        "versions": store.versions(),
+        "versions": store.package_versions(),
         "recipe": plan.recipe.model_dump(mode="json"),
-        "layout": str(job.parallel.layout),
+        "layout": str(context.parallel.layout),
         "kv_cache": plan.recipe.quantize.kv_cache,
-        "formats": [_format_facts(job, fmt) for fmt in plan.formats],
+        "formats": [_format_facts(context, fmt) for fmt in plan.formats],
         "baseline": baseline | {"bytes": total_bytes(plan.tensors)},
         "calibration": observed["facts"] | {"data": observed["settings"].get("data")},
-        "timings": _timings(job),
+        "timings": _timings(context),
     }
 
 
-def _format_facts(job: RunContext, fmt: QuantFormat) -> dict[str, Any]:
-    targets = job.plan.targets(fmt)
-    folder = job.folder(fmt.name)
+def _format_facts(context: RunContext, fmt: QuantFormat) -> dict[str, Any]:
+    targets = context.plan.targets(fmt)
+    folder = context.folder(fmt.name)
     solved = store.read_manifest(folder / "scales")
     verified = folder / "verify.json"
     facts: dict[str, Any] = {
@@ -58,23 +57,24 @@ def _format_facts(job: RunContext, fmt: QuantFormat) -> dict[str, Any]:
         "layers": solved["facts"]["layers"] if solved else [],
     }
     if (folder / targets[0] / store.MANIFEST).is_file():
-        facts["bytes"] = exported_bytes(folder / targets[0])
+        weights = (folder / targets[0]).rglob("*.safetensors")
+        facts["bytes"] = sum(path.stat().st_size for path in weights)
     if verified.is_file():
         facts["verify"] = store.read_json(verified)
     return facts | read_result(folder / "evaluate")
 
 
-def _timings(job: RunContext) -> list[dict[str, Any]]:
-    """Seconds of every stage that has a folder, in order of the line."""
+def _timings(context: RunContext) -> list[dict[str, Any]]:
+    """Return the seconds of every finished stage, in the order of the stages."""
     folders = ["megatron", "statistics"]
-    for fmt in job.plan.formats:
-        parts = ("scales", "quantized", *job.plan.targets(fmt))
+    for fmt in context.plan.formats:
+        parts = ("scales", "quantized", *context.plan.targets(fmt))
         folders += [f"{fmt.name}/{part}" for part in parts]
     folders.append(f"{BASELINE}/evaluate")
-    folders += [f"{fmt.name}/evaluate" for fmt in job.plan.formats]
-    lines = []
+    folders += [f"{fmt.name}/evaluate" for fmt in context.plan.formats]
+    timings = []
     for name in folders:
-        manifest = store.read_manifest(job.folder(name))
+        manifest = store.read_manifest(context.folder(name))
         if manifest is not None:
-            lines.append({"stage": manifest["stage"], "seconds": manifest["facts"]["seconds"]})
-    return lines
+            timings.append({"stage": manifest["stage"], "seconds": manifest["facts"]["seconds"]})
+    return timings

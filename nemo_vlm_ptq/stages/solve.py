@@ -1,4 +1,4 @@
-"""solve: scales for every format from statistics and weights, then the quantized Megatron model."""
+"""solve: compute the scales of every format, then write the quantized Megatron checkpoint."""
 
 from __future__ import annotations
 
@@ -11,54 +11,57 @@ import torch
 
 from nemo_vlm_ptq.calibrate.solve.layer import SolveOptions, save_scales, solve_layer, weight_names
 from nemo_vlm_ptq.calibrate.solve.scales import LinearScales, round_amax
-from nemo_vlm_ptq.calibrate.statistics import InputStatistics, load_attention, load_layer
+from nemo_vlm_ptq.calibrate.statistics import InputStatistics, load_layer, load_observed_kv_amax
+from nemo_vlm_ptq.constants import VOCAB_MULTIPLE
 from nemo_vlm_ptq.context import RunContext, StageOutput, on_rank_zero, run_stage
 from nemo_vlm_ptq.distributed.layout import round_robin
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.formats import QuantFormat
 from nemo_vlm_ptq.megatron.checkpoint import LayerReader
-from nemo_vlm_ptq.planning.plan import VOCAB_MULTIPLE, Plan
+from nemo_vlm_ptq.planning.plan import Plan
 from nemo_vlm_ptq.targets.megatron.quantized_checkpoint import write_quantized
-from nemo_vlm_ptq.utils.device_prefetch import prefetch_to_device
 from nemo_vlm_ptq.utils.pinned_memory import to_device
+from nemo_vlm_ptq.utils.prefetch import prefetch_to_device
 from nemo_vlm_ptq.utils.progress import progress_bar
 from nemo_vlm_ptq.workdir import store
 
-Solved = dict[str, list[tuple[int, dict[str, LinearScales]]]]  # format -> its layers on this rank
+Solved = dict[str, list[tuple[int, dict[str, LinearScales]]]]  # format -> layers of this rank
+LayerSolver = Callable[[int, Mapping[str, torch.Tensor], Mapping[str, InputStatistics]], None]
 
 
-def solve(job: RunContext) -> None:
-    """Scales for every format of the recipe, and the quantized Megatron model made with them.
+def solve(context: RunContext) -> None:
+    """Solve the scales of every format and write the quantized Megatron checkpoints.
 
-    A layer's weights and statistics are read once for all formats that are not there yet.
+    Weights and statistics of a layer are read once for all formats that are not finished.
     """
-    plan, parallel = job.plan, job.parallel
-    settings = {fmt.name: solve_inputs(job.plan, job.workdir, fmt) for fmt in plan.formats}
+    plan = context.plan
+    settings = {fmt.name: solve_inputs(plan, context.workdir, fmt) for fmt in plan.formats}
 
-    def is_done(fmt: QuantFormat) -> bool:
-        return store.is_done(job.folder(fmt.name, "scales"), settings[fmt.name])
+    def unfinished() -> list[bool]:
+        folders = {fmt.name: context.folder(fmt.name, "scales") for fmt in plan.formats}
+        return [not store.is_finished(folders[name], settings[name]) for name in folders]
 
-    done = on_rank_zero(parallel, lambda: [is_done(fmt) for fmt in plan.formats])
-    left = [fmt for fmt, finished in zip(plan.formats, done, strict=True) if not finished]
-    together = functools.cache(lambda: _solve_all(job, left))  # by the first stage that asks
+    selected = on_rank_zero(context.parallel, unfinished)
+    remaining = [fmt for fmt, chosen in zip(plan.formats, selected, strict=True) if chosen]
+    solve_remaining = functools.cache(lambda: _solve_all(context, remaining))
     for fmt in plan.formats:
-        _solve_format(job, fmt, settings[fmt.name], together)
-        write_quantized(job, fmt)
+        _write_scales(context, fmt, settings[fmt.name], solve_remaining)
+        write_quantized(context, fmt)
 
 
 def solve_inputs(plan: Plan, work: Path, fmt: QuantFormat) -> dict[str, Any]:
-    """What the scales of a format depend on.
+    """Return what the scales of a format depend on.
 
     Raises:
-        UserError: a stage before has not finished, or observed less than the format needs.
+        UserError: an earlier stage has not finished, or observed less than the format needs.
     """
     megatron, statistics = work / "megatron", work / "statistics"
     store.require_manifest(megatron, "import")
-    moments = store.require_manifest(statistics, "observe")["settings"]["moments"]
-    if plan.needs_second_moments(fmt) and not moments:
+    second_moments = store.require_manifest(statistics, "observe")["settings"]["moments"]
+    if plan.needs_second_moments(fmt) and not second_moments:
         raise UserError(
-            f"{statistics} holds no second moments, which {fmt.name} needs; "
-            "remove it and run observe with this format in quantize.format"
+            f"{statistics} has no second moments, which {fmt.name} needs; remove the folder and "
+            "run observe with this format in quantize.format"
         )
     return _solve_settings(plan, fmt) | {
         "weights": store.hash_manifest(megatron),
@@ -66,80 +69,91 @@ def solve_inputs(plan: Plan, work: Path, fmt: QuantFormat) -> dict[str, Any]:
     }
 
 
-def _solve_format(
-    job: RunContext, fmt: QuantFormat, settings: dict[str, Any], together: Callable[[], Solved]
+def layer_solver(context: RunContext, formats: Sequence[QuantFormat]) -> LayerSolver:
+    """Return a function that solves a layer into context.solved_scales.
+
+    Its arguments are the layer's index, linear -> weight, and linear -> statistics.
+    """
+    quantize = context.plan.recipe.quantize
+    sizes = context.plan.decoder.sizes(VOCAB_MULTIPLE)
+    options = SolveOptions(
+        smoothquant_alpha=quantize.smoothquant_alpha, image_share=quantize.image_share
+    )
+    parameter_map = context.plan.family.parameter_map
+
+    def solve_into(
+        layer: int,
+        weights: Mapping[str, torch.Tensor],
+        statistics: Mapping[str, InputStatistics],
+    ) -> None:
+        statistics = {  # computed once for all formats
+            name: linear.with_output_power(weights[name]) for name, linear in statistics.items()
+        }
+        for fmt in formats:
+            scales = solve_layer(
+                weights, statistics, fmt, quantize.group_size, sizes, options, parameter_map
+            )
+            on_cpu = {name: linear.to_cpu() for name, linear in scales.items()}
+            context.solved_scales.setdefault(fmt.name, []).append((layer, on_cpu))
+
+    return solve_into
+
+
+def _write_scales(
+    context: RunContext,
+    fmt: QuantFormat,
+    settings: dict[str, Any],
+    solve_remaining: Callable[[], Solved],
 ) -> None:
-    """A format's scales into files, layer by layer."""
-    folder, statistics = job.folder(fmt.name, "scales"), job.folder("statistics")
+    """Write the scales of a format layer by layer."""
+    folder, statistics = context.folder(fmt.name, "scales"), context.folder("statistics")
 
     def body() -> StageOutput:
-        solved = together()
-        files, lines = [], []
+        solved = solve_remaining()
+        files, entries = [], []
         for layer, scales in solved[fmt.name]:
             kv = None
-            if job.plan.recipe.quantize.kv_cache != "none":
-                key, value = load_attention(statistics, layer)
-                kv = round_amax(key, job.dtype), round_amax(value, job.dtype)
+            if context.plan.recipe.quantize.kv_cache != "none":
+                key, value = load_observed_kv_amax(statistics, layer)
+                kv = round_amax(key, context.dtype), round_amax(value, context.dtype)
             files.append(save_scales(folder, layer, scales, kv))
-            lines += [
-                {"layer": layer, "linear": linear, **one.metrics()}
-                for linear, one in scales.items()
+            entries += [
+                {"layer": layer, "linear": name, **linear.metrics()}
+                for name, linear in scales.items()
             ]
-        return StageOutput(files, {"layers": lines, "solved_with": sorted(solved)})
+        return StageOutput(files, {"layers": entries, "solved_with": sorted(solved)})
 
-    run_stage(job, f"solve {fmt.name}", folder, settings, body)
+    run_stage(context, f"solve {fmt.name}", folder, settings, body)
 
 
 def _solve_settings(plan: Plan, fmt: QuantFormat) -> dict[str, Any]:
-    """What of the recipe changes the scales of a format, and nothing else."""
-    wanted = plan.recipe.quantize
-    sized = fmt.granularity == "group" and fmt.block is None
-    smooth, searched = fmt.algorithm == "smoothquant", plan.needs_second_moments(fmt)
+    """Return the recipe keys that change the scales of a format."""
+    quantize = plan.recipe.quantize
+    has_groups = fmt.granularity == "group" and fmt.block is None
+    smoothquant, searched = fmt.algorithm == "smoothquant", plan.needs_second_moments(fmt)
     return {
         "format": fmt.name,
-        "group_size": wanted.group_size if sized else None,
-        "kv_cache": None if wanted.kv_cache == "none" else wanted.kv_cache,
-        "smoothquant_alpha": wanted.smoothquant_alpha if smooth else None,
-        "image_share": wanted.image_share if searched else None,
+        "group_size": quantize.group_size if has_groups else None,
+        "kv_cache": None if quantize.kv_cache == "none" else quantize.kv_cache,
+        "smoothquant_alpha": quantize.smoothquant_alpha if smoothquant else None,
+        "image_share": quantize.image_share if searched else None,
     }
 
 
-def _solve_all(job: RunContext, formats: Sequence[QuantFormat]) -> Solved:
-    """Some formats for this rank's share of the layers: what observe made, or from files."""
-    held = [len(job.solved_scales.get(fmt.name, ())) for fmt in formats]
-    counts = job.parallel.gather(held)
-    if all(sum(layers) == job.plan.decoder.layers for layers in zip(*counts, strict=True)):
-        return {fmt.name: job.solved_scales[fmt.name] for fmt in formats}
-    job.solved_scales.clear()
-    return _solve_from_files(job, formats)
+def _solve_all(context: RunContext, formats: Sequence[QuantFormat]) -> Solved:
+    """Return the scales of this rank's layers: solved by observe, or solved now from files."""
+    counts = [len(context.solved_scales.get(fmt.name, ())) for fmt in formats]
+    per_format = zip(*context.parallel.all_gather(counts), strict=True)
+    if all(sum(layers) == context.plan.decoder.layers for layers in per_format):
+        return {fmt.name: context.solved_scales[fmt.name] for fmt in formats}
+    context.solved_scales.clear()
+    return _solve_from_files(context, formats)
 
 
-def layer_solver(
-    job: RunContext, formats: Sequence[QuantFormat]
-) -> Callable[[int, Mapping[str, torch.Tensor], Mapping[str, InputStatistics]], None]:
-    """What solves a layer (index, weights by linear, statistics by linear) into job.solved."""
-    wanted, sizes = job.plan.recipe.quantize, job.plan.decoder.sizes(VOCAB_MULTIPLE)
-    wishes = SolveOptions(wanted.smoothquant_alpha, wanted.image_share)
-    rows = job.plan.family.parameter_map
-
-    def solve_one(
-        layer: int, weights: Mapping[str, torch.Tensor], seen: Mapping[str, InputStatistics]
-    ) -> None:
-        seen = {
-            name: one.with_output_power(weights[name]) for name, one in seen.items()
-        }  # once for all
-        for fmt in formats:
-            given = (weights, seen, fmt, wanted.group_size, sizes, wishes, rows)
-            scales = {linear: one.to_cpu() for linear, one in solve_layer(*given).items()}
-            job.solved_scales.setdefault(fmt.name, []).append((layer, scales))
-
-    return solve_one
-
-
-def _solve_from_files(job: RunContext, formats: Sequence[QuantFormat]) -> Solved:
-    """Weights and statistics are read a layer ahead; layers are dealt over all ranks."""
-    parallel, statistics = job.parallel, job.folder("statistics")
-    reader, solve_one = LayerReader(job.folder("megatron")), layer_solver(job, formats)
+def _solve_from_files(context: RunContext, formats: Sequence[QuantFormat]) -> Solved:
+    """Solve this rank's layers, assigned round-robin over all ranks, with prefetching."""
+    parallel, statistics_folder = context.parallel, context.folder("statistics")
+    reader, solve_into = LayerReader(context.folder("megatron")), layer_solver(context, formats)
 
     def read(layer: int) -> tuple[dict[str, Any], dict[str, InputStatistics]]:
         names = weight_names(layer)
@@ -147,12 +161,13 @@ def _solve_from_files(job: RunContext, formats: Sequence[QuantFormat]) -> Solved
         weights = {
             linear: to_device(tensors[name], parallel.device) for linear, name in names.items()
         }
-        return weights, load_layer(statistics, layer, parallel.device)
+        return weights, load_layer(statistics_folder, layer, parallel.device)
 
-    mine = round_robin(range(job.plan.decoder.layers), parallel.layout.world, parallel.rank)
+    layers = range(context.plan.decoder.layers)
+    assigned = round_robin(layers, parallel.layout.world_size, parallel.rank)
     label = f"solve {', '.join(fmt.name for fmt in formats)}"
-    with progress_bar(label, "layer", parallel.rank, len(mine)) as bar:
-        for layer, (weights, seen) in prefetch_to_device(mine, read, parallel.device):
-            solve_one(layer, weights, seen)
+    with progress_bar(label, "layer", parallel.rank, len(assigned)) as bar:
+        for layer, (weights, statistics) in prefetch_to_device(assigned, read, parallel.device):
+            solve_into(layer, weights, statistics)
             bar.update()
-    return {fmt.name: job.solved_scales.get(fmt.name, []) for fmt in formats}
+    return {fmt.name: context.solved_scales.get(fmt.name, []) for fmt in formats}

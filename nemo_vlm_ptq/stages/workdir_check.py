@@ -1,4 +1,4 @@
-"""Whether what lies in a workdir is of this recipe, told before anything runs; needs no ranks."""
+"""Compare the finished stages of a workdir with a recipe, without ranks, before anything runs."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from nemo_vlm_ptq.workdir import store
 
 
 def check_workdir(plan: Plan, work: Path) -> None:
-    """Compare the model, the statistics and the scales that are finished with the recipe.
+    """Check that the finished model, statistics and scales were made with this recipe.
 
     Raises:
-        UserError: some are another recipe's, are not ours, or lack what a format needs.
+        UserError: they were made with another recipe, lack what a format needs, or the folder holds
+            files of another program.
     """
-    if not store.is_done(work / "megatron", import_settings(plan)):
+    if not store.is_finished(work / "megatron", import_settings(plan)):
         return
-    if store.is_done(work / "statistics", observe_settings(plan, work)):
+    if "observe" not in plan.recipe.stages and plan.recipe.calibration.data is None:
+        return
+    if store.is_finished(work / "statistics", observe_settings(plan, work)):
         for fmt in plan.formats:
-            store.is_done(work / fmt.name / "scales", solve_inputs(plan, work, fmt))
+            store.is_finished(work / fmt.name / "scales", solve_inputs(plan, work, fmt))

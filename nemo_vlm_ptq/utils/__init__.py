@@ -1,1 +1,1 @@
-""""""
+"""Model-independent utilities: prefetching, pinned-memory copies, progress bars."""

@@ -1,7 +1,7 @@
-"""Copies between host and GPU through page-locked memory, several times as fast as plain ones.
+"""Copies between host and GPU through pinned memory, several times as fast as pageable copies.
 
-A plain copy to the host into memory that nobody had used yet was nine times as slow on an H200, one
-to the GPU out of a mapped file two and a half times (docs/scaling.md).
+On an H200 a pageable copy into untouched host memory took nine times as long, and one from a
+memory-mapped file to the GPU two and a half times (docs/dev/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -10,42 +10,49 @@ from collections.abc import Callable
 
 import torch
 
-CHUNK_BYTES = 1 << 26  # bytes; torch keeps the page-locked memory of a piece for the next one
+STAGING_BYTES = 1 << 26  # size of a pinned buffer; torch's allocator reuses it for later copies
 
 
 def copy_pinned(target: torch.Tensor, source: torch.Tensor) -> None:
-    """`target.copy_(source)`; what goes to a GPU is on its way when this returns, in its stream."""
+    """Copy `source` into `target` through pinned memory, as `target.copy_(source)` would.
+
+    A copy to a GPU is asynchronous: it has been queued in the current stream on return.
+    """
     device = target.device if target.is_cuda else source.device
     if target.device == source.device or not source.numel():
         target.copy_(source)
         return
-    to, given = torch.atleast_1d(target), torch.atleast_1d(source)
-    rows = max(1, CHUNK_BYTES * len(given) // given.nbytes)
-    with torch.cuda.device(device):  # page-locked memory is the current device's
-        for some, own in zip(to.split(rows), given.split(rows), strict=True):
-            piece = torch.empty(own.shape, dtype=own.dtype, pin_memory=True)
-            some.copy_(piece.copy_(own), non_blocking=True)
+    target, source = torch.atleast_1d(target), torch.atleast_1d(source)
+    rows = max(1, STAGING_BYTES * len(source) // source.nbytes)
+    with torch.cuda.device(device):  # pinned memory belongs to the current device
+        for target_rows, source_rows in zip(target.split(rows), source.split(rows), strict=True):
+            staging = torch.empty(source_rows.shape, dtype=source_rows.dtype, pin_memory=True)
+            target_rows.copy_(staging.copy_(source_rows), non_blocking=True)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor where it is on the device, else a copy of it there; see `copy_into`."""
+    """Return the tensor on a device: itself if it is there, else a copy made by `copy_pinned`."""
     if tensor.device == device:
         return tensor
-    copied = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-    copy_pinned(copied, tensor)
-    return copied
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    copy_pinned(copy, tensor)
+    return copy
 
 
 def start_copy_to_host(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Start a copy of a small tensor to the host; what comes back waits for it and gives it."""
+    """Start an asynchronous copy of a small tensor to pinned host memory.
+
+    Returns:
+        A function that waits for the copy and returns the host tensor.
+    """
     if not tensor.is_cuda:
         return lambda: tensor
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     host.copy_(tensor, non_blocking=True)
-    arrived = torch.cuda.current_stream(tensor.device).record_event()
+    copied = torch.cuda.current_stream(tensor.device).record_event()
 
     def wait() -> torch.Tensor:
-        arrived.synchronize()
+        copied.synchronize()
         return host
 
     return wait

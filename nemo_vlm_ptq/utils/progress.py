@@ -1,6 +1,6 @@
-"""One kind of progress bar, on one rank; in a log file it writes a line now and then.
+"""Progress bars of rank 0, shown for work that takes more than a second.
 
-What is over within a second shows none.
+In a log file a bar adds a line every 15 seconds.
 """
 
 from __future__ import annotations
@@ -12,13 +12,20 @@ from typing import Any
 from tqdm import tqdm
 
 
-def progress_bar(what: str, unit: str, rank: int, items: Iterable[Any] | int) -> tqdm[Any]:
-    """A bar over items, or one of a length to be moved by hand; silent on ranks other than 0."""
-    length = items if isinstance(items, int) else None
+def progress_bar(description: str, unit: str, rank: int, items: Iterable[Any] | int) -> tqdm[Any]:
+    """Return a progress bar that is disabled on all ranks but 0.
+
+    Args:
+        description: text in front of the bar.
+        unit: what is counted, in the singular.
+        rank: global rank.
+        items: what the bar iterates over, or the total of a bar advanced by `update`.
+    """
+    total = items if isinstance(items, int) else None
     return tqdm(
         None if isinstance(items, int) else items,
-        total=length,
-        desc=what,
+        total=total,
+        desc=description,
         unit=unit,
         disable=rank != 0,
         mininterval=0.2 if sys.stderr.isatty() else 15,

@@ -1,1 +1,1 @@
-"""Proof that a written checkpoint is what it should be; shares nothing with the exporters."""
+"""Verification of exported checkpoints; shares no arithmetic with their writers."""

@@ -1,7 +1,8 @@
-"""How far a workdir is: its stages, the Slurm jobs that work on it, and why the last one failed.
+"""Status of a workdir: its stages, the Slurm jobs that work on it, and the last error.
 
-Everything is read from files and asked of squeue, so that it is quick, on any node. This is the one
-module that knows of Slurm: slurm/submit.sh leaves the recipe's facts and its jobs in WORKDIR/slurm.
+Only small files are read and squeue is called, so that the command is quick on any node. This
+is the only module that depends on Slurm: slurm/submit.sh writes the recipe's stages and its jobs to
+WORKDIR/slurm.
 """
 
 from __future__ import annotations
@@ -19,75 +20,93 @@ from typing import Any
 
 from nemo_vlm_ptq.constants import DEFAULT_STAGES
 from nemo_vlm_ptq.errors import UserError, VerificationError
-from nemo_vlm_ptq.formats import FORMATS, TARGETS
+from nemo_vlm_ptq.formats import FORMATS
+from nemo_vlm_ptq.targets.registry import TARGETS
 from nemo_vlm_ptq.workdir import store
 
-FAILURES = "failures.jsonl"
-FACTS, JOBS = Path("slurm", "recipe.json"), Path("slurm", "jobs")  # of slurm/submit.sh
-ONCE = {"import": "megatron", "observe": "statistics", "report": "report"}
-FINISHED, BEGUN, MISSING, FAILED = "finished", "in progress", "missing", "failed"
-WELL = ("COMPLETED", "COMPLETING", "RUNNING", "PENDING", "CONFIGURING", "REQUEUED")
+FAILURES_FILE = "failures.jsonl"
+RECIPE_FACTS_FILE = Path("slurm", "recipe.json")  # written by slurm/submit.sh
+JOBS_FILE = Path("slurm", "jobs")  # written by slurm/submit.sh
+SHARED_STAGE_FOLDERS = {"import": "megatron", "observe": "statistics", "report": "report"}
+FINISHED, IN_PROGRESS, MISSING, FAILED = "finished", "in progress", "missing", "failed"
+HEALTHY_JOB_STATES = (
+    "COMPLETED", "COMPLETING", "RUNNING", "PENDING", "CONFIGURING", "REQUEUED",
+)  # fmt: skip
 
 
 def record_failure(work: Path, command: str, rank: str, error: Exception) -> None:
-    """Add a line to the failures of a workdir, if it is there: what failed, and where."""
+    """Append an error to the failures of a workdir; do nothing if the workdir does not exist.
+
+    Args:
+        work: the workdir.
+        command: the command that failed.
+        rank: global rank on which it failed.
+        error: its first line is recorded.
+    """
     if not work.is_dir():
         return
     first = (str(error).strip().splitlines() or [""])[0]
-    user = isinstance(error, UserError | VerificationError)
+    expected = isinstance(error, UserError | VerificationError)
     record = {
         "time": datetime.datetime.now().isoformat(sep=" ", timespec="seconds"),
         "command": command,
         "rank": int(rank),
         "node": socket.gethostname(),
         "job": os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID"),
-        "message": first if user else f"{type(error).__name__}: {first}",
+        "message": first if expected else f"{type(error).__name__}: {first}",
     }
-    line = json.dumps(record) + "\n"  # ranks share the file; a line is one write
-    with contextlib.suppress(OSError), (work / FAILURES).open("a") as file:  # the disk may be full
+    line = json.dumps(record) + "\n"  # one write, as ranks append to the same file
+    with contextlib.suppress(OSError), (work / FAILURES_FILE).open("a") as file:  # e.g. a full disk
         file.write(line)
 
 
-def show_status(work: Path, *, as_json: bool) -> str:
-    """The status of a workdir as text or JSON.
+def format_status(work: Path, *, as_json: bool) -> str:
+    """Return the status of a workdir as text or JSON.
 
     Raises:
-        UserError: there is no such folder.
+        UserError: the folder does not exist.
     """
     if not work.is_dir():
-        raise UserError(f"{work} is no folder; status wants the workdir of a recipe")
+        raise UserError(f"{work} is not a folder; expected the workdir of a recipe")
     status = read_status(work)
-    return json.dumps(status, indent=1) if as_json else _as_text(work, status)
+    return json.dumps(status, indent=1) if as_json else _as_text(status)
 
 
 def read_status(work: Path) -> dict[str, Any]:
-    """Stages, formats, jobs and the last error of a workdir, as plain JSON types."""
-    facts = _facts(work)
-    once = {name: _once(work, name) for name in ONCE if name in facts["stages"]}
+    """Return the stages, formats, jobs and last error of a workdir as plain JSON types."""
+    facts = _recipe_facts(work)
+    shared = {
+        name: _shared_stage_state(work, name)
+        for name in SHARED_STAGE_FOLDERS
+        if name in facts["stages"]
+    }
     formats = {
         name: {
             stage: state
-            for stage, state in _of_format(work / name, row["targets"]).items()
+            for stage, state in _format_states(work / name, entry["targets"]).items()
             if stage in facts["stages"]
         }
-        for name, row in facts["formats"].items()
+        for name, entry in facts["formats"].items()
     }
     jobs = _jobs(work)
-    states = [*once.values(), *(state for row in formats.values() for state in row.values())]
-    whole = all(state == FINISHED for state in states)
+    states = [
+        *shared.values(),
+        *(state for by_stage in formats.values() for state in by_stage.values()),
+    ]
+    all_finished = all(state == FINISHED for state in states)
     return {
         "workdir": str(work),
-        "stages": once,
+        "stages": shared,
         "formats": formats,
         "jobs": jobs,
-        "last_error": None if whole else _last_failure(work),
+        "last_error": None if all_finished else _last_failure(work),
     }
 
 
-def _facts(work: Path) -> dict[str, Any]:
-    """What submit.sh wrote of the recipe; else what can be told from the folders."""
-    if (work / FACTS).is_file():
-        facts: dict[str, Any] = store.read_json(work / FACTS)
+def _recipe_facts(work: Path) -> dict[str, Any]:
+    """Return the stages and formats that submit.sh wrote, else those found in the workdir."""
+    if (work / RECIPE_FACTS_FILE).is_file():
+        facts: dict[str, Any] = store.read_json(work / RECIPE_FACTS_FILE)
         return facts
     formats = {
         name: {"targets": [target for target in TARGETS if _state(work / name / target) != MISSING]}
@@ -99,39 +118,43 @@ def _facts(work: Path) -> dict[str, Any]:
 
 
 def _state(folder: Path) -> str:
+    """Return the state of one stage folder."""
     if (folder / store.MANIFEST).is_file():
         return FINISHED
-    return BEGUN if store.in_progress_marker(folder).exists() else MISSING
+    return IN_PROGRESS if store.in_progress_marker(folder).exists() else MISSING
 
 
-def _together(states: Sequence[str]) -> str:
-    """State of a stage that writes several folders."""
+def _combine_states(states: Sequence[str]) -> str:
+    """Return the state of a stage that writes several folders."""
     if not states or set(states) == {MISSING}:
         return MISSING
-    return FINISHED if set(states) == {FINISHED} else BEGUN
+    return FINISHED if set(states) == {FINISHED} else IN_PROGRESS
 
 
-def _once(work: Path, stage: str) -> str:
-    """State of a stage that all formats share; of observe, with what it has saved."""
-    folder = work / ONCE[stage]
+def _shared_stage_state(work: Path, stage: str) -> str:
+    """Return the state of a stage that all formats share; of observe, with its progress record."""
+    folder = work / SHARED_STAGE_FOLDERS[stage]
     if stage == "report":
         return FINISHED if (folder / "index.html").is_file() else MISSING
     state = _state(folder)
-    if stage == "observe" and state == BEGUN and (folder / store.PROGRESS).is_file():
+    if stage == "observe" and state == IN_PROGRESS and (folder / store.PROGRESS).is_file():
         record = store.read_json(folder / store.PROGRESS)["record"]
-        saved = min((len(one["ids"]) for one in record["held"].values()), default=0)
-        state += f", {len(record['finished'])} layers whole, {saved} samples of the others saved"
+        samples = min((len(held["ids"]) for held in record["held"].values()), default=0)
+        state += (
+            f", {len(record['finished'])} layers finished, "
+            f"{samples} samples of the other layers saved"
+        )
     return state
 
 
-def _of_format(folder: Path, targets: Iterable[str]) -> dict[str, str]:
-    """Stage -> state, of the stages that each format has."""
+def _format_states(folder: Path, targets: Iterable[str]) -> dict[str, str]:
+    """Return the state of each stage that runs per format."""
     verify = folder / "verify.json"
     passed = store.read_json(verify)["passed"] if verify.is_file() else None
-    states = [_state(folder / name) for name in ("scales", "quantized")]
+    solve_states = [_state(folder / name) for name in ("scales", "quantized")]
     return {
-        "solve": _together(states),
-        "export": _together([_state(folder / target) for target in targets]),
+        "solve": _combine_states(solve_states),
+        "export": _combine_states([_state(folder / target) for target in targets]),
         "verify": {None: MISSING, True: FINISHED, False: FAILED}[passed],
         "build": _state(folder / "engine"),
         "evaluate": _state(folder / "evaluate"),
@@ -139,54 +162,55 @@ def _of_format(folder: Path, targets: Iterable[str]) -> dict[str, str]:
 
 
 def _last_failure(work: Path) -> dict[str, Any] | None:
-    """The first failure of the last job that failed: the others are its consequences."""
-    path = work / FAILURES
+    """Return the first failure of the last failed job; later ones usually follow from it."""
+    path = work / FAILURES_FILE
     if not path.is_file():
         return None
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    found: dict[str, Any] = next(one for one in records if one["job"] == records[-1]["job"])
-    return found
+    first: dict[str, Any] = next(r for r in records if r["job"] == records[-1]["job"])
+    return first
 
 
 def _jobs(work: Path) -> list[dict[str, str]]:
-    """Jobs that submit.sh queued: id, name, state as Slurm has it, reason or nodes, log."""
-    path = work / JOBS
+    """Return the jobs that submit.sh queued: id, name, Slurm state, nodes or reason, log."""
+    path = work / JOBS_FILE
     if not path.is_file():
         return []
     names = dict(line.split() for line in path.read_text().splitlines())
-    known = _ask_squeue(names)
-    rows = []
+    known = _query_squeue(names)
+    jobs = []
     for number, name in names.items():
-        found = [row for row in known if row["id"].split("_")[0] == number]
-        rows += found or [{"id": number, "name": name, "state": "unknown", "where": ""}]
-    for row in rows:
-        log = work / "slurm" / f"{row['name']}_{row['id']}.log"
-        row["log"] = str(log) if log.is_file() else ""
-    return rows
+        found = [job for job in known if job["id"].split("_")[0] == number]
+        jobs += found or [{"id": number, "name": name, "state": "unknown", "where": ""}]
+    for job in jobs:
+        log = work / "slurm" / f"{job['name']}_{job['id']}.log"
+        job["log"] = str(log) if log.is_file() else ""
+    return jobs
 
 
-def _ask_squeue(names: Mapping[str, str]) -> list[dict[str, str]]:
-    """What squeue still knows of jobs and of the tasks of arrays; nothing where there is none."""
+def _query_squeue(names: Mapping[str, str]) -> list[dict[str, str]]:
+    """Return the jobs and array tasks that squeue still lists, or none without squeue."""
     if shutil.which("squeue") is None:
         return []
-    words = ["squeue", "-h", "-t", "all", "-j", ",".join(names), "-o", "%i|%j|%T|%R"]
-    lines = subprocess.run(words, capture_output=True, text=True).stdout.splitlines()
+    command = ["squeue", "-h", "-t", "all", "-j", ",".join(names), "-o", "%i|%j|%T|%R"]
+    lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
     keys = ("id", "name", "state", "where")
-    rows = [dict(zip(keys, line.split("|", 3), strict=True)) for line in lines]
-    return sorted(rows, key=lambda row: row["id"])
+    jobs = [dict(zip(keys, line.split("|", 3), strict=True)) for line in lines]
+    return sorted(jobs, key=lambda job: job["id"])
 
 
-def _as_text(work: Path, status: Mapping[str, Any]) -> str:
+def _as_text(status: Mapping[str, Any]) -> str:
+    """Format a status as lines of text, with a table of the formats and one of the jobs."""
     lines = [f"{stage:10}{state}" for stage, state in status["stages"].items()]
     formats = status["formats"]
     if formats:
         stages = list(next(iter(formats.values())))
-        rows = [[name, *row.values()] for name, row in formats.items()]
+        rows = [[name, *states.values()] for name, states in formats.items()]
         lines += ["", *_table(["format", *stages], rows)]
     if status["jobs"]:
         rows = [list(job.values()) for job in status["jobs"]]
         for row, job in zip(rows, status["jobs"], strict=True):
-            row[-1] = "" if job["state"] in WELL else job["log"]
+            row[-1] = "" if job["state"] in HEALTHY_JOB_STATES else job["log"]
         lines += ["", *_table(["job", "name", "state", "nodes or reason", "log"], rows)]
     error = status["last_error"]
     if error:
@@ -201,6 +225,7 @@ def _as_text(work: Path, status: Mapping[str, Any]) -> str:
 
 
 def _table(header: list[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Format rows as lines with aligned columns."""
     cells = [header, *rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     return [

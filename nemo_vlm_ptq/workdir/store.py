@@ -1,8 +1,8 @@
-"""Stage folders: written once, finished by a manifest, never mistaken for whole when they are not.
+"""Stage folders, which are written once and finished by a manifest.
 
-A folder is done when it holds manifest.json, which is written last by an atomic rename. Beside a
-folder that is being written lies a marker, so that an interrupted one can be told from somebody's
-own files.
+A stage folder is finished when it holds manifest.json, which is written last, by an atomic rename.
+While a folder is being written, an in-progress marker exists beside it, which distinguishes an
+interrupted stage from files of the user.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ from nemo_vlm_ptq.errors import UserError
 
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
-HASH_THREADS = 16  # files at a time, whose bytes a file system may have to bring
-PACKAGES = ("nemo_vlm_ptq", "torch", "transformers", "megatron-core", "nvidia-modelopt")
+HASH_THREADS = 16  # files hashed at once, to hide the latency of network file systems
+HASH_CHUNK_BYTES = 1 << 22
+RECORDED_PACKAGES = ("nemo_vlm_ptq", "torch", "transformers", "megatron-core", "nvidia-modelopt")
 
 
 def in_progress_marker(folder: Path) -> Path:
-    """The file that lies beside a folder while it is being written."""
+    """Return the path of the file that exists while a stage folder is being written."""
     return folder.with_name(f".{folder.name}.being-written")
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a finished folder, or None.
+    """Read the manifest of a stage folder, or return None if it is not finished.
 
     Raises:
-        UserError: there is one that this tool did not write, or not whole.
+        UserError: the manifest is truncated or was written by another tool.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -46,15 +47,19 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     except ValueError:
         manifest = None
     if not isinstance(manifest, dict) or not {"stage", "settings", "files"} <= set(manifest):
-        raise UserError(f"{path} is not a manifest of ours; choose another workdir")
+        raise UserError(f"{path} is not a manifest written by nemo-vlm-ptq; choose another workdir")
     return manifest
 
 
 def require_manifest(folder: Path, stage: str) -> dict[str, Any]:
-    """The manifest of an input folder.
+    """Read the manifest of a stage folder that another stage needs.
+
+    Args:
+        folder: the stage folder.
+        stage: the stage that writes it.
 
     Raises:
-        UserError: the stage before has not finished.
+        UserError: the folder is not finished.
     """
     manifest = read_manifest(folder)
     if manifest is None:
@@ -62,33 +67,40 @@ def require_manifest(folder: Path, stage: str) -> dict[str, Any]:
     return manifest
 
 
-def is_done(folder: Path, settings: Mapping[str, Any]) -> bool:
-    """True when the folder is finished with just these settings.
+def is_finished(folder: Path, settings: Mapping[str, Any]) -> bool:
+    """Return whether the stage folder is finished and was made with exactly these settings.
 
     Raises:
-        UserError: it holds another recipe's result, or files that are not ours.
+        UserError: the folder was made with other settings, or holds files of other origin.
     """
     manifest = read_manifest(folder)
     if manifest is not None:
-        before = manifest["settings"]
-        now = json.loads(json.dumps(dict(settings)))
-        changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-        if changed:
-            key = min(changed, key=lambda key: _is_hash(now.get(key)))  # a setting tells more
-            said = f"{key}={before.get(key)!r}, the recipe says {now.get(key)!r}"
-            if _is_hash(now.get(key)):
-                said = f"other {key} than there are now"
-            raise UserError(
-                f"{folder} exists and was made with {said}; "
-                "remove the folder or choose another workdir"
-            )
+        _require_settings(folder, manifest["settings"], json.loads(json.dumps(dict(settings))))
         return True
-    for place in (folder, *folder.parents):
-        if place.exists() and not place.is_dir():
-            raise UserError(f"{place} is a file where a folder should go; choose another workdir")
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a file, expected a folder; choose another workdir")
     if folder.is_dir() and any(folder.iterdir()) and not in_progress_marker(folder).exists():
-        raise UserError(f"output folder {folder} exists and is not ours; choose another workdir")
+        raise UserError(
+            f"output folder {folder} exists and was not written by nemo-vlm-ptq; "
+            "choose another workdir"
+        )
     return False
+
+
+def _require_settings(folder: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Reject a folder made with other settings; name a recipe value before an input hash."""
+    changed = [key for key in sorted({*saved, *current}) if saved.get(key) != current.get(key)]
+    if not changed:
+        return
+    key = min(changed, key=lambda key: _is_hash(current.get(key)))
+    difference = f"{key}={saved.get(key)!r}, the recipe has {current.get(key)!r}"
+    if _is_hash(current.get(key)):
+        difference = f"different {key}"
+    raise UserError(
+        f"{folder} exists and was made with {difference}; "
+        "remove the folder or choose another workdir"
+    )
 
 
 def _is_hash(value: Any) -> bool:
@@ -96,9 +108,9 @@ def _is_hash(value: Any) -> bool:
 
 
 def begin_stage(folder: Path, settings: Mapping[str, Any]) -> None:
-    """A folder with the marker beside it.
+    """Create the stage folder and its in-progress marker.
 
-    What an interrupted run left is removed, unless it recorded its progress with these settings.
+    Remove what an interrupted run left, unless its progress record has the same settings.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     in_progress_marker(folder).touch()
@@ -108,7 +120,7 @@ def begin_stage(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def read_progress(folder: Path, settings: Mapping[str, Any]) -> Any:
-    """What an unfinished stage recorded of its progress with just these settings, or None."""
+    """Read the progress record of an unfinished stage with the same settings, or return None."""
     path = folder / PROGRESS
     if not path.is_file():
         return None
@@ -117,46 +129,52 @@ def read_progress(folder: Path, settings: Mapping[str, Any]) -> Any:
 
 
 def write_progress(folder: Path, settings: Mapping[str, Any], record: Any) -> None:
-    """Record the progress of an unfinished stage; it counts until the stage is finished."""
+    """Write the progress record of an unfinished stage; `finish_stage` removes it."""
     write_json(folder / PROGRESS, {"settings": dict(settings), "record": record})
 
 
 def hash_file(path: Path) -> str:
-    """sha256 of a file, hex."""
+    """Return the sha256 of a file as hex digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
+        while chunk := file.read(HASH_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
 
 
 def hash_manifest(folder: Path) -> str:
-    """sha256 of a folder's manifest: the identity of everything in it."""
+    """Return the sha256 of a folder's manifest, which identifies all its files."""
     return hash_file(folder / MANIFEST)
 
 
-def versions() -> dict[str, str]:
-    """Versions of the packages that a result depends on."""
-    found = {}
-    for name in PACKAGES:
+def package_versions() -> dict[str, str]:
+    """Return the versions of the packages that results depend on."""
+    versions = {}
+    for name in RECORDED_PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            versions[name] = "not installed"
+    return versions
 
 
 def hash_files(
     folder: Path, names: Iterable[str], known: Mapping[str, str] = MappingProxyType({})
 ) -> dict[str, dict[str, Any]]:
-    """Relative name -> bytes and sha256, for files that this rank wrote; some sha256 are known."""
+    """Return the size and sha256 of files that this rank wrote, by relative name.
+
+    Args:
+        folder: the stage folder.
+        names: relative file names.
+        known: sha256 of files that were hashed while they were written.
+    """
 
     def sha256(name: str) -> str:
         return known.get(name) or hash_file(folder / name)
 
     ordered = sorted(names)
-    with ThreadPoolExecutor(HASH_THREADS) as hashers:  # hashing lets other threads run
-        digests = list(hashers.map(sha256, ordered))
+    with ThreadPoolExecutor(HASH_THREADS) as executor:  # hashing releases the interpreter lock
+        digests = list(executor.map(sha256, ordered))
     return {
         name: {"bytes": (folder / name).stat().st_size, "sha256": digest}
         for name, digest in zip(ordered, digests, strict=True)
@@ -171,20 +189,20 @@ def finish_stage(
     files: Mapping[str, Any],
     facts: Mapping[str, Any],
 ) -> None:
-    """Write the manifest and drop the marker: from now on the folder is done.
+    """Write the manifest, then remove the in-progress marker and the progress record.
 
     Args:
-        folder: the stage's folder.
-        stage: its name.
-        settings: recipe values and input hashes it was made from.
-        files: from `describe`, of all ranks.
-        facts: what the stage wants to tell those after it.
+        folder: the stage folder.
+        stage: its stage.
+        settings: recipe values and input hashes that it was made with.
+        files: from `hash_files`, of all ranks.
+        facts: values that later stages and the report read.
     """
     manifest = {
         "stage": stage,
         "settings": dict(settings),
-        "versions": versions(),
-        "bytes": sum(entry["bytes"] for entry in files.values()),
+        "versions": package_versions(),
+        "bytes": sum(file["bytes"] for file in files.values()),
         "facts": dict(facts),
         "files": dict(sorted(files.items())),
     }
@@ -194,30 +212,30 @@ def finish_stage(
 
 
 def save_tensors(tensors: Mapping[str, Any], path: Path) -> None:
-    """Write a safetensors file that whoever may read the folder can read."""
+    """Write tensors to a safetensors file whose permissions follow the umask."""
     from safetensors.torch import save_file
 
-    own = {}
+    separate = {}
     seen = set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().contiguous().cpu()
-        if (memory := tensor.untyped_storage().data_ptr()) in seen:
-            tensor = tensor.clone()  # the library refuses tensors that share memory
-        seen.add(memory)
-        own[name] = tensor
-    save_file(own, path, metadata={"format": "pt"})
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
+        if (storage := tensor.untyped_storage().data_ptr()) in seen:
+            tensor = tensor.clone()  # save_file rejects tensors that share memory
+        seen.add(storage)
+        separate[name] = tensor
+    save_file(separate, path, metadata={"format": "pt"})
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
 
 
 def read_json(path: Path) -> Any:
-    """The JSON in a file."""
+    """Read a JSON file."""
     return json.loads(path.read_text())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON through a temporary file and a rename."""
+    """Write a JSON file atomically, through a temporary file and a rename."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(value, indent=1, sort_keys=False) + "\n")
     os.replace(temporary, path)

@@ -1,7 +1,7 @@
-"""What the worker takes of TensorRT."""
+"""Fake tensorrt: what the worker uses of it."""
 
 
 class DataType:
-    """Types of numbers."""
+    """Tensor dtypes."""
 
     HALF = "half"

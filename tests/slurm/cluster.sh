@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# A Slurm of two nodes on this machine, for tests: root, Linux, Debian's packages slurmctld slurmd
-# slurm-client munge. Nothing outside of FOLDER is written, and nothing of a real Slurm is touched.
+# Two-node Slurm cluster on one machine, for tests. Requires Linux, root and Debian's packages
+# slurmctld slurmd slurm-client munge. Writes to FOLDER only and does not affect a real cluster.
 #
-#   tests/slurm/cluster.sh start FOLDER     afterwards SLURM_CONF=FOLDER/slurm.conf is all it takes
+#   tests/slurm/cluster.sh start FOLDER     then use it with SLURM_CONF=FOLDER/slurm.conf
 #   tests/slurm/cluster.sh stop FOLDER
 #
-# Each node is a slurmd with a host name and an address of its own, so that what only works on one
-# machine fails here as well. It has two GPUs that are none: Slurm hands them out, nothing runs there.
+# Each node is a slurmd with its own host name and address, so that code that works on a single
+# machine only fails here as well. Each node has two fake GPUs, which Slurm allocates.
 set -euo pipefail
 
 (($# == 2)) || { echo "usage: cluster.sh start|stop FOLDER" >&2 && exit 2; }
@@ -16,9 +16,9 @@ tag=$(printf '%s' "$home" | cksum | cut -d ' ' -f 1)
 bridge=sl$((tag % 100000000))
 network=10.$((tag % 200 + 20)).$((tag / 256 % 250))
 key=$home/munge
-longest=$((107 - 40)) # a socket's name may have 107 letters, its end is /node1/spool/node1_JOB.STEP
+longest=$((107 - 40)) # a socket path has at most 107 characters, with /node1/spool/node1_JOB.STEP
 if ((${#home} > longest)); then
-    echo "$home: a folder whose name has at most $longest letters is needed: there are sockets in it" >&2
+    echo "FOLDER must have at most $longest characters because it contains sockets, got $home" >&2
     exit 2
 fi
 export SLURM_CONF=$home/slurm.conf
@@ -55,7 +55,7 @@ PartitionName=test Nodes=node1,node2 Default=YES OverSubscribe=NO MaxTime=60
 END
 }
 
-# Secrets of this cluster alone, and the daemon that signs with them.
+# Create the cluster's own key and start the munge daemon with it.
 start_munge() {
     mkdir -p "$key"
     chmod 700 "$key"
@@ -65,7 +65,7 @@ start_munge() {
         --log-file "$home/munged.log" --seed-file "$key/seed"
 }
 
-# A node: its own host name, address and /etc/hosts; files are shared, as on a cluster.
+# Start a node with its own host name, address and /etc/hosts; the file system is shared.
 start_node() {
     local number=$1 process
     mkdir -p "$home/node$number/spool"
@@ -81,7 +81,7 @@ start_node() {
     ' node "$home/hosts" "$number" "$network" >"$home/node$number/out" 2>&1 &
     process=$!
     echo "$process" >"$home/node$number.pid"
-    for _ in $(seq 100); do # until it has a network of its own
+    for _ in $(seq 100); do # wait until it has its own network namespace
         [[ $(readlink "/proc/$process/ns/net") == "$(readlink /proc/self/ns/net)" ]] || break
         sleep 0.05
     done
@@ -113,7 +113,7 @@ start() {
         fi
         sleep 0.1
     done
-    echo "the nodes did not come up:" >&2
+    echo "the nodes did not become idle:" >&2
     tail -n 5 "$home"/*.log "$home"/node?/{out,slurmd.log} >&2 || true
     stop
     return 1
@@ -122,14 +122,14 @@ start() {
 stop() {
     local file process
     scancel --user="$(id -un)" 2>/dev/null || true
-    for _ in $(seq 100); do # jobs outlive the daemons that started them
+    for _ in $(seq 100); do # running jobs would outlive the daemons
         [[ $(squeue -h 2>/dev/null) ]] || break
         sleep 0.2
     done
     for file in "$home"/node?.pid "$home"/{slurmctld,munged}.pid; do
         process=$(cat "$file" 2>/dev/null) || continue
         kill "$process" 2>/dev/null || continue
-        for _ in $(seq 100); do # they write their state at last
+        for _ in $(seq 100); do # wait until the daemons have saved their state
             [[ $(readlink "/proc/$process/exe") ]] || break
             sleep 0.1
         done

@@ -1,1 +1,1 @@
-""""""
+"""The observe stage's loop: forward hooks, reduction over ranks, and progress for resuming."""

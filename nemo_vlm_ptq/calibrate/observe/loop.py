@@ -1,8 +1,9 @@
-"""Observe: run the model over calibration data and keep sufficient statistics, no more.
+"""Run the model over the calibration data and keep sufficient statistics of its activations.
 
-Layers are taken in as many passes as the memory of their second moments asks for. What has been
-gathered is saved now and then, and when a signal asks to stop, with the samples that it contains:
-a run that was stopped goes on from there, on any number of ranks, and ends with the same bytes.
+Layers are observed in as many passes over the data as the memory of their second moments requires.
+The sums gathered so far are saved at intervals and when a signal asks to stop, together with the
+ids of the samples that they include. An interrupted run resumes from there on any number of ranks
+and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -21,57 +22,62 @@ from megatron.core.models.gpt import GPTModel
 from nemo_vlm_ptq.calibrate.observe.observer import Observer
 from nemo_vlm_ptq.calibrate.observe.progress import (
     ObserveProgress,
+    defer_stop_signals,
     read_progress,
     stop_agreement,
-    stop_requested,
     write_progress,
 )
 from nemo_vlm_ptq.calibrate.observe.reduction import LayerConsumer, load_saved_sums, reduce_and_save
 from nemo_vlm_ptq.calibrate.statistics import LINEARS, layer_file
-from nemo_vlm_ptq.distributed.layout import round_robin, split_evenly, strip_entries
+from nemo_vlm_ptq.distributed.layout import round_robin, split_evenly
+from nemo_vlm_ptq.distributed.moment_strips import strip_numel
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.base import Sample
-from nemo_vlm_ptq.megatron.forward import collate, encode_images, encodes_images, forward
+from nemo_vlm_ptq.megatron.forward import collate, encode_images, forward, is_encoding_rank
 from nemo_vlm_ptq.megatron.parallel_context import ParallelContext, free_memory
-from nemo_vlm_ptq.planning.forecast import MEMORY_FRACTION, PREFETCH_MICRO_BATCHES
+from nemo_vlm_ptq.planning.forecast import PREFETCH_MICRO_BATCHES, SECOND_MOMENT_MEMORY_FRACTION
 from nemo_vlm_ptq.utils.prefetch import prefetch
 from nemo_vlm_ptq.utils.progress import progress_bar
 
-MicroBatch = Sequence[Any]  # the questions of one micro-batch; each has an `id`
+MicroBatch = Sequence[Any]  # questions of one micro-batch; each has an `id`
 
 
 @dataclass(frozen=True)
 class ObserveSetup:
-    """A model on this rank, and how samples are made for it.
+    """The model on this rank and the preprocessing of its inputs.
 
-    model: built without row-parallel linears; vision: pixels -> features, used on the first
-    pipeline stage; prepare: makes the samples of a micro-batch when their turn comes, and whether
-    this rank looks at their images: else they may be without values.
+    model: decoder built for calibration, without row-parallel linears.
+    vision: images -> features; used on the first pipeline stage.
+    parallel: this rank's parallel context.
+    preprocess: (micro-batch, whether this rank encodes its images) -> samples. Without encoding,
+        samples need no pixel values.
     """
 
     model: GPTModel
     vision: Any
     parallel: ParallelContext
-    prepare: Callable[[MicroBatch, bool], list[Sample]]
+    preprocess: Callable[[MicroBatch, bool], list[Sample]]
 
     @property
     def layers(self) -> list[int]:
-        """This rank's layers, counted over the whole model."""
+        """Indices of this rank's layers in the whole model."""
         return [block.layer_number - 1 for block in self.model.decoder.layers]
 
 
 @dataclass(frozen=True)
 class ObserveOptions:
-    """What is gathered, and how.
+    """What observe gathers, and its resources.
 
-    moments: second moments are wanted; memory: bytes of them on a rank, None: what is free;
-    working: bytes that are left free for all else then; save_every: micro-batches of a rank between
-    two saves; consume: what a layer's tensors go to as well, while they are written.
+    second_moments: whether second moments are gathered.
+    max_memory: bytes of second moments per rank; None: a fraction of the free memory.
+    reserved_memory: bytes of free memory that are then left for everything else.
+    save_every: micro-batches of a data rank between two saves.
+    consume: called with each layer and its tensors while they are written.
     """
 
-    moments: bool
-    memory: int | None = None
-    working: int = 0
+    second_moments: bool
+    max_memory: int | None = None
+    reserved_memory: int = 0
     save_every: int = 64
     consume: LayerConsumer = lambda layer, tensors: None
 
@@ -80,7 +86,9 @@ class ObserveOptions:
 class ObserveResult:
     """What this rank has done in this run.
 
-    files: that it answers for; sha256: of those it wrote, by name; passes: samples it ran.
+    files: statistics files that this rank reports.
+    sha256: name -> sha256 of the files that this rank wrote.
+    passes: for each pass over the data, ids of the samples that this rank ran.
     """
 
     files: list[str] = field(default_factory=list)
@@ -89,132 +97,136 @@ class ObserveResult:
 
 
 def observe(
-    work: ObserveSetup,
-    chunks: Sequence[MicroBatch],
+    setup: ObserveSetup,
+    micro_batches: Sequence[MicroBatch],
     folder: Path,
-    limits: ObserveOptions,
+    options: ObserveOptions,
     settings: Mapping[str, Any],
 ) -> ObserveResult:
-    """Statistics of every layer into a folder, going on from what lies there (collective).
+    """Write the statistics of every layer, resuming from the progress in `folder` (collective).
 
     Args:
-        work: this rank's model.
-        chunks: all micro-batches, the same on every rank.
+        setup: this rank's model.
+        micro_batches: all micro-batches, the same on every rank.
         folder: the stage's folder.
-        limits: what is gathered, in how much memory, and how often it is saved.
-        settings: what the statistics depend on; saved ones of other settings are not used.
+        options: what to gather, and memory and save interval.
+        settings: what the statistics depend on; progress with other settings is ignored.
 
     Raises:
-        UserError: NaN or Inf in an activation (names layer, linear, modality and sample); less
-            memory than one layer takes; activations too large for exact sums.
+        UserError: an activation holds NaN or Inf (names layer, linear, modality and sample); the
+            memory is less than one layer needs; activations are too large for exact sums.
     """
-    parallel, progress, run = work.parallel, read_progress(folder, settings), ObserveResult()
+    parallel, result = setup.parallel, ObserveResult()
+    progress = read_progress(folder, settings)
     if parallel.rank == 0:
-        run.files += [layer_file(layer) for layer in progress.finished]
-    left = [layer for layer in work.layers if layer not in progress.finished]
-    passes, why = max(parallel.gather(_passes(work, len(left), limits)))
+        result.files += [layer_file(layer) for layer in progress.finished]
+    remaining = [layer for layer in setup.layers if layer not in progress.finished]
+    passes, reason = max(parallel.all_gather(_count_passes(setup, len(remaining), options)))
     if passes > 1:
-        parallel.log(f"observe: {passes} passes over the data: {why}")
-    for share in range(passes):
-        observer = Observer(work.model, parallel, split_evenly(left, passes, share), limits.moments)
-        progress = _one_pass(work, observer, chunks, folder, limits, progress, run)
-    return run
+        parallel.log(f"observe: {passes} passes over the data: {reason}")
+    for index in range(passes):
+        layers = split_evenly(remaining, passes, index)
+        observer = Observer(setup.model, parallel, layers, options.second_moments)
+        progress = _run_pass(setup, observer, micro_batches, folder, options, progress, result)
+    return result
 
 
-def _one_pass(
-    work: ObserveSetup,
+def _run_pass(
+    setup: ObserveSetup,
     observer: Observer,
-    chunks: Sequence[MicroBatch],
+    micro_batches: Sequence[MicroBatch],
     folder: Path,
-    limits: ObserveOptions,
+    options: ObserveOptions,
     progress: ObserveProgress,
-    run: ObserveResult,
+    result: ObserveResult,
 ) -> ObserveProgress:
-    """The data once through the model for the layers of an observer, saved on the way."""
-    parallel = work.parallel
+    """Run the data through the model once for the observer's layers, and save at intervals."""
+    parallel = setup.parallel
     load_saved_sums(observer, folder, progress.saved)
-    together = [layer for part in parallel.gather(list(observer.blocks)) for layer in part]
-    todo = [c for c in chunks if any(_ids(c) - progress.ids(layer) for layer in together)]
-    mine: list[MicroBatch | None] = [*round_robin(todo, parallel.layout.data, parallel.data)]
-    mine += [None] * (-(-len(todo) // parallel.layout.data) - len(mine))  # all ranks save together
+    layers = [layer for part in parallel.all_gather(list(observer.blocks)) for layer in part]
+    saved_ids, data_size = progress.sample_ids, parallel.layout.data
+    remaining = [m for m in micro_batches if any(_sample_ids(m) - saved_ids(i) for i in layers)]
+    assigned: list[MicroBatch | None] = [*round_robin(remaining, data_size, parallel.data_rank)]
+    assigned += [None] * (-(-len(remaining) // data_size) - len(assigned))  # to save in step
     done: list[str] = []
-    run.passes.append(done)
-    with stop_requested() as asked:
-        stages, replica = parallel.layout.pipeline, parallel_state.get_model_parallel_group()
-        agreed = stop_agreement(asked, replica, stages)
-        for step in run_micro_batches(work, observer, mine, done, progress.ids):
-            stop = agreed()
-            if stop or (step % limits.save_every == 0 and step < len(mine)):
-                stop = any(parallel.gather(stop))
-                progress = _save(observer, parallel, folder, progress, together, done)
+    result.passes.append(done)
+    with defer_stop_signals() as stop_requested:
+        group = parallel_state.get_model_parallel_group()
+        should_stop = stop_agreement(stop_requested, group, lag=parallel.layout.pipeline)
+        for step in run_micro_batches(setup, observer, assigned, done, saved_ids):
+            stop = should_stop()
+            if stop or (step % options.save_every == 0 and step < len(assigned)):
+                stop = any(parallel.all_gather(stop))
+                progress = _save(observer, parallel, folder, progress, layers, done)
                 if stop:
-                    _end(parallel, progress, together)
-        if any(parallel.gather(asked())):  # also where another replica has not come to its end
-            progress = _save(observer, parallel, folder, progress, together, done)
-            _end(parallel, progress, together)
-    consume = limits.consume
-    written = reduce_and_save(observer, parallel, folder, exact=False, consume=consume)
-    run.files += written
-    run.sha256 |= written
-    progress = progress.with_finished(together)
+                    _exit_saved(parallel, progress, layers)
+        if any(parallel.all_gather(stop_requested())):  # another replica may still have work
+            progress = _save(observer, parallel, folder, progress, layers, done)
+            _exit_saved(parallel, progress, layers)
+    sha256 = reduce_and_save(observer, parallel, folder, exact=False, consume=options.consume)
+    result.files += sha256
+    result.sha256 |= sha256
+    progress = progress.with_finished(layers)
     parallel.barrier()
-    _settle(folder, parallel, progress)
+    _commit(folder, parallel, progress)
     return progress
 
 
 def run_micro_batches(
-    work: ObserveSetup,
+    setup: ObserveSetup,
     observer: Observer,
-    chunks: Sequence[MicroBatch | None],
+    micro_batches: Sequence[MicroBatch | None],
     done: list[str],
-    ids: Callable[[int], frozenset[str]],
+    saved_ids: Callable[[int], frozenset[str]],
 ) -> Iterator[int]:
-    """Run this data rank's micro-batches; yields how many are through after each.
+    """Run this data rank's micro-batches and yield the number completed after each.
 
     Args:
-        work: this rank's model.
-        observer: of some of its layers.
-        chunks: not prepared yet; None keeps step with ranks that have one more.
-        done: ids of samples are added to it.
-        ids: layer -> samples that it contains already.
+        setup: this rank's model.
+        observer: statistics of some of its layers.
+        micro_batches: before preprocessing; None where other data ranks have one more.
+        done: ids of completed samples are appended to it.
+        saved_ids: layer -> ids of the samples that its statistics already include.
     """
-    model, parallel, hidden = work.model, work.parallel, work.model.config.hidden_size
-    windows = _windows([chunk for chunk in chunks if chunk is not None])
+    model, parallel, hidden = setup.model, setup.parallel, setup.model.config.hidden_size
+    windows = _windows([batch for batch in micro_batches if batch is not None])
 
-    def prepare(window: Sequence[MicroBatch]) -> list[list[Sample]]:
-        return [work.prepare(chunk, encodes_images(parallel, i)) for i, chunk in enumerate(window)]
+    def preprocess(window: Sequence[MicroBatch]) -> list[list[Sample]]:
+        return [setup.preprocess(m, is_encoding_rank(parallel, i)) for i, m in enumerate(window)]
 
-    prepared = prefetch(windows, prepare)
+    prefetched = prefetch(windows, preprocess)
     features: Iterator[Any] = iter(())
-    batches: deque[list[Sample]] = deque()
-    bar = progress_bar("observe", "batch", parallel.rank, len(chunks))
+    encoded: deque[list[Sample]] = deque()
+    bar = progress_bar("observe", "batch", parallel.rank, len(micro_batches))
     with observer.attach_hooks(), bar:
-        for step, chunk in enumerate(chunks, 1):
-            if chunk is not None:
-                if not batches:
-                    batches.extend(next(prepared)[1])
-                    features = iter(encode_images(work.vision, parallel, batches, hidden))
-                samples, own = batches.popleft(), _ids(chunk)
+        for step, micro_batch in enumerate(micro_batches, 1):
+            if micro_batch is not None:
+                if not encoded:
+                    encoded.extend(next(prefetched)[1])
+                    features = iter(encode_images(setup.vision, parallel, encoded, hidden))
+                samples, ids = encoded.popleft(), _sample_ids(micro_batch)
                 batch = collate(samples)
-                observer.start_micro_batch(
-                    batch, {layer for layer in observer.blocks if own - ids(layer)}
-                )
+                active_layers = {layer for layer in observer.blocks if ids - saved_ids(layer)}
+                observer.start_micro_batch(batch, active_layers)
                 forward(model, parallel, batch, next(features))
-                done += sorted(own)
+                done += sorted(ids)
             bar.update()
             yield step
 
 
-def _windows(chunks: Sequence[MicroBatch]) -> Iterator[Sequence[MicroBatch]]:
-    """A micro-batch by itself, so that the model has not long to wait; then ever twice as many."""
+def _windows(micro_batches: Sequence[MicroBatch]) -> Iterator[Sequence[MicroBatch]]:
+    """Yield the micro-batches whose images are encoded together: 1, then twice as many each time.
+
+    The first window is small so that the decoder starts early.
+    """
     start, size = 0, 1
-    while start < len(chunks):
-        yield chunks[start : start + size]
+    while start < len(micro_batches):
+        yield micro_batches[start : start + size]
         start, size = start + size, min(2 * size, PREFETCH_MICRO_BATCHES)
 
 
-def _ids(chunk: Iterable[Any]) -> frozenset[str]:
-    return frozenset(item.id for item in chunk)
+def _sample_ids(micro_batch: Iterable[Any]) -> frozenset[str]:
+    return frozenset(question.id for question in micro_batch)
 
 
 def _save(
@@ -222,63 +234,64 @@ def _save(
     parallel: ParallelContext,
     folder: Path,
     progress: ObserveProgress,
-    together: Sequence[int],
+    layers: Sequence[int],
     done: Sequence[str],
 ) -> ObserveProgress:
-    """What all ranks have of their layers, with the samples that it contains (collective)."""
-    place = f"save-{progress.saves + 1}"
-    _fresh(folder / place, parallel)
-    reduce_and_save(observer, parallel, folder / place, exact=True)
-    seen = frozenset(name for part in parallel.gather(done) for name in part)
-    progress = progress.with_saved(together, place, seen)
-    _settle(folder, parallel, progress)
+    """Save exact sums of `layers` and the ids of their samples (collective)."""
+    name = f"save-{progress.num_saves + 1}"
+    if parallel.rank == 0:
+        shutil.rmtree(folder / name, ignore_errors=True)  # of an interrupted save
+        (folder / name).mkdir()
+    parallel.barrier()
+    reduce_and_save(observer, parallel, folder / name, exact=True)
+    sample_ids = frozenset(sample_id for part in parallel.all_gather(done) for sample_id in part)
+    progress = progress.with_saved(layers, name, sample_ids)
+    _commit(folder, parallel, progress)
     return progress
 
 
-def _end(parallel: ParallelContext, progress: ObserveProgress, together: Sequence[int]) -> NoReturn:
-    """End this rank, as it was asked to, once rank 0 has written what counts."""
+def _exit_saved(
+    parallel: ParallelContext, progress: ObserveProgress, layers: Sequence[int]
+) -> NoReturn:
+    """Exit this rank after a stop request, once rank 0 has recorded the progress."""
     parallel.barrier()
     if parallel.rank == 0:
-        count = len(progress.ids(min(together)))
-        parallel.log(f"observe: asked to stop; {count} samples are saved, run it again to go on")
+        count = len(progress.sample_ids(min(layers)))
+        parallel.log(
+            f"observe: stop requested: statistics of {count} samples are saved; "
+            "run the same command again to resume"
+        )
     raise SystemExit(128 + signal.SIGTERM)
 
 
-def _fresh(place: Path, parallel: ParallelContext) -> None:
-    """An empty folder for all ranks; there may be one that an interrupted save left."""
-    if parallel.rank == 0:
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir()
-    parallel.barrier()
-
-
-def _settle(folder: Path, parallel: ParallelContext, progress: ObserveProgress) -> None:
-    """What was written by all ranks counts from now on."""
+def _commit(folder: Path, parallel: ParallelContext, progress: ObserveProgress) -> None:
+    """Record the progress once all ranks have written their files."""
     parallel.barrier()
     if parallel.rank == 0:
         write_progress(folder, progress)
 
 
-def _passes(work: ObserveSetup, layers: int, limits: ObserveOptions) -> tuple[int, str]:
-    """Times that the data runs through this rank for so many layers, and why.
+def _count_passes(setup: ObserveSetup, layers: int, options: ObserveOptions) -> tuple[int, str]:
+    """Return the number of passes over the data that this rank needs, and the reason.
 
     Raises:
-        UserError: there is less memory than one layer takes.
+        UserError: the memory is less than one layer needs.
     """
-    if not limits.moments or not layers:
+    if not options.second_moments or not layers:
         return min(1, layers), ""
-    T, t = work.parallel.layout.tensor, work.parallel.tensor
-    block, layer = work.model.decoder.layers[0], 0
-    for path in LINEARS.values():
-        layer += 2 * 8 * strip_entries(block.get_submodule(path).weight.shape[1], t, T)
-    room = limits.memory
-    if room is None:
-        room = max(0, int(MEMORY_FRACTION * (free_memory(work.parallel.device) - limits.working)))
-    fitting = int(room // layer)
-    why = (
-        f"second moments of one layer take {layer / 1e6:,.1f} MB on a rank, and there is room for "
-        f"{room / 1e6:,.1f} MB"
+    parallel, block = setup.parallel, setup.model.decoder.layers[0]
+    widths = [block.get_submodule(path).weight.shape[1] for path in LINEARS.values()]
+    T, t = parallel.layout.tensor, parallel.tensor_rank
+    layer_bytes = sum(2 * 8 * strip_numel(width, t, T) for width in widths)
+    memory = options.max_memory
+    if memory is None:
+        free = free_memory(parallel.device) - options.reserved_memory
+        memory = max(0, int(SECOND_MOMENT_MEMORY_FRACTION * free))
+    fitting = int(memory // layer_bytes)
+    reason = (
+        f"second moments of one layer take {layer_bytes / 1e6:,.1f} MB per rank, "
+        f"available: {memory / 1e6:,.1f} MB"
     )
     if not fitting:
-        raise UserError(f"{why}; raise calibration.max_statistics_memory or parallel.tensor")
-    return -(-layers // fitting), why
+        raise UserError(f"{reason}; increase calibration.max_statistics_memory or parallel.tensor")
+    return -(-layers // fitting), reason

@@ -1,9 +1,11 @@
-"""Hooks on the linears of some layers, and the sufficient statistics they have gathered.
+"""Forward hooks on a rank's linears, and the sufficient statistics that they accumulate.
 
-Every statistic is a maximum or a sum of multiples of one unit over micro-batches, and micro-batches
-are formed by sample ids, so the result does not depend on how data or layers are spread over
-ranks. Tensor ranks see whole inputs of every linear, and each keeps some strips of every second
-moment.
+Every statistic is a maximum, or a sum of multiples of one unit, over micro-batches whose samples
+are chosen by id. The result is therefore the same for any assignment of data and layers to ranks.
+Each tensor rank has the whole input of every linear and keeps some strips of every second moment.
+
+Legend: L layers of this rank, N input features of all its linears, S tokens, B samples, H hidden,
+T = S B tokens of a micro-batch, K input features of one linear.
 """
 
 from __future__ import annotations
@@ -16,69 +18,80 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch.linalg import vector_norm
 
-from nemo_vlm_ptq.calibrate.second_moments import accumulate, zeros
-from nemo_vlm_ptq.calibrate.statistics import LINEARS, UNIT
-from nemo_vlm_ptq.distributed.layout import strip_owner, strips
+from nemo_vlm_ptq.calibrate.second_moments import accumulate_strip, zero_strip
+from nemo_vlm_ptq.calibrate.statistics import LINEARS, SUM_UNIT
+from nemo_vlm_ptq.distributed.moment_strips import strip_owner, strips
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.base import IMAGE, TEXT
 from nemo_vlm_ptq.megatron.forward import Batch
 from nemo_vlm_ptq.megatron.parallel_context import ParallelContext
 from nemo_vlm_ptq.utils.pinned_memory import start_copy_to_host, to_device
 
-MODALITIES = (TEXT, IMAGE)
+MODALITIES = (TEXT, IMAGE)  # by row of a statistic
 MODALITY_NAMES = {TEXT: "text", IMAGE: "image"}
 
 
 class Observer:
-    """Watches some of this rank's layers.
+    """Statistics of some of this rank's layers, accumulated by forward hooks.
 
-    `amax` float32 and `sum` int64 are [2, N]: all inputs of all linears on this rank, side by side;
-    `places` says which are whose. `moments` holds this rank's strips, [modality][strip].
-    `attention` [L,2] has the maxima of K and V, `tokens` [L,2] int64 the tokens of each modality.
+    Attributes:
+        blocks: layer -> Megatron transformer layer.
+        input_slices: (layer, linear) -> its input features in `amax` and `sum`.
+        amax: [2,N] float32, largest |x|.
+        sum: [2,N] int64, sum of |x| in units of SUM_UNIT.
+        second_moments: (layer, linear) -> for each modality, this rank's strips by index.
+        kv_amax: [L,2] float32, largest magnitudes of keys and of values.
+        tokens: [L,2] int64, numbers of tokens of each modality.
     """
 
     def __init__(
-        self, model: GPTModel, parallel: ParallelContext, layers: Sequence[int], moments: bool
+        self,
+        model: GPTModel,
+        parallel: ParallelContext,
+        layers: Sequence[int],
+        second_moments: bool,
     ) -> None:
         self.parallel, self._decoder = parallel, model.decoder
         blocks = {block.layer_number - 1: block for block in model.decoder.layers}
         self.blocks = {layer: blocks[layer] for layer in layers}
         self.input_slices: dict[tuple[int, str], slice] = {}
-        self.moments: dict[tuple[int, str], list[dict[int, torch.Tensor]]] = {}
+        self.second_moments: dict[tuple[int, str], list[dict[int, torch.Tensor]]] = {}
         end, device = 0, parallel.device
         for layer, block in self.blocks.items():
             for name, path in LINEARS.items():
                 width = block.get_submodule(path).weight.shape[1]
                 self.input_slices[layer, name] = slice(end, end := end + width)
-                if moments:
-                    self.moments[layer, name] = self._strips(width)
+                if second_moments:
+                    self.second_moments[layer, name] = self._zero_strips(width)
         self.amax = torch.zeros(2, end, device=device)
         self.sum = torch.zeros(2, end, dtype=torch.int64, device=device)
-        self.attention = torch.zeros(len(layers), 2, device=device)
+        self.kv_amax = torch.zeros(len(layers), 2, device=device)
         self.tokens = torch.zeros(len(layers), 2, dtype=torch.int64, device=device)
-        self._seen = torch.zeros(2, 2, end, device=device)  # amax and sum of one micro-batch
-        self._picks: list[tuple[int, torch.Tensor | slice]] = []  # (row of modality, its tokens)
-        self._kinds = torch.empty(0, dtype=torch.int8)  # of the micro-batch's tokens
-        self._real: torch.Tensor | slice = slice(None)
+        # State of the current micro-batch: amax and sum, tokens of each modality present (row,
+        # index), the modality of each token, tokens that are not padding, layers to update.
+        self._batch_statistics = torch.zeros(2, 2, end, device=device)
+        self._modality_tokens: list[tuple[int, torch.Tensor | slice]] = []
+        self._token_modality = torch.empty(0, dtype=torch.int8)
+        self._valid_tokens: torch.Tensor | slice = slice(None)
         self._batch: Batch
-        self._wanted: Collection[int] = ()
-        self._unread: Callable[[], None] = lambda: None  # what refuses the last micro-batch
+        self._active_layers: Collection[int] = ()
+        self._pending_check: Callable[[], None] = lambda: None  # of the previous micro-batch
 
-    def _strips(self, width: int) -> list[dict[int, torch.Tensor]]:
-        T, t = self.parallel.layout.tensor, self.parallel.tensor
-        own = [i for i in range(len(strips(width))) if strip_owner(i, T) == t]
-        return [{i: zeros(width, i, self.parallel.device) for i in own} for _ in MODALITIES]
+    def _zero_strips(self, width: int) -> list[dict[int, torch.Tensor]]:
+        T, t = self.parallel.layout.tensor, self.parallel.tensor_rank
+        owned = [i for i in range(len(strips(width))) if strip_owner(i, T) == t]
+        return [{i: zero_strip(width, i, self.parallel.device) for i in owned} for _ in MODALITIES]
 
     @contextmanager
     def attach_hooks(self) -> Iterator[None]:
-        """Hooks are in place inside this block."""
-        handles = [self._decoder.register_forward_hook(self._take_in)]
+        """Attach the forward hooks inside the context."""
+        handles = [self._decoder.register_forward_hook(self._accumulate_batch)]
         for index, (layer, block) in enumerate(self.blocks.items()):
             for name, path in LINEARS.items():
-                hook = self._hook(layer, name)
+                hook = self._make_input_hook(layer, name)
                 handles.append(block.get_submodule(path).register_forward_pre_hook(hook))
-            block.self_attention.core_attention.kv_observer = self._watch(
-                layer, self.attention[index]
+            block.self_attention.core_attention.kv_observer = self._make_kv_hook(
+                layer, self.kv_amax[index]
             )
         try:
             yield
@@ -88,114 +101,124 @@ class Observer:
             for block in self.blocks.values():
                 block.self_attention.core_attention.kv_observer = None
 
-    def start_micro_batch(self, batch: Batch, wanted: Collection[int]) -> None:
-        """The next forward is of this micro-batch, and these layers do not contain it yet."""
-        kinds = batch.modality.T.flatten()  # in the order of tokens in [S,B]
-        self._batch, self._picks, self._wanted = batch, [], wanted
-        self._kinds = to_device(kinds, self.parallel.device)
-        self._real = self._places_of(kinds != 0)
-        self._seen = torch.zeros_like(self._seen)
+    def start_micro_batch(self, batch: Batch, active_layers: Collection[int]) -> None:
+        """Prepare for the forward pass of a micro-batch.
+
+        Args:
+            batch: the micro-batch.
+            active_layers: layers whose statistics do not include it yet; others ignore it.
+        """
+        modality_T = batch.modality.T.flatten()  # in the token order of [S,B,...] activations
+        self._batch, self._modality_tokens, self._active_layers = batch, [], active_layers
+        self._token_modality = to_device(modality_T, self.parallel.device)
+        self._valid_tokens = self._token_index(modality_T != 0)
+        self._batch_statistics = torch.zeros_like(self._batch_statistics)
         counts = []
-        for index, modality in enumerate(MODALITIES):
-            mask = kinds == modality
+        for row, modality in enumerate(MODALITIES):
+            mask = modality_T == modality
             counts.append(int(mask.sum()))
             if counts[-1]:
-                self._picks.append((index, self._places_of(mask)))
-        rows = torch.tensor([layer in wanted for layer in self.blocks], dtype=torch.int64)
-        self.tokens += to_device(torch.outer(rows, torch.tensor(counts)), self.tokens.device)
+                self._modality_tokens.append((row, self._token_index(mask)))
+        active = torch.tensor([layer in active_layers for layer in self.blocks], dtype=torch.int64)
+        self.tokens += to_device(torch.outer(active, torch.tensor(counts)), self.tokens.device)
 
-    def _places_of(self, mask: torch.Tensor) -> torch.Tensor | slice:
+    def _token_index(self, mask: torch.Tensor) -> torch.Tensor | slice:
         if bool(mask.all()):
-            return slice(None)  # nothing has to be copied
+            return slice(None)  # avoids a copy of the activations
         return to_device(mask.nonzero().flatten(), self.parallel.device)
 
-    def _take_in(self, _: Any, __: Any, out_SBH: torch.Tensor) -> None:
-        """What a micro-batch showed, once it has left this rank's layers and before it is sent on.
+    def _accumulate_batch(self, _: Any, __: Any, out_SBH: torch.Tensor) -> None:
+        """Add the micro-batch's maxima and sums, and check the previous micro-batch for NaN or Inf.
 
-        What it found is asked for when the next one comes here: meanwhile a GPU has work, which
-        waiting for it would take away.
+        Runs as forward hook of the decoder. The check of one micro-batch is deferred to the next,
+        because waiting for its result would leave a GPU idle.
 
         Raises:
-            UserError: NaN or Inf in an activation.
+            UserError: an activation of the previous micro-batch contains NaN or Inf.
         """
-        amax, total = self._seen
+        amax, total = self._batch_statistics
         torch.maximum(self.amax, amax, out=self.amax)
-        self.sum += total.double().mul_(1 / UNIT).round_().long()
-        batch, finite = (
-            self._batch,
-            start_copy_to_host(total.isfinite().all()),
-        )  # maxima pass over NaN
+        self.sum += total.double().mul_(1 / SUM_UNIT).round_().long()
+        # Only sums are checked: maxima ignore NaN.
+        batch, is_finite = self._batch, start_copy_to_host(total.isfinite().all())
         self.raise_pending()
 
-        def refuse() -> None:
-            if not bool(finite()):
-                self._refuse(batch, total, out_SBH)
+        def check() -> None:
+            if not bool(is_finite()):
+                self._raise_not_finite(batch, total, out_SBH)
 
-        self._unread = refuse
+        self._pending_check = check
 
     def raise_pending(self) -> None:
-        """Nothing is left to be asked of micro-batches that ran.
+        """Run the check that is still pending.
 
         Raises:
-            UserError: NaN or Inf in an activation of the last one.
+            UserError: an activation of the last micro-batch contains NaN or Inf.
         """
-        refuse, self._unread = self._unread, lambda: None
-        refuse()
+        check, self._pending_check = self._pending_check, lambda: None
+        check()
 
-    def _hook(self, layer: int, name: str) -> Any:
-        place, kept = self.input_slices[layer, name], self.moments.get((layer, name))
+    def _make_input_hook(self, layer: int, name: str) -> Any:
+        """Return the forward pre-hook of one linear."""
+        input_slice = self.input_slices[layer, name]
+        second_moments = self.second_moments.get((layer, name))
 
         def hook(_: Any, args: tuple[torch.Tensor, ...]) -> None:
-            if layer not in self._wanted:
+            if layer not in self._active_layers:
                 return
             x_TK = args[0].detach().flatten(0, 1)
-            self._see(x_TK, place)
-            if kept is None:
+            self._observe_columns(x_TK, input_slice)
+            if second_moments is None:
                 return
-            for modality, pick in self._picks:
-                own = x_TK[pick]
-                for index, moment in kept[modality].items():
-                    accumulate(moment, index, own)
+            for row, token_index in self._modality_tokens:
+                modality_x_TK = x_TK[token_index]
+                for index, strip in second_moments[row].items():
+                    accumulate_strip(strip, index, modality_x_TK)
 
         return hook
 
-    def _see(self, x_TK: torch.Tensor, place: slice) -> None:
-        """Maxima and sums of a micro-batch, by kind of token."""
-        amax, total = self._seen[..., place]
+    def _observe_columns(self, x_TK: torch.Tensor, input_slice: slice) -> None:
+        """Store maxima and sums of each input feature of a micro-batch, by modality."""
+        amax, total = self._batch_statistics[..., input_slice]
         if x_TK.is_cuda:
             from nemo_vlm_ptq.calibrate import kernels
 
-            for seen, found in zip(
-                (amax, total), kernels.column_statistics(x_TK, self._kinds), strict=True
-            ):
-                seen.copy_(found)
+            batch_amax, batch_sum = kernels.column_statistics(x_TK, self._token_modality)
+            amax.copy_(batch_amax)
+            total.copy_(batch_sum)
             return
-        for modality, pick in self._picks:
-            own = x_TK[pick]
-            for norm, seen in ((torch.inf, amax), (1, total)):
-                vector_norm(own, norm, dim=0, dtype=torch.float32, out=seen[modality])
+        for row, token_index in self._modality_tokens:
+            modality_x_TK = x_TK[token_index]
+            for order, out in ((torch.inf, amax), (1, total)):
+                vector_norm(modality_x_TK, order, dim=0, dtype=torch.float32, out=out[row])
 
-    def _watch(self, layer: int, seen: torch.Tensor) -> Any:
-        def watch(key: torch.Tensor, value: torch.Tensor) -> None:
-            if layer not in self._wanted:
+    def _make_kv_hook(self, layer: int, kv_amax: torch.Tensor) -> Any:
+        """Return the observer of one layer's keys and values; it updates `kv_amax` [2] in place."""
+
+        def hook(key: torch.Tensor, value: torch.Tensor) -> None:
+            if layer not in self._active_layers:
                 return
             for index, x in enumerate((key, value)):
-                own = x.flatten(0, 1)[self._real]
-                amax = vector_norm(own, torch.inf, dtype=torch.float32)
-                torch.maximum(seen[index], amax, out=seen[index])
+                valid = x.flatten(0, 1)[self._valid_tokens]
+                amax = vector_norm(valid, torch.inf, dtype=torch.float32)
+                torch.maximum(kv_amax[index], amax, out=kv_amax[index])
 
-        return watch
+        return hook
 
-    def _refuse(self, batch: Batch, total: torch.Tensor, out_SBH: torch.Tensor) -> None:
-        """Name the first linear, in the order of the forward, that saw NaN or Inf."""
-        real = (batch.modality != 0).to(out_SBH.device)
-        samples = (~out_SBH.isfinite().all(dim=2).T & real).any(dim=1).nonzero().flatten()
-        sample = batch.ids[int(samples[0]) if len(samples) else 0]
-        for (layer, name), place in self.input_slices.items():
-            bad = ~total[:, place].isfinite().all(dim=1)
-            if bool(bad.any()):
-                kinds = [MODALITY_NAMES[m] for m, one in zip(MODALITIES, bad, strict=True) if one]
+    def _raise_not_finite(self, batch: Batch, total: torch.Tensor, out_SBH: torch.Tensor) -> None:
+        """Raise an error that names the first linear, in forward order, with NaN or Inf inputs."""
+        valid = (batch.modality != 0).to(out_SBH.device)
+        affected = (~out_SBH.isfinite().all(dim=2).T & valid).any(dim=1).nonzero().flatten()
+        sample_id = batch.sample_ids[int(affected[0]) if len(affected) else 0]
+        for (layer, name), input_slice in self.input_slices.items():
+            affected_rows = (~total[:, input_slice].isfinite().all(dim=1)).tolist()
+            if any(affected_rows):
+                names = [
+                    MODALITY_NAMES[modality]
+                    for modality, is_affected in zip(MODALITIES, affected_rows, strict=True)
+                    if is_affected
+                ]
                 raise UserError(
                     f"activation holds NaN or Inf: layer {layer}, input of {name}, "
-                    f"{' and '.join(kinds)} tokens of sample {sample}"
+                    f"{' and '.join(names)} tokens of sample {sample_id}"
                 )

@@ -1,7 +1,7 @@
-"""How observe is stopped, and what it left behind: finished layers, and some samples in others.
+"""Progress of an interrupted observe: which layers are finished, and the saved sums of the others.
 
-progress.json in the stage's folder says it. It is replaced in one step after the files that it
-names are written, so that whatever it says is there.
+progress.json in the stage's folder records it. The file is replaced atomically after the files that
+it refers to are written, so everything that it names exists.
 """
 
 from __future__ import annotations
@@ -20,110 +20,124 @@ import torch.distributed as dist
 
 from nemo_vlm_ptq.workdir import store
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # a launcher's, and what Slurm is told to send
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # sent by launchers, and by Slurm if told to
 
 
 @dataclass(frozen=True)
 class SavedSums:
-    """A layer's exact sums so far: the folder of its file, and ids of the samples they contain."""
+    """Exact sums of a layer that is not finished.
+
+    folder: name of the folder that holds the layer's file.
+    sample_ids: ids of the samples that the sums include.
+    """
 
     folder: str
-    ids: frozenset[str]
+    sample_ids: frozenset[str]
 
 
 @dataclass(frozen=True)
 class ObserveProgress:
-    """settings: what the statistics depend on; finished layers; layer -> what others hold; how
-    often they were saved."""
+    """Progress of observe over all ranks.
+
+    settings: what the statistics depend on.
+    finished: layers whose statistics are complete.
+    saved: layer -> saved sums, of layers that are not finished.
+    num_saves: how often sums were saved.
+    """
 
     settings: Mapping[str, Any]
     finished: frozenset[int] = frozenset()
     saved: Mapping[int, SavedSums] = field(default_factory=dict)
-    saves: int = 0
+    num_saves: int = 0
 
-    def ids(self, layer: int) -> frozenset[str]:
-        """Samples that a layer contains already."""
-        return self.saved[layer].ids if layer in self.saved else frozenset()
+    def sample_ids(self, layer: int) -> frozenset[str]:
+        """Return the ids of the samples that a layer's saved sums include."""
+        return self.saved[layer].sample_ids if layer in self.saved else frozenset()
 
     def with_saved(
-        self, layers: Iterable[int], folder: str, ids: frozenset[str]
+        self, layers: Iterable[int], folder: str, sample_ids: frozenset[str]
     ) -> ObserveProgress:
-        """Some layers now hold more samples, in a new folder."""
-        more = {layer: SavedSums(folder, self.ids(layer) | ids) for layer in layers}
-        return replace(self, saved={**self.saved, **more}, saves=self.saves + 1)
+        """Return the progress after sums of `layers`, with more samples, were saved in `folder`."""
+        updated = {
+            layer: SavedSums(folder=folder, sample_ids=self.sample_ids(layer) | sample_ids)
+            for layer in layers
+        }
+        return replace(self, saved={**self.saved, **updated}, num_saves=self.num_saves + 1)
 
     def with_finished(self, layers: Iterable[int]) -> ObserveProgress:
-        """Some layers are written whole."""
+        """Return the progress after the statistics of `layers` were completed."""
         finished = self.finished | frozenset(layers)
-        saved = {layer: one for layer, one in self.saved.items() if layer not in finished}
+        saved = {layer: sums for layer, sums in self.saved.items() if layer not in finished}
         return replace(self, finished=finished, saved=saved)
 
 
 def read_progress(folder: Path, settings: Mapping[str, Any]) -> ObserveProgress:
-    """What was saved in a folder with just these settings; nothing when it has no such record."""
-    saved = store.read_progress(folder, settings)
-    if saved is None:
+    """Read the progress in a folder; it is empty without a record of exactly these settings."""
+    record = store.read_progress(folder, settings)
+    if record is None:
         return ObserveProgress(settings)
     saved = {
-        int(layer): SavedSums(one["folder"], frozenset(one["ids"]))
-        for layer, one in saved["held"].items()
+        int(layer): SavedSums(folder=sums["folder"], sample_ids=frozenset(sums["ids"]))
+        for layer, sums in record["held"].items()
     }
-    return ObserveProgress(settings, frozenset(saved["finished"]), saved, saved["saves"])
+    return ObserveProgress(
+        settings, finished=frozenset(record["finished"]), saved=saved, num_saves=record["saves"]
+    )
 
 
 def write_progress(folder: Path, progress: ObserveProgress) -> None:
-    """Make it what counts from now on, and drop the folders that it does not name."""
+    """Replace the record in a folder and remove the save folders that it no longer names."""
     saved = {
-        layer: {"folder": one.folder, "ids": sorted(one.ids)}
-        for layer, one in sorted(progress.saved.items())
+        layer: {"folder": sums.folder, "ids": sorted(sums.sample_ids)}
+        for layer, sums in sorted(progress.saved.items())
     }
-    record = {"finished": sorted(progress.finished), "held": saved, "saves": progress.saves}
+    record = {"finished": sorted(progress.finished), "held": saved, "saves": progress.num_saves}
     store.write_progress(folder, progress.settings, record)
-    named = {one.folder for one in progress.saved.values()}
-    for place in folder.iterdir():
-        if place.is_dir() and place.name not in named:
-            shutil.rmtree(place)
+    referenced = {sums.folder for sums in progress.saved.values()}
+    for path in folder.iterdir():
+        if path.is_dir() and path.name not in referenced:
+            shutil.rmtree(path)
 
 
 @contextmanager
-def stop_requested() -> Iterator[Callable[[], bool]]:
-    """Inside, the signals that would end this rank wait; the function says whether one has come.
-
-    One that came ends the rank where the block ends, as ever.
-    """
-    came: list[int] = []
-    before = {
-        one: signal.signal(one, lambda number, _: came.append(number)) for one in STOP_SIGNALS
+def defer_stop_signals() -> Iterator[Callable[[], bool]]:
+    """Defer STOP_SIGNALS to the end of the context; yield whether one has been received."""
+    received: list[int] = []
+    previous = {
+        number: signal.signal(number, lambda number, _: received.append(number))
+        for number in STOP_SIGNALS
     }
     try:
-        yield lambda: bool(came)
+        yield lambda: bool(received)
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
-        if came:
-            signal.raise_signal(came[0])
+        if received:
+            signal.raise_signal(received[0])
 
 
 def stop_agreement(
-    asked: Callable[[], bool], group: dist.ProcessGroup, lag: int
+    stop_requested: Callable[[], bool], group: dist.ProcessGroup, lag: int
 ) -> Callable[[], bool]:
-    """What says after each micro-batch whether to stop, alike on all ranks of a model replica.
+    """Return a function that tells all ranks of a model replica alike whether to stop.
+
+    It must be called after each micro-batch (collective).
 
     Args:
-        asked: this rank has been asked to.
+        stop_requested: whether this rank has received a stop signal.
         group: ranks of the replica.
-        lag: micro-batches between question and answer. The answer travels meanwhile, and pipeline
-            stages work on as many at once: none has to wait for it.
+        lag: micro-batches between a request and the stop. The reductions overlap with those
+            micro-batches, and with the ones that pipeline stages have in flight, so no rank waits.
     """
-    waiting: deque[tuple[torch.Tensor, Any]] = deque()
+    pending: deque[tuple[torch.Tensor, Any]] = deque()
 
     def stop() -> bool:
-        flag = torch.tensor(int(asked()))
-        waiting.append((flag, dist.all_reduce(flag, dist.ReduceOp.MAX, group, async_op=True)))
-        if len(waiting) <= lag:
+        flag = torch.tensor(int(stop_requested()))
+        pending.append((flag, dist.all_reduce(flag, dist.ReduceOp.MAX, group, async_op=True)))
+        if len(pending) <= lag:
             return False
-        flag, travelling = waiting.popleft()
-        travelling.wait()
+        flag, handle = pending.popleft()
+        handle.wait()
         return bool(flag)
 
     return stop

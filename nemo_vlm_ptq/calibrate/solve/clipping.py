@@ -1,9 +1,11 @@
-"""Clip: the amax of each group tried smaller, where the group's own block of H says so.
+"""Clip the amax of each weight group where that lowers the group's own output loss.
 
-The cost of a group is dw H dw^T over its own inputs; what it has in common with other groups is
-left to the whole loss, which must fall for the clipped maxima to be kept.
+The cost of a group is dw E[x x^T] dw^T over its own inputs, that is over the diagonal block of the
+second moment. Correlations with other groups are ignored here; the caller keeps the clipped maxima
+only if the loss of the whole weight falls.
 
-Legend: O output features, K input features, G groups of g inputs, N some rows, R ratios.
+Legend: O output features, K input features, G groups of g inputs, N rows of a weight, R ratios,
+M = R N.
 """
 
 from __future__ import annotations
@@ -18,72 +20,73 @@ from nemo_vlm_ptq.calibrate.solve.scales import divide_by_pre_quant_scale, round
 from nemo_vlm_ptq.formats import QuantFormat
 
 CLIP_RATIOS = [1 - step / 20 for step in range(11)]  # 1, 0.95, ... 0.5 of the plain amax
-CHUNK_ELEMENTS = 2**23  # numbers that are worked on at once
-MAX_KERNEL_GROUP = 128  # group whose own block of H a GPU's kernel holds
+CLIP_CHUNK_ELEMENTS = 2**23  # elements processed at once, over all ratios
+MAX_KERNEL_GROUP_SIZE = 128  # largest diagonal block that the GPU kernel holds
 
 
-def kernel_supports_group(group: int) -> bool:
-    """A kernel can clip groups of this size."""
-    return 16 <= group <= MAX_KERNEL_GROUP and group & (group - 1) == 0
+def kernel_supports_group_size(group_size: int) -> bool:
+    """Return whether the GPU kernel supports groups of this size."""
+    return 16 <= group_size <= MAX_KERNEL_GROUP_SIZE and group_size & (group_size - 1) == 0
 
 
 @functools.cache
 def clip_ratios(device: torch.device) -> torch.Tensor:
-    """RATIOS where a kernel reads them, float32."""
+    """Return CLIP_RATIOS on a device, float32."""
     return torch.tensor(CLIP_RATIOS, device=device)
 
 
 def clip_amax(
     weight_OK: torch.Tensor,
     pre_quant_scale_K: torch.Tensor,
-    moment_KK: torch.Tensor,
-    row: QuantFormat,
-    group: int,
+    second_moment_KK: torch.Tensor,
+    fmt: QuantFormat,
+    group_size: int,
 ) -> torch.Tensor:
-    """The amax [O,G] of least cost, group by group, of 1 to 0.5 of the largest magnitude.
+    """Return the amax [O,G] of least cost of each group, from 1 to 0.5 of its largest magnitude.
 
     Args:
         weight_OK: weight in the model's dtype.
-        prequant_K: rounded to that dtype.
-        moment_KK: mean of x x^T.
-        row: the format, of whole numbers in groups.
-        group: inputs that share a weight scale.
+        pre_quant_scale_K: rounded to that dtype.
+        second_moment_KK: mean of x x^T.
+        fmt: a format with integer weights in groups.
+        group_size: inputs that share a weight scale.
     """
-    if weight_OK.is_cuda and kernel_supports_group(group):
+    if weight_OK.is_cuda and kernel_supports_group_size(group_size):
         from nemo_vlm_ptq.calibrate import kernels
 
-        tried = clip_ratios(weight_OK.device)
+        ratios = clip_ratios(weight_OK.device)
         return kernels.clip_candidates(
-            weight_OK, pre_quant_scale_K[None], moment_KK, tried, row.weight, group
+            weight_OK, pre_quant_scale_K[None], second_moment_KK, ratios, fmt.weight, group_size
         )[0, 1]
-    blocks_Ggg = _own_blocks(moment_KK, pre_quant_scale_K, group)
+    blocks_Ggg = _diagonal_blocks(second_moment_KK, pre_quant_scale_K, group_size)
     parts = []
-    for rows in row_chunks(weight_OK.shape, CHUNK_ELEMENTS // len(CLIP_RATIOS)):
+    for rows in row_chunks(weight_OK.shape, CLIP_CHUNK_ELEMENTS // len(CLIP_RATIOS)):
         smooth_NK = divide_by_pre_quant_scale(weight_OK[rows], pre_quant_scale_K)
-        parts.append(_clip_rows(smooth_NK, group_amax(smooth_NK, group), blocks_Ggg, row))
+        parts.append(_clip_rows(smooth_NK, group_amax(smooth_NK, group_size), blocks_Ggg, fmt))
     return torch.cat(parts)
 
 
-def _own_blocks(
-    moment_KK: torch.Tensor, pre_quant_scale_K: torch.Tensor, group: int
+def _diagonal_blocks(
+    second_moment_KK: torch.Tensor, pre_quant_scale_K: torch.Tensor, group_size: int
 ) -> torch.Tensor:
-    """H of each group's own inputs after the prequant scale [G,g,g]."""
-    pairs = moment_KK.unflatten(1, (-1, group)).unflatten(0, (-1, group))  # [G,g,G,g]
-    own = pairs.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    scale = pre_quant_scale_K.unflatten(0, (-1, group))
-    return own * scale[:, :, None] * scale[:, None, :]
+    """Return the second moment of each group's inputs, scaled by the pre_quant_scale, [G,g,g]."""
+    pairs = second_moment_KK.unflatten(1, (-1, group_size)).unflatten(0, (-1, group_size))
+    blocks_Ggg = pairs.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    scale_Gg = pre_quant_scale_K.unflatten(0, (-1, group_size))
+    return blocks_Ggg * scale_Gg[:, :, None] * scale_Gg[:, None, :]
 
 
 def _clip_rows(
-    smooth_NK: torch.Tensor, plain_NG: torch.Tensor, blocks_Ggg: torch.Tensor, row: QuantFormat
+    smooth_NK: torch.Tensor, plain_NG: torch.Tensor, blocks_Ggg: torch.Tensor, fmt: QuantFormat
 ) -> torch.Tensor:
-    """All ratios at once."""
-    tried_RNG = round_amax(plain_NG * clip_ratios(plain_NG.device)[:, None, None], smooth_NK.dtype)
-    every_MK = smooth_NK.repeat(len(CLIP_RATIOS), 1)  # M = R N
-    change_MK = fake_quantize_weight(every_MK, tried_RNG.flatten(0, 1), row).sub_(every_MK)
-    change_GMg = change_MK.unflatten(1, (len(blocks_Ggg), -1)).transpose(0, 1)
+    """Return the amax [N,G] of least cost, evaluating all ratios at once."""
+    ratios_R11 = clip_ratios(plain_NG.device)[:, None, None]
+    candidates_RNG = round_amax(plain_NG * ratios_R11, smooth_NK.dtype)
+    repeated_MK = smooth_NK.repeat(len(CLIP_RATIOS), 1)
+    delta_MK = fake_quantize_weight(repeated_MK, candidates_RNG.flatten(0, 1), fmt)
+    delta_GMg = delta_MK.sub_(repeated_MK).unflatten(1, (len(blocks_Ggg), -1)).transpose(0, 1)
     with allow_tf32():
-        product_GMg = torch.bmm(change_GMg, blocks_Ggg)
-    cost_RNG = product_GMg.mul_(change_GMg).sum(dim=2).T.reshape(tried_RNG.shape)
-    best_NG = cost_RNG.argmin(dim=0)  # the first of equals: the larger amax
-    return tried_RNG.gather(0, best_NG[None])[0]
+        product_GMg = torch.bmm(delta_GMg, blocks_Ggg)
+    cost_RNG = product_GMg.mul_(delta_GMg).sum(dim=2).T.reshape(candidates_RNG.shape)
+    best_NG = cost_RNG.argmin(dim=0)  # the first of equal costs: the larger amax
+    return candidates_RNG.gather(0, best_NG[None])[0]

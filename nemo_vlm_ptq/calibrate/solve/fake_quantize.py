@@ -1,7 +1,8 @@
-"""A weight as a reader of its format sees it, with as little memory traffic as plain torch allows.
+"""Fake quantization of weights with little memory traffic, for searches that repeat it many times.
 
-Bit for bit what `numerics.round_trip` gives, without its codes: searches round a weight dozens of
-times.
+The result equals that of `numerics.fake_quantize` bit for bit, without materializing the codes.
+
+Legend: O output features, K input features, G groups of g inputs.
 """
 
 from __future__ import annotations
@@ -15,36 +16,38 @@ from nemo_vlm_ptq.numerics import fake_quantize
 def fake_quantize_weight(
     weight_OK: torch.Tensor,
     amax: torch.Tensor,
-    row: QuantFormat,
+    fmt: QuantFormat,
     amax_2: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Codes and back, float32 [O,K], a new tensor.
+    """Quantize and dequantize a weight, float32 [O,K]; returns a new tensor.
 
     Args:
-        weight_OK: what is rounded, in any dtype.
-        amax: [], [O] or [O,G], as `LinearScales` has it.
-        row: the format.
-        amax_2: [] of the second rounding, where the format has one.
+        weight_OK: in any dtype.
+        amax: [], [O] or [O,G], as `LinearScales.weight_amax`.
+        fmt: the format.
+        amax_2: [], of the second quantization of formats that have one.
     """
-    values = _there_and_back(weight_OK, amax, row.weight)
-    if row.second_weight is not None and amax_2 is not None:
-        values = _there_and_back(values, amax_2, row.second_weight)
+    values = _fake_quantize_once(weight_OK, amax, fmt.weight)
+    if fmt.second_weight is not None and amax_2 is not None:
+        values = _fake_quantize_once(values, amax_2, fmt.second_weight)
     return values
 
 
-def _there_and_back(
-    weight_OK: torch.Tensor, amax: torch.Tensor, kind: NumberFormat
+def _fake_quantize_once(
+    weight_OK: torch.Tensor, amax: torch.Tensor, number_format: NumberFormat
 ) -> torch.Tensor:
-    if kind in ("nvfp4", "nf4"):
-        return fake_quantize(weight_OK, amax, kind)
+    if number_format in ("nvfp4", "nf4"):
+        return fake_quantize(weight_OK, amax, number_format)
+    min_code, max_code = MIN_CODE[number_format], MAX_CODE[number_format]
     safe = torch.where(amax > 0, amax.float(), 1.0)
     safe_OG = safe.reshape(-1, 1) if safe.dim() < 2 else safe
-    largest_OG = torch.full_like(safe_OG, MAX_CODE[kind])  # a GPU divides by a number otherwise
-    factor_OG = largest_OG / safe_OG
+    # A tensor, because PyTorch divides a Python number by a tensor through the reciprocal.
+    max_code_OG = torch.full_like(safe_OG, max_code)
+    factor_OG = max_code_OG / safe_OG
     values_OGg = weight_OK.unflatten(1, (safe_OG.shape[1], -1)) * factor_OG[..., None]
-    if kind == "fp8":
-        codes = values_OGg.clamp_(MIN_CODE[kind], MAX_CODE[kind]).to(torch.float8_e4m3fn)
+    if number_format == "fp8":
+        codes = values_OGg.clamp_(min_code, max_code).to(torch.float8_e4m3fn)
         values_OGg.copy_(codes)
     else:
-        values_OGg.round_().clamp_(MIN_CODE[kind], MAX_CODE[kind])
-    return values_OGg.mul_((safe_OG / largest_OG)[..., None]).flatten(1)
+        values_OGg.round_().clamp_(min_code, max_code)
+    return values_OGg.mul_((safe_OG / max_code_OG)[..., None]).flatten(1)

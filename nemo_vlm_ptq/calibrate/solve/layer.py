@@ -1,4 +1,9 @@
-"""Solve: scales for a format from weights and statistics, layer by layer, with no forward pass."""
+"""Solve one decoder layer: scales for a format from weights and statistics, without forward passes.
+
+The scales of a layer are stored whole, independently of the parallel layout.
+
+Legend: O output features, K input features, G groups of inputs.
+"""
 
 from __future__ import annotations
 
@@ -25,20 +30,22 @@ from nemo_vlm_ptq.parameter_map.sharding import HeadSizes, shard_tensor, unshard
 from nemo_vlm_ptq.workdir.store import save_tensors
 
 ATTENTION_OUTPUT = "linear_proj"
-KV = ("key.amax", "value.amax")
+KV_AMAX_KEYS = ("key.amax", "value.amax")
+STORED_FIELDS = {"pre_quant_scale": "prequant"}  # key in files, where it is not the field's name
 
 
 def weight_names(layer: int) -> dict[str, str]:
-    """Linear -> Megatron's name of its weight in a layer."""
+    """Return linear -> Megatron name of its weight in a layer."""
     return {name: f"decoder.layers.{layer}.{path}.weight" for name, path in LINEARS.items()}
 
 
 @dataclass(frozen=True)
 class SolveOptions:
-    """What a recipe says of searches.
+    """Search options of the recipe.
 
-    smoothquant_alpha: exponent, or that it is searched; image_share: weight of image tokens against
-    text tokens in searches, None as they came, or that it is searched.
+    smoothquant_alpha: exponent, or "search".
+    image_share: weight of image tokens in searches, None for their share in the calibration data,
+        or "search".
     """
 
     smoothquant_alpha: float | Literal["search"] = 1.0
@@ -48,104 +55,116 @@ class SolveOptions:
 def solve_layer(
     weights: Mapping[str, torch.Tensor],
     statistics: Mapping[str, InputStatistics],
-    row: QuantFormat,
+    fmt: QuantFormat,
     group_size: int,
     sizes: HeadSizes,
-    wishes: SolveOptions = SolveOptions(),
-    rows: Iterable[ParameterEntry] = (),
+    options: SolveOptions = SolveOptions(),
+    parameter_map: Iterable[ParameterEntry] = (),
 ) -> dict[str, LinearScales]:
-    """Scales of every linear of a layer.
+    """Return linear -> scales of a layer.
 
     Args:
         weights: linear -> whole Megatron weight [O,K] in the model's dtype.
         statistics: linear -> statistics of its input.
-        row: the format.
-        group_size: the recipe's.
+        fmt: the format.
+        group_size: of the recipe; formats with a fixed block ignore it.
         sizes: head counts of the decoder.
-        wishes: what the recipe says of searches.
-        rows: the family's table, for formats whose scales depend on Hugging Face's tensors (nf4).
+        options: search options.
+        parameter_map: entries of the family, for nf4, whose scales depend on how Hugging Face
+            splits a weight.
     """
-    group, table = row.group(group_size), {one.module_name: one for one in rows}
+    entries = {entry.module_name: entry for entry in parameter_map}
+    inputs_per_scale = fmt.group(group_size)
     solved = {}
     for name, weight in weights.items():
-        seen = statistics[name]
-        if row.algorithm == "awq":
-            folds = name == ATTENTION_OUTPUT and "compressed_tensors" in row.targets
-            tie = sizes if folds and sizes.queries_per_kv_head > 1 else None
-            solve_at = partial(awq, weight, seen, row, group, tie)
-            solved[name] = solve_with_image_share(seen, wishes.image_share, solve_at)
-        elif row.algorithm == "smoothquant":
-            alpha = wishes.smoothquant_alpha
-            solve_at = partial(smoothquant, weight, seen, row, alpha)
-            searched = alpha == "search"
-            share = wishes.image_share
-            solved[name] = (
-                solve_with_image_share(seen, share, solve_at) if searched else solve_at(None)
-            )
+        linear_statistics = statistics[name]
+        if fmt.algorithm == "awq":
+            shares_scale = name == ATTENTION_OUTPUT and fmt.shares_kv_head_scale
+            shared_heads = sizes if shares_scale and sizes.queries_per_kv_head > 1 else None
+            solve = partial(awq, weight, linear_statistics, fmt, inputs_per_scale, shared_heads)
+            solved[name] = solve_with_image_share(linear_statistics, options.image_share, solve)
+        elif fmt.algorithm == "smoothquant":
+            alpha = options.smoothquant_alpha
+            solve = partial(smoothquant, weight, linear_statistics, fmt, alpha)
+            if alpha == "search":
+                solved[name] = solve_with_image_share(linear_statistics, options.image_share, solve)
+            else:
+                solved[name] = solve(None)
         else:
             amax = None
-            if row.weight == "nf4":
-                amax = double_quantize_absmax(group_amax(weight, group), table[name], sizes)
-            solved[name] = make_scales(weight, seen, row, group, None, amax=amax)
+            if fmt.weight == "nf4":
+                absmax_OG = group_amax(weight, inputs_per_scale)
+                amax = double_quantize_absmax(absmax_OG, entries[name], sizes)
+            solved[name] = make_scales(
+                weight, linear_statistics, fmt, inputs_per_scale, None, amax=amax
+            )
     return solved
 
 
 def double_quantize_absmax(
-    amax_OG: torch.Tensor, row: ParameterEntry, sizes: HeadSizes
+    absmax_OG: torch.Tensor, entry: ParameterEntry, sizes: HeadSizes
 ) -> torch.Tensor:
-    """Absmaxes [O,G] as bitsandbytes reads them back, its double quantization done.
+    """Quantize and dequantize nf4 absmaxes as bitsandbytes does with double quantization, [O,G].
 
-    It goes over the blocks of one Hugging Face tensor, q, k and v apart or as one.
+    Double quantization processes the blocks of one Hugging Face tensor, with q, k and v separate or
+    fused.
 
     Args:
-        amax_OG: plain, in the order of Megatron's weight.
-        row: of that weight.
+        absmax_OG: in the row order of the Megatron weight.
+        entry: of that weight.
         sizes: head counts of the decoder.
     """
-    parts = [part.contiguous() for part in unshard_tensor(row.sharding, amax_OG, sizes)]
-    tensors = [torch.cat(parts)] if row.is_fused else parts
-    read = [
-        dequantize_nf4_absmax(*quantize_nf4_absmax(one.flatten())).view_as(one) for one in tensors
+    parts = [part.contiguous() for part in unshard_tensor(entry.sharding, absmax_OG, sizes)]
+    hf_tensors = [torch.cat(parts)] if entry.is_fused else parts
+    dequantized = [
+        dequantize_nf4_absmax(*quantize_nf4_absmax(absmax.flatten())).view_as(absmax)
+        for absmax in hf_tensors
     ]
-    return shard_tensor(row.sharding, read, sizes, 0, 1)
+    return shard_tensor(entry.sharding, dequantized, sizes, 0, 1)
 
 
 def save_scales(
     folder: Path,
     layer: int,
     scales: Mapping[str, LinearScales],
-    kv: tuple[torch.Tensor, torch.Tensor] | None = None,
+    kv_amax: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> str:
-    """Write a layer's scales, whole and independent of any layout; returns the file's name.
+    """Write the scales of a layer and return the file's name.
 
     Args:
-        folder: where.
-        layer: its index over the whole model.
+        folder: where to write.
+        layer: index in the whole model.
         scales: linear -> scales.
-        kv: amax [1] of keys and of values, rounded to the model's dtype, when they are quantized.
+        kv_amax: [1] of keys and of values in the model's dtype, if the KV cache is quantized.
     """
     tensors = {
-        f"{linear}.{key}": value
-        for linear, entry in scales.items()
-        for key, value in entry.tensors().items()
+        _stored_key(linear, field): tensor
+        for linear, linear_scales in scales.items()
+        for field, tensor in linear_scales.tensors().items()
     }
-    if kv is not None:
-        tensors |= dict(zip(KV, kv, strict=True))
+    if kv_amax is not None:
+        tensors |= dict(zip(KV_AMAX_KEYS, kv_amax, strict=True))
     save_tensors(dict(sorted(tensors.items())), folder / layer_file(layer))
     return layer_file(layer)
 
 
 def load_scales(folder: Path, layer: int) -> dict[str, LinearScales]:
-    """Scales of a layer as written by `save_scales`."""
+    """Load the scales of a layer written by `save_scales`."""
     tensors = load_file(folder / layer_file(layer))
     return {
-        linear: LinearScales(*[tensors.get(f"{linear}.{key}") for key in TENSOR_FIELDS])  # type: ignore[arg-type]
+        linear: LinearScales(
+            **{field: tensors.get(_stored_key(linear, field)) for field in TENSOR_FIELDS}  # type: ignore[arg-type]
+        )
         for linear in LINEARS
     }
 
 
-def load_kv(folder: Path, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Amax [] of a layer's keys and of its values, as written by `save_scales`."""
+def load_kv_amax(folder: Path, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Load the amax [] of a layer's keys and of its values, written by `save_scales`."""
     with safe_open(folder / layer_file(layer), framework="pt") as file:
-        key, value = (file.get_tensor(name).reshape(()) for name in KV)
+        key, value = (file.get_tensor(name).reshape(()) for name in KV_AMAX_KEYS)
     return key, value
+
+
+def _stored_key(linear: str, field: str) -> str:
+    return f"{linear}.{STORED_FIELDS.get(field, field)}"

@@ -1,8 +1,8 @@
-"""Image tokens against text tokens: whose error a search makes small.
+"""Balance between text and image tokens in the loss that a search minimizes.
 
-An image brings hundreds of tokens and a question a dozen, so means over tokens as they came are
-means over images. A share weighs the means of the two kinds; a search takes the share whose worse
-served kind of tokens is served best.
+An image has hundreds of tokens and a question a dozen, so unweighted means are dominated by image
+tokens. An image share reweights the means of the two modalities. A search over shares keeps the one
+whose worse modality has the smallest error.
 """
 
 from __future__ import annotations
@@ -14,33 +14,34 @@ from typing import Literal
 from nemo_vlm_ptq.calibrate.solve.scales import LinearScales
 from nemo_vlm_ptq.calibrate.statistics import InputStatistics
 
-IMAGE_SHARES = (None, 0.0, 0.25, 0.5, 0.75, 1.0)  # None: tokens as they came
+IMAGE_SHARES = (None, 0.0, 0.25, 0.5, 0.75, 1.0)  # None: the share in the calibration data
 
 
 def solve_with_image_share(
     statistics: InputStatistics,
-    wish: float | Literal["search"] | None,
-    solve_at: Callable[[float | None], LinearScales],
+    image_share: float | Literal["search"] | None,
+    solve: Callable[[float | None], LinearScales],
 ) -> LinearScales:
-    """Scales of one linear at the share that is wished for.
+    """Return the scales of one linear at the requested image share.
 
     Args:
-        statistics: of its input; where it has one kind of tokens, shares mean nothing.
-        wish: share of image tokens, None as they came, or that it is searched.
-        solve_at: share -> scales.
+        statistics: of its input. If a modality has no tokens, the share has no effect.
+        image_share: weight of image tokens, None for their share in the calibration data, or
+            "search".
+        solve: image share -> scales.
     """
-    as_they_came = statistics.image_share
-    if as_they_came is None:
-        return solve_at(None)
-    shares = IMAGE_SHARES if wish == "search" else (wish,)
-    tried = [
-        replace(solve_at(share), image_share=as_they_came if share is None else share)
+    observed_share = statistics.image_share
+    if observed_share is None:
+        return solve(None)
+    shares = IMAGE_SHARES if image_share == "search" else (image_share,)
+    candidates = [
+        replace(solve(share), image_share=observed_share if share is None else share)
         for share in shares
     ]
-    return min(tried, key=_worse) if len(tried) > 1 else tried[0]
+    return min(candidates, key=_worst_error) if len(candidates) > 1 else candidates[0]
 
 
-def _worse(scales: LinearScales) -> float:
-    """The larger error of the two kinds of tokens."""
+def _worst_error(scales: LinearScales) -> float:
+    """Return the larger of the errors over text and over image tokens."""
     assert scales.error_text is not None and scales.error_image is not None
     return max(scales.error_text, scales.error_image)

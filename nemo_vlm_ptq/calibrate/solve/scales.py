@@ -1,8 +1,10 @@
-"""Scales of one linear for each algorithm: pure arithmetic on a weight and its input statistics.
+"""Scales of one linear from its weight and input statistics: plain arithmetic, no search.
 
-Legend: O output features, K input features, G groups of K, R rank of a branch, N some rows of O. A
-`prequant` scale multiplies the input of a linear; the weight is divided by it. It is rounded to the
-model's dtype before the weight is divided, so that what is stored is what was divided by.
+A pre_quant_scale multiplies the input of a linear, and the weight is divided by it. The scale is
+rounded to the model's dtype before the division, so that the stored scale is exactly the divisor.
+
+Legend: O output features, K input features, G groups of inputs, R rank of a low-rank branch,
+N rows of a weight.
 """
 
 from __future__ import annotations
@@ -33,22 +35,26 @@ TENSOR_FIELDS = (
     "low_rank_b",
 )
 METRIC_FIELDS = ("error", "error_text", "error_image", "alpha", "image_share")
-STATIC_INPUTS = ("fp8", "int8", "nvfp4")  # roundings of inputs that need an amax
+STATIC_INPUT_FORMATS = ("fp8", "int8", "nvfp4")  # input formats that need an amax
 LowRank = tuple[torch.Tensor, torch.Tensor]  # a [R,K] and b [O,R], in the model's dtype
 
 
 @dataclass(frozen=True)
 class LinearScales:
-    """What solve says of one linear.
+    """Scales of one linear, and metrics of how they were chosen.
 
-    weight_amax: [] or [O] or [O,G] (nvfp4: [], its blocks follow from the weight; nf4: [O,G], after
-    double quantization); weight_amax_2: [] or None; input_amax: [] or None; prequant: [K] or None;
-    low_rank_a [R,K] and low_rank_b [O,R] in the model's dtype or None: the 16 bit branch b a that
-    was taken off the weight after its division by prequant.
-
-    alpha: chosen exponent; image_share: weight of image tokens that it was searched with; error:
-    relative error of the output through the weights, sqrt(tr(dW H dW^T) / tr(W H W^T)), over all
-    tokens as they came, and over those of text and of images. None where there is no such thing.
+    weight_amax: [], [O] or [O,G]. For nvfp4 [], as its block scales follow from the weight; for nf4
+        [O,G], after double quantization.
+    weight_amax_2: [], of a second weight quantization, or None.
+    input_amax: [], of a static input quantization, or None.
+    pre_quant_scale: [K], or None.
+    low_rank_a, low_rank_b: [R,K] and [O,R] in the model's dtype, or None: the 16 bit low-rank
+        branch b a, subtracted from the weight after its division by pre_quant_scale.
+    alpha: exponent of the pre_quant_scale, or None.
+    image_share: weight of image tokens in the search, or None.
+    error: relative error of the output caused by weight quantization, over all tokens:
+        sqrt(tr(dW E[x x^T] dW^T) / tr(W E[x x^T] W^T)); None without second moments.
+    error_text, error_image: the same over the tokens of one modality.
     """
 
     weight_amax: torch.Tensor
@@ -65,29 +71,29 @@ class LinearScales:
 
     @property
     def branch(self) -> LowRank | None:
-        """The 16 bit branch (a, b), or None."""
+        """The low-rank branch (a, b), or None."""
         if self.low_rank_a is None or self.low_rank_b is None:
             return None
         return self.low_rank_a, self.low_rank_b
 
     def metrics(self) -> dict[str, float | None]:
-        """What is told of the linear in a manifest."""
+        """Return the metrics that a manifest lists."""
         return {name: getattr(self, name) for name in METRIC_FIELDS}
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors by field name."""
+        """Return the tensors that are set, by field name."""
         return {name: t for name in TENSOR_FIELDS if (t := getattr(self, name)) is not None}
 
     def to_cpu(self) -> LinearScales:
-        """The same in host memory."""
-        moved: dict[str, Any] = {name: tensor.cpu() for name, tensor in self.tensors().items()}
-        return replace(self, **moved)
+        """Return a copy with its tensors in host memory."""
+        tensors: dict[str, Any] = {name: tensor.cpu() for name, tensor in self.tensors().items()}
+        return replace(self, **tensors)
 
 
 def round_amax(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """An amax as modelopt's quantizers keep it once a checkpoint is restored: in the model's dtype.
+    """Round an amax to the model's dtype, which a restored modelopt quantizer keeps it in.
 
-    Codes made from anything finer would not be those of the restored model.
+    A finer value would give other codes than the restored model.
     """
     return amax.to(dtype).float()
 
@@ -95,17 +101,19 @@ def round_amax(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def divide_by_pre_quant_scale(
     weight_OK: torch.Tensor, pre_quant_scale_K: torch.Tensor | None
 ) -> torch.Tensor:
-    """The weight that goes with a prequant scale, in the weight's dtype."""
+    """Return the weight divided by its pre_quant_scale, in the weight's dtype."""
     if pre_quant_scale_K is None:
         return weight_OK
-    back_K = 1.0 / pre_quant_scale_K.float()
-    return torch.mul(weight_OK, back_K, out=torch.empty_like(weight_OK))  # no float32 in between
+    inverse_K = 1.0 / pre_quant_scale_K.float()
+    # With `out`, no float32 weight is materialized.
+    return torch.mul(weight_OK, inverse_K, out=torch.empty_like(weight_OK))
 
 
 def residual_weight(smooth_OK: torch.Tensor, branch: LowRank | None) -> torch.Tensor:
-    """What is left to round of a weight divided by its prequant scale, in its dtype.
+    """Subtract the low-rank branch from a weight divided by its pre_quant_scale, in its dtype.
 
-    b a is summed in float64: so a cut of it has the bits of the whole, on any device.
+    b a is summed in float64, so that the residual of a shard has the bits of the whole residual, on
+    any device.
     """
     if branch is None:
         return smooth_OK
@@ -117,127 +125,129 @@ def residual_weight(smooth_OK: torch.Tensor, branch: LowRank | None) -> torch.Te
 def make_scales(
     weight_OK: torch.Tensor,
     statistics: InputStatistics,
-    row: QuantFormat,
-    group: int,
+    fmt: QuantFormat,
+    group_size: int,
     pre_quant_scale_K: torch.Tensor | None,
     *,
     branch: LowRank | None = None,
     amax: torch.Tensor | None = None,
 ) -> LinearScales:
-    """Scales of a linear whose prequant scale is settled, and the error that they make.
+    """Return the scales of a linear for a given pre_quant_scale, with their errors.
 
     Args:
         weight_OK: weight in the model's dtype.
         statistics: of its input.
-        row: the format.
-        group: inputs that share a weight scale.
-        prequant_K: or None; it is rounded to the model's dtype.
-        branch: what is taken off after the division.
-        amax: maxima of the weight; None: plain ones.
+        fmt: the format.
+        group_size: inputs that share a weight scale.
+        pre_quant_scale_K: or None; it is rounded to the model's dtype.
+        branch: low-rank branch to subtract after the division.
+        amax: weight amax; None: the largest magnitudes.
     """
     if pre_quant_scale_K is not None:
         pre_quant_scale_K = pre_quant_scale_K.to(weight_OK.dtype).float()
-    plain, top = _maxima(weight_OK, row, group, pre_quant_scale_K, branch)
+    plain_amax, tensor_amax = _weight_amax(weight_OK, fmt, group_size, pre_quant_scale_K, branch)
     input_amax = None
-    if row.activation in STATIC_INPUTS:
-        spread = (
-            statistics.amax if pre_quant_scale_K is None else statistics.amax * pre_quant_scale_K
-        )
-        input_amax = round_amax(spread.amax(), weight_OK.dtype)
+    if fmt.activation in STATIC_INPUT_FORMATS:
+        amax_K = statistics.amax
+        if pre_quant_scale_K is not None:
+            amax_K = amax_K * pre_quant_scale_K
+        input_amax = round_amax(amax_K.amax(), weight_OK.dtype)
     a_RK, b_OR = branch or (None, None)
     scales = LinearScales(
-        plain if amax is None else amax,
-        None if row.second_weight is None else top,
-        input_amax,
-        pre_quant_scale_K,
-        a_RK,
-        b_OR,
+        weight_amax=plain_amax if amax is None else amax,
+        weight_amax_2=None if fmt.second_weight is None else tensor_amax,
+        input_amax=input_amax,
+        pre_quant_scale=pre_quant_scale_K,
+        low_rank_a=a_RK,
+        low_rank_b=b_OR,
     )
-    return scales if statistics.moment is None else _with_errors(scales, weight_OK, statistics, row)
+    if statistics.second_moment is None:
+        return scales
+    return _with_errors(scales, weight_OK, statistics, fmt)
 
 
-def _parts(
+def _residual_chunks(
     weight_OK: torch.Tensor, pre_quant_scale_K: torch.Tensor | None, branch: LowRank | None
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Some rows after others, and what is rounded of them."""
+    """Yield (rows, the part of those rows that is quantized), chunk by chunk."""
     for rows in row_chunks(weight_OK.shape):
-        own = None if branch is None else (branch[0], branch[1][rows])
-        yield (
-            rows,
-            residual_weight(divide_by_pre_quant_scale(weight_OK[rows], pre_quant_scale_K), own),
-        )
+        branch_rows = None if branch is None else (branch[0], branch[1][rows])
+        smooth_NK = divide_by_pre_quant_scale(weight_OK[rows], pre_quant_scale_K)
+        yield rows, residual_weight(smooth_NK, branch_rows)
 
 
-def _maxima(
+def _weight_amax(
     weight_OK: torch.Tensor,
-    row: QuantFormat,
-    group: int,
+    fmt: QuantFormat,
+    group_size: int,
     pre_quant_scale_K: torch.Tensor | None,
     branch: LowRank | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain amax of the format's granularity, and that of the whole tensor."""
-    width = group if row.granularity == "group" else weight_OK.shape[1]
-    parts = _parts(weight_OK, pre_quant_scale_K, branch)
-    amax_OG = torch.cat([group_amax(part_NK, width) for _, part_NK in parts])
-    top = amax_OG.amax()
-    if row.granularity == "tensor":
-        return top, top
-    return (amax_OG if row.granularity == "group" else amax_OG[:, 0]), top
+    """Return the amax of the format's granularity, and that of the whole tensor."""
+    width = group_size if fmt.granularity == "group" else weight_OK.shape[1]
+    chunks = _residual_chunks(weight_OK, pre_quant_scale_K, branch)
+    amax_OG = torch.cat([group_amax(residual_NK, width) for _, residual_NK in chunks])
+    tensor_amax = amax_OG.amax()
+    if fmt.granularity == "tensor":
+        return tensor_amax, tensor_amax
+    return (amax_OG if fmt.granularity == "group" else amax_OG[:, 0]), tensor_amax
 
 
 def weight_delta(
     weight_NK: torch.Tensor,
-    part_NK: torch.Tensor,
+    residual_NK: torch.Tensor,
     scales: LinearScales,
-    row: QuantFormat,
+    fmt: QuantFormat,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """What a reader's output goes through less the weight [N,K].
+    """Return the effective weight after quantization minus the weight, [N,K].
 
     Args:
         weight_NK: the weight.
-        part_NK: what is rounded of it.
+        residual_NK: the part of it that is quantized.
         scales: of these rows.
-        row: the format.
+        fmt: the format.
         dtype: of the result; computed in float32.
     """
-    if weight_NK.is_cuda and scales.branch is None and row.weight in ("fp8", "int8", "int4"):
+    scale, amax_2 = scales.pre_quant_scale, scales.weight_amax_2
+    if weight_NK.is_cuda and scales.branch is None and fmt.weight in ("fp8", "int8", "int4"):
         from nemo_vlm_ptq.calibrate import kernels
 
-        one, second = scales.pre_quant_scale, scales.weight_amax_2
         return kernels.weight_delta(
             weight_NK,
-            None if one is None else one[None],
+            None if scale is None else scale[None],
             scales.weight_amax,
-            row.weight,
-            None if row.second_weight is None or second is None else second[None],
+            fmt.weight,
+            None if fmt.second_weight is None or amax_2 is None else amax_2[None],
             dtype,
         )
-    seen_NK = fake_quantize_weight(part_NK, scales.weight_amax, row, scales.weight_amax_2)
+    effective_NK = fake_quantize_weight(residual_NK, scales.weight_amax, fmt, amax_2)
     if scales.branch is not None:
         a_RK, b_NR = scales.branch
-        seen_NK.addmm_(b_NR.float(), a_RK.float())
-    if scales.pre_quant_scale is not None:
-        seen_NK.mul_(scales.pre_quant_scale)
-    return seen_NK.sub_(weight_NK).to(dtype)
+        effective_NK.addmm_(b_NR.float(), a_RK.float())
+    if scale is not None:
+        effective_NK.mul_(scale)
+    return effective_NK.sub_(weight_NK).to(dtype)
 
 
 def _with_errors(
     scales: LinearScales,
     weight_OK: torch.Tensor,
     statistics: InputStatistics,
-    row: QuantFormat,
+    fmt: QuantFormat,
 ) -> LinearScales:
-    """The scales with the relative errors that they make."""
-    parts = _parts(weight_OK, scales.pre_quant_scale, scales.branch)
+    """Return the scales with the relative errors that they cause."""
+    chunks = _residual_chunks(weight_OK, scales.pre_quant_scale, scales.branch)
     dtype = gram_dtype(weight_OK.device)
-    moved_KK = gram_matrix(
-        weight_delta(weight_OK[rows], part, _rows(scales, rows), row, dtype) for rows, part in parts
+    delta_gram_KK = gram_matrix(
+        weight_delta(weight_OK[rows], residual_NK, _select_rows(scales, rows), fmt, dtype)
+        for rows, residual_NK in chunks
     )
     output_power = statistics.with_output_power(weight_OK).output_power
-    moved = [weighted_trace(moved_KK, one) for one in statistics.moments.values()]
-    ratios = torch.stack(moved) / torch.stack([output_power[kind] for kind in statistics.moments])
-    errors = dict(zip(statistics.moments, ratios.clamp(min=0).sqrt().tolist(), strict=True))
+    second_moments = statistics.second_moments
+    error_power = [weighted_trace(delta_gram_KK, moment) for moment in second_moments.values()]
+    ratios = torch.stack(error_power) / torch.stack([output_power[key] for key in second_moments])
+    errors = dict(zip(second_moments, ratios.clamp(min=0).sqrt().tolist(), strict=True))
     return replace(
         scales,
         error=errors["all"],
@@ -246,8 +256,8 @@ def _with_errors(
     )
 
 
-def _rows(scales: LinearScales, rows: slice) -> LinearScales:
-    """The scales of some rows of a weight."""
+def _select_rows(scales: LinearScales, rows: slice) -> LinearScales:
+    """Return the scales of some rows of a weight."""
     amax, b_OR = scales.weight_amax, scales.low_rank_b
     return replace(
         scales,
@@ -257,29 +267,28 @@ def _rows(scales: LinearScales, rows: slice) -> LinearScales:
 
 
 def shard_scales(scales: LinearScales, linear: str, t: int, T: int) -> LinearScales:
-    """The scales of tensor shard `t` of `T`, from those of the whole Megatron weight.
+    """Return the scales of tensor-parallel shard `t` of `T` of a whole Megatron weight.
 
-    qkv rows are stored KV group by KV group, so a shard is a contiguous cut; gate and up of fc1
-    are cut apart.
+    qkv rows are stored per KV head, so a shard is contiguous; gate and up of fc1 are sharded
+    separately.
     """
 
-    def rows(tensor: torch.Tensor) -> torch.Tensor:
+    def shard_rows(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.dim() == 0 or linear in ROW_PARALLEL:
             return tensor
         if linear == "linear_fc1":
             return torch.cat([half.chunk(T)[t] for half in tensor.chunk(2)])
         return tensor.chunk(T)[t]
 
-    def inputs(tensor: torch.Tensor) -> torch.Tensor:
-        """Of the last axis."""
+    def shard_inputs(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.chunk(T, dim=-1)[t] if linear in ROW_PARALLEL else tensor
 
-    amax, pre_quant_scale, branch = rows(scales.weight_amax), scales.pre_quant_scale, scales.branch
+    amax, scale, branch = shard_rows(scales.weight_amax), scales.pre_quant_scale, scales.branch
     return LinearScales(
-        inputs(amax) if amax.dim() == 2 else amax,
-        scales.weight_amax_2,
-        scales.input_amax,
-        None if pre_quant_scale is None else inputs(pre_quant_scale),
-        None if branch is None else inputs(branch[0]),
-        None if branch is None else rows(branch[1]),
+        weight_amax=shard_inputs(amax) if amax.dim() == 2 else amax,
+        weight_amax_2=scales.weight_amax_2,
+        input_amax=scales.input_amax,
+        pre_quant_scale=None if scale is None else shard_inputs(scale),
+        low_rank_a=None if branch is None else shard_inputs(branch[0]),
+        low_rank_b=None if branch is None else shard_rows(branch[1]),
     )

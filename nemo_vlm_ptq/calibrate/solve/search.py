@@ -1,10 +1,10 @@
-"""What searches over candidate scales share: the rows they look at, a candidate's loss, the order.
+"""Parts that the searches over candidate scales share: row sampling, losses, order of evaluation.
 
-A search compares many candidates of one linear. It looks at a sample of the rows of a tall weight
-(what is told of the result is of all rows), and at coarse steps before fine ones.
+A search compares many candidates of one linear. It evaluates a sample of the rows of a tall weight
+(the reported error covers all rows), and a coarse grid of exponents before finer ones.
 
-Legend: O output features, K input features, N sampled rows, G groups, R rank of a branch, C
-candidates, M = C 2 N.
+Legend: O output features, K input features, N sampled rows, G groups of inputs, R rank of a
+low-rank branch, C candidates, M = C 2 N.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from dataclasses import dataclass
 import torch
 
 from nemo_vlm_ptq.calibrate.losses import group_amax, max_abs, row_losses
-from nemo_vlm_ptq.calibrate.solve.clipping import clip_amax, clip_ratios, kernel_supports_group
+from nemo_vlm_ptq.calibrate.solve.clipping import (
+    clip_amax,
+    clip_ratios,
+    kernel_supports_group_size,
+)
 from nemo_vlm_ptq.calibrate.solve.scales import (
     LinearScales,
     divide_by_pre_quant_scale,
@@ -25,159 +29,173 @@ from nemo_vlm_ptq.calibrate.solve.scales import (
 from nemo_vlm_ptq.calibrate.solve.svdquant import low_rank_factors
 from nemo_vlm_ptq.formats import QuantFormat
 
-SAMPLE_ROWS = 2048  # rows of a weight that a search looks at
-ALPHA_STEPS = 20  # of exponents from 0 to 1
-COARSE_TO_FINE = (4, 2, 1)  # strides: 0, 0.2, ... 1.0; then 0.1 and 0.05 beside the best
+SAMPLE_ROWS = 2048  # rows of a weight that a search evaluates
+ALPHA_STEPS = 20  # intervals between exponents 0 and 1
+COARSE_TO_FINE = (4, 2, 1)  # strides: 0, 0.2, ... 1; then 0.1 and 0.05 on both sides of the best
 EXHAUSTIVE = (1,)
 
 
 @dataclass(frozen=True)
 class RowSample:
-    """Rows of a weight that stand for all of them.
+    """Rows of a weight that represent all of them.
 
-    rows_N: which they are; weight_NK: in the model's dtype; count_N: float64, rows that each stands
-    for; top_K: float32, largest magnitude of each input over all rows.
+    rows_N: indices of the rows.
+    weight_NK: the rows, in the model's dtype.
+    count_N: float64, number of rows that each represents.
+    amax_K: float32, largest magnitude of each input feature over all rows.
     """
 
     rows_N: torch.Tensor
     weight_NK: torch.Tensor
     count_N: torch.Tensor
-    top_K: torch.Tensor
+    amax_K: torch.Tensor
 
 
-def sample_rows(weight_OK: torch.Tensor, group: int, size: int = SAMPLE_ROWS) -> RowSample:
-    """All rows, or those that rounding moves most and some of the others.
+def sample_rows(weight_OK: torch.Tensor, group_size: int, size: int = SAMPLE_ROWS) -> RowSample:
+    """Return all rows, or `size` rows: those with the largest quantization noise, and some others.
 
-    Rounding moves a row about as the squares of its groups' maxima. The half of the sample with the
-    largest stands for itself, as few rows may hold most of the loss; the other half is taken evenly
-    from the rest.
+    The noise of a row is about proportional to the mean square of its groups' maxima. The noisiest
+    rows make up half of the sample and represent only themselves, because few rows may cause most
+    of the loss. The other half is spread evenly over the remaining rows.
     """
     height, device = len(weight_OK), weight_OK.device
-    top_K = max_abs(weight_OK, dim=0)
+    amax_K = max_abs(weight_OK, dim=0)
     if height <= size:
-        ones = torch.ones(height, dtype=torch.float64, device=device)
-        return RowSample(torch.arange(height, device=device), weight_OK, ones, top_K)
+        rows_N = torch.arange(height, device=device)
+        count_N = torch.ones(height, dtype=torch.float64, device=device)
+        return RowSample(rows_N=rows_N, weight_NK=weight_OK, count_N=count_N, amax_K=amax_K)
     half = size // 2
-    noise_O = group_amax(weight_OK, group).square().mean(dim=1)
+    noise_O = group_amax(weight_OK, group_size).square().mean(dim=1)
     order = noise_O.argsort(descending=True, stable=True)
     rest = order[half:].sort().values
-    even = rest[torch.arange(half, device=device) * len(rest) // half]
-    rows_N = torch.cat([order[:half], even])
+    spread = rest[torch.arange(half, device=device) * len(rest) // half]
+    rows_N = torch.cat([order[:half], spread])
     count_N = torch.ones(2 * half, dtype=torch.float64, device=device)
     count_N[half:] = len(rest) / half
-    return RowSample(rows_N, weight_OK[rows_N], count_N, top_K)
+    return RowSample(rows_N=rows_N, weight_NK=weight_OK[rows_N], count_N=count_N, amax_K=amax_K)
 
 
 def candidate_loss(
     sample: RowSample,
-    moment_KK: torch.Tensor,
-    row: QuantFormat,
-    group: int,
+    second_moment_KK: torch.Tensor,
+    fmt: QuantFormat,
+    group_size: int,
     pre_quant_scale_K: torch.Tensor,
     *,
     amax: torch.Tensor | None = None,
-    directions_KR: torch.Tensor | None = None,
+    vectors_KR: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """tr(dW H dW^T) of a prequant scale, float64 [], from a sample's rows.
+    """Return the output loss tr(dW E[x x^T] dW^T) of a pre_quant_scale, float64 [].
 
     Args:
         sample: rows of the weight.
-        moment_KK: mean of x x^T.
-        row: the format.
-        group: inputs that share a weight scale.
-        prequant_K: rounded to the model's dtype.
-        amax: of the sample's rows; None: plain maxima.
-        directions_KR: of the low-rank branch, where the format has one.
+        second_moment_KK: mean of x x^T.
+        fmt: the format.
+        group_size: inputs that share a weight scale.
+        pre_quant_scale_K: rounded to the model's dtype.
+        amax: amax of the sample's rows; None: the largest magnitudes.
+        vectors_KR: singular vectors of the low-rank branch, for formats that have one.
     """
     smooth_NK = divide_by_pre_quant_scale(sample.weight_NK, pre_quant_scale_K)
-    a_RK = b_NR = top = None
-    if directions_KR is None and (row.granularity == "tensor" or row.second_weight is not None):
-        top = (
-            divide_by_pre_quant_scale(sample.top_K.to(smooth_NK.dtype), pre_quant_scale_K)
-            .float()
-            .amax()
-        )
-    elif directions_KR is not None:
-        a_RK, b_NR = low_rank_factors(smooth_NK, directions_KR)
+    a_RK = b_NR = tensor_amax = None
+    if vectors_KR is None and (fmt.granularity == "tensor" or fmt.second_weight is not None):
+        amax_K = sample.amax_K.to(smooth_NK.dtype)
+        tensor_amax = divide_by_pre_quant_scale(amax_K, pre_quant_scale_K).float().amax()
+    elif vectors_KR is not None:
+        a_RK, b_NR = low_rank_factors(smooth_NK, vectors_KR)
         smooth_NK = residual_weight(smooth_NK, (a_RK, b_NR))
-        top = smooth_NK.abs().amax().float()  # of the sample: block scales hardly depend on it
-    if amax is None and row.granularity == "tensor":
-        amax = top
+        tensor_amax = smooth_NK.abs().amax().float()  # of the sample: hardly affects block scales
+    if amax is None and fmt.granularity == "tensor":
+        amax = tensor_amax
     elif amax is None:
-        by_group = row.granularity == "group"
-        amax = group_amax(smooth_NK, group) if by_group else max_abs(smooth_NK, dim=1)
+        is_grouped = fmt.granularity == "group"
+        amax = group_amax(smooth_NK, group_size) if is_grouped else max_abs(smooth_NK, dim=1)
     assert amax is not None
-    scales = LinearScales(amax, top, None, pre_quant_scale_K, a_RK, b_NR)
-    change_NK = weight_delta(sample.weight_NK, smooth_NK, scales, row)
-    return row_losses(change_NK, moment_KK) @ sample.count_N
+    scales = LinearScales(
+        weight_amax=amax,
+        weight_amax_2=tensor_amax,
+        pre_quant_scale=pre_quant_scale_K,
+        low_rank_a=a_RK,
+        low_rank_b=b_NR,
+    )
+    delta_NK = weight_delta(sample.weight_NK, smooth_NK, scales, fmt)
+    return row_losses(delta_NK, second_moment_KK) @ sample.count_N
 
 
 def clipped_losses(
     sample: RowSample,
-    moment_KK: torch.Tensor,
-    row: QuantFormat,
-    group: int,
+    second_moment_KK: torch.Tensor,
+    fmt: QuantFormat,
+    group_size: int,
     pre_quant_scale_CK: torch.Tensor,
 ) -> torch.Tensor:
-    """The loss of each of some scales with the better of plain and clipped maxima, float64 [C].
+    """Return each candidate's loss with the better of plain and clipped maxima, float64 [C].
 
-    As `candidate_loss` and `clip` say one by one; on a GPU all scales go through each operation
-    together.
+    The result is that of `candidate_loss` and `clip_amax` for each candidate. On a GPU every
+    operation processes all candidates at once.
     """
-    if sample.weight_NK.is_cuda and kernel_supports_group(group):
-        return _losses_together(sample, moment_KK, row, group, pre_quant_scale_CK)
-    given = (sample, moment_KK, row, group)
+    if sample.weight_NK.is_cuda and kernel_supports_group_size(group_size):
+        return _clipped_losses_batched(
+            sample, second_moment_KK, fmt, group_size, pre_quant_scale_CK
+        )
     losses = []
     for pre_quant_scale_K in pre_quant_scale_CK:
-        clipped = clip_amax(sample.weight_NK, pre_quant_scale_K, moment_KK, row, group)
-        tried = (candidate_loss(*given, pre_quant_scale_K, amax=amax) for amax in (None, clipped))
-        losses.append(torch.minimum(*tried))
+        clipped = clip_amax(sample.weight_NK, pre_quant_scale_K, second_moment_KK, fmt, group_size)
+        plain_loss, clipped_loss = (
+            candidate_loss(sample, second_moment_KK, fmt, group_size, pre_quant_scale_K, amax=amax)
+            for amax in (None, clipped)
+        )
+        losses.append(torch.minimum(plain_loss, clipped_loss))
     return torch.stack(losses)
 
 
-def _losses_together(
+def _clipped_losses_batched(
     sample: RowSample,
-    moment_KK: torch.Tensor,
-    row: QuantFormat,
-    group: int,
+    second_moment_KK: torch.Tensor,
+    fmt: QuantFormat,
+    group_size: int,
     pre_quant_scale_CK: torch.Tensor,
 ) -> torch.Tensor:
+    """Implement `clipped_losses` with GPU kernels."""
     from nemo_vlm_ptq.calibrate import kernels
 
-    weight_NK, second_C = sample.weight_NK, None
+    weight_NK, amax_2_C = sample.weight_NK, None
+    ratios = clip_ratios(weight_NK.device)
     amax_C2NG = kernels.clip_candidates(
-        weight_NK, pre_quant_scale_CK, moment_KK, clip_ratios(weight_NK.device), row.weight, group
+        weight_NK, pre_quant_scale_CK, second_moment_KK, ratios, fmt.weight, group_size
     )
-    if row.second_weight is not None:
-        top_K = sample.top_K.to(weight_NK.dtype)
-        second_C = (top_K * (1.0 / pre_quant_scale_CK)).to(weight_NK.dtype).float().amax(dim=1)
-    change_MK = kernels.weight_delta(
-        weight_NK, pre_quant_scale_CK, amax_C2NG.flatten(0, 2), row.weight, second_C, torch.float32
+    if fmt.second_weight is not None:
+        amax_K = sample.amax_K.to(weight_NK.dtype)
+        amax_2_C = (amax_K * (1.0 / pre_quant_scale_CK)).to(weight_NK.dtype).float().amax(dim=1)
+    amax_MG = amax_C2NG.flatten(0, 2)
+    delta_MK = kernels.weight_delta(
+        weight_NK, pre_quant_scale_CK, amax_MG, fmt.weight, amax_2_C, torch.float32
     )
-    losses_C2N = row_losses(change_MK, moment_KK).view(amax_C2NG.shape[:3])
+    losses_C2N = row_losses(delta_MK, second_moment_KK).view(amax_C2NG.shape[:3])
     return (losses_C2N @ sample.count_N).amin(dim=1)
 
 
 def search_alpha(
-    losses_of: Callable[[Sequence[float]], torch.Tensor], strides: Sequence[int] = COARSE_TO_FINE
+    compute_losses: Callable[[Sequence[float]], torch.Tensor],
+    strides: Sequence[int] = COARSE_TO_FINE,
 ) -> tuple[float, float]:
-    """Exponent of the smallest loss, and that loss.
+    """Return the exponent of the smallest loss, and that loss.
 
     Args:
-        losses_of: exponents -> their losses, float64 [C].
-        strides: VALLEY looks at 10 of the 21, which finds the least where the loss over the
-            exponent is one valley; EVERY at all.
+        compute_losses: exponents -> their losses, float64 [C].
+        strides: COARSE_TO_FINE evaluates 10 of the 21 exponents and finds the minimum of a loss
+            with a single local minimum; EXHAUSTIVE evaluates all.
     """
-    found: dict[int, float] = {}
+    losses: dict[int, float] = {}
 
-    def look(steps: Iterable[int]) -> int:
-        new = [step for step in steps if 0 <= step <= ALPHA_STEPS and step not in found]
-        found.update(
-            zip(new, losses_of([step / ALPHA_STEPS for step in new]).tolist(), strict=True)
-        )
-        return min(found, key=lambda step: (found[step], step))
+    def evaluate(steps: Iterable[int]) -> int:
+        """Evaluate new steps and return the best of all so far."""
+        new = [step for step in steps if 0 <= step <= ALPHA_STEPS and step not in losses]
+        values = compute_losses([step / ALPHA_STEPS for step in new]).tolist()
+        losses.update(zip(new, values, strict=True))
+        return min(losses, key=lambda step: (losses[step], step))
 
-    best = look(range(0, ALPHA_STEPS + 1, strides[0]))
+    best = evaluate(range(0, ALPHA_STEPS + 1, strides[0]))
     for stride in strides[1:]:
-        best = look((best - stride, best + stride))
-    return best / ALPHA_STEPS, found[best]
+        best = evaluate((best - stride, best + stride))
+    return best / ALPHA_STEPS, losses[best]

@@ -1,9 +1,9 @@
-"""SmoothQuant: how much of the spread of inputs moves into the weights (Xiao et al. 2022).
+"""SmoothQuant: move the spread of a linear's input channels into its weight (Xiao et al. 2022).
 
-A large exponent flattens the input, which one scale rounds, and roughens the weight, which a scale
-per channel rounds. The recipe says it, or it is searched per linear.
+A larger exponent flattens the input, which is quantized per tensor, and roughens the weight, which
+is quantized per channel. The recipe sets the exponent, or it is searched for each linear.
 
-Legend: O output features, K input features, N sampled rows.
+Legend: K input features, N sampled rows of a weight.
 """
 
 from __future__ import annotations
@@ -24,63 +24,69 @@ from nemo_vlm_ptq.calibrate.solve.search import RowSample, candidate_loss, sampl
 from nemo_vlm_ptq.calibrate.statistics import InputStatistics
 from nemo_vlm_ptq.formats import MAX_CODE, QuantFormat
 
-SILENT_AMAX = 2.0**-31  # inputs not larger than this are left as they are
+MIN_INPUT_AMAX = 2.0**-31  # input channels up to this amax are not scaled
 
 
-def smoothing_scale(top_K: torch.Tensor, act_amax_K: torch.Tensor, alpha: float) -> torch.Tensor:
-    """The prequant scale [K] of an exponent, as modelopt 0.47 computes it.
+def smoothing_scale(
+    weight_amax_K: torch.Tensor, input_amax_K: torch.Tensor, alpha: float
+) -> torch.Tensor:
+    """Return the pre_quant_scale [K] of an exponent, as modelopt 0.47 computes it.
 
     Args:
-        top_K: largest |w| of each input.
-        act_amax_K: largest |x| of each input.
+        weight_amax_K: largest |w| of each input channel.
+        input_amax_K: largest |x| of each input channel.
         alpha: exponent, 0 to 1.
     """
-    scale = top_K.pow(1 - alpha) / act_amax_K.pow(alpha)
-    return torch.where(act_amax_K <= SILENT_AMAX, torch.ones_like(scale), scale).clamp(1e-4, 1e4)
+    scale = weight_amax_K.pow(1 - alpha) / input_amax_K.pow(alpha)
+    scale = torch.where(input_amax_K <= MIN_INPUT_AMAX, torch.ones_like(scale), scale)
+    return scale.clamp(1e-4, 1e4)
 
 
 def smoothquant(
     weight_OK: torch.Tensor,
     statistics: InputStatistics,
-    row: QuantFormat,
+    fmt: QuantFormat,
     alpha: float | Literal["search"],
-    share: float | None = None,
+    image_share: float | None = None,
 ) -> LinearScales:
-    """Scales of one linear.
+    """Return the scales of one linear.
 
     Args:
         weight_OK: weight in the model's dtype.
         statistics: of its input; with second moments if alpha is searched.
-        row: the format.
-        alpha: exponent, or that it is searched.
-        share: weight of image tokens against text tokens in the search; None: as they came.
+        fmt: the format.
+        alpha: exponent, or "search".
+        image_share: weight of image tokens in the search; None: their share in the data.
     """
-    width, act_amax = weight_OK.shape[1], statistics.amax.float()
+    width, input_amax_K = weight_OK.shape[1], statistics.amax.float()
     if alpha == "search":
-        alpha = _search(sample_rows(weight_OK, width), statistics.with_image_share(share), row)
-    pre_quant_scale = smoothing_scale(max_abs(weight_OK, dim=0), act_amax, alpha)
-    return replace(make_scales(weight_OK, statistics, row, width, pre_quant_scale), alpha=alpha)
+        weighted = statistics.with_image_share(image_share)
+        alpha = _search(sample_rows(weight_OK, width), weighted, fmt)
+    pre_quant_scale = smoothing_scale(max_abs(weight_OK, dim=0), input_amax_K, alpha)
+    return replace(make_scales(weight_OK, statistics, fmt, width, pre_quant_scale), alpha=alpha)
 
 
-def _search(sample: RowSample, seen: InputStatistics, row: QuantFormat) -> float:
-    """The exponent of least loss, through the rounding of weights and of inputs together."""
-    assert seen.moment is not None
-    moment, act_amax, dtype = seen.moment, seen.amax.float(), sample.weight_NK.dtype
+def _search(sample: RowSample, statistics: InputStatistics, fmt: QuantFormat) -> float:
+    """Return the exponent of least loss from quantizing both the weight and the input."""
+    second_moment, dtype = statistics.second_moment, sample.weight_NK.dtype
+    assert second_moment is not None
+    input_amax_K = statistics.amax.float()
 
-    def loss_of(alpha: float) -> torch.Tensor:
-        pre_quant_scale = smoothing_scale(sample.top_K, act_amax, alpha).to(dtype).float()
-        through_weights = candidate_loss(sample, moment, row, len(act_amax), pre_quant_scale)
-        smooth_NK = divide_by_pre_quant_scale(sample.weight_NK, pre_quant_scale)
-        noise = input_noise(round_amax((act_amax * pre_quant_scale).amax(), dtype))
-        size_N = torch.linalg.vector_norm(smooth_NK, dim=1, dtype=torch.float32).double().square()
-        return through_weights + noise * (size_N @ sample.count_N)
+    def compute_loss(alpha: float) -> torch.Tensor:
+        scale_K = smoothing_scale(sample.amax_K, input_amax_K, alpha).to(dtype).float()
+        weight_loss = candidate_loss(sample, second_moment, fmt, len(input_amax_K), scale_K)
+        smooth_NK = divide_by_pre_quant_scale(sample.weight_NK, scale_K)
+        noise = input_noise(round_amax((input_amax_K * scale_K).amax(), dtype))
+        norm_N = torch.linalg.vector_norm(smooth_NK, dim=1, dtype=torch.float32)
+        return weight_loss + noise * (norm_N.double().square() @ sample.count_N)
 
-    return search_alpha(lambda alphas: torch.stack([loss_of(alpha) for alpha in alphas]))[0]
+    return search_alpha(lambda alphas: torch.stack([compute_loss(alpha) for alpha in alphas]))[0]
 
 
 def input_noise(amax: torch.Tensor) -> torch.Tensor:
-    """Mean square of the rounding of an int8 input [], taken as even over a step: step^2 / 12.
+    """Return the mean square of the rounding error of an int8 input, step^2 / 12, [].
 
-    Times |W|^2 it is the mean over tokens of |dx W^T|^2, as entries are rounded independently.
+    Rounding errors are taken as uniform over a step and independent, so that the mean over tokens
+    of |dx W^T|^2 is this number times |W|^2.
     """
     return (amax / MAX_CODE["int8"]).double().square() / 12

@@ -1,1 +1,1 @@
-""""""
+"""compressed-tensors checkpoints, as vLLM and transformers load them."""

@@ -1,8 +1,11 @@
-"""Scales in front of linears put into what comes before them, for readers that know no such scale.
+"""Fold pre_quant_scale into preceding tensors, for checkpoints that cannot store it.
 
-q, k and v read one norm, gate and up another: its weight takes their scale. Attention is linear in
-v, and silu(gate) * up in up: rows of v take the scale of o_proj, rows of up that of down, on the
-scales of the rows, so that no code changes. A norm's weight is rounded once more to its dtype.
+q, k and v read the output of one norm, gate and up that of another, so the norm's weight absorbs
+their scale. The attention output is linear in v, and silu(gate) * up is linear in up, so the
+output channels of v absorb the scale of o_proj, and those of up the scale of down_proj. That
+multiplies the weight scales and changes no code. A norm's weight is rounded once more to its dtype.
+
+Legend: O output features, K input features, G groups of K.
 """
 
 from __future__ import annotations
@@ -26,10 +29,10 @@ from nemo_vlm_ptq.targets.writing.encode import (
     encode_entry,
 )
 
-NORMS = {"linear_qkv": "input_layernorm", "linear_fc1": "pre_mlp_layernorm"}  # linear -> its input
+INPUT_NORMS = {"linear_qkv": "input_layernorm", "linear_fc1": "pre_mlp_layernorm"}
 ATTENTION_OUTPUT = "linear_proj"
-# Linear -> the one whose last part (v, up) its input is linear in.
-ROWS = {ATTENTION_OUTPUT: "linear_qkv", "linear_fc2": "linear_fc1"}
+# Linear -> the linear whose last part (v, up) its input is linear in.
+PRECEDING_LINEARS = {ATTENTION_OUTPUT: "linear_qkv", "linear_fc2": "linear_fc1"}
 
 
 def fold_layer(
@@ -39,43 +42,46 @@ def fold_layer(
     fmt: QuantFormat,
     decoder: Decoder,
 ) -> EncodedLayer:
-    """The layer without scales in front of its linears.
+    """Return the layer with its pre_quant_scale folded into norms and weight scales.
 
     Args:
-        layer: as streamed.
+        layer: encoded layer, unsharded.
         scales: linear -> LinearScales of this layer.
-        imported: reads whole Megatron tensors of the 16 bit model by name.
-        fmt: the format.
-        decoder: facts.
+        imported: reads unsharded Megatron tensors of the 16 bit model by name.
+        fmt: quantization format.
+        decoder: shape of the decoder.
     """
-    if not fmt.pre_quant_scale:
+    if not fmt.uses_pre_quant_scale:
         return layer
     sizes, folded = decoder.sizes(1), dict(layer)
-    folded[ATTENTION_OUTPUT] = _tie(layer[ATTENTION_OUTPUT], scales, imported, fmt, decoder)
-    before = {linear: _prequant(folded[linear]) for linear in (*NORMS, *ROWS)}
-    for linear, norm in NORMS.items():
+    folded[ATTENTION_OUTPUT] = _share_attention_scale(
+        layer[ATTENTION_OUTPUT], scales, imported, fmt, decoder
+    )
+    factors = {
+        linear: _pre_quant_scale(folded[linear]) for linear in (*INPUT_NORMS, *PRECEDING_LINEARS)
+    }
+    for linear, norm in INPUT_NORMS.items():
         (weight,) = layer[norm].parts
         assert isinstance(weight, torch.Tensor)
-        own = (weight.float() * before[linear]).to(weight.dtype)
-        folded[norm] = replace(layer[norm], parts=(own,))
-    before[ATTENTION_OUTPUT] = _one_a_kv_channel(before[ATTENTION_OUTPUT], sizes)
-    for linear, source in ROWS.items():
-        *others, last = folded[source].parts
+        scaled = (weight.float() * factors[linear]).to(weight.dtype)
+        folded[norm] = replace(layer[norm], parts=(scaled,))
+    factors[ATTENTION_OUTPUT] = _per_kv_channel(factors[ATTENTION_OUTPUT], sizes)
+    for linear, preceding in PRECEDING_LINEARS.items():
+        *others, last = folded[preceding].parts
         assert isinstance(last, EncodedLinear)
-        scale_GO = last.scale.T * before[linear]  # or [O]
+        scale_GO = last.scale.T * factors[linear]  # per output channel: [O]
         parts = (*others, replace(last, scale=scale_GO.T.contiguous()))
-        folded[source] = replace(folded[source], parts=parts)
-    for linear in before:
+        folded[preceding] = replace(folded[preceding], parts=parts)
+    for linear in factors:
         parts = tuple(replace(part, pre_quant_scale=None) for part in folded[linear].parts)  # type: ignore[type-var]
         folded[linear] = replace(folded[linear], parts=parts)
     return folded
 
 
 def fold_kv(kv: KvScales, scales: Mapping[str, Any], sizes: HeadSizes) -> KvScales:
-    """Scales of a cache whose values have grown by the scale of o_proj.
+    """Scale up the value scale of a KV cache whose values absorbed the scale of o_proj.
 
-    The largest |value| is known of a layer, not of its channels; it grows at most by the largest
-    scale.
+    The largest |value| is known per layer, not per channel. It grows at most by the largest factor.
     """
     pre_quant_scale = scales[ATTENTION_OUTPUT].pre_quant_scale
     if pre_quant_scale is None:
@@ -84,44 +90,44 @@ def fold_kv(kv: KvScales, scales: Mapping[str, Any], sizes: HeadSizes) -> KvScal
 
 
 def min_over_queries(pre_quant_scale_K: torch.Tensor, sizes: HeadSizes) -> torch.Tensor:
-    """o_proj's scale, the least one of the query heads that share a KV head, for all of them.
+    """Return the minimum of o_proj's scale over query heads that share a KV head, expanded to [K].
 
-    The least keeps the input below the static scale that was solved for it.
+    The minimum keeps the input within the static scale that was solved for it.
     """
     heads = pre_quant_scale_K.reshape(sizes.kv_heads, sizes.queries_per_kv_head, sizes.head_dim)
     return heads.amin(dim=1, keepdim=True).expand_as(heads).reshape(-1)
 
 
-def _one_a_kv_channel(pre_quant_scale_K: torch.Tensor, sizes: HeadSizes) -> torch.Tensor:
-    """A tied scale of o_proj as the rows of v take it, [KV heads * head_dim]."""
-    return pre_quant_scale_K.reshape(sizes.kv_heads, sizes.queries_per_kv_head, sizes.head_dim)[
-        :, 0
-    ].reshape(-1)
+def _per_kv_channel(pre_quant_scale_K: torch.Tensor, sizes: HeadSizes) -> torch.Tensor:
+    """Reduce a shared scale of o_proj [K] to the output channels of v [kv_heads * head_dim]."""
+    heads = pre_quant_scale_K.reshape(sizes.kv_heads, sizes.queries_per_kv_head, sizes.head_dim)
+    return heads[:, 0].reshape(-1)
 
 
-def _prequant(piece: EncodedEntry) -> torch.Tensor:
-    first = piece.parts[0]
+def _pre_quant_scale(encoded: EncodedEntry) -> torch.Tensor:
+    first = encoded.parts[0]
     assert isinstance(first, EncodedLinear) and first.pre_quant_scale is not None
     return first.pre_quant_scale
 
 
-def _tie(
-    piece: EncodedEntry,
+def _share_attention_scale(
+    encoded: EncodedEntry,
     scales: Mapping[str, Any],
     imported: ReadTensors,
     fmt: QuantFormat,
     decoder: Decoder,
 ) -> EncodedEntry:
-    """o_proj with one scale for the query heads that share a KV head, encoded anew if it had more.
+    """Return o_proj with one scale per KV head, encoded again if its query heads differed.
 
-    AWQ's scales are tied when they are solved, SmoothQuant's are not.
+    AWQ solves shared scales; SmoothQuant does not.
     """
-    own = scales[ATTENTION_OUTPUT]
-    tied = min_over_queries(own.pre_quant_scale, decoder.sizes(1))
-    if torch.equal(tied, own.pre_quant_scale):
-        return piece
-    (weight_OK,) = imported([piece.row.megatron_name]).values()
-    weight_OK = weight_OK.float() / tied
+    solved = scales[ATTENTION_OUTPUT]
+    shared = min_over_queries(solved.pre_quant_scale, decoder.sizes(1))
+    if torch.equal(shared, solved.pre_quant_scale):
+        return encoded
+    (weight_OK,) = imported([encoded.entry.megatron_name]).values()
+    weight_OK = weight_OK.float() / shared
     amax = weight_amax(weight_OK, fmt.granularity, weight_OK.shape[1])
-    changed = replace(own, pre_quant_scale=tied, weight_amax=amax)
-    return replace(piece, parts=encode_entry(piece.row, weight_OK, changed, fmt, decoder))
+    changed = replace(solved, pre_quant_scale=shared, weight_amax=amax)
+    parts = encode_entry(encoded.entry, weight_OK, changed, fmt, decoder)
+    return replace(encoded, parts=parts)

@@ -1,6 +1,9 @@
-"""Reading compressed-tensors checkpoints, linears as vLLM 0.22 computes them.
+"""Read compressed-tensors checkpoints and dequantize weights as vLLM 0.22 does.
 
-Written from the format and from what vLLM does with it, without the compressed-tensors library.
+Written from the format and from vLLM's kernels, without the compressed-tensors library that the
+writer uses.
+
+Legend: O output features, K input features, G groups of K.
 """
 
 from __future__ import annotations
@@ -10,63 +13,70 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from nemo_vlm_ptq.errors import VerificationError
 from nemo_vlm_ptq.families.base import ModelFamily
 from nemo_vlm_ptq.reference.checkpoint import (
-    Codes,
     Dequantized,
     ReadCheckpoint,
-    ReadKv,
+    ReadKvCache,
     ReadLinear,
-    kv_cache,
+    StoredTensors,
+    read_kv_cache,
 )
+from nemo_vlm_ptq.reference.files import read_files
 from nemo_vlm_ptq.reference.number_formats import (
-    FP8_TOP,
-    Rounding,
-    to_fp8,
+    FP8_MAX,
+    ActivationFormat,
+    round_to_fp8,
     unpack_e2m1,
     unpack_int32,
 )
-from nemo_vlm_ptq.targets.hf.reader import read_parts
+
+if TYPE_CHECKING:
+    from nemo_vlm_ptq.planning.plan import Plan
 
 HALF_ULP = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # relative
 SCALE = "weight_scale"
-LEAST_ROW = 1 / (FP8_TOP * 512)  # scale of a row in vLLM's W4A8
-BITS = {"int4": 4, "nvfp4": 4, "int8": 8}  # of a packed code
-KV_SCHEME = {"type": "float", "num_bits": 8, "strategy": "tensor", "dynamic": False}
+MIN_CHANNEL_SCALE = 1 / (FP8_MAX * 512)  # in vLLM's W4A8 kernel
+CODE_BITS = {"int4": 4, "nvfp4": 4, "int8": 8}  # of packed codes
+KV_CACHE_SCHEME = {"type": "float", "num_bits": 8, "strategy": "tensor", "dynamic": False}
 
 
 @dataclass(frozen=True)
-class Form:
-    """How weights lie: their numbers, and the dtypes of the tensors of a linear."""
+class WeightLayout:
+    """Number format of the weights, and the dtypes that each tensor of a linear may have."""
 
-    number: str
+    number_format: str
     dtypes: Mapping[str, tuple[torch.dtype, ...]]
 
 
-_FLOAT, _SIZES = (torch.float32,), {"weight_shape": (torch.int64,)}
-_PACKED = {"weight_packed": (torch.int32,), SCALE: tuple(HALF_ULP), **_SIZES}
-# (format, type, bits) of weights.
-FORMS = {
-    ("float-quantized", "float", 8): Form("fp8", {"weight": (torch.float8_e4m3fn,), SCALE: _FLOAT}),
-    ("int-quantized", "int", 8): Form("int8", {"weight": (torch.int8,), SCALE: _FLOAT}),
-    ("pack-quantized", "int", 8): Form("int8", _PACKED),
-    ("pack-quantized", "int", 4): Form("int4", _PACKED),
-    ("nvfp4-pack-quantized", "float", 4): Form(
-        "nvfp4",
-        {
+_FLOAT, _SHAPE = (torch.float32,), {"weight_shape": (torch.int64,)}
+_PACKED = {"weight_packed": (torch.int32,), SCALE: tuple(HALF_ULP), **_SHAPE}
+# (format, type, num_bits) of the weights -> layout.
+WEIGHT_LAYOUTS = {
+    ("float-quantized", "float", 8): WeightLayout(
+        number_format="fp8", dtypes={"weight": (torch.float8_e4m3fn,), SCALE: _FLOAT}
+    ),
+    ("int-quantized", "int", 8): WeightLayout(
+        number_format="int8", dtypes={"weight": (torch.int8,), SCALE: _FLOAT}
+    ),
+    ("pack-quantized", "int", 8): WeightLayout(number_format="int8", dtypes=_PACKED),
+    ("pack-quantized", "int", 4): WeightLayout(number_format="int4", dtypes=_PACKED),
+    ("nvfp4-pack-quantized", "float", 4): WeightLayout(
+        number_format="nvfp4",
+        dtypes={
             "weight_packed": (torch.uint8,),
             SCALE: (torch.float8_e4m3fn,),
             "weight_global_scale": _FLOAT,
         },
     ),
 }
-# (type, bits, strategy, dynamic) of inputs -> rounding, and the tensor that its scale lies in.
-INPUTS: dict[tuple[Any, ...], tuple[Rounding, str | None]] = {
+# (type, num_bits, strategy, dynamic) of the inputs -> format and name of the scale tensor.
+INPUT_FORMATS: dict[tuple[Any, ...], tuple[ActivationFormat, str | None]] = {
     ("float", 8, "tensor", False): ("fp8", "input_scale"),
     ("int", 8, "tensor", False): ("int8", "input_scale"),
     ("float", 8, "token", True): ("fp8_token", None),
@@ -76,153 +86,186 @@ INPUTS: dict[tuple[Any, ...], tuple[Rounding, str | None]] = {
 
 @dataclass(frozen=True)
 class Scheme:
-    """What config.json says of linears; group: inputs that share a scale, None: all of a row."""
+    """Quantization scheme of all linears; group_size is None without groups."""
 
-    form: Form
+    weights: WeightLayout
     strategy: str
-    group: int | None
-    rounding: Rounding | None
-    input_name: str | None
+    group_size: int | None
+    input_format: ActivationFormat | None
+    input_scale_name: str | None
 
 
 def read_compressed_tensors(folder: Path, family: ModelFamily) -> ReadCheckpoint:
-    """An exported checkpoint: quantized linears by their scales, everything else as it lies.
+    """Read a compressed-tensors checkpoint.
 
     Raises:
-        ProofError: files are missing or damaged, the description is not one that vLLM serves, or a
-            linear has not just its tensors.
+        VerificationError: a file is missing or damaged, vLLM does not support the scheme, or a
+            tensor of a linear is missing or of another dtype or shape.
     """
-    config, tensors = read_parts(folder, family)
-    scheme = _scheme(config)
-    ending = f".{SCALE}"
-    names = sorted(name.removesuffix(ending) for name in tensors if name.endswith(ending))
-    linears = {name: _take_linear(tensors, name, scheme) for name in names}
+    config, tensors = read_files(folder, family)
+    scheme = _read_scheme(config)
+    suffix = f".{SCALE}"
+    names = sorted(name.removesuffix(suffix) for name in tensors if name.endswith(suffix))
+    linears = {name: _pop_linear(tensors, name, scheme) for name in names}
     for name in names:
-        if _ignored(name, config["ignore"]):
-            raise VerificationError(f"{name} is quantized and ignored")
-    return ReadCheckpoint(linears, tensors, _take_kv(tensors, config, names))
+        if _is_ignored(name, config["ignore"]):
+            raise VerificationError(f"{name} is quantized, but config.json ignores it")
+    kv = _pop_kv_cache(tensors, config, names)
+    return ReadCheckpoint(linears=linears, plain=tensors, kv=kv)
 
 
-def _scheme(config: Mapping[str, Any]) -> Scheme:
+def _read_scheme(config: Mapping[str, Any]) -> Scheme:
     (group,) = config["config_groups"].values()
     weights, inputs = group["weights"], group.get("input_activations")
-    form = FORMS.get((config["format"], weights["type"], weights["num_bits"]))
-    rounding, name = None, None
+    layout = WEIGHT_LAYOUTS.get((config["format"], weights["type"], weights["num_bits"]))
+    input_format, scale_name = None, None
     if inputs is not None:
-        key = tuple(inputs[part] for part in ("type", "num_bits", "strategy", "dynamic"))
-        rounding, name = INPUTS.get(key, (None, None))
-    known = form is not None and (inputs is None) == (rounding is None)
-    if not known or config["quantization_status"] != "compressed":
-        raise VerificationError(f"config.json describes linears that nobody serves: {group}")
-    assert form is not None
-    return Scheme(form, weights["strategy"], weights.get("group_size"), rounding, name)
-
-
-def _ignored(name: str, patterns: list[str]) -> bool:
-    return any(
-        re.match(one[3:], name) if one.startswith("re:") else one == name for one in patterns
+        key = tuple(inputs[field] for field in ("type", "num_bits", "strategy", "dynamic"))
+        input_format, scale_name = INPUT_FORMATS.get(key, (None, None))
+    supported = layout is not None and (inputs is None) == (input_format is None)
+    if not supported or config["quantization_status"] != "compressed":
+        raise VerificationError(f"config.json: vLLM does not support the scheme {group}")
+    assert layout is not None
+    return Scheme(
+        weights=layout,
+        strategy=weights["strategy"],
+        group_size=weights.get("group_size"),
+        input_format=input_format,
+        input_scale_name=scale_name,
     )
 
 
-def _take_linear(tensors: dict[str, torch.Tensor], name: str, scheme: Scheme) -> ReadLinear:
-    """One linear; its tensors leave `tensors`.
+def _is_ignored(name: str, patterns: list[str]) -> bool:
+    return any(
+        re.match(pattern[3:], name) if pattern.startswith("re:") else pattern == name
+        for pattern in patterns
+    )
+
+
+def _pop_linear(tensors: dict[str, torch.Tensor], name: str, scheme: Scheme) -> ReadLinear:
+    """Read one linear, and remove its tensors from `tensors`.
 
     Raises:
-        ProofError: a tensor is missing, or of another dtype or shape than the scheme asks for.
+        VerificationError: a tensor is missing, or of a dtype or shape that the scheme does not
+            allow.
     """
-    wanted = dict(scheme.form.dtypes)
-    if scheme.input_name is not None:
-        wanted[scheme.input_name] = _FLOAT
-    parts = {}
-    for suffix, dtypes in wanted.items():
+    expected = dict(scheme.weights.dtypes)
+    if scheme.input_scale_name is not None:
+        expected[scheme.input_scale_name] = _FLOAT
+    stored = {}
+    for suffix, dtypes in expected.items():
         tensor = tensors.pop(f"{name}.{suffix}", None)
         if tensor is None:
-            raise VerificationError(f"{name}.{suffix} is missing")
+            raise VerificationError(f"tensor {name}.{suffix} is missing")
         if tensor.dtype not in dtypes:
-            raise VerificationError(f"{name}.{suffix} is {tensor.dtype}")
-        parts[suffix] = tensor
-    _check_shapes(parts, scheme, name)
-    given = None if scheme.input_name is None else parts[scheme.input_name].reshape(())
-    if scheme.rounding == "nvfp4" and given is not None:
-        given = 1 / given
-    w4a8 = scheme.form.number == "int4" and scheme.rounding == "fp8_token"
+            allowed = " or ".join(map(str, dtypes))
+            raise VerificationError(f"tensor {name}.{suffix} must be {allowed}, got {tensor.dtype}")
+        stored[suffix] = tensor
+    _check_shapes(stored, scheme, name)
+    input_scale = None
+    if scheme.input_scale_name is not None:
+        input_scale = stored[scheme.input_scale_name].reshape(())
+    if scheme.input_format == "nvfp4" and input_scale is not None:
+        input_scale = 1 / input_scale
+    number_format = scheme.weights.number_format
+    w4a8 = number_format == "int4" and scheme.input_format == "fp8_token"
     return ReadLinear(
-        codes=parts,
-        decode=partial(_values, scheme.form.number, w4a8),
-        number=scheme.form.number,
+        stored=stored,
+        decode=partial(_decode, number_format, w4a8),
+        number_format=number_format,
         fp8_roundings=2 * w4a8,
-        input_scale=given,
-        rounding=scheme.rounding,
+        input_scale=input_scale,
+        input_format=scheme.input_format,
     )
 
 
-def _values(number: str, w4a8: bool, parts: Codes) -> Dequantized:
-    numbers, scale = _numbers(parts, number), parts[SCALE].float()
-    if "weight_global_scale" in parts:
-        scale = scale / parts["weight_global_scale"]
-    weight, step = _multiply_w4a8(numbers, scale) if w4a8 else _multiply(numbers, scale)
-    half_ulp = HALF_ULP.get(parts[SCALE].dtype)
-    return Dequantized(weight, step, None if half_ulp is None else step * half_ulp)
+def _decode(number_format: str, w4a8: bool, stored: StoredTensors) -> Dequantized:
+    codes_OK, scale = _unpack_codes(stored, number_format), stored[SCALE].float()
+    if "weight_global_scale" in stored:
+        scale = scale / stored["weight_global_scale"]
+    dequantize = _dequantize_w4a8 if w4a8 else _dequantize
+    weight_OK, step = dequantize(codes_OK, scale)
+    half_ulp = HALF_ULP.get(stored[SCALE].dtype)
+    step_error = None if half_ulp is None else step * half_ulp
+    return Dequantized(weight=weight_OK, step=step, step_error=step_error)
 
 
-def _numbers(parts: Codes, number: str) -> torch.Tensor:
-    """What the codes stand for [O,K], scales apart."""
-    if "weight" in parts:
-        return parts["weight"].float()
-    packed = parts["weight_packed"]
-    return unpack_e2m1(packed) if number == "nvfp4" else unpack_int32(packed, BITS[number])
+def _unpack_codes(stored: StoredTensors, number_format: str) -> torch.Tensor:
+    """Return the codes [O,K] as float32, without scales."""
+    if "weight" in stored:
+        return stored["weight"].float()
+    packed = stored["weight_packed"]
+    if number_format == "nvfp4":
+        return unpack_e2m1(packed)
+    return unpack_int32(packed, CODE_BITS[number_format])
 
 
-def _check_shapes(parts: Mapping[str, torch.Tensor], scheme: Scheme, name: str) -> None:
-    """Of codes, and of scales: [1] for a tensor, [O,1] for channels, [O,K/group] for groups."""
-    scale = parts[SCALE]
-    codes = parts["weight"] if "weight" in parts else parts["weight_packed"]
+def _check_shapes(stored: StoredTensors, scheme: Scheme, name: str) -> None:
+    """Check the scale's shape: [1] per tensor, [O,1] per channel, [O,G] per group."""
+    scale = stored[SCALE]
+    codes = stored["weight"] if "weight" in stored else stored["weight_packed"]
     rows, columns = codes.shape
-    if "weight" not in parts:
-        columns = columns * 8 * codes.element_size() // BITS[scheme.form.number]
-    if "weight_shape" in parts and [rows, columns] != parts["weight_shape"].tolist():
-        raise VerificationError(f"{name}.weight_shape is not that of weight_packed")
+    if "weight" not in stored:
+        columns = columns * 8 * codes.element_size() // CODE_BITS[scheme.weights.number_format]
+    if "weight_shape" in stored and [rows, columns] != stored["weight_shape"].tolist():
+        raise VerificationError(
+            f"tensor {name}.weight_shape must hold [{rows}, {columns}], the shape of the codes; "
+            f"got {stored['weight_shape'].tolist()}"
+        )
     expected: tuple[int, ...] = (1,) if scheme.strategy == "tensor" else (rows, 1)
-    if scheme.group is not None:
-        expected = (rows, columns // scheme.group)
+    if scheme.group_size is not None:
+        expected = (rows, columns // scheme.group_size)
     if tuple(scale.shape) != expected:
-        raise VerificationError(f"{name}.{SCALE} has shape {tuple(scale.shape)}, not {expected}")
+        raise VerificationError(
+            f"tensor {name}.{SCALE} must have shape {expected}, got {tuple(scale.shape)}"
+        )
 
 
-def _multiply(numbers: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight [O,K] and its steps."""
+def _dequantize(codes_OK: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the weight [O,K] and its step."""
     step = scale
     if scale.dim() == 2 and scale.shape[1] > 1:
-        step = scale.repeat_interleave(numbers.shape[1] // scale.shape[1], dim=1)
-    return numbers * step, step
+        step = scale.repeat_interleave(codes_OK.shape[1] // scale.shape[1], dim=1)
+    return codes_OK * step, step
 
 
-def _multiply_w4a8(numbers: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight [O,K] and its steps as vLLM's kernel has them.
+def _dequantize_w4a8(
+    codes_OK: torch.Tensor, scale_OG: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the weight [O,K] and its step as vLLM's W4A8 kernel computes them.
 
-    Scales of groups become e4m3 in units of one scale a row (an eighth of them, which changes
-    nothing but the smallest), and products with codes are e4m3 again.
+    The kernel rounds group scales to e4m3 in units of one scale per output channel, and the product
+    of code and group scale to e4m3 again. It stores an eighth of the group scale, which is exact
+    except for subnormal values.
     """
-    row = (scale.amax(dim=1, keepdim=True) / FP8_TOP).clamp(min=LEAST_ROW)
-    small = to_fp8(to_fp8(scale / row) / 8)
-    spread = small.repeat_interleave(numbers.shape[1] // scale.shape[1], dim=1)
-    return to_fp8(numbers * spread) * (row * 8), _multiply(numbers, scale)[1]
+    channel_O1 = (scale_OG.amax(dim=1, keepdim=True) / FP8_MAX).clamp(min=MIN_CHANNEL_SCALE)
+    group_OG = round_to_fp8(round_to_fp8(scale_OG / channel_O1) / 8)
+    group_OK = group_OG.repeat_interleave(codes_OK.shape[1] // scale_OG.shape[1], dim=1)
+    weight_OK = round_to_fp8(codes_OK * group_OK) * (channel_O1 * 8)
+    return weight_OK, _dequantize(codes_OK, scale_OG)[1]
 
 
-def _take_kv(
+def _pop_kv_cache(
     tensors: dict[str, torch.Tensor], config: Mapping[str, Any], linears: list[str]
-) -> ReadKv | None:
-    """Scales of the KV cache, one of keys and one of values a layer; they leave `tensors`."""
+) -> ReadKvCache | None:
+    """Read the KV cache scales of all layers, and remove them from `tensors`."""
     scheme = config.get("kv_cache_scheme")
     if scheme is None:
         return None
-    if any(scheme.get(key) != value for key, value in KV_SCHEME.items()):
-        raise VerificationError(f"config.json describes a KV cache that nobody serves: {scheme}")
-    places = {name.rpartition(".")[0] for name in linears if ".self_attn." in name}
-    found: dict[str, list[torch.Tensor]] = {"k_scale": [], "v_scale": []}
-    for place in sorted(places, key=lambda name: int(name.split(".")[-2])):
-        for ending, scales in found.items():
-            if f"{place}.{ending}" not in tensors:
-                raise VerificationError(f"{place}.{ending} is missing")
-            scales.append(tensors.pop(f"{place}.{ending}"))
-    return kv_cache("FP8", found["k_scale"], found["v_scale"])
+    if any(scheme.get(key) != value for key, value in KV_CACHE_SCHEME.items()):
+        raise VerificationError(
+            f"config.json: kv_cache_scheme must be {KV_CACHE_SCHEME}, got {scheme}"
+        )
+    modules = {name.rpartition(".")[0] for name in linears if ".self_attn." in name}
+    scales: dict[str, list[torch.Tensor]] = {"k_scale": [], "v_scale": []}
+    for module in sorted(modules, key=lambda name: int(name.split(".")[-2])):
+        for suffix, per_layer in scales.items():
+            if f"{module}.{suffix}" not in tensors:
+                raise VerificationError(f"tensor {module}.{suffix} is missing")
+            per_layer.append(tensors.pop(f"{module}.{suffix}"))
+    return read_kv_cache("FP8", scales["k_scale"], scales["v_scale"])
+
+
+def read(folder: Path, plan: Plan) -> ReadCheckpoint:
+    """Read an export of this package."""
+    return read_compressed_tensors(folder, plan.family)

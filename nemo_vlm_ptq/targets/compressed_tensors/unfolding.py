@@ -1,9 +1,10 @@
-"""Where solved scales went in a checkpoint that has no place for them in front of linears.
+"""Factors that folding pre_quant_scale leaves in a checkpoint, and their removal from linears.
 
-Factors are worked out from the solved scales; with them a read checkpoint is compared with its
-source as if the scales were still there.
+compressed-tensors stores no pre_quant_scale, so the writer folds it into preceding tensors. The
+factors are computed here from the solved scales, independently of the writer. With them a
+checkpoint that was read back is compared with its source as if it had not been folded.
 
-Legend: H hidden, K inputs of a linear, O its outputs.
+Legend: H hidden size, K input features, O output features.
 """
 
 from __future__ import annotations
@@ -16,78 +17,90 @@ import torch
 
 from nemo_vlm_ptq.families.base import Decoder
 from nemo_vlm_ptq.parameter_map.entries import ParameterEntry
-from nemo_vlm_ptq.reference.checkpoint import Codes, Dequantized, ReadLinear
+from nemo_vlm_ptq.reference.checkpoint import Dequantized, ReadLinear, StoredTensors
 
-ROWS = "factors of rows"  # beside the codes of a linear
-NORM_OF = {"linear_qkv": "input_layernorm", "linear_fc1": "pre_mlp_layernorm"}
+OUTPUT_FACTORS = "output_factors"  # key beside the stored tensors of a linear
+INPUT_NORMS = {"linear_qkv": "input_layernorm", "linear_fc1": "pre_mlp_layernorm"}
 
 
 @dataclass
 class Folds:
-    """Factors by Hugging Face name, linears without `.weight`.
+    """Factors of a folded model by Hugging Face name, for linears without `.weight`.
 
-    norms [H], inputs [K] of linears, rows [O] of linears; values: by how much a layer's largest
-    |value| grew at most.
+    norms: factor [H] of a norm's weight.
+    inputs: pre_quant_scale [K] that was folded away in front of a linear.
+    outputs: factor [O] of a linear's output channels.
+    values: per layer, upper bound of the factor of the largest |value| in the KV cache.
     """
 
     norms: dict[str, torch.Tensor] = field(default_factory=dict)
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)
-    rows: dict[str, torch.Tensor] = field(default_factory=dict)
+    outputs: dict[str, torch.Tensor] = field(default_factory=dict)
     values: list[float] = field(default_factory=list)
 
 
 def find_folds(
-    rows: Iterable[ParameterEntry], decoder: Decoder, layers: Sequence[Mapping[str, torch.Tensor]]
+    parameter_map: Iterable[ParameterEntry],
+    decoder: Decoder,
+    layers: Sequence[Mapping[str, torch.Tensor]],
 ) -> Folds:
-    """Factors of a model.
+    """Compute the factors of a folded model.
 
     Args:
-        rows: the family's table.
-        decoder: facts.
-        layers: linear -> scale [K] that was solved for its input, layer by layer.
+        parameter_map: of the model family.
+        decoder: shape of the decoder.
+        layers: per layer, Megatron linear -> solved pre_quant_scale [K].
     """
-    folds, table = Folds(), {row.module_name: row for row in rows}
-    width, queries = decoder.head_dim, decoder.heads // decoder.kv_heads
+    folds, by_module = Folds(), {entry.module_name: entry for entry in parameter_map}
+    head_dim, queries_per_kv_head = decoder.head_dim, decoder.heads // decoder.kv_heads
     for layer, solved in enumerate(layers):
-        per_head = solved["linear_proj"].view(decoder.kv_heads, queries, width)
-        least = per_head.min(dim=1, keepdim=True).values
-        inputs = {**solved, "linear_proj": least.repeat(1, queries, 1).flatten()}
-        own = {short: row.for_layer(layer) for short, row in table.items()}
+        per_head = solved["linear_proj"].view(decoder.kv_heads, queries_per_kv_head, head_dim)
+        shared = per_head.min(dim=1, keepdim=True).values
+        inputs = {**solved, "linear_proj": shared.repeat(1, queries_per_kv_head, 1).flatten()}
+        entries = {module: entry.for_layer(layer) for module, entry in by_module.items()}
         names = {
-            short: [name.removesuffix(".weight") for name in own[short].hf_names]
-            for short in inputs
+            module: [name.removesuffix(".weight") for name in entries[module].hf_names]
+            for module in inputs
         }
-        for short, scale in inputs.items():
-            folds.inputs |= dict.fromkeys(names[short], scale)
-        for short, norm in NORM_OF.items():
-            folds.norms[own[norm].hf_names[0]] = solved[short]
-        still = [decoder.heads * width, decoder.kv_heads * width]
-        folds.rows |= _rows(names["linear_qkv"], still, least.flatten())
-        folds.rows |= _rows(names["linear_fc1"], [decoder.ffn], solved["linear_fc2"])
-        folds.values.append(float(least.max()))
+        for module, scale in inputs.items():
+            folds.inputs |= dict.fromkeys(names[module], scale)
+        for module, norm in INPUT_NORMS.items():
+            folds.norms[entries[norm].hf_names[0]] = solved[module]
+        q_and_k = [decoder.heads * head_dim, decoder.kv_heads * head_dim]
+        folds.outputs |= _output_factors(names["linear_qkv"], q_and_k, shared.flatten())
+        folds.outputs |= _output_factors(names["linear_fc1"], [decoder.ffn], solved["linear_fc2"])
+        folds.values.append(float(shared.max()))
     return folds
 
 
-def _rows(names: list[str], still: list[int], last: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Factors of parts that lie above each other, in one tensor or several; only the last moved."""
-    parts = [*(torch.ones(count) for count in still), last]
+def _output_factors(
+    names: list[str], unscaled: list[int], last: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Return the factors of q, k and v, or of gate and up, fused into one tensor or separate.
+
+    Args:
+        names: one name if the parts are fused, else one per part.
+        unscaled: output features of all parts but the last, whose factor is 1.
+        last: factors of the last part.
+    """
+    parts = [*(torch.ones(features) for features in unscaled), last]
     if len(names) == 1:
         return {names[0]: torch.cat(parts)}
     return dict(zip(names, parts, strict=True))
 
 
 def unfold(linears: Mapping[str, ReadLinear], folds: Folds) -> dict[str, ReadLinear]:
-    """Linears as they would be with their scales in front of them."""
-    found = {}
+    """Restore the pre_quant_scale of folded linears and divide their output factors out."""
+    unfolded = {}
     for name, linear in linears.items():
-        rows = folds.rows.get(name)
-        if rows is not None:
-            codes = {**linear.codes, ROWS: rows}
-            linear = replace(linear, codes=codes, decode=partial(_unfolded, linear.decode))
-        found[name] = replace(linear, pre_quant_scale=folds.inputs.get(name))
-    return found
+        factors = folds.outputs.get(name)
+        if factors is not None:
+            stored = {**linear.stored, OUTPUT_FACTORS: factors}
+            linear = replace(linear, stored=stored, decode=partial(_decode, linear.decode))
+        unfolded[name] = replace(linear, pre_quant_scale=folds.inputs.get(name))
+    return unfolded
 
 
-def _unfolded(decode: Callable[[Codes], Dequantized], codes: Codes) -> Dequantized:
-    found, factor = decode(codes), codes[ROWS][:, None]
-    return replace(found, weight=found.weight / factor, step=found.step / factor)
+def _decode(decode: Callable[[StoredTensors], Dequantized], stored: StoredTensors) -> Dequantized:
+    folded, factor = decode(stored), stored[OUTPUT_FACTORS][:, None]
+    return replace(folded, weight=folded.weight / factor, step=folded.step / factor)

@@ -1,4 +1,4 @@
-"""Reading NF4 linears as bitsandbytes serializes them."""
+"""Read NF4 linears as bitsandbytes serializes them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from nemo_vlm_ptq.errors import VerificationError
-from nemo_vlm_ptq.reference.checkpoint import Codes, Dequantized, ReadLinear
-from nemo_vlm_ptq.reference.number_formats import NF4, NF4_BLOCK, unpack_nf4
+from nemo_vlm_ptq.reference.checkpoint import Dequantized, ReadLinear, StoredTensors
+from nemo_vlm_ptq.reference.number_formats import NF4_BLOCK, NF4_VALUES, unpack_nf4
 
 NESTED_BLOCK = 256
-STATE = "quant_state.bitsandbytes__nf4"
-SUFFIXES = ("absmax", "nested_absmax", "nested_quant_map", "quant_map", STATE)
+QUANT_STATE = "quant_state.bitsandbytes__nf4"
+SUFFIXES = ("absmax", "nested_absmax", "nested_quant_map", "quant_map", QUANT_STATE)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-FIXED = {
+EXPECTED_STATE = {
     "quant_type": "nf4",
     "blocksize": NF4_BLOCK,
     "nested_blocksize": NESTED_BLOCK,
@@ -25,54 +25,57 @@ FIXED = {
 }
 
 
-def take_linears(tensors: dict[str, torch.Tensor]) -> dict[str, ReadLinear]:
-    """Linears by name without `.weight`; their tensors leave `tensors`.
+def pop_linears(tensors: dict[str, torch.Tensor]) -> dict[str, ReadLinear]:
+    """Read all NF4 linears by name without `.weight`, and remove their tensors from `tensors`.
 
-    Weights are rounded to the dtype in which bitsandbytes multiplies with them.
+    Dequantized weights are rounded to the dtype in which bitsandbytes multiplies with them.
 
     Raises:
-        ProofError: a tensor of a linear is missing, or is not what bitsandbytes can read.
+        VerificationError: a tensor of a linear is missing, or bitsandbytes could not read it.
     """
-    ending = ".weight.absmax"
-    names = sorted(name.removesuffix(ending) for name in tensors if name.endswith(ending))
-    return {name: _take_linear(tensors, name) for name in names}
+    suffix = ".weight.absmax"
+    names = sorted(name.removesuffix(suffix) for name in tensors if name.endswith(suffix))
+    return {name: _pop_linear(tensors, name) for name in names}
 
 
-def _take_linear(tensors: dict[str, torch.Tensor], name: str) -> ReadLinear:
-    parts = {}
+def _pop_linear(tensors: dict[str, torch.Tensor], name: str) -> ReadLinear:
+    stored = {}
     for suffix in ("", *(f".{suffix}" for suffix in SUFFIXES)):
         if f"{name}.weight{suffix}" not in tensors:
-            raise VerificationError(f"{name}.weight{suffix} is missing")
-        parts[suffix.removeprefix(".")] = tensors.pop(f"{name}.weight{suffix}")
+            raise VerificationError(f"tensor {name}.weight{suffix} is missing")
+        stored[suffix.removeprefix(".")] = tensors.pop(f"{name}.weight{suffix}")
     try:
-        state = json.loads(bytes(parts[STATE].tolist()))
+        state = json.loads(bytes(stored[QUANT_STATE].tolist()))
     except ValueError as error:
-        raise VerificationError(f"{name}: {STATE} is no JSON: {error}") from None
-    for key, value in FIXED.items():
+        raise VerificationError(f"{name}: {QUANT_STATE} must be JSON: {error}") from None
+    for key, value in EXPECTED_STATE.items():
         if state.get(key) != value:
-            raise VerificationError(f"{name}: {key} is {state.get(key)!r}, not {value!r}")
-    if not torch.equal(parts["quant_map"], torch.tensor(NF4)):
-        raise VerificationError(f"{name}: quant_map holds other values than NF4's")
+            raise VerificationError(f"{name}: {key} must be {value!r}, got {state.get(key)!r}")
+    if not torch.equal(stored["quant_map"], torch.tensor(NF4_VALUES)):
+        raise VerificationError(f"{name}: quant_map must hold the 16 values of NF4")
     if state.get("dtype") not in DTYPES:
-        raise VerificationError(f"{name}: dtype {state.get('dtype')!r} is not known")
+        raise VerificationError(
+            f"{name}: unknown dtype {state.get('dtype')!r}; supported: {', '.join(DTYPES)}"
+        )
     for key in ("", "absmax"):
-        if parts[key].dtype != torch.uint8:
+        if stored[key].dtype != torch.uint8:
             raise VerificationError(
-                f"{name}: {key or 'weight'} is {parts[key].dtype}, not torch.uint8"
+                f"{name}: {key or 'weight'} must be torch.uint8, got {stored[key].dtype}"
             )
-    return ReadLinear(parts, partial(_values, state), "nf4")
+    return ReadLinear(stored=stored, decode=partial(_decode, state), number_format="nf4")
 
 
-def _values(state: Mapping[str, Any], parts: Codes) -> Dequantized:
-    codes, table = parts["absmax"].int(), parts["nested_quant_map"].float()
-    nested = parts["nested_absmax"].float().repeat_interleave(NESTED_BLOCK)[: len(codes)]
+def _decode(state: Mapping[str, Any], stored: StoredTensors) -> Dequantized:
+    """Dequantize a weight; a block's step error is half the gap between quantized absmax values."""
+    codes, table = stored["absmax"].int(), stored["nested_quant_map"].float()
+    nested = stored["nested_absmax"].float().repeat_interleave(NESTED_BLOCK)[: len(codes)]
     absmax = table[codes] * nested + state["nested_offset"]
-    values = unpack_nf4(parts[""]).unflatten(0, (-1, NF4_BLOCK)) * absmax[:, None]
+    values = unpack_nf4(stored[""]).unflatten(0, (-1, NF4_BLOCK)) * absmax[:, None]
     gaps = table.diff()
     wider = torch.maximum(gaps[(codes - 1).clamp(min=0)], gaps[codes.clamp(max=len(gaps) - 1)])
-    step, off = (
+    step, step_error = (
         per_block.reshape(state["shape"][0], -1).repeat_interleave(NF4_BLOCK, dim=1)
         for per_block in (absmax, wider * nested / 2)
     )
     weight = values.reshape(state["shape"]).to(DTYPES[state["dtype"]]).float()
-    return Dequantized(weight, step, step_error=off)
+    return Dequantized(weight=weight, step=step, step_error=step_error)

@@ -1,20 +1,27 @@
-"""Reading Hugging Face checkpoints: the 16 bit source, modelopt's unified ones, bitsandbytes'."""
+"""Read Hugging Face checkpoints: ModelOpt's unified export, and bitsandbytes."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file
 
-from nemo_vlm_ptq.checkpoints.huggingface import SourceTensor, open_source
 from nemo_vlm_ptq.errors import VerificationError
 from nemo_vlm_ptq.families.base import ModelFamily
-from nemo_vlm_ptq.reference.checkpoint import ReadCheckpoint, ReadKv, dequantize, kv_cache
-from nemo_vlm_ptq.targets.hf.nf4_reader import take_linears
+from nemo_vlm_ptq.reference.checkpoint import (
+    ReadCheckpoint,
+    ReadKvCache,
+    read_kv_cache,
+    read_linear,
+)
+from nemo_vlm_ptq.reference.files import read_files
+from nemo_vlm_ptq.targets.hf.nf4_reader import pop_linears
+
+if TYPE_CHECKING:
+    from nemo_vlm_ptq.planning.plan import Plan
 
 SUFFIXES = {
     "weight": "weight",
@@ -28,73 +35,51 @@ SUFFIXES = {
 KV_SUFFIXES = ("k_proj.k_scale", "v_proj.v_scale")
 
 
-def read_source(places: Mapping[str, SourceTensor]) -> ReadCheckpoint:
-    """All tensors of a 16 bit checkpoint under their published names."""
-    with open_source(places) as reader:
-        return ReadCheckpoint({}, {name: reader.whole(name) for name in places})
-
-
-def read_parts(folder: Path, family: ModelFamily) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """`quantization_config` beside the decoder, and all tensors.
-
-    Names are PART/NAME where the family keeps its parts in sub-folders.
-
-    Raises:
-        ProofError: files are missing or damaged.
-    """
-    try:
-        text = (folder / family.decoder_subfolder / "config.json").read_text()
-        config = json.loads(text)["quantization_config"]
-        tensors = {}
-        for part in family.subfolders:
-            start = f"{part}/" if part else ""
-            for path in sorted((folder / part).glob("*.safetensors")):
-                tensors.update({start + name: t for name, t in load_file(path).items()})
-    except Exception as error:  # safetensors raises its own types for damage of any kind
-        raise VerificationError(f"{folder} cannot be read: {error}") from None
-    return config, tensors
-
-
 def read_unified(folder: Path, family: ModelFamily) -> ReadCheckpoint:
-    """An exported checkpoint: quantized linears by their scales, everything else as it lies.
+    """Read a checkpoint written by ModelOpt's unified export or by bitsandbytes.
 
     Raises:
-        ProofError: files are missing or damaged, or a linear has not just its tensors.
+        VerificationError: a file is missing or damaged, or a tensor is missing or unexpected.
     """
-    config, tensors = read_parts(folder, family)
+    config, tensors = read_files(folder, family)
     if config["quant_method"] == "bitsandbytes":
-        return ReadCheckpoint(take_linears(tensors), tensors)
+        return ReadCheckpoint(linears=pop_linears(tensors), plain=tensors)
+    path = folder / family.decoder_subfolder / "hf_quant_config.json"
     try:
-        path = folder / family.decoder_subfolder / "hf_quant_config.json"
         block = json.loads(path.read_text())["quantization"]
     except (OSError, ValueError, KeyError) as error:
-        raise VerificationError(f"{folder} cannot be read: {error}") from None
+        raise VerificationError(f"{path} cannot be read: {error}") from None
     names = sorted(n.removesuffix(".weight_scale") for n in tensors if n.endswith(".weight_scale"))
     linears = {}
     for name in names:
-        parts = {
+        stored = {
             key: tensors.pop(f"{name}.{suffix}")
             for suffix, key in SUFFIXES.items()
             if f"{name}.{suffix}" in tensors
         }
-        linears[name] = dequantize(parts, block, name)
-    return ReadCheckpoint(linears, tensors, _take_kv(tensors, block, list(linears)))
+        linears[name] = read_linear(stored, block, name)
+    kv = _pop_kv_cache(tensors, block, list(linears))
+    return ReadCheckpoint(linears=linears, plain=tensors, kv=kv)
 
 
-def _take_kv(
+def _pop_kv_cache(
     tensors: dict[str, torch.Tensor], block: Mapping[str, Any], linears: list[str]
-) -> ReadKv | None:
-    """Scales of the KV cache, one of keys and one of values a layer; they leave `tensors`."""
+) -> ReadKvCache | None:
+    """Read the KV cache scales of all layers, and remove them from `tensors`."""
     algorithm = block["kv_cache_quant_algo"]
     if algorithm is None:
         return None
-    places = {name.rpartition(".")[0] for name in linears if ".self_attn." in name}
-    layers = sorted(places, key=lambda name: int(name.split(".")[-2]))
-    found: list[list[torch.Tensor]] = [[], []]
-    for layer in layers:
-        for scales, suffix in zip(found, KV_SUFFIXES, strict=True):
-            name = f"{layer}.{suffix}"
+    modules = {name.rpartition(".")[0] for name in linears if ".self_attn." in name}
+    scales: list[list[torch.Tensor]] = [[], []]
+    for module in sorted(modules, key=lambda name: int(name.split(".")[-2])):
+        for per_layer, suffix in zip(scales, KV_SUFFIXES, strict=True):
+            name = f"{module}.{suffix}"
             if name not in tensors:
-                raise VerificationError(f"{name} is missing")
-            scales.append(tensors.pop(name))
-    return kv_cache(algorithm, *found)
+                raise VerificationError(f"tensor {name} is missing")
+            per_layer.append(tensors.pop(name))
+    return read_kv_cache(algorithm, *scales)
+
+
+def read(folder: Path, plan: Plan) -> ReadCheckpoint:
+    """Read an export of this package."""
+    return read_unified(folder, plan.family)

@@ -1,1 +1,1 @@
-""""""
+"""Quantized Megatron checkpoints: modelopt quantizers, their modules, saving and loading."""

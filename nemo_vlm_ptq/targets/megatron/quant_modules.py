@@ -1,7 +1,11 @@
-"""What modelopt 0.47 does not have for Megatron: modules and roundings for its own registries.
+"""Quantized Megatron modules and quantization backends that modelopt 0.47 lacks.
 
-SVDQuant's branch in tensor-parallel linears; rounded keys and values in our core attention; nvfp4
-on a CPU, where modelopt has no kernel; a scale a token that tensor ranks share.
+* Tensor-parallel linears with SVDQuant's low-rank branch.
+* SdpaCoreAttention with a quantized KV cache.
+* NVFP4 on CPUs, where modelopt has no kernel.
+* Per-token fp8 with one scale per token across tensor ranks.
+
+Legend: S tokens, B samples, D head dimension, K input features, O output features, r rank.
 """
 
 from __future__ import annotations
@@ -10,6 +14,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from megatron.core import parallel_state
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from modelopt.torch.opt.dynamic import _DMRegistryCls
 from modelopt.torch.quantization.nn import (
     QuantModule,
@@ -20,37 +27,34 @@ from modelopt.torch.quantization.nn import (
 from modelopt.torch.quantization.tensor_quant import scaled_e4m3
 from modelopt.torch.utils.distributed import ParallelState
 
-from megatron.core import parallel_state
-from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from nemo_vlm_ptq.calibrate.statistics import ROW_PARALLEL
 from nemo_vlm_ptq.numerics import fake_quantize_nvfp4
 
-NVFP4_ON_CPU, WHOLE_TOKENS = "nvfp4_on_cpu", "fp8_whole_tokens"  # in modelopt's table of backends
+# Names in modelopt's registry of quantization backends.
+NVFP4_CPU_BACKEND, FP8_TOKEN_BACKEND = "nvfp4_on_cpu", "fp8_token_across_ranks"
 LOW_RANK_BUFFERS = ("low_rank_a", "low_rank_b")
-LOW_RANK_REGISTRY = _DMRegistryCls("LowRank")  # modelopt's linears -> theirs with a branch
+LOW_RANK_REGISTRY = _DMRegistryCls("LowRank")  # quantized linear -> linear with low-rank branch
 
 
 def add_low_rank(module: QuantModule, linear: str) -> None:
-    """Make modelopt's tensor-parallel linear one with a branch, which is to be given to it.
+    """Convert a quantized linear into one with a low-rank branch, whose buffers are set later.
 
     Args:
-        module: a linear with quantizers; its class is changed in place.
-        linear: its name in LINEARS.
+        module: quantized tensor-parallel linear; its class is changed in place.
+        linear: its key in LINEARS.
     """
-    kind = type(module)
-    if kind not in LOW_RANK_REGISTRY:
-        LOW_RANK_REGISTRY.register({kind: kind.__name__})(LowRankLinear)
+    cls = type(module)
+    if cls not in LOW_RANK_REGISTRY:
+        LOW_RANK_REGISTRY.register({cls: cls.__name__})(LowRankLinear)
     LOW_RANK_REGISTRY.convert(module, linear=linear)
 
 
 class LowRankLinear(QuantModule):
-    """modelopt's tensor-parallel linear with a 16 bit branch: y = Q(x) W_q^T + x a^T b^T.
+    """Quantized tensor-parallel linear with a 16 bit low-rank branch: y = Q(x) W_q^T + x a^T b^T.
 
-    x is the input times its prequant scale. modelopt 0.47's SVDQuantLinear adds the branch to what
-    the linear returns, which is a tuple in Megatron. Here it joins the product before the sum over
-    tensor ranks: a row-parallel linear holds the columns of a that go with its part of x, a
-    column-parallel one its rows of b.
+    x is the input times pre_quant_scale. modelopt 0.47's SVDQuantLinear adds the branch to the
+    output of the linear, which is a tuple in Megatron. Here it is added before the all-reduce over
+    tensor ranks: row-parallel linears shard a along K, column-parallel linears shard b along O.
     """
 
     low_rank_a: torch.Tensor  # [r,K]
@@ -63,30 +67,30 @@ class LowRankLinear(QuantModule):
     def _quantized_linear_fn(
         package: Any, function: str, self: Any, input: Any, weight: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        plain = super(LowRankLinear, type(self))._quantized_linear_fn
-        product = plain(package, function, self, input, weight, *args, **kwargs)
+        quantized_linear = super(LowRankLinear, type(self))._quantized_linear_fn
+        output = quantized_linear(package, function, self, input, weight, *args, **kwargs)
         x = input * self.input_quantizer.pre_quant_scale
-        return product + F.linear(F.linear(x, self.low_rank_a), self.low_rank_b)
+        return output + F.linear(F.linear(x, self.low_rank_a), self.low_rank_b)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
     ) -> dict[str, Any]:
-        """The linear's shards, and those of the branch."""
+        """Return the sharded state dict of the linear, including its low-rank branch."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         axes = {"low_rank_a": 1} if self.linear_name in ROW_PARALLEL else {"low_rank_b": 0}
         branch = {name: self.get_buffer(name) for name in LOW_RANK_BUFFERS}
         state |= make_sharded_tensors_for_checkpoint(branch, prefix, axes, sharded_offsets)
-        if self.linear_name == "linear_fc1":  # gate and up are cut apart, as in the weight
-            key, alone = f"{prefix}low_rank_b", bool(metadata["singleton_local_shards"])
-            state[key] = apply_swiglu_sharded_factory(state[key], sharded_offsets, alone)
+        if self.linear_name == "linear_fc1":  # gate and up are sharded separately, as in the weight
+            key, singleton = f"{prefix}low_rank_b", bool(metadata["singleton_local_shards"])
+            state[key] = apply_swiglu_sharded_factory(state[key], sharded_offsets, singleton)
         return state
 
 
-class KvAttention(QuantModule):
-    """Our core attention with keys and values rounded as a KV cache holds them.
+class KvQuantAttention(QuantModule):
+    """SdpaCoreAttention that quantizes keys and values as a quantized KV cache does.
 
-    Names and states are those of modelopt 0.47's _QuantTEDotProductAttention, so that a model with
-    TransformerEngine's attention restores them.
+    Quantizer names and states are those of modelopt 0.47's _QuantTEDotProductAttention, so that a
+    model with TransformerEngine's attention can restore them.
     """
 
     def _setup(self) -> None:
@@ -96,46 +100,50 @@ class KvAttention(QuantModule):
             parallel_state.get_tensor_model_parallel_group(),
         )
 
-    def quantizers(self) -> tuple[TensorQuantizer, TensorQuantizer]:
-        """Of keys, and of values."""
+    def kv_quantizers(self) -> tuple[TensorQuantizer, TensorQuantizer]:
+        """Return the quantizers of keys and of values."""
         return self.k_bmm_quantizer, self.v_bmm_quantizer
 
     def forward(self, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-        """query [S,B,heads,D], key and value [S,B,kv heads,D] after RoPE."""
+        """Compute attention; query [S,B,heads,D], key and value [S,B,kv heads,D], after RoPE."""
         key, value = self.k_bmm_quantizer(key), self.v_bmm_quantizer(value)
         return super().forward(query, key, value, *args, **kwargs)
 
     def get_extra_state(self) -> None:
-        """Torch asks for extra state if the class can give it; modelopt gives it by instance."""
+        """Declare extra state for torch, which checks the class; modelopt patches the instance."""
 
     def set_extra_state(self, state: Any) -> None:
-        """See get_extra_state."""
+        """See `get_extra_state`."""
 
     def modelopt_post_restore(self, prefix: str = "") -> None:
-        """Restored buffers come without a device; `megatron_replace_quant_module_hook` set ours."""
+        """Move restored buffers to the device and dtype of the attention's parameters.
+
+        modelopt's `megatron_replace_quant_module_hook` sets both attributes.
+        """
         self.to(device=self.device, dtype=self.dtype)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
     ) -> dict[str, Any]:
-        """Scalars, the same on every tensor rank."""
+        """Return the scalar amaxes of the quantizers, replicated over tensor ranks."""
         state = self.state_dict(prefix="", keep_vars=True)
         return make_sharded_tensors_for_checkpoint(state, prefix, {}, sharded_offsets)
 
 
 def register_backends() -> None:
-    """Make our two roundings known to modelopt by name, once."""
-    for name, entry in ((NVFP4_ON_CPU, _round_nvfp4), (WHOLE_TOKENS, _round_whole_tokens)):
+    """Register the quantization backends of this module with modelopt, once."""
+    backends = {NVFP4_CPU_BACKEND: _quantize_nvfp4, FP8_TOKEN_BACKEND: _quantize_fp8_token}
+    for name, backend in backends.items():
         if not is_registered_quant_backend(name):
-            register_quant_backend(name, entry)
+            register_quant_backend(name, backend)
 
 
-def _round_nvfp4(inputs: torch.Tensor, quantizer: TensorQuantizer) -> torch.Tensor:
+def _quantize_nvfp4(inputs: torch.Tensor, quantizer: TensorQuantizer) -> torch.Tensor:
     return fake_quantize_nvfp4(inputs, quantizer._get_amax(inputs).amax())
 
 
-def _round_whole_tokens(inputs: torch.Tensor, quantizer: TensorQuantizer) -> torch.Tensor:
-    """fp8 with one scale a token, however many tensor ranks hold a part of it."""
+def _quantize_fp8_token(inputs: torch.Tensor, quantizer: TensorQuantizer) -> torch.Tensor:
+    """Fake-quantize per token, with the amax over the shards of all tensor ranks."""
     amax = quantizer._get_amax(inputs).clone()
     group = parallel_state.get_tensor_model_parallel_group()
     torch.distributed.all_reduce(amax, torch.distributed.ReduceOp.MAX, group)

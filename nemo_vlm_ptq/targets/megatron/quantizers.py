@@ -1,7 +1,8 @@
-"""Solved scales into modelopt's quantizers: the result is an ordinary modelopt Megatron model.
+"""Insert modelopt's quantizers into a Megatron model and fill them with solved scales.
 
-This file and modules.py alone import modelopt. Presets are copied, never edited. What is quantized
-is chosen by module identity, and the enabled quantizers are counted afterwards.
+The result is a regular modelopt Megatron model. Only this module and quant_modules.py import
+modelopt. Linears are selected by module identity instead of name patterns, and the enabled
+quantizers are counted afterwards.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import modelopt.torch.quantization as mtq
 import torch
+from megatron.core.models.gpt import GPTModel
 from modelopt.torch.opt.plugins.mcore_dist_checkpointing import save_sharded_modelopt_state
 from modelopt.torch.quantization.nn import (
     QuantModuleRegistry,
@@ -23,7 +25,6 @@ from modelopt.torch.quantization.nn import (
     TensorQuantizer,
 )
 
-from megatron.core.models.gpt import GPTModel
 from nemo_vlm_ptq.calibrate.solve.scales import (
     LinearScales,
     divide_by_pre_quant_scale,
@@ -34,12 +35,12 @@ from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.formats import KvCacheFormat, QuantFormat
 from nemo_vlm_ptq.megatron.attention import SdpaCoreAttention
 from nemo_vlm_ptq.numerics import fake_quantize, nudge_off_ties
-from nemo_vlm_ptq.targets.megatron import quant_modules as modules
+from nemo_vlm_ptq.targets.megatron import quant_modules
 
-ScalesOf = Callable[[int, str], LinearScales]
-KvOf = Callable[[int], tuple[torch.Tensor, torch.Tensor]]  # layer -> amax [] of keys, of values
+ScalesLookup = Callable[[int, str], LinearScales]  # (layer, linear) -> scales of this rank's shard
+KvAmaxLookup = Callable[[int], tuple[torch.Tensor, torch.Tensor]]  # layer -> amax of key, value
 
-# A KV cache's quantizers by kind of number; modelopt has no preset for int8.
+# Quantizer config per number format of the KV cache; modelopt has no preset for int8.
 KV_QUANTIZERS: dict[str, list[dict[str, Any]]] = {
     "fp8": mtq.FP8_KV_CFG["quant_cfg"],
     "int8": [{"quantizer_name": "*[kv]_bmm_quantizer", "cfg": {"num_bits": 8, "axis": None}}],
@@ -47,143 +48,157 @@ KV_QUANTIZERS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def preset(row: QuantFormat, group: int, kv: KvCacheFormat | None = None) -> dict[str, Any]:
-    """modelopt's preset of a format with our group size, and no calibration algorithm.
+def preset_config(
+    fmt: QuantFormat, group_size: int, kv_cache: KvCacheFormat | None = None
+) -> dict[str, Any]:
+    """Return a copy of modelopt's preset with the given group size and no calibration algorithm.
 
-    A format that modelopt cannot fake-quantize (nf4) gets one that leaves every linear alone.
+    A format that modelopt cannot fake-quantize (nf4) gets a config that disables all quantizers.
     """
     config: dict[str, Any] = {"quant_cfg": [{"quantizer_name": "*", "enable": False}]}
-    if row.modelopt_preset:
-        config = copy.deepcopy(getattr(mtq, row.modelopt_preset))
+    if fmt.modelopt_preset:
+        config = copy.deepcopy(getattr(mtq, fmt.modelopt_preset))
     config["algorithm"] = None
-    for entry in config["quant_cfg"]:
-        cfg = entry.get("cfg")
+    for quantizer in config["quant_cfg"]:
+        cfg = quantizer.get("cfg")
         for part in cfg if isinstance(cfg, list) else [cfg]:
-            if part and part.get("block_sizes", {}).get(-1) is not None:  # None: a whole token
-                part["block_sizes"][-1] = row.group(group)
-    if kv is not None:
-        config["quant_cfg"] += copy.deepcopy(KV_QUANTIZERS[kv.kind])
+            if part and part.get("block_sizes", {}).get(-1) is not None:  # None: per token
+                part["block_sizes"][-1] = fmt.group(group_size)
+    if kv_cache is not None:
+        config["quant_cfg"] += copy.deepcopy(KV_QUANTIZERS[kv_cache.number_format])
     return config
 
 
 def insert_quantizers(
-    model: GPTModel, row: QuantFormat, group: int, kv: KvCacheFormat | None = None
+    model: GPTModel, fmt: QuantFormat, group_size: int, kv_cache: KvCacheFormat | None = None
 ) -> None:
-    """Replace the model's linears by modelopt's, with the quantizers of the format, unfilled.
+    """Convert the linears into modelopt's quantized linears, without scales.
 
-    With a KV cache format the core attentions are replaced too.
+    With a KV cache format the core attentions are converted, too.
     """
-    if not row.modelopt_preset and kv is None:
+    if not fmt.modelopt_preset and kv_cache is None:
         return
     with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))  # it prints a line a rank
-        if kv is not None:  # for this call: elsewhere a checkpoint would hold states of no use
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))  # modelopt prints per rank
+        if kv_cache is not None:
+            # Only for this call: otherwise checkpoints without a quantized KV cache would contain
+            # states of disabled quantizers.
             QuantModuleRegistry.register({SdpaCoreAttention: "SdpaCoreAttention"})(
-                modules.KvAttention
+                quant_modules.KvQuantAttention
             )
             stack.callback(QuantModuleRegistry.unregister, SdpaCoreAttention)
-        mtq.quantize(model, preset(row, group, kv))
-    if row.low_rank:
-        for _, name, module in _linears(model):
-            modules.add_low_rank(module, name)
+        mtq.quantize(model, preset_config(fmt, group_size, kv_cache))
+    if fmt.low_rank:
+        for _, linear, module in decoder_linears(model):
+            quant_modules.add_low_rank(module, linear)
 
 
 def fill_quantizers(
-    model: GPTModel, row: QuantFormat, scales_of: ScalesOf, kv_of: KvOf | None = None
+    model: GPTModel,
+    fmt: QuantFormat,
+    get_scales: ScalesLookup,
+    get_kv_amax: KvAmaxLookup | None = None,
 ) -> None:
-    """Give the quantizers their scales, and count them.
+    """Set the scales of all quantizers, and check which quantizers are enabled.
 
     Args:
         model: decoder with quantizers inserted.
-        row: the format.
-        scales_of: (layer, linear) -> scales cut to this rank's shard.
-        kv_of: layer -> largest magnitudes [] of keys and of values; None without a KV cache format.
+        fmt: the format.
+        get_scales: (layer, linear) -> scales of this rank's shard.
+        get_kv_amax: layer -> amax [] of keys and of values; None without a KV cache format.
 
     Raises:
-        UserError: the enabled quantizers are not just those of the decoder's linears and KV cache.
+        UserError: the enabled quantizers are not those of the decoder's linears and KV cache.
     """
     expected = set()
-    if row.modelopt_preset:
-        for layer, name, module in _linears(model):
-            _fill(module, scales_of(layer, name))
+    if fmt.modelopt_preset:
+        for layer, linear, module in decoder_linears(model):
+            _fill(module, get_scales(layer, linear))
             expected.add(id(module.weight_quantizer))
-            if row.activation is not None:
+            if fmt.activation is not None:
                 expected.add(id(module.input_quantizer))
-    if kv_of is not None:
+    if get_kv_amax is not None:
         for block in model.decoder.layers:
-            core = block.self_attention.core_attention
-            pairs = zip(core.quantizers(), kv_of(block.layer_number - 1), strict=True)
-            for quantizer, amax in pairs:
+            quantizers = block.self_attention.core_attention.kv_quantizers()
+            amaxes = get_kv_amax(block.layer_number - 1)
+            for quantizer, amax in zip(quantizers, amaxes, strict=True):
                 quantizer.amax = amax.reshape(()).to(next(block.parameters()).device)
                 expected.add(id(quantizer))
-    enabled = {id(q) for q in _outer_quantizers(model) if q.is_enabled}
+    enabled = {id(quantizer) for quantizer in _top_level_quantizers(model) if quantizer.is_enabled}
     if enabled != expected:
         raise UserError(
-            f"{row.name}: {len(enabled)} quantizers are enabled, {len(expected)} were expected; "
-            "this version of nvidia-modelopt quantizes other modules than the decoder's linears"
+            f"{fmt.name}: {len(enabled)} quantizers are enabled, expected {len(expected)}; this "
+            "version of nvidia-modelopt quantizes other modules than the decoder's linears"
         )
 
 
 def prepare_weights(
-    model: GPTModel, row: QuantFormat, scales_of: ScalesOf, layers: Collection[int]
+    model: GPTModel, fmt: QuantFormat, get_scales: ScalesLookup, layers: Collection[int]
 ) -> None:
-    """Make each weight of some layers the one that is rounded, in place.
+    """Replace the weights of some layers by those that the weight quantizers round, in place.
 
-    It is divided by its prequant scale, loses what its branch computes, and is moved off ties. A
-    format without a quantizer (nf4) leaves the rounded weight itself.
+    A weight is divided by its pre_quant_scale, reduced by its low-rank branch, and nudged off
+    rounding ties. In a format without a weight quantizer (nf4) it is fake-quantized instead.
     """
-    own = (one for one in _linears(model) if one[0] in layers)
-    for layer, name, module in own:
-        weight = module.weight.data
-        scales = _on(scales_of(layer, name), weight.device)
-        rest = residual_weight(
-            divide_by_pre_quant_scale(weight, scales.pre_quant_scale), scales.branch
+    linears = (linear for linear in decoder_linears(model) if linear[0] in layers)
+    for layer, linear, module in linears:
+        weight_OK = module.weight.data
+        scales = _scales_to_device(get_scales(layer, linear), weight_OK.device)
+        residual_OK = residual_weight(
+            divide_by_pre_quant_scale(weight_OK, scales.pre_quant_scale), scales.branch
         )
-        if row.modelopt_preset:
-            weight.copy_(nudge_off_ties(rest, scales.weight_amax, row.weight))
+        if fmt.modelopt_preset:
+            weight_OK.copy_(nudge_off_ties(residual_OK, scales.weight_amax, fmt.weight))
         else:
-            weight.copy_(fake_quantize(rest, scales.weight_amax, row.weight))
+            weight_OK.copy_(fake_quantize(residual_OK, scales.weight_amax, fmt.weight))
 
 
-def use_custom_backends(model: GPTModel, row: QuantFormat) -> None:
-    """Round with our code where modelopt cannot (nvfp4 on a CPU), or would on each rank for itself.
+def use_custom_backends(model: GPTModel, fmt: QuantFormat) -> None:
+    """Use the backends of quant_modules.py where modelopt's do not work or depend on the layout.
 
-    That is the input of a row-parallel linear with a scale a token: modelopt makes the scale from
-    the rank's part of the token. Call this on a complete model: the name of a backend belongs to a
-    quantizer's state, and a saved state must not ask others for ours.
+    These are NVFP4 on a CPU, and inputs of row-parallel linears with per-token scales, which
+    modelopt computes from the shard of each tensor rank. Call this on a complete model: the backend
+    is part of a quantizer's state, and a saved state must load without this package.
     """
-    modules.register_backends()
+    quant_modules.register_backends()
     if next(model.parameters()).device.type == "cpu":
         for module in model.modules():
             if isinstance(module, TensorQuantizer) and module.is_nvfp4_dynamic:
-                module.backend = modules.NVFP4_ON_CPU
-    if row.activation == "fp8_token":
-        for _, name, module in _linears(model):
-            if name in ROW_PARALLEL:
-                module.input_quantizer.backend = modules.WHOLE_TOKENS
+                module.backend = quant_modules.NVFP4_CPU_BACKEND
+    if fmt.activation == "fp8_token":
+        for _, linear, module in decoder_linears(model):
+            if linear in ROW_PARALLEL:
+                module.input_quantizer.backend = quant_modules.FP8_TOKEN_BACKEND
 
 
 def disable_activation_quantizers(model: GPTModel) -> None:
-    """Switch off what rounds inputs, keys and values; prequant scales stay."""
+    """Disable the quantizers of inputs, keys and values; pre_quant_scales stay active."""
     for name, module in model.named_modules():
         if isinstance(module, TensorQuantizer) and "weight_quantizer" not in name:
             module.disable()
 
 
-def _on(scales: LinearScales, device: torch.device) -> LinearScales:
-    moved: dict[str, Any] = {key: one.to(device) for key, one in scales.tensors().items()}
-    return replace(scales, **moved)
-
-
-def _linears(model: GPTModel) -> Iterator[tuple[int, str, Any]]:
-    """(layer over the whole model, name, module) of the linears on this rank."""
+def decoder_linears(model: GPTModel) -> Iterator[tuple[int, str, Any]]:
+    """Yield (global layer index, key in LINEARS, module) of the linears on this rank."""
     for block in model.decoder.layers:
-        for name, path in LINEARS.items():
-            yield block.layer_number - 1, name, block.get_submodule(path)
+        for linear, path in LINEARS.items():
+            yield block.layer_number - 1, linear, block.get_submodule(path)
 
 
-def _outer_quantizers(model: GPTModel) -> list[Any]:
-    """Quantizers that stand for themselves, not as a part of a sequence."""
+def save_modelopt_state(model: GPTModel, folder: Path) -> None:
+    """Save modelopt's state next to the weights, from which training tools restore the model."""
+    save_sharded_modelopt_state([model], str(folder))
+
+
+def _scales_to_device(scales: LinearScales, device: torch.device) -> LinearScales:
+    tensors: dict[str, Any] = {
+        field: tensor.to(device) for field, tensor in scales.tensors().items()
+    }
+    return replace(scales, **tensors)
+
+
+def _top_level_quantizers(model: GPTModel) -> list[Any]:
+    """Return the quantizers that are not part of a SequentialQuantizer."""
     found: list[Any] = []
     inner: set[int] = set()
     for module in model.modules():
@@ -197,26 +212,22 @@ def _outer_quantizers(model: GPTModel) -> list[Any]:
 
 @torch.no_grad()
 def _fill(module: Any, scales: LinearScales) -> None:
-    weight, device = module.weight, module.weight.device
+    weight_OK, device = module.weight, module.weight.device
+    dtype = weight_OK.dtype
     if scales.pre_quant_scale is not None:
         module.input_quantizer._enable_pre_quant_scale = True
-        module.input_quantizer.pre_quant_scale = scales.pre_quant_scale.to(device, weight.dtype)
+        module.input_quantizer.pre_quant_scale = scales.pre_quant_scale.to(device, dtype)
     if scales.input_amax is not None:
         module.input_quantizer.amax = scales.input_amax.to(device)
     if scales.low_rank_a is not None and scales.low_rank_b is not None:
-        module.register_buffer("low_rank_a", scales.low_rank_a.to(device, weight.dtype))
-        module.register_buffer("low_rank_b", scales.low_rank_b.to(device, weight.dtype))
+        module.register_buffer("low_rank_a", scales.low_rank_a.to(device, dtype))
+        module.register_buffer("low_rank_b", scales.low_rank_b.to(device, dtype))
     first, second = module.weight_quantizer, None
     if isinstance(first, SequentialQuantizer):
         first, second = first
     amax = scales.weight_amax.to(device)
     first.amax = amax if amax.dim() == 0 else amax.reshape(-1, 1)
     if amax.dim() == 2:
-        first._setup_for_blockquant(weight)  # so that state is complete before the first forward
+        first._setup_for_blockquant(weight_OK)  # completes the state before the first forward pass
     if second is not None and scales.weight_amax_2 is not None:
         second.amax = scales.weight_amax_2.to(device)
-
-
-def save_modelopt_state(model: GPTModel, folder: Path) -> None:
-    """modelopt's own state beside the weights, so that training tools can restore the model."""
-    save_sharded_modelopt_state([model], str(folder))

@@ -1,31 +1,57 @@
-"""context/ of a NeMo checkpoint against the model: does it build what the weights are for?
+"""Check context/ of a NeMo 2 checkpoint: it must build the model that the weights belong to.
 
-It is read as a source would be; what it should say is worked out from the decoder's facts.
+The expected values come from the decoder's shape and the source's vision config.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_vlm_ptq.checkpoints.torch_dist_index import read_index
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families import Decoder
-from nemo_vlm_ptq.targets.nemo2.source import read_context
+from nemo_vlm_ptq.families.llava import full_config
+from nemo_vlm_ptq.sources.nemo2 import read_context
+from nemo_vlm_ptq.targets.checking import Check, ExpectedQuantization
 
-VISION = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-          "image_size", "patch_size")  # fmt: skip
+if TYPE_CHECKING:
+    from nemo_vlm_ptq.planning.plan import Plan
+
+VISION_SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size",
+    "patch_size",
+)  # fmt: skip
+QUANTIZER_BUFFERS = ("_amax", "_pre_quant_scale")  # suffixes of tensors in their own dtypes
 
 
-def check_nemo(folder: Path, decoder: Decoder, vision: Any, layer: int, dtype: str) -> list[str]:
-    """Problems of context/, and of the dtypes in weights/.
+def check(folder: Path, plan: Plan, expected: ExpectedQuantization) -> Iterator[Check]:
+    """Yield the checks of one checkpoint folder."""
+    source = full_config(plan.config)
+    findings = check_context(
+        folder,
+        decoder=plan.decoder,
+        vision=source.vision_config,
+        vision_feature_layer=source.vision_feature_layer,
+        dtype=plan.dtype,
+    )
+    yield Check(
+        name="configs", findings=findings, about="configs describe the source in this format"
+    )
+
+
+def check_context(
+    folder: Path, decoder: Decoder, vision: Any, vision_feature_layer: int, dtype: str
+) -> list[str]:
+    """Return the findings about context/ and about the dtypes in weights/.
 
     Args:
-        folder: with context/ and weights/ in it.
-        decoder: facts of the decoder.
-        vision: transformers' config of the tower.
-        layer: of the tower that is looked at.
-        dtype: of what is not quantized.
+        folder: with context/ and weights/.
+        decoder: shape of the decoder.
+        vision: transformers' config of the vision tower.
+        vision_feature_layer: layer of the tower whose hidden states are the image features.
+        dtype: of tensors that are not quantized.
     """
     try:
         model = read_context(folder)
@@ -36,7 +62,7 @@ def check_nemo(folder: Path, decoder: Decoder, vision: Any, layer: int, dtype: s
     text, tower = config["language_transformer_config"], config["vision_transformer_config"]
     projector = config["vision_projection_config"]
     embedding = index.tensors.get("module.language_model.embedding.word_embeddings.weight")
-    wanted = {
+    expected_text = {
         "_target_": "nemo.collections.llm.gpt.model.llama.LlamaConfig",
         "num_layers": decoder.layers,
         "hidden_size": decoder.hidden,
@@ -50,25 +76,24 @@ def check_nemo(folder: Path, decoder: Decoder, vision: Any, layer: int, dtype: s
         "vocab_size": None if embedding is None else embedding.shape[0],
         "params_dtype": f"torch.{dtype}",
     }
-    problems = _differences("language_transformer_config", text, wanted)
-    sizes = {name: getattr(vision, name) for name in VISION}
-    problems += _differences("vision_transformer_config", tower.get("wrapped", {}), sizes)
-    made = {"input_size": vision.hidden_size, "hidden_size": decoder.hidden}
-    problems += _differences("vision_projection_config", projector, made)
-    problems += _differences("config", config, {"vision_feature_layer": layer})
-    name = model["tokenizer"].get("pretrained_model_name")
-    if not isinstance(name, str) or not (folder / "context" / name).is_dir():
-        problems.append(f"context/io.json: the tokenizer's folder {name!r} is not there")
-    amax = ("_amax", "_pre_quant_scale")
-    for stored, entry in index.tensors.items():
-        if not stored.endswith(amax) and str(entry.dtype) != f"torch.{dtype}":
-            problems.append(f"{stored} is {entry.dtype}, not torch.{dtype}")
-    return problems
+    findings = _differences("language_transformer_config", text, expected_text)
+    expected_tower = {name: getattr(vision, name) for name in VISION_SIZES}
+    findings += _differences("vision_transformer_config", tower.get("wrapped", {}), expected_tower)
+    expected_projector = {"input_size": vision.hidden_size, "hidden_size": decoder.hidden}
+    findings += _differences("vision_projection_config", projector, expected_projector)
+    findings += _differences("config", config, {"vision_feature_layer": vision_feature_layer})
+    tokenizer = model["tokenizer"].get("pretrained_model_name")
+    if not isinstance(tokenizer, str) or not (folder / "context" / tokenizer).is_dir():
+        findings.append(f"context/io.json: tokenizer folder {tokenizer!r} does not exist")
+    for name, stored in index.tensors.items():
+        if not name.endswith(QUANTIZER_BUFFERS) and str(stored.dtype) != f"torch.{dtype}":
+            findings.append(f"tensor {name} must be torch.{dtype}, got {stored.dtype}")
+    return findings
 
 
-def _differences(where: str, have: Any, wanted: dict[str, Any]) -> list[str]:
+def _differences(section: str, actual: Any, expected: dict[str, Any]) -> list[str]:
     return [
-        f"context/io.json: {where}.{key} is {have.get(key)!r}, not {value!r}"
-        for key, value in wanted.items()
-        if have.get(key) != value
+        f"context/io.json: {section}.{key} must be {value!r}, got {actual.get(key)!r}"
+        for key, value in expected.items()
+        if actual.get(key) != value
     ]

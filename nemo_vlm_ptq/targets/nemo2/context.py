@@ -1,8 +1,8 @@
-"""What NeMo 2 wants to know of a checkpoint: names of its weights, and what context/ says.
+"""Names of the weights in a NeMo 2 checkpoint, and the contents of its context/.
 
-NeMo 2.7.3's LlavaModel holds Megatron's decoder, transformers' CLIP tower and a projector of two
-linears. Its weights are torch_dist; io.json beside them says, as Fiddle does, how the model is
-built. NeMo is not needed to write either.
+LlavaModel of NeMo 2.7.3 holds a Megatron decoder, transformers' CLIP tower and a projector of two
+linears. The weights are a torch_dist checkpoint; context/io.json describes in Fiddle's format how
+to build the model. NeMo is not required to write either.
 """
 
 from __future__ import annotations
@@ -13,18 +13,22 @@ from typing import Any
 from nemo_vlm_ptq.families.base import Decoder
 from nemo_vlm_ptq.targets.nemo2.fiddle import Call, Symbol
 
-TOKENIZER = "tokenizer"  # folder in context/
-DECODER, TOWER, PROJECTOR = "module.language_model.", "module.vision_model.", "module."
-LAYER = r"decoder\.layers\.(\d+)\.(.*)"
+TOKENIZER_FOLDER = "tokenizer"  # in context/
+DECODER_PREFIX, TOWER_PREFIX, PROJECTOR_PREFIX = (
+    "module.language_model.",
+    "module.vision_model.",
+    "module.",
+)
+LAYER_PATTERN = r"decoder\.layers\.(\d+)\.(.*)"
 LLAVA = "nemo.collections.vlm.neva.model.llava"
 VISION = "nemo.collections.vlm.vision.base"
-# Published names beside the decoder and NeMo's; the tower is transformers' own.
-BESIDE = (
-    (r"vision_tower\.", TOWER),
-    (r"multi_modal_projector\.linear_1\.", f"{PROJECTOR}vision_projection.0."),
-    (r"multi_modal_projector\.linear_2\.", f"{PROJECTOR}vision_projection.2."),
+# (pattern of a published name, NeMo's replacement); the tower is transformers' own module.
+VISION_NAMES = (
+    (r"vision_tower\.", TOWER_PREFIX),
+    (r"multi_modal_projector\.linear_1\.", f"{PROJECTOR_PREFIX}vision_projection.0."),
+    (r"multi_modal_projector\.linear_2\.", f"{PROJECTOR_PREFIX}vision_projection.2."),
 )
-# Of a tower, what NeMo's own config class does not take: given to it once it is made.
+# Sizes that NeMo's HFCLIPVisionConfig does not accept as arguments; see _tower.
 TOWER_SIZES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size",
     "patch_size", "projection_dim", "hidden_act", "layer_norm_eps",
@@ -32,42 +36,42 @@ TOWER_SIZES = (
 
 
 def decoder_key(stored: str, stacked: bool) -> tuple[str, int | None]:
-    """NeMo's name of what Megatron stores of one layer, and the layer, if it is stacked.
+    """Return NeMo's name of a Megatron decoder tensor, and the layer index if layers are stacked.
 
-    A 16 bit model has its layers stacked; one that modelopt has restored asks for each by itself.
+    A 16 bit checkpoint stacks its layers; a model restored by ModelOpt loads each separately.
     """
-    match = re.fullmatch(LAYER, stored)
+    match = re.fullmatch(LAYER_PATTERN, stored)
     if match is None or not stacked:
-        return DECODER + stored, None
-    return f"{DECODER}decoder.layers.{match[2]}", int(match[1])
+        return DECODER_PREFIX + stored, None
+    return f"{DECODER_PREFIX}decoder.layers.{match[2]}", int(match[1])
 
 
-def beside_key(published: str) -> str:
-    """NeMo's name of a tensor of tower or projector."""
-    for pattern, start in BESIDE:
-        name, found = re.subn(f"^{pattern}", start, published)
-        if found:
+def vision_key(published: str) -> str:
+    """Return NeMo's name of a tensor of vision tower or projector."""
+    for pattern, prefix in VISION_NAMES:
+        name, count = re.subn(f"^{pattern}", prefix, published)
+        if count:
             return name
     raise AssertionError(published)
 
 
-def context(config: Any, decoder: Decoder, rows: int, dtype: str) -> Call:
-    """The call that makes NeMo's TrainerContext, model and tokenizer.
+def trainer_context(config: Any, decoder: Decoder, vocab_rows: int, dtype: str) -> Call:
+    """Return the call that builds NeMo's TrainerContext with model and tokenizer.
 
     Args:
         config: transformers' LlavaConfig.
-        decoder: facts of the decoder.
-        rows: of the embedding and the head, padding included.
+        decoder: shape of the decoder.
+        vocab_rows: rows of embedding and head, with padding.
         dtype: of the weights.
     """
     model = Call(
         Symbol(LLAVA, "LlavaModel"),
         {
-            "config": _llava(config, decoder, rows, dtype),
+            "config": _llava(config, decoder, vocab_rows, dtype),
             "tokenizer": Call(
                 Symbol("nemo.collections.common.tokenizers.huggingface.auto_tokenizer",
                        "AutoTokenizer"),
-                {"pretrained_model_name": TOKENIZER},
+                {"pretrained_model_name": TOKENIZER_FOLDER},
             ),
         },
     )  # fmt: skip
@@ -75,8 +79,8 @@ def context(config: Any, decoder: Decoder, rows: int, dtype: str) -> Call:
     return Call(trainer, {"model": model, "trainer": None})
 
 
-def _llava(config: Any, decoder: Decoder, rows: int, dtype: str) -> Call:
-    numbers = {
+def _llava(config: Any, decoder: Decoder, vocab_rows: int, dtype: str) -> Call:
+    dtypes = {
         "bf16": dtype == "bfloat16",
         "fp16": dtype == "float16",
         "params_dtype": Symbol("torch", dtype),
@@ -94,9 +98,9 @@ def _llava(config: Any, decoder: Decoder, rows: int, dtype: str) -> Call:
             "layernorm_epsilon": decoder.norm_eps,
             "rotary_base": int(decoder.rope_theta),
             "seq_length": decoder.max_positions,
-            "vocab_size": rows,
-            "apply_rope_fusion": False,  # with it, io.json could not be read without TE
-            **numbers,
+            "vocab_size": vocab_rows,
+            "apply_rope_fusion": False,  # True requires TransformerEngine to read io.json
+            **dtypes,
         },
     )
     projector = Call(
@@ -105,7 +109,7 @@ def _llava(config: Any, decoder: Decoder, rows: int, dtype: str) -> Call:
             "input_size": config.vision_config.hidden_size,
             "hidden_size": decoder.hidden,
             "ffn_hidden_size": decoder.hidden,
-            **numbers,
+            **dtypes,
         },
     )
     return Call(
@@ -115,26 +119,27 @@ def _llava(config: Any, decoder: Decoder, rows: int, dtype: str) -> Call:
             "vision_transformer_config": _tower(config.vision_config),
             "vision_projection_config": projector,
             "vision_feature_layer": config.vision_feature_layer,
-            **numbers,
+            **dtypes,
         },
     )
 
 
 def _tower(vision: Any) -> Call:
-    """NeMo's class takes hidden_size alone, or a hub name that it downloads weights of.
+    """Return the call that builds the config of the vision tower.
 
-    functools.update_wrapper puts the other sizes on what it made.
+    NeMo's class accepts only hidden_size, or a Hub name whose weights it downloads. Fiddle can only
+    call functions, so functools.update_wrapper sets the other sizes as attributes.
     """
     sizes = {name: getattr(vision, name) for name in TOWER_SIZES}
     tokens = (vision.image_size // vision.patch_size) ** 2
-    given = sizes | {"num_image_embeddings_per_tile": tokens}
-    made = Call(Symbol(VISION, "HFCLIPVisionConfig"), {"hidden_size": vision.hidden_size})
+    attributes = sizes | {"num_image_embeddings_per_tile": tokens}
+    config = Call(Symbol(VISION, "HFCLIPVisionConfig"), {"hidden_size": vision.hidden_size})
     return Call(
         Symbol("functools", "update_wrapper"),
         {
-            "wrapper": made,
-            "wrapped": Call(Symbol("argparse", "Namespace"), given),
-            "assigned": tuple(given),
+            "wrapper": config,
+            "wrapped": Call(Symbol("argparse", "Namespace"), attributes),
+            "assigned": tuple(attributes),
             "updated": (),
         },
     )

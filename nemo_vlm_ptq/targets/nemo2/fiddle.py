@@ -1,6 +1,6 @@
-"""Calls as Fiddle's JSON has them, so that NeMo's load_context builds what they say.
+"""Serialize calls as Fiddle's JSON, from which NeMo's load_context builds a model.
 
-Fiddle itself is not needed: its serialization (google/fiddle 0.3, experimental/serialization.py) is
+Implements the format of google/fiddle 0.3 (experimental/serialization.py) without requiring Fiddle:
 a table of objects, each with its type, its items, and the paths under which it is reached.
 """
 
@@ -17,7 +17,7 @@ VERSION = "0.0.1"
 
 @dataclass(frozen=True)
 class Symbol:
-    """Something that is imported: a function, a class, a dtype."""
+    """Importable object: a function, a class or a dtype."""
 
     module: str
     name: str
@@ -25,73 +25,76 @@ class Symbol:
 
 @dataclass(frozen=True)
 class Call:
-    """What is called with which arguments: plain values, tuples, symbols, and other calls."""
+    """Callable with its arguments: plain values, tuples, symbols and nested calls."""
 
     target: Symbol
     arguments: Mapping[str, Any]
 
 
 def to_json(root: Call) -> dict[str, Any]:
-    """The tree of calls as Fiddle's dump_json writes it."""
+    """Return a tree of calls as Fiddle's dump_json serializes it."""
     objects: dict[str, Any] = {}
     refcounts: dict[str, int] = {}
 
-    def refer(hint: str, entry: dict[str, Any]) -> dict[str, str]:
-        count = 1 + sum(name.rpartition("_")[0] == hint for name in objects)
-        key = f"{hint}_{count}"
+    def reference(type_name: str, entry: dict[str, Any]) -> dict[str, str]:
+        count = 1 + sum(name.rpartition("_")[0] == type_name for name in objects)
+        key = f"{type_name}_{count}"
         objects[key], refcounts[key] = entry, 1
         return {"type": "ref", "key": key}
 
-    def sequence(values: list[Any], path: str | None) -> dict[str, Any]:
+    def tuple_entry(values: list[Any], path: str | None) -> dict[str, Any]:
         entry: dict[str, Any] = {"type": _pyref("builtins", "tuple"), "items": values}
         entry["metadata"] = None
-        return refer("tuple", entry | ({} if path is None else {"paths": [path]}))
+        return reference("tuple", entry | ({} if path is None else {"paths": [path]}))
 
-    def empty() -> dict[str, str]:
-        none: dict[str, Any] = {"type": _pyref("builtins", "tuple"), "items": [], "metadata": None}
-        return refer("dict", {"type": _pyref("builtins", "dict"), "items": [], "metadata": none})
+    def empty_dict() -> dict[str, str]:
+        keys: dict[str, Any] = {"type": _pyref("builtins", "tuple"), "items": [], "metadata": None}
+        entry = {"type": _pyref("builtins", "dict"), "items": [], "metadata": keys}
+        return reference("dict", entry)
 
-    def describe(call: Call) -> dict[str, str]:
+    def metadata(call: Call) -> dict[str, str]:
         names = [[f"Index(index={i})", name] for i, name in enumerate(call.arguments)]
         fields = {
             "fn_or_cls": _pyref(call.target.module, call.target.name),
-            "argument_names": sequence(names, None),
-            "argument_tags": empty(),
-            "argument_history": empty(),
+            "argument_names": tuple_entry(names, None),
+            "argument_tags": empty_dict(),
+            "argument_history": empty_dict(),
         }
         items = [[f"Attr(name={name!r})", value] for name, value in fields.items()]
         entry = {"type": _pyref(*METADATA), "items": items, "metadata": _pyref(*METADATA)}
-        return refer("buildable_traverser_metadata", entry)
+        return reference("buildable_traverser_metadata", entry)
 
-    def write(value: Any, path: str) -> dict[str, Any]:
+    def serialize(value: Any, path: str) -> dict[str, Any]:
         if isinstance(value, Symbol):
             return _pyref(value.module, value.name) | {"paths": [path]}
         if isinstance(value, tuple):
-            parts = [
-                [f"Index(index={i})", write(one, f"{path}[{i}]")] for i, one in enumerate(value)
+            items = [
+                [f"Index(index={i})", serialize(item, f"{path}[{i}]")]
+                for i, item in enumerate(value)
             ]
-            return sequence(parts, path)
+            return tuple_entry(items, path)
         if not isinstance(value, Call):
             return {"type": "leaf", "value": value, "paths": [path]}
         items = [
-            [f"Attr(name={name!r})", write(one, f"{path}.{name}")]
-            for name, one in value.arguments.items()
+            [f"Attr(name={name!r})", serialize(argument, f"{path}.{name}")]
+            for name, argument in value.arguments.items()
         ]
-        entry = {"type": _pyref(*CONFIG), "items": items, "metadata": describe(value)}
-        return refer(value.target.name.lower(), entry | {"paths": [path]})
+        entry = {"type": _pyref(*CONFIG), "items": items, "metadata": metadata(value)}
+        return reference(value.target.name.lower(), entry | {"paths": [path]})
 
-    reference = write(root, "<root>")
-    return {"root": reference, "objects": objects, "refcounts": refcounts, "version": VERSION}
+    root_reference = serialize(root, "<root>")
+    return {"root": root_reference, "objects": objects, "refcounts": refcounts, "version": VERSION}
 
 
 def to_tree(value: Any) -> Any:
-    """The same for people, as NeMo writes model.yaml: `_target_` and the arguments."""
+    """Return a tree of calls as NeMo's readable model.yaml: `_target_` and the arguments."""
     if isinstance(value, Symbol):
         return {"_target_": f"{value.module}.{value.name}", "_call_": False}
     if isinstance(value, Call):
         target = f"{value.target.module}.{value.target.name}"
-        return {"_target_": target} | {key: to_tree(one) for key, one in value.arguments.items()}
-    return [to_tree(one) for one in value] if isinstance(value, tuple) else value
+        arguments = {name: to_tree(argument) for name, argument in value.arguments.items()}
+        return {"_target_": target} | arguments
+    return [to_tree(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _pyref(module: str, name: str) -> dict[str, Any]:

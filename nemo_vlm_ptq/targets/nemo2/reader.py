@@ -1,14 +1,15 @@
-"""Reading a NeMo checkpoint back: Megatron's tensors taken apart, rounded as its quantizers say.
+"""Read quantized NeMo 2 checkpoints: split Megatron tensors into Hugging Face linears.
 
-Weights lie there before rounding; each linear's quantizer state says how modelopt rounds them.
+The checkpoint stores unquantized weights. Each linear's quantizer state says how ModelOpt
+fake-quantizes them, and the reader does the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,18 +17,20 @@ from nemo_vlm_ptq.checkpoints.torch_dist_index import Index, read_index, read_ob
 from nemo_vlm_ptq.checkpoints.torch_dist_tensors import read_tensor
 from nemo_vlm_ptq.errors import VerificationError
 from nemo_vlm_ptq.families.base import Decoder
-from nemo_vlm_ptq.reference.checkpoint import Codes, Dequantized, ReadCheckpoint, ReadLinear
-from nemo_vlm_ptq.reference.number_formats import (
-    E2M1_BLOCK,
-    E2M1_TOP,
-    FP8_TOP,
-    Rounding,
-    to_e2m1,
-    to_fp8,
+from nemo_vlm_ptq.reference.checkpoint import ReadCheckpoint, ReadLinear
+from nemo_vlm_ptq.targets.nemo2.quantizer_state import (
+    QuantizerState,
+    decode,
+    input_format_of,
+    number_format_of,
 )
 
-START = "module.language_model."
-ENDS = {
+if TYPE_CHECKING:
+    from nemo_vlm_ptq.planning.plan import Plan
+
+DECODER_PREFIX = "module.language_model."
+# Megatron name -> Hugging Face name, without the layer's prefix.
+NON_LAYER_TENSORS = {
     "embedding.word_embeddings.weight": "model.embed_tokens.weight",
     "decoder.final_layernorm.weight": "model.norm.weight",
     "output_layer.weight": "lm_head.weight",
@@ -42,231 +45,184 @@ LINEARS = {
     "mlp.linear_fc1": ("mlp.gate_proj", "mlp.up_proj"),
     "mlp.linear_fc2": ("mlp.down_proj",),
 }
-BESIDE = {
+VISION_PREFIXES = {
     "module.vision_model.": "vision_tower.",
     "module.vision_projection.0.": "multi_modal_projector.linear_1.",
     "module.vision_projection.2.": "multi_modal_projector.linear_2.",
 }
-STEPS = {8: 127.0, 4: 7.0}
-FLOATS = {(4, 3): "fp8", (2, 1): "nvfp4"}
-AMAX, PREQUANT = "_amax", "_pre_quant_scale"
-Given = dict[str, torch.Tensor]
+AMAX, PRE_QUANT_SCALE = "_amax", "_pre_quant_scale"  # buffers of modelopt's TensorQuantizer
+
+NamedTensors = dict[str, torch.Tensor]
 
 
 def read_nemo(folder: Path, decoder: Decoder, prefix: str) -> ReadCheckpoint:
-    """A checkpoint folder that modelopt quantized: decoder, tower and projector.
+    """Read decoder, vision tower and projector of a checkpoint that ModelOpt quantized.
 
     Args:
-        folder: with weights/ in it.
-        decoder: facts of the decoder.
-        prefix: before `model.` and `lm_head.` in the names that are given back.
+        folder: with weights/.
+        decoder: shape of the decoder.
+        prefix: of Hugging Face names, before `model.` and `lm_head.`.
 
     Raises:
-        ProofError: a tensor is missing, extra, misshapen, or rounded in a way that is not known.
-        UserError: files are missing or damaged.
+        VerificationError: a tensor is missing, unexpected or of another shape, or a quantizer is
+            not supported.
+        UserError: a file is missing or damaged.
     """
     index = read_index(folder / "weights")
-    left = set(index.tensors)
+    unread = set(index.tensors)
 
-    def take(name: str) -> torch.Tensor:
-        if name not in left:
+    def read(name: str) -> torch.Tensor:
+        if name not in unread:
             raise VerificationError(f"tensor {name} is missing")
-        left.remove(name)
+        unread.remove(name)
         return read_tensor(index.tensors[name])
 
-    plain: Given = {}
+    plain: NamedTensors = {}
     linears: dict[str, ReadLinear] = {}
-    for stored, name in ENDS.items():
-        tensor = take(START + stored)
-        if "layernorm" not in stored:
-            tensor = _unpadded(tensor, decoder.vocab, START + stored)
-        plain[prefix + name] = tensor
+    for name, hf_name in NON_LAYER_TENSORS.items():
+        tensor = read(DECODER_PREFIX + name)
+        if "layernorm" not in name:
+            tensor = _remove_padding(tensor, decoder.vocab, DECODER_PREFIX + name)
+        plain[prefix + hf_name] = tensor
     for layer in range(decoder.layers):
-        own, published = f"{START}decoder.layers.{layer}.", f"{prefix}model.layers.{layer}."
-        plain |= {published + name: take(own + stored) for stored, name in NORMS.items()}
-        for stored, names in LINEARS.items():
-            given = _given(index, own + stored, take)
-            parts = _cut(_state(index, own + stored), given, stored, decoder)
-            linears |= {published + name: one for name, one in zip(names, parts, strict=True)}
-    plain |= _beside(sorted(left), take)
-    if left:
-        raise VerificationError(f"tensor {min(left)} is extra")
-    return ReadCheckpoint(linears, plain)
+        source = f"{DECODER_PREFIX}decoder.layers.{layer}."
+        target = f"{prefix}model.layers.{layer}."
+        plain |= {target + hf_name: read(source + name) for name, hf_name in NORMS.items()}
+        for name, hf_names in LINEARS.items():
+            tensors = _linear_tensors(index, source + name, read)
+            parts = _split_linear(_quantizers(index, source + name), tensors, name, decoder)
+            linears |= {target + hf: part for hf, part in zip(hf_names, parts, strict=True)}
+    plain |= _read_vision(sorted(unread), read)
+    if unread:
+        raise VerificationError(f"unexpected tensor {min(unread)}")
+    return ReadCheckpoint(linears=linears, plain=plain)
 
 
-def _beside(names: list[str], take: Callable[[str], torch.Tensor]) -> Given:
-    """Tower and projector, by published name."""
+def _read_vision(names: list[str], read: Callable[[str], torch.Tensor]) -> NamedTensors:
+    """Read vision tower and projector by Hugging Face name."""
     return {
-        published + stored.removeprefix(start): take(stored)
-        for stored in names
-        for start, published in BESIDE.items()
-        if stored.startswith(start)
+        hf_prefix + name.removeprefix(prefix): read(name)
+        for name in names
+        for prefix, hf_prefix in VISION_PREFIXES.items()
+        if name.startswith(prefix)
     }
 
 
-def _unpadded(tensor: torch.Tensor, vocab: int, name: str) -> torch.Tensor:
+def _remove_padding(tensor: torch.Tensor, vocab: int, name: str) -> torch.Tensor:
     if tensor[vocab:].any():
-        raise VerificationError(f"tensor {name}: rows after {vocab} are not zero")
+        raise VerificationError(f"tensor {name}: padding from row {vocab} must be zero")
     return tensor[:vocab]
 
 
-def _state(index: Index, linear: str) -> Mapping[str, Any]:
-    """Quantizer -> its settings, of one linear."""
+def _quantizers(index: Index, linear: str) -> Mapping[str, QuantizerState]:
+    """Return the states of a linear's enabled quantizers by quantizer name."""
     name = f"{linear}._extra_state/shard_0_1"
     if name not in index.objects:
-        raise VerificationError(f"{linear} has no quantizer state")
+        raise VerificationError(f"quantizer state of {linear} is missing")
     state = read_object(index, name)
-    found = state.get("modelopt_quantizer_state") if isinstance(state, dict) else None
-    if not isinstance(found, dict):
-        raise VerificationError(f"{linear} has no quantizer state")
-    return {name: own for name, own in found.items() if not own["_disabled"]}
+    quantizers = state.get("modelopt_quantizer_state") if isinstance(state, dict) else None
+    if not isinstance(quantizers, dict):
+        raise VerificationError(f"quantizer state of {linear} is missing")
+    return {name: own for name, own in quantizers.items() if not own["_disabled"]}
 
 
-def _given(index: Index, linear: str, take: Callable[[str], torch.Tensor]) -> Given:
-    """The tensors of a linear by their names in it; halves of a gated weight put together."""
+def _linear_tensors(index: Index, linear: str, read: Callable[[str], torch.Tensor]) -> NamedTensors:
+    """Read a linear's tensors by the suffix of their name; concatenate halves of a gated weight."""
     names = [name for name in index.tensors if name.startswith(f"{linear}.")]
-    found = {
-        name.removeprefix(f"{linear}."): take(name)
+    tensors = {
+        name.removeprefix(f"{linear}."): read(name)
         for name in names
         if not name.endswith(".layer_norm_weight")
     }
-    if "weight_w" in found and "weight_v" in found:
-        found["weight"] = torch.cat([found.pop("weight_w"), found.pop("weight_v")])
-    if "weight" not in found:
+    if "weight_w" in tensors and "weight_v" in tensors:
+        tensors["weight"] = torch.cat([tensors.pop("weight_w"), tensors.pop("weight_v")])
+    if "weight" not in tensors:
         raise VerificationError(f"tensor {linear}.weight is missing")
-    return found
+    return tensors
 
 
-def _cut(state: Mapping[str, Any], given: Given, stored: str, decoder: Decoder) -> list[ReadLinear]:
-    """The Hugging Face linears of a Megatron one."""
-    height = len(given["weight"])
-    if stored.endswith("linear_qkv"):
-        rows = _rows_of_heads(decoder)
-    elif stored.endswith("linear_fc1"):
+def _split_linear(
+    quantizers: Mapping[str, QuantizerState], tensors: NamedTensors, name: str, decoder: Decoder
+) -> list[ReadLinear]:
+    """Split a Megatron linear into its Hugging Face linears."""
+    found = len(tensors["weight"])
+    if name.endswith("linear_qkv"):
+        rows = _qkv_rows(decoder)
+    elif name.endswith("linear_fc1"):
         rows = [torch.arange(decoder.ffn), torch.arange(decoder.ffn, 2 * decoder.ffn)]
     else:
-        rows = [torch.arange(height)]
-    if sum(map(len, rows)) != height:
-        raise VerificationError(f"{stored} has {height} rows, not {sum(map(len, rows))}")
-    return _round(state, given, stored, rows)
+        rows = [torch.arange(found)]
+    expected = sum(map(len, rows))
+    if expected != found:
+        raise VerificationError(f"{name}: weight must have {expected} rows, got {found}")
+    return _read_linears(quantizers, tensors, name, rows)
 
 
-def _rows_of_heads(decoder: Decoder) -> list[torch.Tensor]:
-    """Rows of q, of k and of v: each KV head's queries, its key and its value come together."""
-    shared, dim = decoder.heads // decoder.kv_heads, decoder.head_dim
-    rows = torch.arange(decoder.kv_heads * (shared + 2) * dim)
-    groups = rows.view(decoder.kv_heads, shared + 2, dim)
+def _qkv_rows(decoder: Decoder) -> list[torch.Tensor]:
+    """Return the rows of q, k and v; Megatron orders rows by KV head: queries, key, value."""
+    queries, head_dim = decoder.heads // decoder.kv_heads, decoder.head_dim
+    rows = torch.arange(decoder.kv_heads * (queries + 2) * head_dim)
+    groups = rows.view(decoder.kv_heads, queries + 2, head_dim)
     return [
-        groups[:, :shared].flatten(),
-        groups[:, shared].flatten(),
-        groups[:, shared + 1].flatten(),
+        groups[:, :queries].flatten(),
+        groups[:, queries].flatten(),
+        groups[:, queries + 1].flatten(),
     ]
 
 
-def _round(
-    state: Mapping[str, Any], given: Given, where: str, rows: list[torch.Tensor]
+def _read_linears(
+    quantizers: Mapping[str, QuantizerState],
+    tensors: NamedTensors,
+    name: str,
+    rows: list[torch.Tensor],
 ) -> list[ReadLinear]:
-    """Parts of a linear, as modelopt computes with it, each of its rows.
+    """Read one linear per entry of `rows`, each with those rows of the weight.
 
     Raises:
-        ProofError: quantizers or their tensors are not of a kind that is known.
+        VerificationError: a quantizer is not supported, or a tensor is missing or unexpected.
     """
     used = {"weight"}
 
-    def tensor(name: str) -> torch.Tensor:
-        if name not in given:
-            raise VerificationError(f"{where}: tensor {name} is missing")
-        used.add(name)
-        return given[name].float()
+    def tensor(key: str) -> torch.Tensor:
+        if key not in tensors:
+            raise VerificationError(f"tensor {name}.{key} is missing")
+        used.add(key)
+        return tensors[key].float()
 
-    names = sorted(name for name in state if name.startswith("weight_quantizer"))
-    if names not in (["weight_quantizer"], ["weight_quantizer.0", "weight_quantizer.1"]):
-        raise VerificationError(f"{where}: weights are quantized by {names or 'nothing'}")
-    first, amaxes = state[names[0]], {name: tensor(f"{name}.{AMAX}") for name in names}
-    number = _number(first, where)
-    pre_quant_scale, given_scale, rounding = None, None, None
-    if f"input_quantizer.{PREQUANT}" in given:
-        pre_quant_scale = tensor(f"input_quantizer.{PREQUANT}")
-    own = state.get("input_quantizer")
-    if own is not None and own["_if_quant"]:
-        rounding, reach = _rounding(own, where)
-        if reach is not None:
-            given_scale = tensor(f"input_quantizer.{AMAX}").reshape(()) / reach
-    if extra := sorted(set(given) - used):
-        raise VerificationError(f"{where}: tensor {extra[0]} is extra")
+    weight_quantizers = sorted(key for key in quantizers if key.startswith("weight_quantizer"))
+    supported = (["weight_quantizer"], ["weight_quantizer.0", "weight_quantizer.1"])
+    if weight_quantizers not in supported:
+        raise VerificationError(
+            f"{name}: weight quantizers must be {supported[0]} or {supported[1]}, "
+            f"got {weight_quantizers}"
+        )
+    state = quantizers[weight_quantizers[0]]
+    amax = {key: tensor(f"{key}.{AMAX}") for key in weight_quantizers}
+    number_format = number_format_of(state, name)
+    pre_quant_scale, input_scale, input_format = None, None, None
+    if f"input_quantizer.{PRE_QUANT_SCALE}" in tensors:
+        pre_quant_scale = tensor(f"input_quantizer.{PRE_QUANT_SCALE}")
+    input_quantizer = quantizers.get("input_quantizer")
+    if input_quantizer is not None and input_quantizer["_if_quant"]:
+        input_format, max_code = input_format_of(input_quantizer, name)
+        if max_code is not None:
+            input_scale = tensor(f"input_quantizer.{AMAX}").reshape(()) / max_code
+    if unexpected := sorted(set(tensors) - used):
+        raise VerificationError(f"unexpected tensor {name}.{unexpected[0]}")
     return [
         ReadLinear(
-            codes={"weight": given["weight"], "rows": own_rows, **amaxes},
-            decode=partial(_values, first, number, list(amaxes)),
-            number=number,
-            fp8_roundings=len(names) - 1,
+            stored={"weight": tensors["weight"], "rows": part, **amax},
+            decode=partial(decode, state, number_format, list(amax)),
+            number_format=number_format,
+            fp8_roundings=len(weight_quantizers) - 1,
             pre_quant_scale=pre_quant_scale,
-            input_scale=given_scale,
-            rounding=rounding,
+            input_scale=input_scale,
+            input_format=input_format,
         )
-        for own_rows in rows
+        for part in rows
     ]
 
 
-def _values(
-    first: Mapping[str, Any], number: str, amaxes: Sequence[str], codes: Codes
-) -> Dequantized:
-    """Some rows of the weight after its quantizer, and after the one of fp8 that may follow."""
-    stored, own, amax = codes["weight"], codes["rows"], codes[amaxes[0]]
-    weight = stored[own].float()
-    if amax.numel() > 1:
-        amax = amax.reshape(len(stored), -1)[own]
-    step = _step(first, number, amax, weight)
-    values = _codes(weight / step, number) * step
-    values = torch.where(step > 0, values, torch.zeros_like(values))
-    for name in amaxes[1:]:
-        scale = codes[name].reshape(()) / FP8_TOP
-        values = to_fp8(values / scale) * scale
-    return Dequantized(values, step)
-
-
-def _number(own: Mapping[str, Any], where: str) -> str:
-    """Kind of number of a quantizer's codes."""
-    bits = own["_num_bits"]
-    if bits in FLOATS:
-        return FLOATS[bits]
-    if bits not in STEPS:
-        raise VerificationError(f"{where}: numbers of {bits} bits are not known")
-    return f"int{bits}"
-
-
-def _step(
-    own: Mapping[str, Any], number: str, amax: torch.Tensor, weight: torch.Tensor
-) -> torch.Tensor:
-    """What multiplies a code, in a shape that spreads to the weight."""
-    if number == "nvfp4":
-        top = weight.unflatten(-1, (-1, E2M1_BLOCK)).abs().amax(dim=-1)
-        base = amax.reshape(()) / (E2M1_TOP * FP8_TOP)
-        return (to_fp8(top / (E2M1_TOP * base)) * base).repeat_interleave(E2M1_BLOCK, 1)
-    if number == "fp8":
-        return amax.reshape((-1, 1) if amax.numel() > 1 else ()) / FP8_TOP
-    sizes, top_code = own["_block_sizes"] or {}, STEPS[own["_num_bits"]]
-    if -1 not in sizes:
-        return amax.reshape(-1, 1) / top_code
-    return amax.reshape(weight.shape[0], -1).repeat_interleave(sizes[-1], dim=1) / top_code
-
-
-def _codes(scaled: torch.Tensor, number: str) -> torch.Tensor:
-    if number == "fp8":
-        return to_fp8(scaled)
-    if number == "nvfp4":
-        return to_e2m1(scaled)
-    top = STEPS[int(number.removeprefix("int"))]
-    return scaled.round().clamp(-top - 1, top)
-
-
-def _rounding(own: Mapping[str, Any], where: str) -> tuple[Rounding, float | None]:
-    """How inputs are rounded, and the largest value of a static scale in units of it."""
-    bits, sizes = own["_num_bits"], own["_block_sizes"] or {}
-    if bits == (2, 1):
-        return "nvfp4", E2M1_TOP * FP8_TOP
-    if bits == (4, 3):
-        return ("fp8_token", None) if sizes else ("fp8", FP8_TOP)
-    if bits == 8 and not sizes:
-        return "int8", STEPS[8]
-    raise VerificationError(f"{where}: inputs of {bits} bits are not known")
+def read(folder: Path, plan: Plan) -> ReadCheckpoint:
+    """Read an export of this package."""
+    return read_nemo(folder, plan.decoder, plan.family.decoder_prefix)

@@ -1,16 +1,15 @@
-"""The contract of a TensorRT-LLM checkpoint, checked with nothing but its folder.
+"""Check a TensorRT-LLM checkpoint against the contract of its loader, from its folder alone.
 
-TensorRT-LLM itself only warns of a wrong dtype or an extra tensor; here everything must be exact:
-config.json, rank files, names, shapes and dtypes, and what can be told of the values without the
-model that they came from. Right-shaped tensors with wrong values inside (the shards of two ranks
-exchanged, gate for up, another model's weights) look like any others; the stage verify, which has
-the source, finds those.
+TensorRT-LLM only warns about a wrong dtype or an unexpected tensor. Here config.json, rank files,
+names, shapes and dtypes must match exactly, and values are checked as far as possible without the
+source model. Wrong values in tensors of the right shape (swapped rank shards, gate and up
+exchanged, another model's weights) are not detected here; the stage `verify` has the source model
+and finds them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,85 +17,81 @@ from safetensors import safe_open
 
 from nemo_vlm_ptq.checkpoints.huggingface import read_json_object, read_safetensors_header
 from nemo_vlm_ptq.errors import UserError
-from nemo_vlm_ptq.targets.trtllm.contract_config import check_config, quantization_of
+from nemo_vlm_ptq.targets.checking import Check
+from nemo_vlm_ptq.targets.trtllm.contract_config import check_config, get_quantization
 from nemo_vlm_ptq.targets.trtllm.contract_tensors import ExpectedTensor, expected_tensors
-from nemo_vlm_ptq.targets.trtllm.contract_values import VALUE_CHECKS, check_stage
-
-
-@dataclass(frozen=True)
-class Check:
-    """One check: its name, what it found, and what it looked at."""
-
-    name: str
-    findings: list[str]
-    about: str
+from nemo_vlm_ptq.targets.trtllm.contract_values import VALUE_CHECKS, check_pipeline_stage
 
 
 def check_contract(folder: Path) -> list[str]:
-    """Everything that is wrong with a checkpoint folder, one line each; empty when all is right."""
-    return [finding for check in contract_checks(folder) for finding in check.findings]
+    """Return all findings for a checkpoint folder, one line each; empty if it is correct."""
+    return [finding for check in run_contract_checks(folder) for finding in check.findings]
 
 
-def contract_checks(folder: Path) -> list[Check]:
-    """All checks of a checkpoint folder, of any writer; after a wrong config.json just that one.
+def run_contract_checks(folder: Path) -> list[Check]:
+    """Run all checks on a checkpoint folder; only the config check if config.json is wrong.
 
     Args:
-        folder: holds config.json and rank{r}.safetensors.
+        folder: with config.json and rank{r}.safetensors.
     """
     try:
         config = read_json_object(folder / "config.json")
     except (OSError, UserError) as error:
-        return [Check("config", [f"config.json cannot be read: {error}"], "")]
+        finding = f"config.json cannot be read: {error}"
+        return [Check(name="config", findings=[finding], about="")]
     if problems := check_config(config):
-        return [Check("config", problems, "")]
-    world, tp = config["mapping"]["world_size"], config["mapping"]["tp_size"]
-    headers, files = _read_headers(folder, world)
+        return [Check(name="config", findings=problems, about="")]
+    world_size, tp = config["mapping"]["world_size"], config["mapping"]["tp_size"]
+    headers, files = _read_headers(folder, world_size)
     found: dict[str, list[str]] = {name: [] for name in ("names", "shapes", *VALUE_CHECKS)}
-    for first in range(0, world, tp):
-        own = {rank: headers[rank] for rank in range(first, first + tp) if rank in headers}
-        slots = _needed(expected_tensors(config, first), own)
-        for rank, entries in own.items():
-            found["names"] += _check_names(entries, slots, rank)
-            found["shapes"] += _check_shapes(entries, slots, rank)
-        right = {
-            name: slot
-            for name, slot in slots.items()
-            if all(_fits(entries.get(name), slot) for entries in own.values())
+    for first in range(0, world_size, tp):  # first rank of a pipeline stage
+        stage = {rank: headers[rank] for rank in range(first, first + tp) if rank in headers}
+        expected = _without_absent_optional(expected_tensors(config, first), stage)
+        for rank, header in stage.items():
+            found["names"] += _check_names(header, expected, rank)
+            found["shapes"] += _check_shapes(header, expected, rank)
+        well_formed = {
+            name: tensor
+            for name, tensor in expected.items()
+            if all(_matches(header.get(name), tensor) for header in stage.values())
         }
-        if len(own) == tp:  # values are compared over the tensor ranks
-            paths = [folder / f"rank{rank}.safetensors" for rank in own]
-            for name, problems in check_stage(paths, right, config).items():
+        if len(stage) == tp:  # values are compared across all tensor-parallel ranks
+            paths = [folder / f"rank{rank}.safetensors" for rank in stage]
+            for name, problems in check_pipeline_stage(paths, well_formed, config).items():
                 found[name] += problems
-    about = {
-        "names": f"{sum(map(len, headers.values()))} tensors, each where it belongs",
-        "shapes": "and dtypes, as each rank loads them",
-        "values": "finite, every scale above 0",
-        "ranks": "the same where nothing is cut, KV heads repeated rightly",
-        "padding": f"zeros after a vocabulary of {config['vocab_size']}",
+    summaries = {
+        "names": f"{sum(map(len, headers.values()))} tensors, none missing or unexpected",
+        "shapes": "and dtypes as each rank loads them",
+        "values": "finite, all scales positive",
+        "ranks": "replicated tensors equal, shards distinct, KV heads replicated correctly",
+        "padding": f"zero after a vocabulary of {config['vocab_size']}",
     }
     checks = [
-        Check("config", [], _describe(config)),
-        Check("files", files, f"one for each of {world} ranks"),
+        Check(name="config", findings=[], about=_describe(config)),
+        Check(name="files", findings=files, about=f"one for each of {world_size} ranks"),
     ]
-    return checks + [Check(name, problems, about[name]) for name, problems in found.items()]
+    return checks + [
+        Check(name=name, findings=problems, about=summaries[name])
+        for name, problems in found.items()
+    ]
 
 
 def _describe(config: Mapping[str, Any]) -> str:
-    """What a config.json says that it is, and what it leaves to the loader."""
-    block, mapping = quantization_of(config), config["mapping"]
+    """Summarize a config.json, with the defaults that the loader fills in."""
+    block, mapping = get_quantization(config), config["mapping"]
     algorithm, kv = (block.get(key) or "16 bit" for key in ("quant_algo", "kv_cache_quant_algo"))
     parts = [
         f"{config['architecture']}, {algorithm}, KV cache {kv}",
         f"TP {mapping['tp_size']} x PP {mapping['pp_size']}",
     ]
     if "rotary_base" not in config:
-        parts.append("rotary_base is not given: 10000")
+        parts.append("rotary_base is missing, the loader uses 10000")
     return ", ".join(parts)
 
 
-def _read_headers(folder: Path, world: int) -> tuple[dict[int, dict[str, Any]], list[str]]:
-    """(rank -> tensor -> its entry in the header, what is wrong with the files)."""
-    names = [f"rank{rank}.safetensors" for rank in range(world)]
+def _read_headers(folder: Path, world_size: int) -> tuple[dict[int, dict[str, Any]], list[str]]:
+    """Read the safetensors headers by rank; return them and the findings about the files."""
+    names = [f"rank{rank}.safetensors" for rank in range(world_size)]
     headers, problems = {}, []
     for rank, name in enumerate(names):
         if not (folder / name).is_file():
@@ -104,53 +99,55 @@ def _read_headers(folder: Path, world: int) -> tuple[dict[int, dict[str, Any]], 
             continue
         try:
             headers[rank] = read_safetensors_header(folder / name)
-            with safe_open(folder / name, framework="pt"):  # it looks closer
+            with safe_open(folder / name, framework="pt"):  # validates more than the header
                 pass
         except Exception as error:  # any damage of the file is a finding
             headers.pop(rank, None)
             problems.append(f"{name} cannot be read: {error}")
     present = sorted(path.name for path in folder.glob("*.safetensors"))
-    problems += [f"{name} does not belong here" for name in present if name not in names]
+    problems += [f"{name} is unexpected" for name in present if name not in names]
     return headers, problems
 
 
-def _needed(
-    slots: Mapping[str, ExpectedTensor], own: Mapping[int, Mapping[str, Any]]
+def _without_absent_optional(
+    expected: Mapping[str, ExpectedTensor], headers: Mapping[int, Mapping[str, Any]]
 ) -> dict[str, ExpectedTensor]:
-    """Slots without the optional ones that no tensor rank has."""
+    """Drop the optional tensors that no tensor-parallel rank has."""
     return {
-        name: slot
-        for name, slot in slots.items()
-        if not slot.optional or any(name in entries for entries in own.values())
+        name: tensor
+        for name, tensor in expected.items()
+        if not tensor.optional or any(name in header for header in headers.values())
     }
 
 
 def _check_names(
-    own: Mapping[str, Any], slots: Mapping[str, ExpectedTensor], rank: int
+    header: Mapping[str, Any], expected: Mapping[str, ExpectedTensor], rank: int
 ) -> list[str]:
     file = f"rank{rank}.safetensors"
-    problems = [f"{file}: {name} is missing" for name in sorted(set(slots) - set(own))]
-    return problems + [f"{file}: {name} is extra" for name in sorted(set(own) - set(slots))]
+    missing, unexpected = set(expected) - set(header), set(header) - set(expected)
+    problems = [f"{file}: tensor {name} is missing" for name in sorted(missing)]
+    return problems + [f"{file}: unexpected tensor {name}" for name in sorted(unexpected)]
 
 
 def _check_shapes(
-    own: Mapping[str, Any], slots: Mapping[str, ExpectedTensor], rank: int
+    header: Mapping[str, Any], expected: Mapping[str, ExpectedTensor], rank: int
 ) -> list[str]:
     problems = []
-    for name in sorted(set(slots) & set(own)):
-        slot, entry, place = slots[name], own[name], f"rank{rank}.safetensors: {name}"
-        if _shape(entry) != slot.shape:
-            problems.append(f"{place} has shape {entry['shape']}, not {list(slot.shape)}")
-        if entry["dtype"] != slot.dtype:
-            problems.append(f"{place} has dtype {entry['dtype']}, not {slot.dtype}")
+    for name in sorted(set(expected) & set(header)):
+        tensor, found = expected[name], header[name]
+        where = f"rank{rank}.safetensors: {name}"
+        if _shape(found) != tensor.shape:
+            problems.append(f"{where} must have shape {list(tensor.shape)}, got {found['shape']}")
+        if found["dtype"] != tensor.dtype:
+            problems.append(f"{where} must have dtype {tensor.dtype}, got {found['dtype']}")
     return problems
 
 
-def _fits(entry: Mapping[str, Any] | None, slot: ExpectedTensor) -> bool:
-    """The tensor is there, in shape and dtype."""
-    return entry is not None and (_shape(entry), entry["dtype"]) == (slot.shape, slot.dtype)
+def _matches(found: Mapping[str, Any] | None, expected: ExpectedTensor) -> bool:
+    """Return whether a header entry exists with the expected shape and dtype."""
+    return found is not None and (_shape(found), found["dtype"]) == (expected.shape, expected.dtype)
 
 
-def _shape(entry: Mapping[str, Any]) -> tuple[int, ...]:
-    """The shape as the loader takes it: one number may have no axis."""
-    return tuple(entry["shape"]) or (1,)
+def _shape(found: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the shape as the loader interprets it: [] equals [1]."""
+    return tuple(found["shape"]) or (1,)

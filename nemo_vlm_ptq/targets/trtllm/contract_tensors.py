@@ -1,7 +1,7 @@
-"""The tensors of one rank's file of a TensorRT-LLM checkpoint, worked out from its config.json.
+"""Derive from config.json the tensors that each rank file of a TensorRT-LLM checkpoint must hold.
 
 Names, shapes and dtypes are those of TensorRT-LLM 1.2's modules (layers/attention, layers/mlp,
-quantization/layers). Layers are counted from 0 within a pipeline stage.
+quantization/layers). Layers are numbered from 0 within a pipeline stage.
 """
 
 from __future__ import annotations
@@ -11,44 +11,48 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from nemo_vlm_ptq.targets.trtllm.contract_config import quantization_of
+from nemo_vlm_ptq.targets.trtllm.contract_config import get_quantization
 
-DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-BLOCK = 16  # inputs that share a scale in NVFP4
-ROW_PARALLEL = ("attention.dense", "mlp.proj")  # tensor ranks cut their inputs
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # torch -> safetensors
+NVFP4_BLOCK = 16  # inputs that share a scale
+ROW_PARALLEL = ("attention.dense", "mlp.proj")  # sharded along input features
 EMBEDDING, HEAD = "transformer.vocab_embedding.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
 class ExpectedTensor:
-    """A tensor that a rank's file has to hold.
+    """Tensor of a rank file.
 
-    cut: tensor ranks hold different parts of it, otherwise all the same; heads: its rows are
-    q|k|v; optional: may be left out.
+    shape: on each rank.
+    dtype: as safetensors names it.
+    role: what the values are: a scale, a weight, a tensor with vocabulary rows, or other.
+    sharded: whether tensor-parallel ranks hold different shards; otherwise replicas.
+    fused_qkv: whether its rows are q, k and v.
+    optional: whether it may be absent.
     """
 
     shape: tuple[int, ...]
-    dtype: str  # as safetensors names it
-    kind: Literal["plain", "weight", "scale", "vocab"]
-    cut: bool = False
-    heads: bool = False
+    dtype: str
+    role: Literal["plain", "weight", "scale", "vocab"]
+    sharded: bool = False
+    fused_qkv: bool = False
     optional: bool = False
 
 
 def expected_tensors(config: Mapping[str, Any], rank: int) -> dict[str, ExpectedTensor]:
-    """Name -> slot of one rank's file; `config` has passed its check."""
+    """Return the expected tensors of one rank file by name; `config` must have been checked."""
     tp, pp = config["mapping"]["tp_size"], config["mapping"]["pp_size"]
     hidden, dtype = config["hidden_size"], DTYPES[config["dtype"]]
-    norm = ExpectedTensor((hidden,), dtype, "plain")
+    norm = ExpectedTensor(shape=(hidden,), dtype=dtype, role="plain")
     expected: dict[str, ExpectedTensor] = {}
     for layer in range(config["num_hidden_layers"] // pp):
         prefix = f"transformer.layers.{layer}."
         expected |= {f"{prefix}{name}.weight": norm for name in ("input_layernorm",
                                                                  "post_layernorm")}  # fmt: skip
-        expected |= {prefix + name: slot for name, slot in _kv_scales(config).items()}
-        for module, size in _linears(config).items():
-            for suffix, slot in _linear(config, prefix + module, size).items():
-                expected[f"{prefix}{module}.{suffix}"] = slot
+        expected |= {prefix + name: tensor for name, tensor in _kv_scales(config).items()}
+        for module, shape in _linear_shapes(config).items():
+            for suffix, tensor in _linear_tensors(config, prefix + module, shape).items():
+                expected[f"{prefix}{module}.{suffix}"] = tensor
     if rank // tp == 0:
         expected[EMBEDDING] = _embedding(config)
     if rank // tp == pp - 1:
@@ -56,95 +60,110 @@ def expected_tensors(config: Mapping[str, Any], rank: int) -> dict[str, Expected
         shape = (-(-config["vocab_size"] // tp), hidden)
         shared = bool(config.get("share_embedding_table")) and pp == 1
         tied = shared and expected[EMBEDDING].shape == shape
-        expected[HEAD] = ExpectedTensor(shape, dtype, "vocab", cut=tp > 1, optional=tied)
+        expected[HEAD] = ExpectedTensor(
+            shape=shape, dtype=dtype, role="vocab", sharded=tp > 1, optional=tied
+        )
     return expected
 
 
 def _embedding(config: Mapping[str, Any]) -> ExpectedTensor:
-    """Whole, or cut over the vocabulary (padded to a multiple of the ranks), or over features."""
+    """Return the embedding: replicated, or sharded along the padded vocabulary or the features."""
     tp, hidden, vocab = config["mapping"]["tp_size"], config["hidden_size"], config["vocab_size"]
-    dtype = DTYPES[config["dtype"]]
+    dtype, sharded = DTYPES[config["dtype"]], tp > 1
     if not config["use_parallel_embedding"]:
-        return ExpectedTensor((vocab, hidden), dtype, "plain")
+        return ExpectedTensor(shape=(vocab, hidden), dtype=dtype, role="plain")
     if config["embedding_sharding_dim"] == 1:
-        return ExpectedTensor((vocab, hidden // tp), dtype, "plain", cut=tp > 1)
-    return ExpectedTensor((-(-vocab // tp), hidden), dtype, "vocab", cut=tp > 1)
+        shape = (vocab, hidden // tp)
+        return ExpectedTensor(shape=shape, dtype=dtype, role="plain", sharded=sharded)
+    shape = (-(-vocab // tp), hidden)
+    return ExpectedTensor(shape=shape, dtype=dtype, role="vocab", sharded=sharded)
 
 
 def _kv_scales(config: Mapping[str, Any]) -> dict[str, ExpectedTensor]:
-    """Scales of a layer's KV cache: one for keys and values; they may have their own beside it."""
-    if quantization_of(config).get("kv_cache_quant_algo") is None:
+    """Return the KV cache scales of a layer: a common one, and optional ones of keys and values."""
+    if get_quantization(config).get("kv_cache_quant_algo") is None:
         return {}
-    slot = ExpectedTensor((1,), "F32", "scale")
+    scale = ExpectedTensor(shape=(1,), dtype="F32", role="scale")
     name = "attention.{}_cache_scaling_factor"
-    own = {name.format(part): replace(slot, optional=True) for part in "kv"}
-    return {name.format("kv"): slot} | own
+    separate = {name.format(part): replace(scale, optional=True) for part in "kv"}
+    return {name.format("kv"): scale} | separate
 
 
-def _linears(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """Module -> outputs and inputs on a rank."""
-    tp, dim, hidden = config["mapping"]["tp_size"], config["head_size"], config["hidden_size"]
+def _linear_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Return output and input features of each linear module on a rank."""
+    tp, head_size, hidden = config["mapping"]["tp_size"], config["head_size"], config["hidden_size"]
     heads, kv_heads = config["num_attention_heads"] // tp, -(-config["num_key_value_heads"] // tp)
     ffn = config["intermediate_size"] // tp
-    linears = {
-        "attention.qkv": ((heads + 2 * kv_heads) * dim, hidden),
-        "attention.dense": (hidden, heads * dim),
+    shapes = {
+        "attention.qkv": ((heads + 2 * kv_heads) * head_size, hidden),
+        "attention.dense": (hidden, heads * head_size),
         "mlp.fc": (ffn, hidden),
         "mlp.gate": (ffn, hidden),
         "mlp.proj": (hidden, ffn),
     }
-    if config["architecture"] == "Phi3ForCausalLM":  # up above gate, both of this rank
-        linears["mlp.fc"] = (2 * ffn, hidden)
-        del linears["mlp.gate"]
-    return linears
+    if config["architecture"] == "Phi3ForCausalLM":  # fused: this rank's rows of up, then of gate
+        shapes["mlp.fc"] = (2 * ffn, hidden)
+        del shapes["mlp.gate"]
+    return shapes
 
 
-def _linear(
-    config: Mapping[str, Any], module: str, size: tuple[int, int]
+def _linear_tensors(
+    config: Mapping[str, Any], module: str, shape: tuple[int, int]
 ) -> dict[str, ExpectedTensor]:
-    """Suffix -> slot of one module, quantized or left out of it."""
-    block, dtype = quantization_of(config), DTYPES[config["dtype"]]
+    """Return the expected tensors of one linear module by suffix."""
+    block, dtype = get_quantization(config), DTYPES[config["dtype"]]
     algorithm, excluded = block.get("quant_algo"), block.get("exclude_modules") or ()
     if any(fnmatchcase(module, pattern) for pattern in excluded):
         algorithm = None
-    several, qkv = config["mapping"]["tp_size"] > 1, module.endswith("attention.qkv")
-    by_row = several and module.endswith(ROW_PARALLEL)
-    by_column = several and not by_row
-    out, columns = size
-    weight = ExpectedTensor(size, dtype, "weight", cut=several, heads=qkv)
-    one = ExpectedTensor((1,), "F32", "scale")
-    pre_quant_scale = ExpectedTensor((columns,), dtype, "scale", cut=by_row)
+    sharded, qkv = config["mapping"]["tp_size"] > 1, module.endswith("attention.qkv")
+    row_parallel = sharded and module.endswith(ROW_PARALLEL)
+    column_parallel = sharded and not row_parallel
+    rows, columns = shape
+    weight = ExpectedTensor(shape=shape, dtype=dtype, role="weight", sharded=sharded, fused_qkv=qkv)
+    per_tensor = ExpectedTensor(shape=(1,), dtype="F32", role="scale")
+    pre_quant_scale = ExpectedTensor(
+        shape=(columns,), dtype=dtype, role="scale", sharded=row_parallel
+    )
     if algorithm is None:
         return {"weight": weight}
     if algorithm == "FP8":
         return {
             "weight": replace(weight, dtype="F8_E4M3"),
-            "weights_scaling_factor": one,
-            "activation_scaling_factor": one,
+            "weights_scaling_factor": per_tensor,
+            "activation_scaling_factor": per_tensor,
         }
     if algorithm == "W8A8_SQ_PER_CHANNEL":
         return {
             "weight": replace(weight, dtype="I8"),
             "weights_scaling_factor": ExpectedTensor(
-                (out,), "F32", "scale", cut=by_column, heads=qkv
+                shape=(rows,), dtype="F32", role="scale", sharded=column_parallel, fused_qkv=qkv
             ),
-            "activation_scaling_factor": one,
+            "activation_scaling_factor": per_tensor,
             "prequant_scaling_factor": pre_quant_scale,
         }
-    group = BLOCK if algorithm == "NVFP4" else block["group_size"]
-    scale = ExpectedTensor((out, columns // group), "F32", "scale", cut=several, heads=qkv)
-    if algorithm == "NVFP4":  # two columns a byte
+    group_size = NVFP4_BLOCK if algorithm == "NVFP4" else block["group_size"]
+    per_group = ExpectedTensor(
+        shape=(rows, columns // group_size),
+        dtype="F32",
+        role="scale",
+        sharded=sharded,
+        fused_qkv=qkv,
+    )
+    if algorithm == "NVFP4":  # a byte holds two columns
         return {
-            "weight": replace(weight, shape=(out, columns // 2), dtype="U8"),
-            "weights_scaling_factor": replace(scale, dtype="F8_E4M3"),
-            "weights_scaling_factor_2": one,
-            "activation_scaling_factor": one,
+            "weight": replace(weight, shape=(rows, columns // 2), dtype="U8"),
+            "weights_scaling_factor": replace(per_group, dtype="F8_E4M3"),
+            "weights_scaling_factor_2": per_tensor,
+            "activation_scaling_factor": per_tensor,
         }
-    found = {  # two rows a byte
-        "weight": replace(weight, shape=(out // 2, columns), dtype="I8"),
-        "weights_scaling_factor": scale,
+    tensors = {  # a byte holds two rows
+        "weight": replace(weight, shape=(rows // 2, columns), dtype="I8"),
+        "weights_scaling_factor": per_group,
         "prequant_scaling_factor": pre_quant_scale,
     }
     if algorithm == "W4A8_AWQ":
-        found |= {"weights_scaling_factor_2": one, "activation_scaling_factor": one}
-    return found
+        tensors |= {
+            "weights_scaling_factor_2": per_tensor,
+            "activation_scaling_factor": per_tensor,
+        }
+    return tensors

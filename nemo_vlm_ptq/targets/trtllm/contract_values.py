@@ -1,6 +1,6 @@
-"""What the tensors of a TensorRT-LLM checkpoint hold, as far as the files alone can tell.
+"""Check the values of a TensorRT-LLM checkpoint, as far as its files alone allow.
 
-Tensors are read one at a time, from all tensor ranks of a pipeline stage together.
+Tensors are read one at a time, from all tensor-parallel ranks of a pipeline stage, to bound memory.
 """
 
 from __future__ import annotations
@@ -20,99 +20,106 @@ from nemo_vlm_ptq.utils.progress import progress_bar
 VALUE_CHECKS = ("values", "ranks", "padding")
 FP8_NAN = 0x7F  # without the sign bit
 
-Problems = Iterator[tuple[int, str]]  # (tensor rank, what is wrong)
+Problems = Iterator[tuple[int, str]]  # (tensor-parallel rank, message)
 
 
-def check_stage(
-    paths: Sequence[Path], slots: Mapping[str, ExpectedTensor], config: Mapping[str, Any]
+def check_pipeline_stage(
+    paths: Sequence[Path], expected: Mapping[str, ExpectedTensor], config: Mapping[str, Any]
 ) -> dict[str, list[str]]:
-    """Check -> findings, each with file and tensor, of one pipeline stage.
+    """Check the values of one pipeline stage.
 
     Args:
-        paths: its rank files in the order of the tensor ranks.
-        slots: name -> slot of the tensors that all of them hold in the right shape and dtype.
-        config: config.json, checked.
+        paths: rank files of the stage, in tensor-parallel order.
+        expected: tensors that all rank files hold in the expected shape and dtype.
+        config: contents of config.json, already checked.
+
+    Returns:
+        Findings by name of the check, each with file and tensor.
     """
     found: dict[str, list[str]] = {name: [] for name in VALUE_CHECKS}
     with ExitStack() as stack:
         files = [stack.enter_context(safe_open(path, framework="pt")) for path in paths]
-        for name in progress_bar("verify contract", "tensor", 0, sorted(slots)):
-            tensors = [file.get_tensor(name) for file in files]
-            for check, problems in _check_tensor(tensors, slots[name], config).items():
-                found[check] += [f"{paths[t].name}: {name} {what}" for t, what in problems]
-        for name in sorted(name for name in slots if name.endswith("k_cache_scaling_factor")):
-            keys = [name.replace("k_cache", f"{part}_cache") for part in ("k", "v", "kv")]
-            own = [float(files[0].get_tensor(key)) for key in keys if key in slots]
-            if len(own) < len(keys) or own[2] != max(own[:2]):
+        for name in progress_bar("verify contract", "tensor", 0, sorted(expected)):
+            shards = [file.get_tensor(name) for file in files]
+            for check, problems in _check_tensor(shards, expected[name], config).items():
+                found[check] += [f"{paths[t].name}: {name} {message}" for t, message in problems]
+        for name in sorted(name for name in expected if name.endswith("k_cache_scaling_factor")):
+            names = [name.replace("k_cache", f"{part}_cache") for part in ("k", "v", "kv")]
+            scales = [float(files[0].get_tensor(key)) for key in names if key in expected]
+            if len(scales) < len(names) or scales[2] != max(scales[:2]):
                 found["values"].append(
-                    f"{paths[0].name}: {keys[2]} must be the larger one of keys and of values"
+                    f"{paths[0].name}: {names[2]} must be the larger of the key and value scales"
                 )
     return found
 
 
 def _check_tensor(
-    tensors: Sequence[torch.Tensor], slot: ExpectedTensor, config: Mapping[str, Any]
+    shards: Sequence[torch.Tensor], expected: ExpectedTensor, config: Mapping[str, Any]
 ) -> dict[str, Iterable[tuple[int, str]]]:
-    """Check -> problems of one tensor, as each tensor rank has it."""
+    """Check one tensor; `shards` are its shards or replicas in tensor-parallel order."""
     kv_heads = config["num_key_value_heads"]
-    found: dict[str, Iterable[tuple[int, str]]] = {"values": _check_values(tensors, slot)}
-    found["ranks"] = _check_ranks(tensors, slot)
-    if slot.heads and len(tensors) > kv_heads:
-        queries = config["num_attention_heads"] // len(tensors)
-        found["ranks"] = [*found["ranks"], *_check_copies(tensors, queries, kv_heads)]
-    if slot.kind == "vocab":
-        found["padding"] = _check_padding(tensors, config["vocab_size"])
+    found: dict[str, Iterable[tuple[int, str]]] = {"values": _check_values(shards, expected)}
+    found["ranks"] = _check_ranks(shards, expected)
+    if expected.fused_qkv and len(shards) > kv_heads:
+        queries = config["num_attention_heads"] // len(shards)
+        found["ranks"] = [*found["ranks"], *_check_kv_replicas(shards, queries, kv_heads)]
+    if expected.role == "vocab":
+        found["padding"] = _check_padding(shards, config["vocab_size"])
     return found
 
 
-def _check_values(tensors: Sequence[torch.Tensor], slot: ExpectedTensor) -> Problems:
-    """NaN, Inf, scales that are none, and weights that nobody wrote."""
-    for t, tensor in enumerate(tensors):
+def _check_values(shards: Sequence[torch.Tensor], expected: ExpectedTensor) -> Problems:
+    """Find NaN, Inf, scales that are not positive, and weights that are all zero."""
+    for t, tensor in enumerate(shards):
         if tensor.dtype == torch.float8_e4m3fn:
             if bool(((_bytes(tensor) & FP8_NAN) == FP8_NAN).any()):
-                yield t, "holds NaN"
+                yield t, "must be finite, got NaN"
                 continue
-            tensor = tensor.float() if slot.kind == "scale" else tensor
+            tensor = tensor.float() if expected.role == "scale" else tensor
         elif tensor.is_floating_point() and not all_finite(tensor):
-            yield t, "holds NaN or Inf"
+            yield t, "must be finite, got NaN or Inf"
             continue
-        if slot.kind == "scale" and float(tensor.amin()) <= 0:
-            yield t, f"holds the scale {float(tensor.amin()):g}, every scale must be above 0"
-        if slot.kind == "weight" and not bool(_bytes(tensor).any()):
-            yield t, "holds nothing but zeros"
+        if expected.role == "scale" and float(tensor.amin()) <= 0:
+            yield t, f"must hold positive scales, got {float(tensor.amin()):g}"
+        if expected.role == "weight" and not bool(_bytes(tensor).any()):
+            yield t, "must hold a nonzero value, got only zeros"
 
 
-def _check_ranks(tensors: Sequence[torch.Tensor], slot: ExpectedTensor) -> Problems:
-    """All ranks hold the same where nothing is cut, and no two the same weights where it is."""
-    for t, tensor in enumerate(tensors[1:], 1):
-        if not slot.cut and not torch.equal(_bytes(tensor), _bytes(tensors[0])):
-            yield t, "differs from that of the first tensor rank, all must hold the same"
+def _check_ranks(shards: Sequence[torch.Tensor], expected: ExpectedTensor) -> Problems:
+    """Find replicas that differ, and weight shards that equal the previous rank's."""
+    for t, tensor in enumerate(shards[1:], 1):
+        if not expected.sharded and not torch.equal(_bytes(tensor), _bytes(shards[0])):
+            yield t, "is replicated and must equal that of the first tensor-parallel rank"
         if (
-            slot.cut
-            and slot.kind == "weight"
-            and torch.equal(_bytes(tensor), _bytes(tensors[t - 1]))
+            expected.sharded
+            and expected.role == "weight"
+            and torch.equal(_bytes(tensor), _bytes(shards[t - 1]))
         ):
-            yield t, "is that of the tensor rank before, each must hold its own share"
+            yield t, "is sharded and must differ from that of the previous tensor-parallel rank"
 
 
-def _check_copies(tensors: Sequence[torch.Tensor], queries: int, kv_heads: int) -> Problems:
-    """Ranks that share a KV head hold the same rows of k and v, which lie below their queries."""
-    copies = len(tensors) // kv_heads
-    start = len(tensors[0]) * queries // (queries + 2)
-    for t, tensor in enumerate(tensors):
-        first = t - t % copies
-        if not torch.equal(_bytes(tensor[start:]), _bytes(tensors[first][start:])):
-            yield t, f"has another KV head than tensor rank {first}, {copies} ranks share one"
+def _check_kv_replicas(shards: Sequence[torch.Tensor], queries: int, kv_heads: int) -> Problems:
+    """Find k and v rows that differ between ranks of one KV head; they follow the q rows."""
+    replicas = len(shards) // kv_heads
+    start = len(shards[0]) * queries // (queries + 2)
+    for t, tensor in enumerate(shards):
+        first = t - t % replicas
+        if not torch.equal(_bytes(tensor[start:]), _bytes(shards[first][start:])):
+            yield (
+                t,
+                f"must hold the KV head of tensor-parallel rank {first}: "
+                f"{replicas} ranks share each head",
+            )
 
 
-def _check_padding(tensors: Sequence[torch.Tensor], vocab: int) -> Problems:
-    """Rows after the vocabulary are zeros; they lie in the last ranks."""
-    for t, tensor in enumerate(tensors):
-        own = max(0, vocab - t * len(tensor))
-        if bool(tensor[own:].any()):
-            yield t, f"must hold zeros from row {own} on, where the vocabulary of {vocab} ends"
+def _check_padding(shards: Sequence[torch.Tensor], vocab: int) -> Problems:
+    """Find nonzero rows after the vocabulary, at the end of the last shards."""
+    for t, tensor in enumerate(shards):
+        rows = max(0, vocab - t * len(tensor))
+        if bool(tensor[rows:].any()):
+            yield t, f"must be zero from row {rows}, after the vocabulary of {vocab}"
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's bytes, its first axis kept; NaNs compare equal like any others."""
+    """View a tensor as uint8, keeping its first axis, so that NaN compares equal to itself."""
     return (tensor.reshape(1) if tensor.dim() == 0 else tensor).view(torch.uint8)

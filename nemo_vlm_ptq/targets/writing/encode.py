@@ -1,8 +1,11 @@
-"""The stream every export target is written from: rows, codes and scales.
+"""Encode the parameters of a quantized Megatron checkpoint into codes and scales.
 
-A layer is taken apart by its rows, cut to what a rank that serves holds, and encoded; targets put
-the parts together in their own way, under their own names. Whatever ranks wrote the checkpoint,
-its tensors are whole here.
+Each parameter is unsharded, split into its Hugging Face parts, sharded for the serving TP, and
+encoded. Targets pack and name the result, which does not depend on the layout that wrote the
+checkpoint.
+
+Legend: O output features, K input features, G groups of K, R rank of the low-rank branch; t
+tensor-parallel rank and T tensor-parallel size of the serving layout.
 """
 
 from __future__ import annotations
@@ -16,28 +19,36 @@ import torch
 
 from nemo_vlm_ptq.families.base import Decoder
 from nemo_vlm_ptq.formats import KvCacheFormat, NumberFormat, QuantFormat
-from nemo_vlm_ptq.numerics import encode, nvfp4_scales, scale_from_amax
+from nemo_vlm_ptq.numerics import encode, nvfp4_block_scales, scale_from_amax
 from nemo_vlm_ptq.parameter_map.entries import ParameterEntry
 from nemo_vlm_ptq.parameter_map.sharding import shard_input, unshard_tensor
-from nemo_vlm_ptq.targets.hf import nf4
-from nemo_vlm_ptq.targets.writing.on_device import on_device
+from nemo_vlm_ptq.targets.writing.nf4_encoding import NestedAbsmax, quantize_nf4
+from nemo_vlm_ptq.targets.writing.on_device import map_rows_on_device
 
 CPU = torch.device("cpu")
+# Names of Megatron parameters -> unsharded tensors, or objects that slice like them.
 ReadTensors = Callable[[Iterable[str]], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class EncodedLinear:
-    """One part of a quantized linear: q, k, v, gate or up by itself, or a whole other linear.
+    """Codes and scales of one part of a quantized linear; None for what the format lacks.
 
-    (nf4: a whole Hugging Face tensor, if parts lie in one.) codes [O,K], none packed yet:
-    float8_e4m3fn, int8 (int8, int4) or uint8 nibbles (nvfp4, nf4); scale [], [O] or [O,G], float32
-    or, for nvfp4, float8_e4m3fn; scale_2 [] (W4A8, nvfp4), input_scale [], prequant [K],
-    low_rank_a [r,K], low_rank_b [O,r]; double: nf4's absmaxes as they are stored. None where the
-    format has none.
+    A part is q, k, v, gate, up, or a complete other linear. For nf4 it is a Hugging Face
+    tensor, which may fuse parts.
+
+    number_format: of the codes.
+    codes: [O,K], unpacked: float8_e4m3fn (fp8), int8 (int8, int4), uint8 (nvfp4, nf4).
+    scale: [], [O] or [O,G], float32; float8_e4m3fn for nvfp4.
+    scale_2: [] (W4A8, nvfp4).
+    input_scale: [], static.
+    pre_quant_scale: [K].
+    low_rank_a: [R,K].
+    low_rank_b: [O,R].
+    nested_absmax: quantized absmax values of nf4.
     """
 
-    kind: NumberFormat
+    number_format: NumberFormat
     codes: torch.Tensor
     scale: torch.Tensor
     scale_2: torch.Tensor | None = None
@@ -45,7 +56,7 @@ class EncodedLinear:
     pre_quant_scale: torch.Tensor | None = None
     low_rank_a: torch.Tensor | None = None
     low_rank_b: torch.Tensor | None = None
-    nested_absmax: nf4.NestedAbsmax | None = None
+    nested_absmax: NestedAbsmax | None = None
 
 
 @dataclass(frozen=True)
@@ -58,39 +69,41 @@ class KvScales:
 
 @dataclass(frozen=True)
 class EncodedEntry:
-    """One row of a layer (or of the ends): its parts in the row's order, packed or plain."""
+    """Parameter entry with its parts in order, encoded or in 16 bit."""
 
-    row: ParameterEntry
+    entry: ParameterEntry
     parts: tuple[EncodedLinear, ...] | tuple[torch.Tensor, ...]
 
 
-EncodedLayer = dict[
-    str, EncodedEntry
-]  # by Megatron's name without its prefix: linear_qkv, input_layernorm, ...
+# Entries by ParameterEntry.module_name: linear_qkv, input_layernorm, ...
+EncodedLayer = dict[str, EncodedEntry]
 
 
 def kv_scales(key_amax: torch.Tensor, value_amax: torch.Tensor, kv: KvCacheFormat) -> KvScales:
-    """Scales from the largest |key| and |value| [] of a layer.
+    """Compute the KV cache scales of a layer from its amax values [].
 
-    nvfp4's is amax / 448 like fp8's, as modelopt 0.47 exports and TensorRT-LLM 1.2 reads it: blocks
-    of 16 get their e4m3 scales in units of it.
+    For nvfp4 the scale is amax / 448 as for fp8: modelopt 0.47 exports it and TensorRT-LLM 1.2
+    reads it so, with e4m3 scales of blocks of 16 in units of it.
     """
-    kind: NumberFormat = "fp8" if kv.kind == "nvfp4" else kv.kind
-    return KvScales(scale_from_amax(key_amax, kind), scale_from_amax(value_amax, kind))
+    number_format: NumberFormat = "fp8" if kv.number_format == "nvfp4" else kv.number_format
+    return KvScales(
+        key=scale_from_amax(key_amax, number_format),
+        value=scale_from_amax(value_amax, number_format),
+    )
 
 
-def group_settings(fmt: QuantFormat, group: int) -> dict[str, Any]:
-    """What the quantization block of a config file says about groups of inputs."""
+def group_settings(fmt: QuantFormat, group_size: int) -> dict[str, Any]:
+    """Return the keys about groups in the quantization block of a config file."""
     if not fmt.grouped:
         return {}
-    size: dict[str, Any] = {"group_size": fmt.group(group)}
-    if fmt.pre_quant_scale or fmt.weight == "int4":
-        size |= {"has_zero_point": False, "pre_quant_scale": fmt.pre_quant_scale}
-    return size
+    settings: dict[str, Any] = {"group_size": fmt.group(group_size)}
+    if fmt.uses_pre_quant_scale or fmt.weight == "int4":
+        settings |= {"has_zero_point": False, "pre_quant_scale": fmt.uses_pre_quant_scale}
+    return settings
 
 
 def encode_entry(
-    row: ParameterEntry,
+    entry: ParameterEntry,
     weight: Any,
     scales: Any,
     fmt: QuantFormat,
@@ -98,52 +111,82 @@ def encode_entry(
     device: torch.device = CPU,
     shard: tuple[int, int] = (0, 1),
 ) -> tuple[EncodedLinear, ...]:
-    """The parts of one row in shard t of T, from Megatron's whole weight and its scales.
+    """Encode one shard of a linear; return its parts in the entry's order.
 
-    The weight may be anything that is cut like a tensor; codes are made on `device`.
+    Args:
+        entry: entry of the linear.
+        weight: unsharded Megatron weight, or an object that slices like it.
+        scales: LinearScales of the unsharded weight.
+        fmt: quantization format.
+        decoder: shape of the decoder.
+        device: device of the computation; the result is in host memory.
+        shard: (t, T).
     """
     t, T = shard
     sizes = decoder.sizes(1)
-    parts = unshard_tensor(row.sharding, weight, sizes, t, T)
+    parts = unshard_tensor(entry.sharding, weight, sizes, t, T)
     if fmt.weight == "nf4":
-        return tuple(_pack_nf4(part) for part in ([torch.cat(parts)] if row.is_fused else parts))
+        tensors = [torch.cat(parts)] if entry.is_fused else parts
+        return tuple(_encode_nf4(tensor) for tensor in tensors)
 
-    def each(tensor: torch.Tensor | None) -> Sequence[Any]:
-        """What belongs to each part of something that is of outputs, or the same for all."""
+    def per_part(tensor: torch.Tensor | None) -> Sequence[Any]:
+        """Split a tensor with output channels like the weight; repeat any other for each part."""
         if tensor is None or tensor.dim() == 0:
             return [tensor] * len(parts)
-        return unshard_tensor(row.sharding, tensor, sizes, t, T)
+        return unshard_tensor(entry.sharding, tensor, sizes, t, T)
 
-    second = None
-    if fmt.weight == "nvfp4":
-        second = scale_from_amax(scales.weight_amax, "nvfp4")
-    elif fmt.second_weight is not None:
-        second = scale_from_amax(scales.weight_amax_2, fmt.second_weight)
-    given = None
-    if fmt.activation is not None and fmt.activation != "fp8_token":
-        given = scale_from_amax(scales.input_amax, fmt.activation)
+    scale_2, input_scale = _per_tensor_scales(scales, fmt)
     pre_quant_scale = scales.pre_quant_scale
     if pre_quant_scale is not None:
-        pre_quant_scale = shard_input(row.sharding, pre_quant_scale, t, T)
-    packed = []
-    for part, amax, b in zip(parts, each(scales.weight_amax), each(scales.low_rank_b), strict=True):
-        codes = on_device(device, partial(encode, kind=fmt.weight), part, amax)
+        pre_quant_scale = shard_input(entry.sharding, pre_quant_scale, t, T)
+    encoded = []
+    amaxes, low_rank_b = per_part(scales.weight_amax), per_part(scales.low_rank_b)
+    for part_OK, amax, b_OR in zip(parts, amaxes, low_rank_b, strict=True):
+        function = partial(encode, number_format=fmt.weight)
+        codes_OK = map_rows_on_device(device, function, part_OK, amax)
         if fmt.weight == "nvfp4":
-            scale = on_device(device, nvfp4_scales, part, amax)
+            scale = map_rows_on_device(device, nvfp4_block_scales, part_OK, amax)
         else:
             scale = scale_from_amax(amax, fmt.weight)
-        a = scales.low_rank_a
-        packed.append(EncodedLinear(fmt.weight, codes, scale, second, given, pre_quant_scale, a, b))
-    return tuple(packed)
+        encoded.append(
+            EncodedLinear(
+                number_format=fmt.weight,
+                codes=codes_OK,
+                scale=scale,
+                scale_2=scale_2,
+                input_scale=input_scale,
+                pre_quant_scale=pre_quant_scale,
+                low_rank_a=scales.low_rank_a,
+                low_rank_b=b_OR,
+            )
+        )
+    return tuple(encoded)
 
 
-def _pack_nf4(weight_OK: torch.Tensor) -> EncodedLinear:
-    codes, absmax, nested_absmax = nf4.quantize(weight_OK)
-    return EncodedLinear("nf4", codes, absmax, nested_absmax=nested_absmax)
+def _per_tensor_scales(
+    scales: Any, fmt: QuantFormat
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return scale_2 [] and input_scale []; None for what the format lacks."""
+    scale_2 = None
+    if fmt.weight == "nvfp4":
+        scale_2 = scale_from_amax(scales.weight_amax, "nvfp4")
+    elif fmt.second_weight is not None:
+        scale_2 = scale_from_amax(scales.weight_amax_2, fmt.second_weight)
+    input_scale = None
+    if fmt.activation is not None and fmt.activation != "fp8_token":
+        input_scale = scale_from_amax(scales.input_amax, fmt.activation)
+    return scale_2, input_scale
+
+
+def _encode_nf4(weight_OK: torch.Tensor) -> EncodedLinear:
+    codes_OK, absmax_OG, nested_absmax = quantize_nf4(weight_OK)
+    return EncodedLinear(
+        number_format="nf4", codes=codes_OK, scale=absmax_OG, nested_absmax=nested_absmax
+    )
 
 
 def encode_layer(
-    rows: Iterable[ParameterEntry],
+    parameter_map: Iterable[ParameterEntry],
     layer: int,
     read: ReadTensors,
     scales: Mapping[str, Any],
@@ -152,41 +195,46 @@ def encode_layer(
     device: torch.device = CPU,
     shard: tuple[int, int] = (0, 1),
 ) -> EncodedLayer:
-    """One layer as shard t of T holds it, some rows at a time.
+    """Encode one shard of a layer.
 
     Args:
-        rows: the family's rows.
-        layer: its index over the whole model.
-        read: finds whole Megatron tensors by name, or what is cut like them and reads no more.
-        scales: linear -> LinearScales of this layer; empty for 16 bit.
-        fmt: the format, or None for 16 bit.
-        decoder: facts.
-        device: where codes are made; all that is returned is on the CPU.
+        parameter_map: of the model family.
+        layer: global layer index.
+        read: reads unsharded Megatron tensors by name, or objects that slice like them lazily.
+        scales: linear -> LinearScales of this layer; unused for 16 bit.
+        fmt: quantization format; None for 16 bit.
+        decoder: shape of the decoder.
+        device: device of the computation; the result is in host memory.
         shard: (t, T).
     """
 
-    def piece(row: ParameterEntry) -> EncodedEntry:
-        (weight,) = read([row.megatron_name]).values()
-        if fmt is not None and row.is_linear:
-            given = (row, weight, scales[row.module_name], fmt, decoder, device, shard)
-            return EncodedEntry(row, encode_entry(*given))
-        return EncodedEntry(row, unshard_tensor(row.sharding, weight, decoder.sizes(1), *shard))
+    def encoded(entry: ParameterEntry) -> EncodedEntry:
+        (tensor,) = read([entry.megatron_name]).values()
+        if fmt is not None and entry.is_linear:
+            linear_scales = scales[entry.module_name]
+            parts = encode_entry(entry, tensor, linear_scales, fmt, decoder, device, shard)
+            return EncodedEntry(entry=entry, parts=parts)
+        plain = unshard_tensor(entry.sharding, tensor, decoder.sizes(1), *shard)
+        return EncodedEntry(entry=entry, parts=plain)
 
-    return {row.module_name: piece(row.for_layer(layer)) for row in rows if row.per_layer}
+    return {
+        entry.module_name: encoded(entry.for_layer(layer))
+        for entry in parameter_map
+        if entry.per_layer
+    }
 
 
 def encode_ends(
-    rows: Iterable[ParameterEntry],
+    parameter_map: Iterable[ParameterEntry],
     read: ReadTensors,
     decoder: Decoder,
     shard: tuple[int, int] = (0, 1),
 ) -> EncodedLayer:
-    """Embedding, last norm and head, as shard t of T holds them."""
-    pieces: EncodedLayer = {}
-    for row in rows:
-        if not row.per_layer:
-            (tensor,) = read([row.megatron_name]).values()
-            pieces[row.module_name] = EncodedEntry(
-                row, unshard_tensor(row.sharding, tensor, decoder.sizes(1), *shard)
-            )
-    return pieces
+    """Return one shard of embedding, final norm and head, which stay in 16 bit."""
+    ends: EncodedLayer = {}
+    for entry in parameter_map:
+        if not entry.per_layer:
+            (tensor,) = read([entry.megatron_name]).values()
+            parts = unshard_tensor(entry.sharding, tensor, decoder.sizes(1), *shard)
+            ends[entry.module_name] = EncodedEntry(entry=entry, parts=parts)
+    return ends

@@ -1,171 +1,227 @@
-"""Checkpoints under published names: modelopt's unified ones, and compressed-tensors'."""
+"""Write checkpoints under published Hugging Face names, one file per group of whole layers.
+
+Shared by the targets hf and compressed_tensors, which differ in the tensors of a linear and in the
+description of the quantization.
+"""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from nemo_vlm_ptq.checkpoints.streaming_writer import Add, tensor_file
+from nemo_vlm_ptq.checkpoints.streaming_writer import AddTensors, open_streaming_writer
 from nemo_vlm_ptq.context import RunContext, StageOutput
 from nemo_vlm_ptq.distributed.layout import round_robin, split_evenly
-from nemo_vlm_ptq.formats import KV_CACHES, QuantFormat
-from nemo_vlm_ptq.stages.import_model import VISION_FILE
-from nemo_vlm_ptq.targets.compressed_tensors import tensors as compressed_tensors
-from nemo_vlm_ptq.targets.hf import nf4
-from nemo_vlm_ptq.targets.hf import tensors as hf
+from nemo_vlm_ptq.formats import QuantFormat
+from nemo_vlm_ptq.targets.writing.encode import EncodedEntry, EncodedLinear, KvScales
 from nemo_vlm_ptq.targets.writing.layer_encoder import PREFETCH_LAYERS, LayerEncoder
+from nemo_vlm_ptq.targets.writing.packing import concat_rows
 from nemo_vlm_ptq.utils.prefetch import prefetch
 from nemo_vlm_ptq.workdir import store
+from nemo_vlm_ptq.workdir.files import VISION_FILE
 
-SIDECAR_SUFFIXES = (".json", ".model", ".txt")  # files of tokenizers, processors, configs
-MAX_LAYER_TENSORS = 64  # tensors of a layer
-FILE_BYTES = 5 << 30  # of 16 bit weights a file, whatever the number of ranks
-# Target -> what names and packs its tensors.
-TARGETS: dict[str, ModuleType] = {"hf": hf, "compressed_tensors": compressed_tensors}
+SIDECAR_SUFFIXES = (".json", ".model", ".txt")  # tokenizers, processors, configs
+INDEX_FILE = "model.safetensors.index.json"
+MAX_LAYER_TENSORS = 64
+FILE_BYTES = 5 << 30  # 16 bit weights per file, for any number of ranks
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedFormat:
+    """What differs between targets with published names.
+
+    linear_tensors: (linear, model dtype) -> its tensors by suffix.
+    kv_tensors: (the layer's qkv entry, scales) -> tensors of its KV cache by full name.
+    describe: (context, fmt, names beside the quantized linears) -> JSON files by name.
+    encoder: class that encodes layers.
+    """
+
+    linear_tensors: Callable[[EncodedLinear, torch.dtype], Tensors]
+    kv_tensors: Callable[[EncodedEntry, KvScales], Tensors]
+    describe: Callable[[RunContext, QuantFormat, list[str]], dict[str, dict[str, Any]]]
+    encoder: type[LayerEncoder] = LayerEncoder
+
+
+def write_published(
+    context: RunContext, fmt: QuantFormat, folder: Path, published: PublishedFormat
+) -> StageOutput:
+    """Write files of whole layers; the last one also holds tower, projector, embedding and head.
+
+    A family with subfolders keeps them: the quantized decoder is a checkpoint of its own.
+    """
+    parallel = context.parallel
+    encoder = published.encoder(context, fmt)
+    for subfolder in context.plan.family.subfolders:
+        (folder / subfolder).mkdir(exist_ok=True)
+    count, index = _count_files(context), dict[str, str]()
+    for number in round_robin(range(count), parallel.layout.world_size, parallel.rank):
+        index |= _write_file(context, encoder, published, folder, number, count)
+    gathered = parallel.all_gather(index)
+    files = sorted(set(index.values()))
+    if parallel.rank == 0:
+        merged = {key: name for part in gathered for key, name in part.items()}
+        files += _write_sidecars(context, fmt, published, folder, merged)
+    return StageOutput(files)
+
+
+def entry_tensors(entry: EncodedEntry, dtype: torch.dtype, published: PublishedFormat) -> Tensors:
+    """Return the tensors of one parameter map entry by full name.
+
+    Plain tensors are cast to `dtype`. Parts that are one Hugging Face tensor are concatenated.
+    """
+    parts: list[Any] = list(entry.parts)
+    names = entry.entry.hf_names
+    if isinstance(parts[0], torch.Tensor):
+        merged = [torch.cat(parts)] if entry.entry.is_fused else parts
+        return {name: tensor.to(dtype) for name, tensor in zip(names, merged, strict=True)}
+    if entry.entry.is_fused and parts[1:]:
+        parts = [fuse_parts(parts)]
+    tensors: Tensors = {}
+    for name, linear in zip(names, parts, strict=True):
+        prefix = name.removesuffix("weight")
+        suffixed = published.linear_tensors(linear, dtype)
+        tensors |= {prefix + suffix: value for suffix, value in suffixed.items()}
+    return tensors
+
+
+def fuse_parts(parts: list[EncodedLinear]) -> EncodedLinear:
+    """Concatenate the parts of a linear along the output dimension.
+
+    Scales per tensor and per input channel are the same in all parts.
+    """
+    first = parts[0]
+    scale, low_rank = first.scale, first.low_rank_b
+    if scale.dim():
+        scale = concat_rows([part.scale for part in parts])
+    if low_rank is not None:
+        low_rank = torch.cat([part.low_rank_b for part in parts if part.low_rank_b is not None])
+    codes = concat_rows([part.codes for part in parts])
+    return replace(first, codes=codes, scale=scale, low_rank_b=low_rank)
 
 
 def copy_missing(
-    source: Path, folder: Path, part: str, wanted: Callable[[Path], bool]
+    source: Path, folder: Path, subfolder: str, accept: Callable[[Path], bool]
 ) -> list[str]:
-    """Copy wanted files of a sub-folder that are not there yet; their names from `folder`."""
+    """Copy accepted files of a subfolder that do not exist yet; return names below `folder`."""
     names = []
-    for path in sorted((source / part).iterdir()):
-        target = folder / part / path.name
-        if path.is_file() and wanted(path) and not target.exists():
+    for path in sorted((source / subfolder).iterdir()):
+        target = folder / subfolder / path.name
+        if path.is_file() and accept(path) and not target.exists():
             target.parent.mkdir(exist_ok=True)
             shutil.copy(path, target)
             names.append(str(target.relative_to(folder)))
     return names
 
 
-def write_published(job: RunContext, fmt: QuantFormat, target: str, folder: Path) -> StageOutput:
-    """Files of whole layers, the tower and all ends in the last one.
+def unquantized_weights(context: RunContext, names: list[str]) -> tuple[list[str], set[str]]:
+    """Return the weights beside the quantized linears, and the quantized linears' weights.
 
-    A family of several folders keeps them: its quantized decoder is a checkpoint of its own.
+    Args:
+        context: plan and ranks.
+        names: tensors of the decoder's checkpoint, without its subfolder.
     """
-    plan, parallel = job.plan, job.parallel
-    stream = LayerEncoder(job, fmt, folds=target == "compressed_tensors")
-    for part in plan.family.subfolders:
-        (folder / part).mkdir(exist_ok=True)
-    count, index = _count_files(job), dict[str, str]()
-    for number in round_robin(range(count), parallel.layout.world, parallel.rank):
-        index |= _write_file(job, stream, TARGETS[target], folder, number, count)
-    gathered = parallel.gather(index)
-    files = sorted(set(index.values()))
-    if parallel.rank == 0:
-        whole = {key: name for part in gathered for key, name in part.items()}
-        files += _sidecars(job, fmt, target, folder, whole)
-    return StageOutput(files)
+    plan, home = context.plan, context.plan.family.decoder_subfolder
+    entries = tuple(entry for entry in plan.family.parameter_map if entry.is_linear)
+    quantized = {name.removeprefix(f"{home}/") for name in plan.decoder.shapes(entries)}
+    plain = sorted(name for name in names if name.endswith(".weight") and name not in quantized)
+    return plain, quantized
 
 
 def _write_file(
-    job: RunContext, stream: LayerEncoder, names: ModuleType, folder: Path, number: int, count: int
+    context: RunContext,
+    encoder: LayerEncoder,
+    published: PublishedFormat,
+    folder: Path,
+    number: int,
+    count: int,
 ) -> dict[str, str]:
-    """File `number` of `count`, written layer by layer; tensor -> file, as published."""
-    plan, home = job.plan, job.plan.family.decoder_subfolder
+    """Write file `number` of `count` layer by layer; return tensor -> file."""
+    plan, home = context.plan, context.plan.family.decoder_subfolder
     layers = split_evenly(range(plan.decoder.layers), count, number)
-    made = prefetch(layers, partial(_layer, job, stream, names), PREFETCH_LAYERS)
-    given = chain(
-        (own for _, own in made), _ends(job, stream, names) if number == count - 1 else ()
-    )
+    encode = partial(_layer_tensors, context, encoder, published)
+    encoded = prefetch(layers, encode, PREFETCH_LAYERS)
+    last = _end_tensors(context, encoder, published) if number == count - 1 else ()
     index: dict[str, str] = {}
     with ExitStack() as opened:
-        add: dict[str, Add] = {}
-        for tensors in given:
-            for part in sorted({name.rpartition("/")[0] for name in tensors}):
-                start = f"{part}/" if part else ""
-                numbered = f"-{number + 1:05d}-of-{count:05d}" if part == home else ""
-                file = f"{start}model{numbered}.safetensors"
-                if part not in add:
-                    room = MAX_LAYER_TENSORS * len(layers) + len(plan.tensors)
-                    add[part] = opened.enter_context(tensor_file(folder / file, room))
-                own = [name for name in tensors if name.rpartition("/")[0] == part]
-                add[part]({name.removeprefix(start): tensors[name] for name in own})
-                index |= dict.fromkeys(own, file)
+        add: dict[str, AddTensors] = {}
+        for tensors in chain((layer for _, layer in encoded), last):
+            for subfolder in sorted({name.rpartition("/")[0] for name in tensors}):
+                prefix = f"{subfolder}/" if subfolder else ""
+                suffix = f"-{number + 1:05d}-of-{count:05d}" if subfolder == home else ""
+                file = f"{prefix}model{suffix}.safetensors"
+                if subfolder not in add:
+                    max_tensors = MAX_LAYER_TENSORS * len(layers) + len(plan.tensors)
+                    add[subfolder] = opened.enter_context(
+                        open_streaming_writer(folder / file, max_tensors)
+                    )
+                names = [name for name in tensors if name.rpartition("/")[0] == subfolder]
+                add[subfolder]({name.removeprefix(prefix): tensors[name] for name in names})
+                index |= dict.fromkeys(names, file)
     return index
 
 
-def _ends(
-    job: RunContext, stream: LayerEncoder, names: ModuleType
-) -> Iterator[dict[str, torch.Tensor]]:
-    """What is no layer: embedding, last norm, head, tower and projector."""
-    for piece in stream.ends().values():
-        yield names.published_tensors(piece, job.dtype)
-    yield load_file(job.folder("megatron", VISION_FILE))
+def _end_tensors(
+    context: RunContext, encoder: LayerEncoder, published: PublishedFormat
+) -> Iterator[Tensors]:
+    """Yield embedding, final norm, head, then tower and projector."""
+    for entry in encoder.ends().values():
+        yield entry_tensors(entry, context.dtype, published)
+    yield load_file(context.folder("megatron", VISION_FILE))
 
 
-def _layer(
-    job: RunContext, stream: LayerEncoder, names: ModuleType, index: int
-) -> dict[str, torch.Tensor]:
-    """Tensors of a layer under published names."""
-    pieces, kv = stream.layer(index), stream.kv(index)
-    tensors = {} if kv is None else dict(names.kv_tensors(pieces["linear_qkv"], kv))
-    for piece in pieces.values():
-        tensors |= names.published_tensors(piece, job.dtype)
+def _layer_tensors(
+    context: RunContext, encoder: LayerEncoder, published: PublishedFormat, index: int
+) -> Tensors:
+    """Return the tensors of one layer under published names."""
+    entries, kv = encoder.layer(index), encoder.kv(index)
+    tensors = {} if kv is None else dict(published.kv_tensors(entries["linear_qkv"], kv))
+    for entry in entries.values():
+        tensors |= entry_tensors(entry, context.dtype, published)
     return tensors
 
 
-def _count_files(job: RunContext) -> int:
-    decoder = job.plan.decoder
+def _count_files(context: RunContext) -> int:
+    decoder = context.plan.decoder
     width = decoder.hidden * (4 * decoder.hidden + 3 * decoder.ffn)
     return max(1, -(-2 * decoder.layers * width // FILE_BYTES))
 
 
-def _describe_quantization(
-    job: RunContext, fmt: QuantFormat, target: str, names: list[str]
-) -> dict[str, dict[str, Any]]:
-    """Name -> JSON of the files that say how the decoder beside them is quantized."""
-    plan, home = job.plan, job.plan.family.decoder_subfolder
-    source = plan.family.decoder_config(plan.export_config)
-    if fmt.weight == "nf4":
-        beside = [name for name in plan.vision_names if name.rpartition("/")[0] == home]
-        config = nf4.quantization_config(plan.dtype, beside)
-        return {"config.json": source | {"quantization_config": config}}
-    linears = plan.decoder.shapes(tuple(row for row in plan.family.parameter_map if row.is_linear))
-    quantized = {name.removeprefix(f"{home}/") for name in linears}
-    beside = sorted(name for name in names if name.endswith(".weight") and name not in quantized)
-    kv, group = KV_CACHES.get(plan.recipe.quantize.kv_cache), plan.recipe.quantize.group_size
-    if target == "compressed_tensors":
-        start = f"{home}/" if home else ""
-        shapes = {name: plan.tensors[start + name].shape for name in beside}
-        ignore = compressed_tensors.ignore_patterns(shapes, quantized)
-        config = compressed_tensors.quantization_config(fmt, group, ignore, kv)
-        return {"config.json": source | {"quantization_config": config}}
-    excluded = [name.removesuffix(".weight") for name in beside]
-    return hf.config_files(source, hf.quantization_block(fmt, group, excluded, kv))
-
-
-def _sidecars(
-    job: RunContext, fmt: QuantFormat, target: str, folder: Path, index: dict[str, str]
+def _write_sidecars(
+    context: RunContext,
+    fmt: QuantFormat,
+    published: PublishedFormat,
+    folder: Path,
+    index: Mapping[str, str],
 ) -> list[str]:
-    """Config, quantization config, index, and the source's tokenizer, processor and code files."""
-    plan, home = job.plan, job.plan.family.decoder_subfolder
-    start = f"{home}/" if home else ""
-    own = {
-        name.removeprefix(start): file.removeprefix(start)
+    """Write configs and index, and copy the source's tokenizer, processor and code files."""
+    plan, home = context.plan, context.plan.family.decoder_subfolder
+    prefix = f"{home}/" if home else ""
+    weight_map = {
+        name.removeprefix(prefix): file.removeprefix(prefix)
         for name, file in sorted(index.items())
-        if name.startswith(start)
+        if name.startswith(prefix)
     }
-    described = _describe_quantization(job, fmt, target, list(own))
-    contents: dict[str, Any] = {start + name: content for name, content in described.items()}
-    contents[f"{start}model.safetensors.index.json"] = {"metadata": {}, "weight_map": own}
+    described = published.describe(context, fmt, list(weight_map))
+    contents: dict[str, Any] = {prefix + name: content for name, content in described.items()}
+    contents[prefix + INDEX_FILE] = {"metadata": {}, "weight_map": weight_map}
     for name, content in ({"config.json": plan.export_config} | contents).items():
         store.write_json(folder / name, content)
     names = sorted({"config.json", *contents})
 
-    def describes(path: Path) -> bool:  # code is for the reader of the export: here none is run
-        kept = path.suffix in (*SIDECAR_SUFFIXES, ".py")
-        return kept and path.name != "model.safetensors.index.json"
+    def is_sidecar(path: Path) -> bool:  # code is copied for the server, and never run here
+        return path.suffix in (*SIDECAR_SUFFIXES, ".py") and path.name != INDEX_FILE
 
-    for part in {"", *plan.family.subfolders}:
-        names += copy_missing(plan.folder, folder, part, describes)
+    for subfolder in {"", *plan.family.subfolders}:
+        names += copy_missing(plan.folder, folder, subfolder, is_sidecar)
     return names

@@ -1,4 +1,4 @@
-"""Stands for TensorRT-LLM where there is no GPU: its calls as 1.2 has them, on the CPU."""
+"""Fake tensorrt_llm with the interface of 1.2, on the CPU."""
 
 from types import SimpleNamespace
 
@@ -11,9 +11,9 @@ torch.cuda.current_stream = lambda: SimpleNamespace(cuda_stream=0, synchronize=l
 
 
 def mpi_rank():
-    """The rank of this process."""
+    """Return the rank of this process."""
     return 0
 
 
 def mpi_barrier():
-    """Wait for the other ranks: there are none."""
+    """Do nothing: there are no other ranks."""

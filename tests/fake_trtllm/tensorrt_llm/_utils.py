@@ -1,6 +1,6 @@
-"""What the worker takes of TensorRT-LLM's helpers."""
+"""Fake tensorrt_llm._utils."""
 
 
 def trt_dtype_to_torch(dtype):
-    """Here they are the same."""
+    """Return the dtype: the fake uses torch's."""
     return dtype

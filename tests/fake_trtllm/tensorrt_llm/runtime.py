@@ -1,4 +1,4 @@
-"""A runner whose logits say what it was given, and a vision engine that counts pixels."""
+"""Fake runtime: logits return the inputs, and features are the index of their image token."""
 
 import json
 import os
@@ -7,18 +7,18 @@ from types import SimpleNamespace
 
 import torch
 
-ANSWER = (7, 8, 1, 9)  # 1 is the stop of the little models
+GENERATED = (7, 8, 1, 9)  # 1 is the end token of the tiny models
 
 
 class TensorInfo:
-    """Name, dtype and shape of an input."""
+    """Name, dtype and shape of a tensor."""
 
     def __init__(self, name, dtype, shape):
         self.name, self.dtype, self.shape = name, dtype, shape
 
 
 class Session:
-    """A vision engine: every feature of an image token is that token's number."""
+    """Vision engine whose features of image token i are all i."""
 
     def __init__(self, tokens, hidden):
         self.shape = (tokens, hidden)
@@ -28,9 +28,9 @@ class Session:
         return cls(*json.loads(engine))
 
     def infer_shapes(self, inputs):
-        (given,) = inputs
-        assert (given.name, given.dtype) == ("input", "half") and given.shape[1] == 3
-        shape = (given.shape[0], *self.shape)
+        (info,) = inputs
+        assert (info.name, info.dtype) == ("input", "half") and info.shape[1] == 3
+        shape = (info.shape[0], *self.shape)
         return [SimpleNamespace(name="encoder_output", dtype=torch.float16, shape=shape)]
 
     def run(self, inputs, outputs, stream):
@@ -40,7 +40,7 @@ class Session:
 
 
 class ModelRunnerCpp:
-    """Logits [S,2]: the id, or the sum of the table's row it stands for and -1."""
+    """Runner whose logits [S,2] are (id, 0), or (sum of features, -1) for image tokens."""
 
     def __init__(self, config):
         self.vocab = config["pretrained_config"]["vocab_size"]
@@ -49,7 +49,7 @@ class ModelRunnerCpp:
     @classmethod
     def from_dir(cls, *, engine_dir, rank, kv_cache_free_gpu_memory_fraction):
         assert rank == 0 and 0 < kv_cache_free_gpu_memory_fraction < 1
-        if "FAKE_NO_ENGINE" in os.environ:
+        if "FAKE_START_FAILURE" in os.environ:
             raise RuntimeError("engine was built for another GPU")
         return cls(json.loads((Path(engine_dir) / "config.json").read_text()))
 
@@ -76,12 +76,14 @@ class ModelRunnerCpp:
         ends = torch.zeros(count, 1, dtype=torch.int32)
         for row, prompt in enumerate(batch_input_ids):
             assert prompt.dtype == torch.int32 and prompt.min() >= 0
-            new = ANSWER[:max_new_tokens]
+            new = GENERATED[:max_new_tokens]
             ids[row, 0, : len(prompt) + len(new)] = torch.tensor([*prompt.tolist(), *new])
             ends[row] = len(prompt) + len(new)
-            for at, token in enumerate(prompt.tolist()):
-                fake = token >= self.vocab
-                values = (prompt_table[tasks[row]][token - self.vocab].sum(), -1) if fake else ()
-                logits[row, at] = torch.tensor(values or (token, 0))
+            for position, token in enumerate(prompt.tolist()):
+                if token < self.vocab:
+                    logits[row, position] = torch.tensor((token, 0))
+                else:
+                    features = prompt_table[tasks[row]][token - self.vocab]
+                    logits[row, position] = torch.tensor((features.sum(), -1))
         out = {"output_ids": ids, "sequence_lengths": ends}
         return out | ({"context_logits": logits} if self.limits["gather_context_logits"] else {})

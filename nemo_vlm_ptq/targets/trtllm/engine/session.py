@@ -1,4 +1,4 @@
-"""The engine of a format as something that can be asked, by `evaluate` and by `logits`."""
+"""Open the engine of a format, for the stages `evaluate` and `logits`."""
 
 from __future__ import annotations
 
@@ -12,63 +12,63 @@ from nemo_vlm_ptq.context import RunContext
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.base import ImageInputs, Sample
 from nemo_vlm_ptq.formats import QuantFormat
-from nemo_vlm_ptq.targets.trtllm.engine.installation import find_builder
-from nemo_vlm_ptq.targets.trtllm.engine.runtime import EngineRuntime, read_engines
+from nemo_vlm_ptq.targets.trtllm.engine.client import EngineClient, read_engine_info
+from nemo_vlm_ptq.targets.trtllm.engine.installation import find_installation
 from nemo_vlm_ptq.workdir import store
 
 
 @contextmanager
-def open_engine(job: RunContext, fmt: QuantFormat) -> Iterator[EngineRuntime]:
-    """The engine, asked through TensorRT-LLM on this machine; its process ends with the block.
+def open_engine(context: RunContext, fmt: QuantFormat) -> Iterator[EngineClient]:
+    """Open the engine of a format; its worker process stops when the block ends.
 
     Raises:
-        UserError: it is not built, or TensorRT-LLM is not here.
+        UserError: the engine is not built, or TensorRT-LLM is not installed.
     """
-    plan, folder = job.plan, job.folder(fmt.name, "engine")
+    plan, folder = context.plan, context.folder(fmt.name, "engine")
     store.require_manifest(folder, "build")
     eos = plan.family.text_config(plan.config).eos_token_id
-    runtime = EngineRuntime(
-        read_engines(folder),
-        find_builder(plan).python,
-        plan.recipe.engine.kv_cache_free_gpu_memory_fraction,
-        eos if isinstance(eos, list) else [eos],
-        None if plan.family.tokens_per_image else _torch_tower(job, fmt),
+    client = EngineClient(
+        engine=read_engine_info(folder),
+        python=find_installation(plan).python,
+        kv_cache_fraction=plan.recipe.engine.kv_cache_free_gpu_memory_fraction,
+        eos_token_ids=eos if isinstance(eos, list) else [eos],
+        torch_vision=None if plan.family.tokens_per_image else _torch_vision(context, fmt),
     )
     try:
-        yield runtime
+        yield client
     finally:
-        runtime.close()
+        client.close()
 
 
-def _torch_tower(job: RunContext, fmt: QuantFormat) -> Callable[[ImageInputs], torch.Tensor]:
-    """Images -> features, where TensorRT-LLM's engine does not go all the way to image tokens."""
-    plan, device = job.plan, job.parallel.device
-    file = job.folder(fmt.name, "trtllm", "vision", "model.safetensors")
-    tower = plan.family.build_vision(plan.config, load_file(file), device, job.dtype)
+def _torch_vision(context: RunContext, fmt: QuantFormat) -> Callable[[ImageInputs], torch.Tensor]:
+    """Return the vision module in torch, for families whose engine returns no image features."""
+    plan, device = context.plan, context.parallel.device
+    file = context.folder(fmt.name, "trtllm", "vision", "model.safetensors")
+    vision = plan.family.build_vision(plan.config, load_file(file), device, context.dtype)
 
     @torch.no_grad()
-    def look(pixels: ImageInputs) -> torch.Tensor:
-        return tower(pixels.to(device, job.dtype))
+    def encode_images(images: ImageInputs) -> torch.Tensor:
+        return vision(images.to(device, context.dtype))
 
-    return look
+    return encode_images
 
 
 def engine_logits(
-    job: RunContext,
+    context: RunContext,
     fmt: QuantFormat,
     samples: Sequence[Sample],
     masks: Sequence[torch.Tensor | None],
 ) -> list[torch.Tensor]:
-    """Logits [S,V] float32 of each sample, one at a time, on rank 0.
+    """Compute logits [S,V] float32 of each sample, one at a time; call it on rank 0 only.
 
     Raises:
-        UserError: a mask hides tokens, which an engine cannot do.
+        UserError: an attention mask masks tokens, which engines do not support.
     """
     if any(mask is not None and not mask.all() for mask in masks):
-        raise UserError("from=engine takes no attention_mask that hides tokens; leave it out")
-    with open_engine(job, fmt) as runtime:
-        out = []
+        raise UserError("from=engine does not support an attention_mask with zeros; remove it")
+    with open_engine(context, fmt) as client:
+        logits = []
         for sample in samples:
-            feature = None if sample.pixels is None else runtime.encode(sample.pixels)
-            out.append(runtime.logits(sample, feature)[:, : job.plan.decoder.vocab])
-        return out
+            feature = None if sample.images is None else client.encode_images(sample.images)
+            logits.append(client.logits(sample, feature)[:, : context.plan.decoder.vocab])
+        return logits

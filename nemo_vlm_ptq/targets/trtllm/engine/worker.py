@@ -1,13 +1,13 @@
-"""Runs engines inside TensorRT-LLM's own environment; nothing of this package is imported here.
+"""Run engines inside TensorRT-LLM's environment; imports nothing of this package.
 
-    python worker.py ENGINE_FOLDER FRACTION       (under mpirun, a process for each rank)
+    python worker.py ENGINE_FOLDER KV_CACHE_FRACTION       (one process per rank under mpirun)
 
-Rank 0 reads a JSON request a line, {"do", "count", "tokens", "pad", "from", "to"}, and answers with
-a line that starts with MARK. Tensors go through safetensors files:
-    look    pixels0 [1,3,h,w]                       -> out0 [tokens,H]
-    answer  ids{i} [S] int32, features{i} [T,H]     -> out{i} new ids
-    logits  the same                                -> out{i} [S,V] float32
-Image positions of ids count up from the vocabulary's size, as TensorRT-LLM has it.
+Rank 0 reads one JSON request per line, {"operation", "count", "max_new_tokens", "pad_id", "inputs",
+"outputs"}, and prints DONE after each. Tensors are read from and written to safetensors files:
+    encode    pixels0 [1,3,h,w]                       -> out0 [tokens,H]
+    generate  ids{i} [S] int32, features{i} [T,H]     -> out{i} new ids
+    logits    the same                                -> out{i} [S,V] float32
+Image tokens have the ids vocab_size, vocab_size + 1, ..., as TensorRT-LLM expects.
 """
 
 import json
@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-MARK = "nemo-vlm-ptq answered"
+ENCODE, GENERATE, LOGITS = "encode", "generate", "logits"
+DONE = "nemo-vlm-ptq request done"
 
 
 def main() -> None:
@@ -34,78 +35,82 @@ def main() -> None:
     runner = ModelRunnerCpp.from_dir(
         engine_dir=str(folder / "llm"), rank=rank, kv_cache_free_gpu_memory_fraction=fraction
     )
-    tower = None
-    for line in sys.stdin if rank == 0 else ():  # the others follow rank 0 by themselves
+    vision = None
+    for line in sys.stdin if rank == 0 else ():  # TensorRT-LLM drives the other ranks
         request = json.loads(line)
-        tensors = load_file(request["from"])
-        if request["do"] == "look":
-            tower = tower or open_tower(folder / "vision" / "model.engine")
-            out = [look(tower, tensors["pixels0"])]
+        tensors = load_file(request["inputs"])
+        if request["operation"] == ENCODE:
+            vision = vision or open_vision_engine(folder / "vision" / "model.engine")
+            results = [encode_image(vision, tensors["pixels0"])]
         else:
-            out = ask(runner, tensors, request)
-        save_file({f"out{i}": one.contiguous().cpu() for i, one in enumerate(out)}, request["to"])
-        print(MARK, flush=True)
+            results = run_decoder(runner, tensors, request)
+        outputs = {f"out{i}": result.contiguous().cpu() for i, result in enumerate(results)}
+        save_file(outputs, request["outputs"])
+        print(DONE, flush=True)
     tensorrt_llm.mpi_barrier()
 
 
-def open_tower(path: Path) -> Any:
-    """The vision engine."""
+def open_vision_engine(path: Path) -> Any:
+    """Deserialize the vision engine."""
     from tensorrt_llm.runtime import Session
 
     return Session.from_serialized_engine(path.read_bytes())
 
 
-def look(tower: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """Pixels [1,3,h,w] -> features [tokens,H]."""
+def encode_image(vision: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Encode pixels [1,3,h,w] to features [tokens,H]."""
     import tensorrt
     from tensorrt_llm._utils import trt_dtype_to_torch
     from tensorrt_llm.runtime import TensorInfo
 
     pixels = pixels.half().contiguous().cuda()
-    info = tower.infer_shapes([TensorInfo("input", tensorrt.DataType.HALF, pixels.shape)])
-    out = {
-        one.name: torch.empty(
-            tuple(one.shape), dtype=trt_dtype_to_torch(one.dtype), device=pixels.device
+    infos = vision.infer_shapes([TensorInfo("input", tensorrt.DataType.HALF, pixels.shape)])
+    outputs = {
+        info.name: torch.empty(
+            tuple(info.shape), dtype=trt_dtype_to_torch(info.dtype), device=pixels.device
         )
-        for one in info
+        for info in infos
     }
     stream = torch.cuda.current_stream()
-    if not tower.run({"input": pixels}, out, stream.cuda_stream):
-        raise RuntimeError("the vision engine did not run")
+    if not vision.run({"input": pixels}, outputs, stream.cuda_stream):
+        raise RuntimeError("the vision engine failed to run")
     stream.synchronize()
-    return out["encoder_output"].flatten(0, 1)
+    return outputs["encoder_output"].flatten(0, 1)
 
 
-def ask(
+def run_decoder(
     runner: Any, tensors: dict[str, torch.Tensor], request: dict[str, Any]
 ) -> list[torch.Tensor]:
-    """New ids, or logits, of each prompt, greedy; features of all prompts are one padded table."""
-    count, logits = request["count"], request["do"] == "logits"
+    """Return new ids, by greedy decoding, or prompt logits of each prompt.
+
+    Features of all prompts form one padded prompt table [count,tokens,H].
+    """
+    count, logits = request["count"], request["operation"] == LOGITS
     ids = [tensors[f"ids{i}"] for i in range(count)]
     features = [tensors.get(f"features{i}") for i in range(count)]
     table = None
-    if any(one is not None for one in features):
-        longest = max(len(one) for one in features if one is not None)
-        width = next(one.shape[1] for one in features if one is not None)
+    if any(feature is not None for feature in features):
+        longest = max(len(feature) for feature in features if feature is not None)
+        width = next(feature.shape[1] for feature in features if feature is not None)
         table = torch.zeros(count, longest, width)
-        for row, one in zip(table, features, strict=True):
-            if one is not None:
-                row[: len(one)] = one
-    out = runner.generate(
+        for row, feature in zip(table, features, strict=True):
+            if feature is not None:
+                row[: len(feature)] = feature
+    result = runner.generate(
         ids,
         prompt_table=table,
         prompt_tasks=None if table is None else ",".join(map(str, range(count))),
-        max_new_tokens=1 if logits else request["tokens"],
-        end_id=request["pad"],
-        pad_id=request["pad"],
+        max_new_tokens=1 if logits else request["max_new_tokens"],
+        end_id=request["pad_id"],
+        pad_id=request["pad_id"],
         top_k=1,
         output_sequence_lengths=True,
         return_dict=True,
     )
     if logits:
-        return [out["context_logits"][i, : len(one)].float() for i, one in enumerate(ids)]
-    ends = out["sequence_lengths"][:, 0].tolist()
-    return [out["output_ids"][i, 0, len(one) : ends[i]] for i, one in enumerate(ids)]
+        return [result["context_logits"][i, : len(prompt)].float() for i, prompt in enumerate(ids)]
+    ends = result["sequence_lengths"][:, 0].tolist()
+    return [result["output_ids"][i, 0, len(prompt) : ends[i]] for i, prompt in enumerate(ids)]
 
 
 if __name__ == "__main__":
@@ -114,4 +119,4 @@ if __name__ == "__main__":
     except Exception:
         traceback.print_exc()
         sys.stderr.flush()
-        os._exit(1)  # MPI's own farewell would wait for ranks that wait for this one
+        os._exit(1)  # MPI finalization would wait for the other ranks

@@ -1,1 +1,1 @@
-"""Tools of TensorRT-LLM."""
+"""Fake tensorrt_llm.tools."""

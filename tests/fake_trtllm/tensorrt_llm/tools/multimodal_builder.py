@@ -1,4 +1,4 @@
-"""The builder of vision engines: options as 1.2 has them; the engine is its sizes."""
+"""Fake builder of vision engines, with the options of 1.2; the engine file holds feature sizes."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from build_command import record
 
 
 def add_multimodal_arguments(parser):
-    """Options that are used here, and only those."""
+    """Add the options that this package uses."""
     parser.add_argument("--model_type", choices=["llava", "llava_next", "vila"], required=True)
     parser.add_argument("--model_path", required=True)
     parser.add_argument("--vila_path")
@@ -18,7 +18,7 @@ def add_multimodal_arguments(parser):
 
 
 class MultimodalEngineBuilder:
-    """Builds what it is told."""
+    """Builder of one vision engine."""
 
     def __init__(self, args):
         self.args = args
@@ -29,5 +29,5 @@ class MultimodalEngineBuilder:
         folder = Path(self.args.output_dir)
         folder.mkdir()
         (folder / "model.engine").write_text(os.environ.get("FAKE_TOWER", "[1, 1]"))
-        kind = {"precision": "float16", "model_type": self.args.model_type}
-        (folder / "config.json").write_text(json.dumps({"builder_config": kind}))
+        config = {"precision": "float16", "model_type": self.args.model_type}
+        (folder / "config.json").write_text(json.dumps({"builder_config": config}))

@@ -1,0 +1,161 @@
+"""Start ranks on this machine with torchrun's launcher, and report why one of them failed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_vlm_ptq.errors import UserError, VerificationError
+from nemo_vlm_ptq.workdir.store import in_progress_marker
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+PARENT_VARIABLE = "NEMO_VLM_PTQ_PARENT"  # set for ranks that this package's command started
+
+
+def inside_ranks() -> bool:
+    """Return whether a launcher has given this process a rank."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def started_by_us() -> bool:
+    """Return whether the command of this package started this rank."""
+    return PARENT_VARIABLE in os.environ
+
+
+def start_ranks(count: int, arguments: Sequence[str], workdir: Path) -> int:
+    """Run `python -m nemo_vlm_ptq ARGUMENTS` on `count` ranks of this machine.
+
+    Args:
+        count: number of ranks.
+        arguments: command line arguments of every rank.
+        workdir: searched for the folder that a failing rank was writing.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UserError: a rank ended with exit code 2.
+        VerificationError: a rank ended with exit code 3.
+    """
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # torchrun's own report of a failure is suppressed; explain_failure prints one line
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    defaults = {
+        PARENT_VARIABLE: "1",
+        "PYTHONWARNINGS": "ignore",
+        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // count)),
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
+    os.environ.update({key: os.environ.get(key, value) for key, value in defaults.items()})
+    before = folders_in_progress(workdir)
+    with tempfile.TemporaryDirectory(prefix="nemo-vlm-ptq-") as logs:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=count,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            run_id=f"nemo-vlm-ptq-{os.getpid()}",
+            max_restarts=0,
+            monitor_interval=0.2,
+            logs_specs=DefaultLogsSpecs(log_dir=logs),
+        )
+        try:
+            elastic_launch(config, sys.executable)("-m", "nemo_vlm_ptq", *arguments)
+        except ChildFailedError as error:
+            started = folders_in_progress(workdir).items() - before.items()
+            folders = [folder for folder, _ in sorted(started, key=lambda item: item[1])]
+            return explain_failure(error, folders[-1] if folders else None)
+        except SignalException as stop:
+            print(f"nemo-vlm-ptq: stopped by {stop.sigval.name}", file=sys.stderr)
+            return 128 + stop.sigval
+    return 0
+
+
+def folders_in_progress(workdir: Path) -> dict[Path, int]:
+    """Return the unfinished stage folders with the time at which each was started, in ns."""
+    name = in_progress_marker(workdir / "*").name
+    prefix, suffix = name.split("*")
+    return {
+        path.with_name(path.name.removeprefix(prefix).removesuffix(suffix)): path.stat().st_mtime_ns
+        for path in (*workdir.glob(name), *workdir.glob(f"*/{name}"))
+    }
+
+
+def explain_failure(error: ChildFailedError, folder: Path | None) -> int:
+    """Report the most informative failure of a rank as this command's own.
+
+    Ranks that lost a peer may fail within the same second as the peer. SIGTERM is least
+    informative: the launcher sends it to the remaining ranks.
+    """
+    rank, failure = error.get_first_failure()
+    for other, candidate in sorted(error.failures.items()):
+        if _informativeness(candidate) > _informativeness(failure) and (
+            candidate.exitcode in (2, 3) or candidate.timestamp == failure.timestamp
+        ):
+            rank, failure = other, candidate
+    note: Any = failure.message  # torch's stub declares str
+    message = f"exit code {failure.exitcode}, see above"
+    if isinstance(note, dict):
+        message = note["message"]
+    if failure.exitcode == 2:
+        raise UserError(message) from None
+    if failure.exitcode == 3:
+        raise VerificationError(message) from None
+    if failure.exitcode < 0:
+        hint = " (out of memory?)" if failure.exitcode == -signal.SIGKILL else ""
+        cause = f"was ended by signal {failure.signal_name()}{hint}"
+    else:
+        cause = f"failed: {message}"
+    place = f" while {folder} was being written" if folder else ""
+    print(f"nemo-vlm-ptq: error: rank {rank} {cause}{place}", file=sys.stderr)
+    return 1
+
+
+def _informativeness(failure: ProcessFailure) -> int:
+    """Rank how much the end of a rank says about the cause."""
+    if failure.exitcode in (2, 3):
+        return 3
+    if failure.exitcode == -signal.SIGTERM:
+        return 0
+    return 2 if failure.exitcode < 0 or isinstance(failure.message, dict) else 1
+
+
+def lost_peer(error: Exception) -> bool:
+    """Return whether an error only says that another rank ended."""
+    return isinstance(error, RuntimeError) and "by peer" in str(error)
+
+
+def wait_for_launcher(error: RuntimeError) -> None:
+    """Give the launcher time to end a rank whose peer ended: the peer reports the cause."""
+    if inside_ranks() and lost_peer(error):
+        time.sleep(15)
+
+
+def report_failure(message: str, code: int) -> None:
+    """Print one line on stderr; ranks started by this command leave it to the parent process."""
+    write_error_file(message, code)
+    if not (inside_ranks() and started_by_us()):
+        sys.stderr.write(f"nemo-vlm-ptq: error: {message}\n")  # one write: ranks share the stream
+
+
+def write_error_file(message: str, code: int) -> None:
+    """Write why this rank ends to torchrun's error file, which the launcher prints."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if inside_ranks() and path:
+        extra = {"timestamp": str(int(time.time())), "exit_code": code}
+        note = {"message": {"message": message, "extraInfo": extra}}
+        Path(path).write_text(json.dumps(note))

@@ -1,0 +1,146 @@
+"""Parameter map and architecture of Llama-like decoders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nemo_vlm_ptq.errors import UserError
+from nemo_vlm_ptq.families.base import Decoder
+from nemo_vlm_ptq.families.config_checks import require_values
+from nemo_vlm_ptq.parameter_map.entries import IgnoredTensor, ParameterEntry
+
+HF_LAYER_PREFIX = "model.layers.{i}."
+MEGATRON_LAYER_PREFIX = "decoder.layers.{i}."
+SPLIT_QKV = tuple(f"self_attn.{part}_proj.weight" for part in "qkv")
+SPLIT_GATE_UP = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
+ROTARY_INV_FREQ = IgnoredTensor(
+    pattern=r".*\.rotary_emb\.inv_freq", reason="computed from rope_theta"
+)
+
+
+def llama_parameter_map(
+    prefix: str, qkv: tuple[str, ...] = SPLIT_QKV, gate_up: tuple[str, ...] = SPLIT_GATE_UP
+) -> tuple[ParameterEntry, ...]:
+    """Return the parameter map of a Llama-like decoder.
+
+    Args:
+        prefix: prefix of the Hugging Face names, before `model.` and `lm_head.`.
+        qkv: names within a layer of q, k and v, or of the one tensor that fuses them.
+        gate_up: names within a layer of gate and up, or of the one tensor that fuses them.
+    """
+    layer = prefix + HF_LAYER_PREFIX
+    return (
+        ParameterEntry(
+            megatron_name="embedding.word_embeddings.weight",
+            hf_names=(prefix + "model.embed_tokens.weight",),
+            sharding="vocab",
+        ),
+        ParameterEntry(
+            megatron_name="decoder.final_layernorm.weight",
+            hf_names=(prefix + "model.norm.weight",),
+            sharding="replicate",
+        ),
+        ParameterEntry(
+            megatron_name="output_layer.weight",
+            hf_names=(prefix + "lm_head.weight",),
+            sharding="vocab",
+        ),
+        ParameterEntry(
+            megatron_name=MEGATRON_LAYER_PREFIX + "input_layernorm.weight",
+            hf_names=(layer + "input_layernorm.weight",),
+            sharding="replicate",
+        ),
+        ParameterEntry(
+            megatron_name=MEGATRON_LAYER_PREFIX + "self_attention.linear_qkv.weight",
+            hf_names=tuple(layer + name for name in qkv),
+            sharding="qkv",
+            is_linear=True,
+        ),
+        ParameterEntry(
+            megatron_name=MEGATRON_LAYER_PREFIX + "self_attention.linear_proj.weight",
+            hf_names=(layer + "self_attn.o_proj.weight",),
+            sharding="row",
+            is_linear=True,
+        ),
+        ParameterEntry(
+            megatron_name=MEGATRON_LAYER_PREFIX + "pre_mlp_layernorm.weight",
+            hf_names=(layer + "post_attention_layernorm.weight",),
+            sharding="replicate",
+        ),
+        ParameterEntry(
+            megatron_name=MEGATRON_LAYER_PREFIX + "mlp.linear_fc1.weight",
+            hf_names=tuple(layer + name for name in gate_up),
+            sharding="gated",
+            is_linear=True,
+        ),
+        ParameterEntry(
+            megatron_name=MEGATRON_LAYER_PREFIX + "mlp.linear_fc2.weight",
+            hf_names=(layer + "mlp.down_proj.weight",),
+            sharding="row",
+            is_linear=True,
+        ),
+    )
+
+
+def llama_decoder(family: str, text_config: Any, key: str = "text_config") -> Decoder:
+    """Return the decoder of transformers' LlamaConfig, MistralConfig or a similar config.
+
+    Args:
+        family: name of the family, for messages.
+        text_config: transformers config of the decoder.
+        key: key of the decoder config in config.json, for messages.
+
+    Raises:
+        UserError: the config has a value that the parameter map does not support.
+    """
+    rope = dict(text_config.to_dict().get("rope_parameters") or {})
+    require_values(
+        family,
+        {
+            "tie_word_embeddings": (text_config.tie_word_embeddings, False),
+            f"{key}.attention_bias": (getattr(text_config, "attention_bias", False), False),
+            f"{key}.mlp_bias": (getattr(text_config, "mlp_bias", False), False),
+            f"{key}.hidden_act": (text_config.hidden_act, "silu"),
+            "rope type": (rope.get("rope_type", "default"), "default"),
+        },
+    )
+    return decoder_from_sizes(family, text_config, rope.get("rope_theta", 10000.0))
+
+
+def decoder_from_sizes(family: str, text_config: Any, rope_theta: float) -> Decoder:
+    """Return the decoder with the sizes of a transformers config, which must be consistent.
+
+    Raises:
+        UserError: heads do not divide evenly, or attention is limited to a sliding window.
+    """
+    heads, kv_heads = text_config.num_attention_heads, text_config.num_key_value_heads
+    if heads % kv_heads:
+        raise UserError(
+            f"{family}: num_attention_heads must be a multiple of num_key_value_heads {kv_heads}, "
+            f"got {heads}"
+        )
+    head_dim = getattr(text_config, "head_dim", None)
+    if text_config.hidden_size % heads and not head_dim:
+        raise UserError(
+            f"{family}: hidden_size must be a multiple of num_attention_heads {heads}, got "
+            f"{text_config.hidden_size}"
+        )
+    max_positions = text_config.max_position_embeddings
+    window = getattr(text_config, "sliding_window", None)
+    if window is not None and window < max_positions:
+        raise UserError(
+            f"{family}: sliding_window must be null or at least max_position_embeddings "
+            f"{max_positions}, got {window}; only full attention is supported"
+        )
+    return Decoder(
+        hidden=text_config.hidden_size,
+        ffn=text_config.intermediate_size,
+        layers=text_config.num_hidden_layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim or text_config.hidden_size // heads,
+        vocab=text_config.vocab_size,
+        norm_eps=text_config.rms_norm_eps,
+        rope_theta=rope_theta,
+        max_positions=max_positions,
+    )

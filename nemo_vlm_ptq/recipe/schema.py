@@ -1,0 +1,208 @@
+"""The keys of a recipe, their types and defaults, as frozen records."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from nemo_vlm_ptq.constants import DEFAULT_STAGES, STAGE_GROUPS, STAGES
+from nemo_vlm_ptq.errors import UserError
+from nemo_vlm_ptq.formats import find_format
+from nemo_vlm_ptq.targets.registry import TARGETS
+
+
+def _expand(path: str) -> str:
+    """Expand ~ and environment variables in a path."""
+    expanded = os.path.expandvars(os.path.expanduser(path))
+    if "$" in expanded:
+        raise ValueError("an environment variable in it is not set")
+    return expanded
+
+
+ExpandedPath = Annotated[str, AfterValidator(_expand)]
+
+
+class RecipeSection(BaseModel):
+    """A frozen record that rejects unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _reject_booleans(cls, value: Any, info: ValidationInfo) -> Any:
+        """Reject YAML's yes and no where a number or a string is expected."""
+        field = cls.model_fields[info.field_name or ""]
+        if isinstance(value, bool) and field.annotation is not bool:
+            raise ValueError(f"Input should not be {str(value).lower()}")
+        return value
+
+
+class Parallel(RecipeSection):
+    """Parallel layout of import, observe and solve.
+
+    tensor, pipeline: auto is the smallest that fits a GPU; data: auto uses the remaining ranks.
+    """
+
+    tensor: int | Literal["auto"] = "auto"
+    pipeline: int | Literal["auto"] = 1
+    data: int | Literal["auto"] = "auto"
+
+    @field_validator("tensor", "pipeline", "data", mode="before")
+    @classmethod
+    def _positive(cls, value: Any) -> Any:
+        if value != "auto" and not (type(value) is int and value >= 1):
+            raise ValueError("Input should be a positive number of ranks or 'auto'")
+        return value
+
+
+class Quantize(RecipeSection):
+    """Formats and the options of solving their scales; several formats share one observe.
+
+    smoothquant_alpha: exponent of int8_sq, or search per linear.
+    image_share: weight of image tokens against text tokens in searches, 0 to 1; None: their share
+    of the calibration tokens; search: per linear.
+    """
+
+    format: tuple[str, ...] = Field(("fp8",), min_length=1)
+    kv_cache: Literal["none", "fp8", "int8", "nvfp4"] = "none"
+    group_size: int = Field(128, ge=16)
+    smoothquant_alpha: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = 1.0
+    image_share: Annotated[float, Field(ge=0, le=1)] | Literal["search"] | None = None
+
+    @field_validator("format", mode="before")
+    @classmethod
+    def _known_formats(cls, value: Any) -> tuple[str, ...]:
+        names = [value] if isinstance(value, str) else value
+        if not isinstance(names, list | tuple):
+            raise ValueError("Input should be a format or a list of formats")
+        try:
+            return tuple(dict.fromkeys(find_format(str(name)).name for name in names))
+        except UserError as error:
+            raise ValueError(str(error)) from None
+
+
+class Calibration(RecipeSection):
+    """Calibration data and how observe runs it.
+
+    max_statistics_memory: bytes of second moments per rank; None: most of the free memory.
+    save_every: micro-batches of a rank between two saves.
+    """
+
+    data: ExpandedPath | None = None
+    samples: int = Field(512, ge=1)
+    micro_batch: int = Field(8, ge=1)
+    seed: int = 0
+    modality: Literal["image_text", "text"] = "image_text"
+    max_statistics_memory: ByteSize | None = Field(None, gt=0)
+    save_every: int = Field(64, ge=1)
+
+
+class Export(RecipeSection):
+    """Exported checkpoints: targets, dtype, and the serving layout of the TensorRT-LLM target."""
+
+    targets: tuple[str, ...] = Field(("compressed_tensors",), min_length=1)
+    tensor: int = Field(1, ge=1)
+    pipeline: int = Field(1, ge=1)
+    dtype: Literal["auto", "bfloat16", "float16"] = "auto"  # auto: that of the source
+
+    @field_validator("targets", mode="after")
+    @classmethod
+    def _known_targets(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in TARGETS:
+                raise ValueError(f"unknown target {name!r}; supported: {', '.join(TARGETS)}")
+        return value
+
+
+class Engine(RecipeSection):
+    """TensorRT-LLM engines: build limits, and the GPU memory of their KV cache.
+
+    Lengths are in tokens, image tokens included. context_logits: engines return the logits of every
+    prompt token, as `logits from=engine` needs. vila_path: a clone of VILA, for its vision tower.
+    """
+
+    max_batch_size: int = Field(8, ge=1)
+    max_input_len: int = Field(4096, ge=1)
+    max_seq_len: int = Field(4608, ge=2)
+    kv_cache_free_gpu_memory_fraction: float = Field(0.8, gt=0, lt=1)
+    context_logits: bool = False
+    vila_path: ExpandedPath | None = None
+
+
+class Gate(RecipeSection):
+    """Largest accepted loss of accuracy against 16 bit, in percentage points."""
+
+    gqa_drop: float | None = Field(None, ge=0, allow_inf_nan=False)
+
+
+class Evaluate(RecipeSection):
+    """Scoring of the exported checkpoint, or, with from=engine, of the engine."""
+
+    form: Literal["export", "engine"] = Field("export", alias="from")
+    tasks: tuple[Literal["gqa", "sight"], ...] = ("gqa", "sight")
+    data: ExpandedPath | None = None
+    limit: int | None = Field(None, ge=1)
+    batch: int = Field(64, ge=1)
+    gate: Gate = Gate()
+
+
+class Recipe(RecipeSection):
+    """One run, from a Hugging Face folder to verified and scored checkpoints.
+
+    config: keys of the model's config.json to override. stages: by default all but build, and
+    evaluate only where evaluate.data is set.
+    """
+
+    model: ExpandedPath
+    workdir: ExpandedPath
+    family: str = "auto"
+    config: dict[str, Any] = {}
+    stages: tuple[str, ...] = Field(DEFAULT_STAGES, min_length=1)
+    parallel: Parallel = Parallel()
+    quantize: Quantize = Quantize()
+    calibration: Calibration = Calibration()
+    export: Export = Export()
+    engine: Engine = Engine()
+    evaluate: Evaluate = Evaluate()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_stages(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict) or "stages" in tree:
+            return tree
+        evaluate = tree.get("evaluate")
+        data = (
+            evaluate.get("data") if isinstance(evaluate, dict) else getattr(evaluate, "data", None)
+        )
+        names = [name for name in DEFAULT_STAGES if name != "evaluate" or data is not None]
+        return tree | {"stages": tuple(names)}
+
+    @field_validator("stages", mode="after")
+    @classmethod
+    def _known_stages(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in STAGES:
+                raise ValueError(f"unknown stage {name!r}; supported: {', '.join(STAGES)}")
+        return value
+
+    def stages_of(self, command: str) -> tuple[str, ...]:
+        """Return the stages that a command runs; `run` and `plan` mean those of the recipe."""
+        if command in ("run", "plan"):
+            return self.stages
+        return STAGE_GROUPS.get(command, (command,))
+
+    @property
+    def verification_data(self) -> str | None:
+        """Data of the questions that verify compares logits with."""
+        return self.evaluate.data or self.calibration.data

@@ -1,0 +1,1 @@
+"""Source models that are not Hugging Face folders."""

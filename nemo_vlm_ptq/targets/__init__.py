@@ -1,0 +1,1 @@
+"""Export targets, one package each; registry.py lists them."""

@@ -1,0 +1,40 @@
+"""Write unified Hugging Face checkpoints as modelopt 0.47 names them; nf4 as bitsandbytes does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nemo_vlm_ptq.context import RunContext, StageOutput
+from nemo_vlm_ptq.formats import KV_CACHES, QuantFormat
+from nemo_vlm_ptq.targets.hf import nf4
+from nemo_vlm_ptq.targets.hf.config import config_files, quantization_block
+from nemo_vlm_ptq.targets.hf.tensors import kv_tensors, linear_tensors
+from nemo_vlm_ptq.targets.writing.published import (
+    PublishedFormat,
+    unquantized_weights,
+    write_published,
+)
+
+
+def write(context: RunContext, fmt: QuantFormat, folder: Path) -> StageOutput:
+    """Write the checkpoint of one format into a folder (collective)."""
+    published = PublishedFormat(
+        linear_tensors=linear_tensors, kv_tensors=kv_tensors, describe=_describe
+    )
+    return write_published(context, fmt, folder, published)
+
+
+def _describe(context: RunContext, fmt: QuantFormat, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Return config.json and hf_quant_config.json; for nf4 config.json alone."""
+    plan, home = context.plan, context.plan.family.decoder_subfolder
+    config = plan.family.decoder_config(plan.export_config)
+    if fmt.weight == "nf4":
+        beside = [name for name in plan.vision_names if name.rpartition("/")[0] == home]
+        block = nf4.quantization_config(plan.dtype, beside)
+        return {"config.json": config | {"quantization_config": block}}
+    plain, _ = unquantized_weights(context, names)
+    excluded = [name.removesuffix(".weight") for name in plain]
+    quantize = plan.recipe.quantize
+    kv = KV_CACHES.get(quantize.kv_cache)
+    return config_files(config, quantization_block(fmt, quantize.group_size, excluded, kv))

@@ -1,0 +1,318 @@
+"""`auto` in parallel: the layout of least work that fits, on fake machines."""
+
+import pytest
+from bad_models import LLAVA_7B, TINY, askable, error_message, hollow_model, write_recipe
+
+from nemo_vlm_ptq import commands
+from nemo_vlm_ptq.distributed import launcher
+from nemo_vlm_ptq.errors import UserError
+from nemo_vlm_ptq.planning import forecast
+from nemo_vlm_ptq.planning.auto_layout import Machine, choose_layout, detect_machine, resolve_layout
+from nemo_vlm_ptq.planning.plan import make_plan
+from nemo_vlm_ptq.recipe import Parallel, load_recipe
+
+H100 = 85_017_493_504  # torch's total_memory of an H100 80GB
+GB = 10**9
+DECODER_SIZES = {  # hidden, layers, heads, KV heads, MLP, vocabulary
+    "7b": (4096, 32, 32, 32, 11008, 32064),
+    "34b": (7168, 60, 56, 8, 20480, 64064),
+    "70b": (8192, 80, 64, 8, 28672, 32064),
+}
+CONFIG_KEYS = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "intermediate_size", "vocab_size",
+)  # fmt: skip
+CHANGED_VARIABLES = (
+    launcher.PARENT_VARIABLE, "PYTHONWARNINGS", "OMP_NUM_THREADS", "TRANSFORMERS_VERBOSITY",
+    "TORCH_CPP_LOG_LEVEL",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Return name -> folder of a LLaVA of that decoder size, whose weights take no disk space."""
+    root = tmp_path_factory.mktemp("models")
+    text_config = LLAVA_7B["text_config"]
+
+    def make(name, sizes):
+        changed = text_config | dict(zip(CONFIG_KEYS, sizes, strict=True))
+        return askable(hollow_model(root / name, LLAVA_7B | {"text_config": changed}))
+
+    return {name: make(name, sizes) for name, sizes in DECODER_SIZES.items()}
+
+
+@pytest.fixture
+def plan_of(models, tmp_path):
+    """Return a function that plans a model; groups of 128 limit 7b to two tensor ranks."""
+
+    def plan_of(name, *overrides):
+        recipe = write_recipe(tmp_path, models[name], quantize={"format": ["fp8", "int4_awq"]})
+        return make_plan(load_recipe(str(recipe), overrides))
+
+    return plan_of
+
+
+def machine(ranks, gpu_memory, *, ranks_per_node=None, started=False):
+    """Return a machine, of one node unless `ranks_per_node` is given."""
+    return Machine(
+        ranks=ranks,
+        ranks_per_node=ranks_per_node or ranks,
+        gpu_memory=gpu_memory,
+        started=started,
+    )
+
+
+def sizes(parallel):
+    return parallel.tensor, parallel.pipeline, parallel.data
+
+
+@pytest.mark.parametrize(
+    ("name", "fmt", "gpus", "memory", "expected"),
+    [
+        ("7b", "int4_awq", 1, H100, (1, 1, 1)),
+        ("7b", "int4_awq", 2, H100, (1, 1, 2)),
+        ("7b", "int4_awq", 8, H100, (1, 1, 8)),
+        ("7b", "fp8", 2, 24 * GB, (1, 1, 2)),
+        ("34b", "fp8", 8, H100, (1, 1, 8)),
+        ("34b", "int4_awq", 3, H100, (2, 1, 1)),  # one GPU stays unused
+        ("70b", "fp8", 4, H100, (2, 1, 2)),
+        ("70b", "int4_awq", 2, 1000 * GB, (1, 1, 2)),
+    ],
+)
+def test_the_smallest_fitting_tensor_size_is_chosen_and_data_takes_the_other_ranks(
+    plan_of, name, fmt, gpus, memory, expected
+):
+    plan = plan_of(name, f"quantize.format={fmt}")
+    parallel, reason = choose_layout(plan, machine(gpus, memory))
+    assert sizes(parallel) == expected
+    need = forecast.observe_bytes(plan, parallel.tensor)
+    assert need <= 0.9 * memory
+    assert reason.startswith(f"needs {need / GB:,.1f} of {memory / GB:,.1f} GB")
+    smaller = parallel.tensor // 2
+    assert not smaller or forecast.observe_bytes(plan, smaller) > 0.9 * memory
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "memory", "expected", "passes"),
+    [
+        ("7b", 2, 24 * GB, (2, 1, 1), [8, 3]),
+        ("34b", 8, H100, (4, 1, 2), [5, 2]),
+    ],
+)
+def test_more_tensor_ranks_are_chosen_if_second_moments_then_need_fewer_passes(
+    plan_of, name, gpus, memory, expected, passes
+):
+    plan = plan_of(name)
+    parallel, reason = choose_layout(plan, machine(gpus, memory))
+    assert sizes(parallel) == expected
+    assert reason.endswith(f"; second moments need {passes[1]} passes over the data")
+    tensors = (parallel.tensor // 2, parallel.tensor)
+    assert [forecast.count_passes(plan, tensor, 1, memory) for tensor in tensors] == passes
+
+
+def test_more_tensor_ranks_are_not_chosen_if_communication_costs_more_than_passes(plan_of):
+    plan = plan_of("70b")
+    assert [forecast.count_passes(plan, tensor, 1, H100) for tensor in (4, 8)] == [6, 4]
+    assert sizes(choose_layout(plan, machine(8, H100))[0]) == (4, 1, 2)
+
+
+@pytest.mark.parametrize("pipeline", [1, "auto"])
+def test_data_parallelism_is_preferred_even_with_few_samples(plan_of, pipeline):
+    plan = plan_of("7b", "calibration.samples=1", f"parallel.pipeline={pipeline}")
+    assert sizes(choose_layout(plan, machine(8, H100))[0]) == (1, 1, 8)
+
+
+def test_passes_follow_the_recipes_limit_on_the_memory_of_second_moments(plan_of):
+    layer = 16 * (3 * 4096**2 + 11008**2)  # float64, two modalities; strips need less
+    plan = plan_of("7b", f"calibration.max_statistics_memory={layer}")
+    assert forecast.count_passes(plan, 1, 1, H100) == 32
+    assert forecast.count_passes(plan, 1, 2, H100) == 16
+    assert forecast.count_passes(plan_of("7b", "quantize.format=fp8"), 1, 1, 16 * GB) == 1
+
+
+@pytest.mark.parametrize(("tensor", "measured"), [(1, 69.0), (2, 36.7)])
+def test_the_forecast_of_one_pass_matches_the_measurement(plan_of, tensor, measured):
+    """docs/dev/benchmarks.md: LLaVA-1.5-7B on H200s, second moments of all layers in one pass."""
+    plan = plan_of("7b", "calibration.micro_batch=16")
+    found = forecast.observe_bytes_with_passes(plan, tensor) / GB
+    assert found == pytest.approx(measured, rel=0.1)
+
+
+def test_a_model_that_does_not_fit_is_rejected_with_the_memory_it_needs(plan_of):
+    plan = plan_of("7b")
+    with pytest.raises(UserError) as caught:
+        choose_layout(plan, machine(1, 16 * GB))
+    assert str(caught.value) == (
+        "no layout of 1 ranks fits: TP 1 x PP 1 needs "
+        f"{forecast.observe_bytes(plan, 1) / GB:,.1f} GB per rank in observe, but 90% of a GPU is "
+        "14.4 GB; use parallel.pipeline=auto, a smaller calibration.micro_batch or more GPUs, "
+        "or set parallel.tensor=1 to run anyway"
+    )
+
+
+def test_pipeline_parallelism_is_chosen_for_memory_and_only_if_it_is_auto(plan_of):
+    small = machine(4, 11 * GB)  # groups of 128 limit 7b to two tensor ranks
+    with pytest.raises(UserError):
+        choose_layout(plan_of("7b"), small)
+    assert sizes(choose_layout(plan_of("7b", "parallel.pipeline=auto"), small)[0]) == (1, 4, 1)
+    two_micro_batches = "calibration.samples=16"  # too few to fill four stages
+    overrides = [two_micro_batches, "parallel.pipeline=auto"]
+    assert sizes(choose_layout(plan_of("7b", *overrides), small)[0]) == (2, 2, 1)
+    large = machine(4, H100)
+    assert sizes(choose_layout(plan_of("7b", "parallel.pipeline=auto"), large)[0]) == (1, 1, 4)
+
+
+def test_numbers_in_the_recipe_are_kept(plan_of):
+    overrides = ["parallel.pipeline=2", "parallel.data=3"]
+    assert sizes(choose_layout(plan_of("7b", *overrides), machine(8, H100))[0]) == (1, 2, 3)
+    overrides = ["parallel.tensor=2", "parallel.pipeline=auto"]
+    assert sizes(choose_layout(plan_of("7b", *overrides), machine(8, H100))[0]) == (2, 1, 4)
+
+
+def test_without_a_gpu_auto_is_one_and_data_takes_the_ranks(plan_of):
+    for without_gpu in (machine(1, None), machine(4, None, started=True)):
+        parallel, reason = choose_layout(plan_of("70b", "parallel.pipeline=auto"), without_gpu)
+        assert sizes(parallel) == (1, 1, "auto") and reason == "no GPU"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "ranks_per_node", "overrides", "expected"),
+    [
+        (16, 8, [], (4, 1, 4)),  # two hosts
+        (4, 2, ["parallel.pipeline=2"], (2, 2, 1)),  # tensor ranks share a host
+        (4, 4, ["parallel.data=1"], (4, 1, 1)),
+    ],
+)
+def test_all_started_ranks_are_used(plan_of, ranks, ranks_per_node, overrides, expected):
+    started = machine(ranks, H100, ranks_per_node=ranks_per_node, started=True)
+    assert sizes(choose_layout(plan_of("70b", *overrides), started)[0]) == expected
+
+
+def test_started_ranks_that_no_layout_fills_are_rejected(plan_of):
+    with pytest.raises(UserError, match="no supported tensor size fills 3 ranks"):
+        choose_layout(plan_of("7b", "parallel.data=2"), machine(3, H100, started=True))
+
+
+def test_the_machine_is_not_inspected_if_the_recipe_has_numbers(plan_of):
+    plan = plan_of("7b", "parallel.tensor=2")
+    assert resolve_layout(plan, lambda: pytest.fail("inspected")) == (plan, "")
+
+
+def test_second_moments_and_micro_batches_count_in_the_memory_of_a_rank(plan_of):
+    plain = forecast.observe_bytes(plan_of("7b", "quantize.format=fp8"), 1)
+    moments = forecast.observe_bytes(plan_of("7b"), 1) - plain
+    triangle = (3 * 4096**2 + 11008**2) / 2 * 2 * 8  # two modalities, float64
+    assert 2 * triangle < moments < 3 * triangle  # being summed, and being written to a file
+    small = forecast.observe_bytes(
+        plan_of("7b", "quantize.format=fp8", "calibration.micro_batch=1"), 1
+    )
+    weights = 2 * 6.93e9  # LLaVA-1.5-7B without the output layer
+    assert weights < small < weights + 3e8 < plain
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_pipeline_stages_split_the_layers_and_the_fullest_stage_counts(plan_of, tensor):
+    plan = plan_of("7b", "quantize.format=fp8")
+    full = forecast.rank_parameters(plan, tensor)
+    embedding = 32064 * 4096 // tensor
+    half = (full - 2 * embedding - 4096) // 2 + embedding + 4096  # the last stage has the norm
+    assert forecast.rank_parameters(plan, tensor, 2) == half
+
+
+@pytest.fixture
+def set_gpus(monkeypatch):
+    """Return a function that fakes GPUs of the given memory in this machine."""
+    torch = pytest.importorskip("torch")
+
+    def set_gpus(*memory):
+        class Properties:
+            def __init__(self, index):
+                self.total_memory = memory[index]
+
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(memory))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", Properties)
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return set_gpus
+
+
+def test_the_smallest_gpu_of_the_machine_counts(set_gpus):
+    set_gpus()
+    assert detect_machine() == machine(1, None)
+    set_gpus(80, 40, 80)
+    assert detect_machine() == machine(3, 40)
+
+
+@pytest.mark.parametrize("gpus", [4, 1])
+def test_a_rank_counts_all_ranks_and_divides_the_memory_of_a_shared_gpu(
+    set_gpus, monkeypatch, gpus
+):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    set_gpus(*[80] * gpus)
+    memory = 80 if gpus == 4 else 20
+    assert detect_machine() == machine(8, memory, ranks_per_node=4, started=True)
+
+
+def test_plan_prints_the_layout_and_the_reason(tmp_path, models, set_gpus, capsys):
+    recipe = write_recipe(tmp_path, models["7b"])
+    set_gpus(H100, H100)
+    assert commands.run_command("plan", str(recipe), []) == 0
+    output = capsys.readouterr().out
+    (line,) = [line for line in output.splitlines() if line.startswith("calibrate ")]
+    assert line.startswith("calibrate  TP 1 x PP 1 x DP 2: needs ")
+    assert line.endswith(" of 85.0 GB")
+    set_gpus(16 * GB)
+    assert error_message("plan", recipe).startswith("no layout of 1 ranks fits: TP 1 x PP 1 needs ")
+
+
+def test_evaluate_is_rejected_early_if_the_model_does_not_fit_on_one_gpu(
+    tmp_path, models, set_gpus
+):
+    recipe = write_recipe(tmp_path, models["34b"], quantize={"format": ["fp8"]})
+    set_gpus(*[48 * GB] * 8)
+    message = error_message("plan", recipe)
+    assert message.startswith("evaluate needs the unsharded model on each GPU, 69.")
+    assert "GB in bfloat16, but 90% of a GPU is 43.2 GB; set stages=[import," in message
+    stages = message.partition("stages=")[2].partition(", and run")[0]
+    assert commands.run_command("plan", str(recipe), [f"stages={stages}"]) == 0
+    engine = ["evaluate.from=engine", "export.targets=[trtllm]"]
+    assert commands.run_command("plan", str(recipe), engine) == 0
+    message = error_message("evaluate", recipe)
+    assert message.endswith("43.2 GB; run evaluate on GPUs with more memory")
+    for name in ("16bit", "fp8"):  # until all results exist
+        folder = tmp_path / "work" / name / "evaluate"
+        folder.mkdir(parents=True)
+        assert error_message("plan", recipe).startswith("evaluate needs the unsharded model")
+        (folder / "manifest.json").touch()
+    assert commands.run_command("plan", str(recipe), []) == 0
+    set_gpus()
+    assert commands.run_command("plan", str(recipe), []) == 0
+
+
+def test_ranks_are_started_with_the_chosen_layout(tmp_path, models, set_gpus, monkeypatch):
+    started = {}
+
+    def elastic_launch(config, program):
+        return lambda *words: started.update(count=config.nproc_per_node, words=words)
+
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", elastic_launch)
+    monkeypatch.setattr("sys.argv", ["nemo-vlm-ptq", "observe", "recipe", "workdir=x"])
+    for name in CHANGED_VARIABLES:
+        monkeypatch.setenv(name, "1")  # restored when the test ends
+    recipe = write_recipe(tmp_path, models["34b"], quantize={"format": ["int4_awq"]})
+    set_gpus(*[H100] * 4)
+    assert commands.run_command("observe", str(recipe), []) == 0
+    assert started == {
+        "count": 4,
+        "words": ("-m", "nemo_vlm_ptq", "observe", "recipe", "workdir=x", "parallel.tensor=4",
+                  "parallel.pipeline=1"),
+    }  # fmt: skip
+
+
+def test_auto_is_the_default_and_is_resolved_to_numbers(tmp_path):
+    recipe = load_recipe(str(write_recipe(tmp_path, TINY)))
+    assert recipe.parallel == Parallel(tensor="auto", pipeline=1, data="auto")
+    plan, reason = resolve_layout(make_plan(recipe), lambda: machine(2, H100))
+    assert sizes(plan.recipe.parallel) == (1, 1, 2) and reason.startswith("needs 0.")
