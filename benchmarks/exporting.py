@@ -1,11 +1,11 @@
-"""Measures `nemo-vlm-ptq export` to TensorRT-LLM against a plain write of the same tensors.
+"""Measure `nemo-vlm-ptq export` to TensorRT-LLM against a plain write of the same tensors.
 
     python benchmarks/exporting.py RECIPE [KEY=VALUE ...] [--repeats 3]
 
-Every format of the recipe must have been solved in its workdir; what was exported to TensorRT-LLM
-is removed and written again, by the recipe's ranks. Then as many processes as it has safetensors
-files, the tower's among them, hold one each and write it beside, all at once. Prints a markdown
-table with medians; 1 GB is 10^9 bytes. Nothing is dropped from the kernel's cache before.
+Every format of the recipe must have been solved in its workdir. The TensorRT-LLM export is removed
+and written again by the recipe's ranks. Then one process per safetensors file, the vision tower's
+included, loads its file and writes it to another folder, all at the same time. Prints a markdown
+table of medians; 1 GB is 10^9 bytes. The kernel's page cache is not dropped.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ import time
 from pathlib import Path
 from typing import Any
 
+from memory_sampling import RankMemory, run_sampled
 from safetensors.torch import load_file, save_file
-from watching import Rank, watch
 
 from nemo_vlm_ptq.planning.plan import Plan, make_plan
 from nemo_vlm_ptq.recipe import load_recipe
 from nemo_vlm_ptq.workdir.store import read_json
 
-FILES = "*/*.safetensors"
-HEAD = {
+FILE_PATTERN = "*/*.safetensors"
+COLUMNS = {  # column -> explanation
     "format": "",
-    "shards, GB": "bytes of each rank's file",
-    "export, s": "seconds of the stage, without hashes",
-    "export, GB/s": "bytes of the shards and the tower's file / these seconds",
+    "shards, GB": "size of each rank's file",
+    "export, s": "seconds of the stage, without hashing",
+    "export, GB/s": "bytes of the shards and of the vision tower's file / seconds of the stage",
     "plain write, GB/s": "the same bytes / seconds of the slowest plain write",
-    "share": "of the plain write that the export reaches: the aim is 80 %",
-    "over start, GB": "peak of a rank's own host memory over what it held when it began",
-    "two layers, GB": "in 16 bit; the aim is a shard and two layers",
+    "share": "export rate / plain write rate; goal: at least 80 %",
+    "over start, GB": "peak host memory of each rank minus its memory at the start",
+    "two layers, GB": "size of two layers in 16 bit; goal: over start at most a shard plus this",
 }
 
 
-def plain_write(folder: Path, scratch: Path) -> float:
-    """Seconds until all safetensors files of a checkpoint are written again from memory."""
-    files = sorted(folder.glob(FILES))
+def time_plain_write(folder: Path, scratch: Path) -> float:
+    """Return the seconds to write all safetensors files of a checkpoint again from memory."""
+    files = sorted(folder.glob(FILE_PATTERN))
     spawn = multiprocessing.get_context("spawn")
     barrier, times = spawn.Barrier(len(files)), spawn.Queue()
     writers = [
-        spawn.Process(target=write_again, args=(file, scratch / file.name, barrier, times))
+        spawn.Process(target=rewrite_file, args=(file, scratch / file.name, barrier, times))
         for file in files
     ]
     for writer in writers:
@@ -55,44 +55,48 @@ def plain_write(folder: Path, scratch: Path) -> float:
     return seconds
 
 
-def write_again(source: Path, target: Path, barrier: Any, times: Any) -> None:
-    """One file, held in memory, written when all are held."""
+def rewrite_file(source: Path, target: Path, barrier: Any, times: Any) -> None:
+    """Load one file, wait until all processes have loaded theirs, and time the write."""
     tensors = {name: tensor.clone() for name, tensor in load_file(source).items()}
     barrier.wait()
-    begin = time.monotonic()
+    start = time.monotonic()
     save_file(tensors, target)
-    times.put(time.monotonic() - begin)
+    times.put(time.monotonic() - start)
 
 
-def measure(name: str, words: list[str], plan: Plan, repeats: int) -> list[str]:
-    """A row of the table."""
+def measure(name: str, arguments: list[str], plan: Plan, repeats: int) -> list[str]:
+    """Measure the export of one format; return a row of the table."""
     work = Path(plan.recipe.workdir)
     folder = work / name / "trtllm"
-    seconds, plain = [], []
-    ranks: list[Rank] = []
+    export_seconds, plain_seconds = [], []
+    ranks: list[RankMemory] = []
     for _ in range(repeats):
         shutil.rmtree(folder, ignore_errors=True)
-        given = [*words, f"quantize.format={name}", "export.targets=[trtllm]"]
-        ranks = watch(["export", *given], folder)[1]
-        seconds.append(read_json(folder / "manifest.json")["facts"]["seconds"])
+        overrides = [f"quantize.format={name}", "export.targets=[trtllm]"]
+        ranks = run_sampled(["export", *arguments, *overrides], folder)[1]
+        export_seconds.append(read_json(folder / "manifest.json")["facts"]["seconds"])
         scratch = work / "plain-write"
         scratch.mkdir()
-        plain.append(plain_write(folder, scratch))
+        plain_seconds.append(time_plain_write(folder, scratch))
         shutil.rmtree(scratch)
-    every = {path: path.stat().st_size for path in sorted(folder.glob(FILES))}
-    sizes = [size for path, size in every.items() if path.parent.name == "llm"]
+    sizes = {path: path.stat().st_size for path in sorted(folder.glob(FILE_PATTERN))}
+    shard_sizes = [size for path, size in sizes.items() if path.parent.name == "llm"]
     decoder = plan.decoder
-    layer = 2 * decoder.hidden * (2 * decoder.heads * decoder.head_dim + 3 * decoder.ffn)
-    layer += 4 * decoder.hidden * decoder.kv_heads * decoder.head_dim
-    own, write = (
-        sum(every.values()) / statistics.median(found) / 1e9 for found in (seconds, plain)
+    layer_bytes = 2 * decoder.hidden * (2 * decoder.heads * decoder.head_dim + 3 * decoder.ffn)
+    layer_bytes += 4 * decoder.hidden * decoder.kv_heads * decoder.head_dim
+    export_rate, plain_rate = (
+        sum(sizes.values()) / statistics.median(seconds) / 1e9
+        for seconds in (export_seconds, plain_seconds)
     )
-    cells = [name, _gigabytes(sizes), f"{statistics.median(seconds):.2f}", f"{own:.2f}"]
-    cells += [f"{write:.2f}", f"{100 * own / write:.0f} %"]
     return [
-        *cells,
-        _gigabytes([rank.peak - rank.before for rank in ranks]),
-        f"{2 * layer / 1e9:.2f}",
+        name,
+        _gigabytes(shard_sizes),
+        f"{statistics.median(export_seconds):.2f}",
+        f"{export_rate:.2f}",
+        f"{plain_rate:.2f}",
+        f"{100 * export_rate / plain_rate:.0f} %",
+        _gigabytes([rank.peak - rank.start for rank in ranks]),
+        f"{2 * layer_bytes / 1e9:.2f}",
     ]
 
 
@@ -102,19 +106,19 @@ def _gigabytes(sizes: list[int]) -> str:
 
 def main() -> None:
     """Measure every format and print the table."""
-    parser = argparse.ArgumentParser(description="measures the export to TensorRT-LLM")
-    parser.add_argument("words", nargs="+", metavar="RECIPE [KEY=VALUE]")
+    parser = argparse.ArgumentParser(description="measure the export to TensorRT-LLM")
+    parser.add_argument("recipe", nargs="+", metavar="RECIPE [KEY=VALUE]")
     parser.add_argument("--repeats", type=int, default=3)
-    chosen = parser.parse_args()
-    plan = make_plan(load_recipe(chosen.words[0], chosen.words[1:]))
-    print("| " + " | ".join(HEAD) + " |\n|" + " --- |" * len(HEAD))
+    args = parser.parse_args()
+    plan = make_plan(load_recipe(args.recipe[0], args.recipe[1:]))
+    print("| " + " | ".join(COLUMNS) + " |\n|" + " --- |" * len(COLUMNS))
     for fmt in plan.formats:
-        cells = measure(fmt.name, chosen.words, plan, chosen.repeats)
+        cells = measure(fmt.name, args.recipe, plan, args.repeats)
         print("| " + " | ".join(cells) + " |", flush=True)
-    print("\nRanks are parted by a slash.")
-    for key, meaning in HEAD.items():
-        if meaning:
-            print(f"* {key}: {meaning}.")
+    print("\nValues of several ranks are separated by a slash.")
+    for column, explanation in COLUMNS.items():
+        if explanation:
+            print(f"* {column}: {explanation}.")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""Makes a checkpoint of a published model's sizes with random weights, for runs at real size.
+"""Write a checkpoint with a published model's sizes and random weights, for runs at full size.
 
     python benchmarks/random_model.py MODEL FOLDER [LAYERS] [--weights-only]
 
 MODEL is a name of tests/families/*.json (llava-1.5-7b-hf, VILA1.5-3b, Phi-3-vision-128k-instruct),
-or llava-34b: LLaVA-1.5 with a decoder of Yi-34B's sizes, which was not published as such.
-Published layout and names, bf16, in files of at most 5 GB; LAYERS: decoder layers, all unless told.
-Weights are made on the GPU when there is one. Tokenizer and image processor are those of the small
-model of the family in assets/, at the real sizes; --weights-only leaves them out.
+or llava-34b: LLaVA-1.5 with a decoder of Yi-34B's sizes, which was not published as such. Layout
+and tensor names are the published ones; weights are in bf16, in files of at most 5 GB. LAYERS is
+the number of decoder layers (default: all). Weights are drawn on the GPU if there is one. Tokenizer
+and image processor are copied from the small model of the family in assets/, with image settings
+of the full size; --weights-only omits them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,12 @@ from nemo_vlm_ptq.workdir.store import read_json, save_tensors, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = sorted((ROOT / "tests" / "families").glob("*.json"))
-TINY = {"llava": "tiny-llava", "llava_next": "tiny-llava", "phi": "tiny-phi", "vila": "tiny-vila"}
+TINY_MODELS = {
+    "llava": "tiny-llava",
+    "llava_next": "tiny-llava",
+    "phi": "tiny-phi",
+    "vila": "tiny-vila",
+}
 YI_34B = {
     "hidden_size": 7168,
     "intermediate_size": 20480,
@@ -35,41 +41,55 @@ YI_34B = {
     "num_key_value_heads": 8,
     "vocab_size": 64000,
 }
-FILE_BYTES = 5e9  # transformers' rule, by which the published folders were cut
-PHI_CROPS = 16  # as published
-STD = 0.02
+MAX_FILE_BYTES = 5e9  # the file size at which transformers sharded the published checkpoints
+PHI_CROPS = 16  # num_crops of the published Phi-3-vision
+WEIGHT_STD = 0.02
 
 Shapes = Mapping[str, tuple[int, ...]]  # published name -> shape
 
 
 def published_config(model: str) -> dict[str, Any]:
-    """config.json of a published model; names the known ones when it is not one."""
+    """Return the config.json of a published model.
+
+    Raises:
+        SystemExit: the model is unknown; lists the known ones.
+    """
     known: dict[str, Any] = {}
     for path in FIXTURES:
         known |= read_json(path)["models"]
     known["llava-34b"] = copy.deepcopy(known["llava-1.5-7b-hf"])
     known["llava-34b"]["config"]["text_config"] |= YI_34B
     if model not in known:
-        raise SystemExit(f"{model} is not known; known: {', '.join(known)}")
+        raise SystemExit(f"unknown model {model!r}; supported: {', '.join(known)}")
     return known[model]["config"]
 
 
 def write_model(
     model: str, folder: Path, layers: int | None = None, weights_only: bool = False
 ) -> None:
-    """Write the folder; says which file of assets/ is missing before it writes anything."""
+    """Write the model folder.
+
+    Args:
+        model: name of a published model.
+        folder: where to write; must not exist.
+        layers: number of decoder layers; None for all.
+        weights_only: omit tokenizer and image processor.
+
+    Raises:
+        SystemExit: the tokenizer in assets/ is missing; nothing has been written.
+    """
     config = published_config(model)
     if layers is not None:
         decoder = config.get("llm_cfg") or config.get("text_config") or config
         decoder["num_hidden_layers"] = layers
     family = find_family(config)
-    tiny = ROOT / "assets" / TINY[family.name]
+    tiny = ROOT / "assets" / TINY_MODELS[family.name]
     if not weights_only:
         tokenizer = tiny / family.decoder_subfolder / "tokenizer.json"
         if not tokenizer.is_file():
             raise SystemExit(
-                f"{tokenizer} is missing: without it no question can be prepared; "
-                "--weights-only writes a folder that can be imported all the same"
+                f"{tokenizer} is missing; restore it, or use --weights-only to write a folder that "
+                "can be imported but not calibrated"
             )
         if "image_token_index" in config:
             config["image_token_index"] = read_json(tiny / "config.json")["image_token_index"]
@@ -99,7 +119,7 @@ def _copy_processors(
 
 
 def _image_settings(family: ModelFamily, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the image processor is told at the real sizes."""
+    """Return the settings of the image processor that depend on the size of the model."""
     if family.name == "phi":
         tokens = config["img_processor"]["num_img_tokens"]
         return {"num_crops": PHI_CROPS, "num_img_tokens": tokens}
@@ -116,47 +136,49 @@ def _write_weights(folder: Path, family: ModelFamily, shapes: Shapes) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(0)
     for part in family.subfolders:
-        start = f"{part}/" if part else ""
-        own = {name.removeprefix(start): shapes[name] for name in shapes if name.startswith(start)}
-        files = list(_cut(own))
-        index: dict[str, str] = {}
+        prefix = f"{part}/" if part else ""
+        part_shapes = {
+            name.removeprefix(prefix): shapes[name] for name in shapes if name.startswith(prefix)
+        }
+        files = list(_split_into_files(part_shapes))
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(files, 1):
             file = "model.safetensors"
             if len(files) > 1:
                 file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-            tensors = {name: _noise(name, own[name], generator) for name in names}
+            tensors = {name: random_tensor(name, part_shapes[name], generator) for name in names}
             save_tensors(tensors, folder / part / file)
-            index |= dict.fromkeys(names, file)
+            weight_map |= dict.fromkeys(names, file)
         if len(files) > 1:
-            total = sum(2 * math.prod(shape) for shape in own.values())
-            whole = {"metadata": {"total_size": total}, "weight_map": index}
-            write_json(folder / part / "model.safetensors.index.json", whole)
+            total = sum(2 * math.prod(shape) for shape in part_shapes.values())
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            write_json(folder / part / "model.safetensors.index.json", index)
 
 
-def _cut(shapes: Shapes) -> Iterator[list[str]]:
-    """Names of one file after the other."""
+def _split_into_files(shapes: Shapes) -> Iterator[list[str]]:
+    """Yield the tensor names of each file."""
     names: list[str] = []
-    size = 0
+    file_bytes = 0
     for name, shape in shapes.items():
-        own = 2 * math.prod(shape)
-        if names and size + own > FILE_BYTES:
+        tensor_bytes = 2 * math.prod(shape)
+        if names and file_bytes + tensor_bytes > MAX_FILE_BYTES:
             yield names
-            names, size = [], 0
+            names, file_bytes = [], 0
         names.append(name)
-        size += own
+        file_bytes += tensor_bytes
     yield names
 
 
-def _noise(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Random weights; those of a norm, the only weights of one axis, lie around 1."""
-    center = 1.0 if len(shape) == 1 and name.endswith("weight") else 0.0
-    made = torch.empty(shape, dtype=torch.bfloat16, device=generator.device)
-    return made.normal_(center, STD, generator=generator)
+def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Draw a bf16 tensor; the mean is 1 for norm weights (the only 1-D weights), 0 otherwise."""
+    mean = 1.0 if len(shape) == 1 and name.endswith("weight") else 0.0
+    tensor = torch.empty(shape, dtype=torch.bfloat16, device=generator.device)
+    return tensor.normal_(mean, WEIGHT_STD, generator=generator)
 
 
 def main() -> None:
-    """Write the folder that the command line asks for."""
-    parser = argparse.ArgumentParser(description="a model folder with random weights")
+    """Write the folder that the command line names."""
+    parser = argparse.ArgumentParser(description="write a model folder with random weights")
     parser.add_argument("model")
     parser.add_argument("folder", type=Path)
     parser.add_argument("layers", type=int, nargs="?")

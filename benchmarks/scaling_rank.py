@@ -1,6 +1,8 @@
-"""A rank of benchmarks/scaling.py, which starts it: every stage of a layout, timed, into a file.
+"""One rank of benchmarks/scaling.py, which starts it: times every stage of one layout.
 
-python benchmarks/scaling_rank.py JOB.json
+python benchmarks/scaling_rank.py TASK.json
+
+torch.distributed is patched before megatron-core is imported, to count the bytes that are sent.
 """
 
 from __future__ import annotations
@@ -12,15 +14,16 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-SENT: Counter[str] = Counter()  # operation -> bytes that this rank sent
-# operation -> bytes sent by each rank of a ring of n, of a tensor's bytes
-RING: dict[str, Callable[[int], float]] = {
+SENT_BYTES: Counter[str] = Counter()  # operation -> bytes sent by this rank
+# operation -> fraction of a tensor's bytes that each rank of a ring of n sends
+RING_FACTORS: dict[str, Callable[[int], float]] = {
     "all_reduce": lambda n: 2 * (n - 1) / n,
     "all_gather": lambda n: n - 1,
     "all_gather_into_tensor": lambda n: n - 1,
@@ -29,153 +32,187 @@ RING: dict[str, Callable[[int], float]] = {
     "broadcast": lambda n: (n - 1) / n,
     "send": lambda n: 1,
 }
-GIVEN = {"all_gather": 1, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1}  # the argument
+# operation -> position of the input tensor, where it is not the first argument
+INPUT_POSITIONS = {"all_gather": 1, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1}
 
 
-def count_traffic() -> None:
-    """From now on, every collective of torch.distributed adds to SENT; before megatron comes."""
+def count_sent_bytes() -> None:
+    """Patch the collectives of torch.distributed to count in SENT_BYTES."""
 
-    def counting(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+    def counting(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
             group = options.get("group") or next(
-                (one for one in args if isinstance(one, dist.ProcessGroup)), None
+                (arg for arg in args if isinstance(arg, dist.ProcessGroup)), None
             )
-            given = args[GIVEN.get(name, 0)] if len(args) > GIVEN.get(name, 0) else None
-            given = given if given is not None else options.get("input", options.get("tensor"))
-            share = RING[name](dist.get_world_size(group))
-            SENT[name] += int(given.numel() * given.element_size() * share)
-            return real(*args, **options)
+            position = INPUT_POSITIONS.get(name, 0)
+            tensor = args[position] if len(args) > position else None
+            tensor = tensor if tensor is not None else options.get("input", options.get("tensor"))
+            factor = RING_FACTORS[name](dist.get_world_size(group))
+            SENT_BYTES[name] += int(tensor.numel() * tensor.element_size() * factor)
+            return original(*args, **options)
 
         return call
 
-    for name in RING:
+    for name in RING_FACTORS:
         setattr(dist, name, counting(name, getattr(dist, name)))
 
 
-# phase -> (format, stages, folders whose seconds are its own)
-PHASES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
-    "import": ("int4_awq", ("import",), ("megatron",)),
-    "observe": ("fp8", ("observe",), ("statistics",)),
-    "calibrate": (
-        "int4_awq",
-        ("observe", "solve"),
-        ("statistics", "int4_awq/scales", "int4_awq/quantized"),
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """Stages that are timed together.
+
+    format: the format of the recipe.
+    stages: stages that run.
+    folders: stage folders that they write, below the work folder.
+    """
+
+    format: str
+    stages: tuple[str, ...]
+    folders: tuple[str, ...]
+
+
+PHASES = {
+    "import": Phase(format="int4_awq", stages=("import",), folders=("megatron",)),
+    "observe": Phase(format="fp8", stages=("observe",), folders=("statistics",)),
+    "calibrate": Phase(
+        format="int4_awq",
+        stages=("observe", "solve"),
+        folders=("statistics", "int4_awq/scales", "int4_awq/quantized"),
     ),
-    "export": ("int4_awq", ("export",), ("int4_awq/trtllm",)),
+    "export": Phase(format="int4_awq", stages=("export",), folders=("int4_awq/trtllm",)),
 }
 
 
-class Line:
-    """All phases of one layout on these ranks."""
+class LayoutBenchmark:
+    """All phases of one layout on these ranks.
 
-    def __init__(self, own: Any, job: Mapping[str, Any], model: str, samples: int) -> None:
-        self.own, self.job = own, job
-        self.given = [f"model={model}", f"calibration.samples={samples}"]
-        self.work = Path(job["workdir"])
-        self.gpu = own.device.type == "cuda"
+    parallel: this rank's parallel context.
+    task: the parsed TASK.json.
+    model: the model folder.
+    samples: number of calibration samples.
+    """
+
+    def __init__(self, parallel: Any, task: Mapping[str, Any], model: str, samples: int) -> None:
+        self.parallel, self.task = parallel, task
+        self.overrides = [f"model={model}", f"calibration.samples={samples}"]
+        self.workdir = Path(task["workdir"])
+        self.is_gpu = parallel.device.type == "cuda"
 
     def remove(self, name: str = "") -> None:
-        """A folder of the work folder, or all of it."""
-        self.own.barrier()
-        if self.own.rank == 0:
-            shutil.rmtree(self.work / name, ignore_errors=True)
-        self.own.barrier()
+        """Remove a stage folder, or the whole work folder (collective)."""
+        self.parallel.barrier()
+        if self.parallel.rank == 0:
+            shutil.rmtree(self.workdir / name, ignore_errors=True)
+        self.parallel.barrier()
 
-    def stages(self, fmt: str, names: tuple[str, ...]) -> Any:
-        """Run some stages for a format, as the command does; returns the plan."""
+    def run_stages(self, fmt: str, stages: tuple[str, ...]) -> Any:
+        """Run stages for a format, as the command does; return the plan."""
         from nemo_vlm_ptq.context import RunContext
         from nemo_vlm_ptq.planning.plan import make_plan
         from nemo_vlm_ptq.recipe import load_recipe
         from nemo_vlm_ptq.stages import run_stages
 
-        words = [*self.given, f"workdir={self.work}", f"quantize.format={fmt}"]
-        words += [f"parallel.{key}={size}" for key, size in self.job["parallel"].items()]
-        plan = make_plan(load_recipe(self.job["recipe"], words))
-        run_stages(RunContext(plan, self.own), names)
+        overrides = [*self.overrides, f"workdir={self.workdir}", f"quantize.format={fmt}"]
+        overrides += [f"parallel.{key}={size}" for key, size in self.task["parallel"].items()]
+        plan = make_plan(load_recipe(self.task["recipe"], overrides))
+        run_stages(RunContext(plan=plan, parallel=self.parallel), stages)
         return plan
 
-    def phase(self, name: str) -> dict[str, Any]:
-        """Seconds of each folder, and of all by the clock; GB at most and bytes sent by rank."""
-        fmt, names, folders = PHASES[name]
-        if "observe" in names:
+    def run_phase(self, name: str) -> dict[str, Any]:
+        """Run a phase once.
+
+        Returns:
+            seconds: folder -> seconds of its manifest, without hashing.
+            wall: wall time of the phase in seconds.
+            peak: peak GPU memory of each rank in bytes.
+            sent: operation -> bytes sent, of each rank.
+            passes, forecast: passes over the data, and the memory forecast; if observe runs.
+        """
+        phase = PHASES[name]
+        if "observe" in phase.stages:
             self.remove("statistics")
-        SENT.clear()
-        if self.gpu:
+        SENT_BYTES.clear()
+        if self.is_gpu:
             torch.cuda.reset_peak_memory_stats()
-        begin = time.monotonic()
-        plan = self.stages(fmt, names)
-        self.own.barrier()
-        whole, sent = time.monotonic() - begin, dict(SENT)
-        peak = torch.cuda.max_memory_allocated() if self.gpu else 0
-        manifests = [json.loads((self.work / one / "manifest.json").read_text()) for one in folders]
-        facts = {name: one["facts"] for name, one in zip(folders, manifests, strict=True)}
-        found = {
-            "seconds": {name: one["seconds"] for name, one in facts.items()},
-            "clock": whole,
-            "peak": self.own.gather(peak),
-            "sent": self.own.gather(sent),
+        start = time.monotonic()
+        plan = self.run_stages(phase.format, phase.stages)
+        self.parallel.barrier()
+        wall, sent = time.monotonic() - start, dict(SENT_BYTES)
+        peak = torch.cuda.max_memory_allocated() if self.is_gpu else 0
+        facts = {
+            folder: json.loads((self.workdir / folder / "manifest.json").read_text())["facts"]
+            for folder in phase.folders
+        }
+        result = {
+            "seconds": {folder: facts[folder]["seconds"] for folder in phase.folders},
+            "wall": wall,
+            "peak": self.parallel.all_gather(peak),
+            "sent": self.parallel.all_gather(sent),
         }
         if "statistics" in facts:
-            found |= self.forecast(plan, facts["statistics"]["passes"])
-        return found
+            result |= self.forecast(plan, facts["statistics"]["passes"])
+        return result
 
     def forecast(self, plan: Any, passes: int) -> dict[str, int]:
-        """Bytes that a rank holds at most, by the plan, if the data runs so many times."""
-        from nemo_vlm_ptq.planning.forecast import observe_bytes, second_moment_bytes
+        """Return the plan's forecast of a rank's memory in bytes for this number of passes."""
+        from nemo_vlm_ptq.planning.forecast import observe_bytes, observe_bytes_with_passes
 
-        cut = self.job["parallel"]["tensor"], self.job["parallel"]["pipeline"]
-        said = observe_bytes(plan, *cut)
+        sizes = self.task["parallel"]["tensor"], self.task["parallel"]["pipeline"]
+        forecast = observe_bytes(plan, *sizes)
         if plan.second_moments:
-            said = second_moment_bytes(plan, *cut, passes)
-        return {"passes": passes, "forecast": said}
+            forecast = observe_bytes_with_passes(plan, *sizes, passes)
+        return {"passes": passes, "forecast": forecast}
 
     def run(self) -> dict[str, Any]:
-        """All phases once, from an empty work folder."""
+        """Run all phases once in an empty work folder."""
         self.remove()
-        found: dict[str, Any] = {"phases": {name: self.phase(name) for name in PHASES}}
-        files = json.loads((self.work / "int4_awq/trtllm/manifest.json").read_text())["files"]
-        found["sha256"] = {
-            name: one["sha256"] for name, one in files.items() if name.endswith("safetensors")
+        result: dict[str, Any] = {"phases": {name: self.run_phase(name) for name in PHASES}}
+        manifest = json.loads((self.workdir / "int4_awq/trtllm/manifest.json").read_text())
+        result["sha256"] = {
+            name: file["sha256"]
+            for name, file in manifest["files"].items()
+            if name.endswith("safetensors")
         }
-        return found
+        return result
 
-    def write(self, found: Mapping[str, Any]) -> None:
-        """A line of the file of numbers, by the first rank."""
-        if self.own.rank == 0:
-            about = {
-                key: self.job[key] for key in ("name", "machine", "layers", "samples", "point")
-            }
-            with Path(self.job["numbers"]).open("a") as file:
-                file.write(json.dumps(about | dict(found)) + "\n")
+    def write(self, result: Mapping[str, Any]) -> None:
+        """Append a line to the results file, on rank 0."""
+        if self.parallel.rank == 0:
+            keys = ("name", "machine", "layers", "samples", "layout")
+            line = {key: self.task[key] for key in keys} | dict(result)
+            with Path(self.task["results"]).open("a") as file:
+                file.write(json.dumps(line) + "\n")
 
     def profile(self) -> dict[str, Any]:
-        """Kernels of observe and solve for int4_awq on this rank, after a run."""
-        from calibration_ours import profile
+        """Profile the kernels of observe and solve for int4_awq on this rank, after a run."""
+        from profiling import profile
 
         self.remove("statistics")
         self.remove("int4_awq")
-        return profile(lambda: self.stages(*PHASES["calibrate"][:2]), self.own.device)
+        phase = PHASES["calibrate"]
+        return profile(lambda: self.run_stages(phase.format, phase.stages), self.parallel.device)
 
 
 def main() -> None:
-    """Warm up on few layers, then run all phases as often as there is time."""
-    job = json.loads(Path(sys.argv[1]).read_text())
-    count_traffic()
+    """Warm up on few layers, then run all phases repeatedly while there is time."""
+    task = json.loads(Path(sys.argv[1]).read_text())
+    count_sent_bytes()
     from nemo_vlm_ptq.megatron.parallel_context import parallel_context
 
-    os.dup2(2, 1)  # stdout is for the report
-    with parallel_context(job["parallel"]) as own:
-        Line(own, job, job["small"], job["warm_samples"]).run()
-        line = Line(own, job, job["model"], job["samples"])
-        for number in range(job["repeats"]):
-            begin = time.time()
-            line.write(line.run())
-            enough = number + 1 == job["repeats"] or 2 * time.time() - begin > job["deadline"]
-            if own.gather(enough)[0]:
+    os.dup2(2, 1)  # stdout is reserved for the report
+    with parallel_context(task["parallel"]) as parallel:
+        LayoutBenchmark(parallel, task, task["warm_up_model"], task["warm_up_samples"]).run()
+        benchmark = LayoutBenchmark(parallel, task, task["model"], task["samples"])
+        for number in range(task["repeats"]):
+            start = time.time()
+            benchmark.write(benchmark.run())
+            expected_end = 2 * time.time() - start  # of another run
+            is_last = number + 1 == task["repeats"] or expected_end > task["deadline"]
+            if parallel.all_gather(is_last)[0]:
                 break
-        if job["profile"]:
-            line.write({"profile": line.profile()})
-        line.remove()
+        if task["profile"]:
+            benchmark.write({"profile": benchmark.profile()})
+        benchmark.remove()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The report of benchmarks/scaling.py: tables in markdown, and a plot."""
+"""Format the results of benchmarks/scaling.py as markdown tables and a plot."""
 
 from __future__ import annotations
 
@@ -7,89 +7,95 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-PHASES = {
+PHASE_TITLES = {
     "import": "import",
     "observe": "observe, maxima",
     "calibrate": "observe, second moments, and solve",
     "export": "export",
 }
-PARTS = {  # folders of the third phase
-    "statistics": "of it observe",
-    "int4_awq/scales": "solve after it",
+CALIBRATE_FOLDERS = {  # stage folder of the phase calibrate -> column
+    "statistics": "of which observe",
+    "int4_awq/scales": "solve after observe",
     "int4_awq/quantized": "Megatron checkpoint",
 }
-REST = "hashes and the rest"
+REMAINDER = "hashing and other"
 COLORS = ("#B8B8B8", "#9CC3E6", "#2E75B6", "#1B3F66", "#F2B36B", "#DCD2C4", "#8FBF7F")
 
 Lines = Sequence[Mapping[str, Any]]
 
 
-class Measured:
-    """All runs of a model at a layout (tensor, pipeline, data)."""
+class LayoutResults:
+    """All runs of a model in one layout."""
 
-    def __init__(self, point: str, lines: Lines) -> None:
-        self.point = point
-        self.tensor, self.pipeline, self.data = map(int, point.split("x"))
-        self.ranks = self.tensor * self.pipeline * self.data
+    def __init__(self, layout: str, lines: Lines) -> None:
+        self.layout = layout
+        self.tensor, self.pipeline, self.data = map(int, layout.split("x"))
+        self.world_size = self.tensor * self.pipeline * self.data
         self.runs = [line for line in lines if "phases" in line]
         self.profiles = [line["profile"] for line in lines if "profile" in line]
 
-    def clock(self, phase: str) -> float:
-        """Median of a phase's seconds, all included."""
-        return statistics.median(run["phases"][phase]["clock"] for run in self.runs)
+    def wall_seconds(self, phase: str) -> float:
+        """Return the median wall time of a phase."""
+        return statistics.median(run["phases"][phase]["wall"] for run in self.runs)
 
-    def part(self, phase: str, folder: str) -> float:
-        """Median of the seconds of a folder that a phase leaves, until its files are written."""
+    def folder_seconds(self, phase: str, folder: str) -> float:
+        """Return the median seconds of one stage folder of a phase, without hashing."""
         return statistics.median(run["phases"][phase]["seconds"][folder] for run in self.runs)
 
-    def rest(self, phase: str) -> float:
-        """Seconds of a phase beside its folders'."""
-        return self.clock(phase) - sum(self.part(phase, one) for one in PARTS)
+    def remaining_seconds(self, phase: str) -> float:
+        """Return the wall time of a phase that is not in the seconds of its folders."""
+        folders = sum(self.folder_seconds(phase, folder) for folder in CALIBRATE_FOLDERS)
+        return self.wall_seconds(phase) - folders
 
-    def peaks(self, phase: str) -> list[float]:
-        """GB of each rank at most."""
-        return [one / 1e9 for one in self.runs[-1]["phases"][phase]["peak"]]
+    def peak_gigabytes(self, phase: str) -> list[float]:
+        """Return the peak GPU memory of each rank in GB."""
+        return [peak / 1e9 for peak in self.runs[-1]["phases"][phase]["peak"]]
 
-    def sent(self, phase: str) -> list[float]:
-        """GB that each rank sent."""
-        return [sum(one.values()) / 1e9 for one in self.runs[-1]["phases"][phase]["sent"]]
+    def sent_gigabytes(self, phase: str) -> list[float]:
+        """Return the GB sent by each rank."""
+        return [sum(sent.values()) / 1e9 for sent in self.runs[-1]["phases"][phase]["sent"]]
 
     @property
     def name(self) -> str:
-        """The layout in words."""
+        """The layout with all axes."""
         return f"TP {self.tensor} x PP {self.pipeline} x DP {self.data}"
 
     @property
-    def short(self) -> str:
-        """The kinds of ranks that there are several of."""
+    def short_name(self) -> str:
+        """The layout without axes of size 1."""
         sizes = {"TP": self.tensor, "PP": self.pipeline, "DP": self.data}
-        return " x ".join(f"{kind} {size}" for kind, size in sizes.items() if size > 1) or "1 rank"
+        return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "1 rank"
 
 
-PLOTTED: dict[str, Callable[[Measured], float]] = {
-    "import": lambda one: one.clock("import"),
-    "observe, maxima": lambda one: one.clock("observe"),
-    "observe, second moments": lambda one: one.part("calibrate", "statistics"),
-    "solve after it": lambda one: one.part("calibrate", "int4_awq/scales"),
-    "Megatron checkpoint": lambda one: one.part("calibrate", "int4_awq/quantized"),
-    REST: lambda one: one.rest("calibrate"),
-    "export, TP 2": lambda one: one.clock("export"),
+PLOTTED: dict[str, Callable[[LayoutResults], float]] = {
+    "import": lambda results: results.wall_seconds("import"),
+    "observe, maxima": lambda results: results.wall_seconds("observe"),
+    "observe, second moments": lambda results: results.folder_seconds("calibrate", "statistics"),
+    "solve after observe": lambda results: results.folder_seconds("calibrate", "int4_awq/scales"),
+    "Megatron checkpoint": lambda results: results.folder_seconds(
+        "calibrate", "int4_awq/quantized"
+    ),
+    REMAINDER: lambda results: results.remaining_seconds("calibrate"),
+    "export, TP 2": lambda results: results.wall_seconds("export"),
 }
 
 
-def by_model(lines: Lines) -> dict[str, list[Measured]]:
-    """Model -> its layouts, few ranks first."""
-    found: dict[str, list[Measured]] = {}
+def group_by_model(lines: Lines) -> dict[str, list[LayoutResults]]:
+    """Return model -> results of its layouts, by ascending world size."""
+    models: dict[str, list[LayoutResults]] = {}
     for name in dict.fromkeys(line["name"] for line in lines):
-        own = [line for line in lines if line["name"] == name]
-        points = dict.fromkeys(line["point"] for line in own)
-        made = [Measured(one, [line for line in own if line["point"] == one]) for one in points]
-        found[name] = sorted((one for one in made if one.runs), key=lambda one: one.ranks)
-    return found
+        model_lines = [line for line in lines if line["name"] == name]
+        layouts = [
+            LayoutResults(layout, [line for line in model_lines if line["layout"] == layout])
+            for layout in dict.fromkeys(line["layout"] for line in model_lines)
+        ]
+        measured = (results for results in layouts if results.runs)
+        models[name] = sorted(measured, key=lambda results: results.world_size)
+    return models
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Markdown."""
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a markdown table and an empty line."""
     return [
         "| " + " | ".join(head) + " |",
         "|" + " --- |" * len(head),
@@ -98,116 +104,132 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def times(points: Sequence[Measured]) -> list[str]:
-    """Seconds of every phase, and how many times as fast as the fewest ranks."""
-    base, rows = points[0], []
-    for one in points:
-        cells = [one.name, str(one.ranks), str(len(one.runs))]
-        for phase in PHASES:
-            cells.append(f"{one.clock(phase):.2f}")
+def seconds_table(layouts: Sequence[LayoutResults]) -> list[str]:
+    """Return the seconds of every phase, and speedups over the smallest world size."""
+    base, rows = layouts[0], []
+    for results in layouts:
+        cells = [results.name, str(results.world_size), str(len(results.runs))]
+        for phase in PHASE_TITLES:
+            cells.append(f"{results.wall_seconds(phase):.2f}")
             if phase in ("observe", "calibrate"):
-                faster = base.clock(phase) / one.clock(phase)
-                share = 100 * faster * base.ranks / one.ranks
-                cells.append(f"{faster:.2f} x ({share:.0f} %)")
-                if phase == "calibrate":
-                    cells += [f"{one.part(phase, part):.2f}" for part in PARTS]
-                    cells.append(f"{one.rest(phase):.2f}")
+                speedup = base.wall_seconds(phase) / results.wall_seconds(phase)
+                efficiency = 100 * speedup * base.world_size / results.world_size
+                cells.append(f"{speedup:.2f} x ({efficiency:.0f} %)")
+            if phase == "calibrate":
+                cells += [
+                    f"{results.folder_seconds(phase, folder):.2f}" for folder in CALIBRATE_FOLDERS
+                ]
+                cells.append(f"{results.remaining_seconds(phase):.2f}")
         rows.append(cells)
-    head = ["layout", "ranks", "runs", PHASES["import"], PHASES["observe"], "speed-up"]
-    head += [PHASES["calibrate"], "speed-up", *PARTS.values(), REST, PHASES["export"]]
-    about = "Seconds, medians; speed-ups over the first row, in brackets the share of the ideal."
-    return [about, "", *table(head, rows)]
+    head = ["layout", "ranks", "runs", PHASE_TITLES["import"], PHASE_TITLES["observe"], "speedup"]
+    head += [PHASE_TITLES["calibrate"], "speedup", *CALIBRATE_FOLDERS.values(), REMAINDER]
+    head.append(PHASE_TITLES["export"])
+    note = "Median seconds; speedup over the first row, parallel efficiency in parentheses."
+    return [note, "", *markdown_table(head, rows)]
 
 
-def memory(points: Sequence[Measured]) -> list[str]:
-    """GPU memory against what the plan said."""
-    if not any(points[0].peaks("observe")):
+def memory_table(layouts: Sequence[LayoutResults]) -> list[str]:
+    """Return the peak GPU memory and the plan's forecast."""
+    if not any(layouts[0].peak_gigabytes("observe")):
         return []
     rows = []
-    for one in points:
-        cells = [one.name, str(one.runs[-1]["phases"]["calibrate"]["passes"])]
+    for results in layouts:
+        phases = results.runs[-1]["phases"]
+        cells = [results.name, str(phases["calibrate"]["passes"])]
         for phase in ("observe", "calibrate"):
-            peaks, said = one.peaks(phase), one.runs[-1]["phases"][phase]["forecast"] / 1e9
-            cells += [" / ".join(f"{peak:.1f}" for peak in peaks), f"{said:.1f}"]
-            cells.append(f"{100 * (said / max(peaks) - 1):+.0f} %")
+            peaks, forecast = results.peak_gigabytes(phase), phases[phase]["forecast"] / 1e9
+            cells += [" / ".join(f"{peak:.1f}" for peak in peaks), f"{forecast:.1f}"]
+            cells.append(f"{100 * (forecast / max(peaks) - 1):+.0f} %")
         rows.append(cells)
     head = ["layout", "passes for second moments"]
     for phase in ("maxima", "second moments"):
-        head += [f"{phase}: peak of each rank", "forecast", "off"]
-    return ["GPU memory, GB:", "", *table(head, rows)]
+        head += [f"{phase}: peak of each rank", "forecast", "error of the forecast"]
+    return ["GPU memory, GB:", "", *markdown_table(head, rows)]
 
 
-def traffic(points: Sequence[Measured]) -> list[str]:
-    """GB that a rank sent, at most, by phase."""
+def traffic_table(layouts: Sequence[LayoutResults]) -> list[str]:
+    """Return the largest number of GB that a rank sent in each phase."""
     rows = [
-        [one.name, *(f"{max(one.sent(phase)):.3f}" for phase in PHASES)]
-        for one in points
-        if one.ranks > 1
+        [results.name, *(f"{max(results.sent_gigabytes(phase)):.3f}" for phase in PHASE_TITLES)]
+        for results in layouts
+        if results.world_size > 1
     ]
-    about = "GB that a rank sent, at most:"
-    return [about, "", *table(["layout", *PHASES.values()], rows)] if rows else []
+    table = markdown_table(["layout", *PHASE_TITLES.values()], rows)
+    return ["GB sent by a rank, largest of all ranks:", "", *table] if rows else []
 
 
-def hashes(points: Sequence[Measured]) -> list[str]:
-    """Whether packed weights are those of the first row's."""
-    base = points[0]
-    own = base.runs[0]["sha256"]
-    rows = [
-        [one.name, "the same" if all(run["sha256"] == own for run in one.runs) else "others"]
-        for one in points
-    ]
-    return table(["layout", f"sha256 of the int4_awq checkpoint, against {base.name}"], rows)
+def hashes_table(layouts: Sequence[LayoutResults]) -> list[str]:
+    """Return whether the exports of each layout equal those of the first."""
+    base = layouts[0]
+    expected = base.runs[0]["sha256"]
+    rows = []
+    for results in layouts:
+        is_equal = all(run["sha256"] == expected for run in results.runs)
+        rows.append([results.name, "equal" if is_equal else "different"])
+    head = ["layout", f"sha256 of the int4_awq export, compared with {base.name}"]
+    return markdown_table(head, rows)
 
 
-def profiles(points: Sequence[Measured]) -> Iterator[str]:
-    """The longest kernels of the first rank."""
-    for one in points:
-        for seen in one.profiles:
-            spent = f"{seen['total']:.2f} s in kernels and copies of {seen['wall']:.2f} s"
-            yield f"{one.name}, observe and solve on the first rank: {spent} by the clock.\n"
+def profile_tables(layouts: Sequence[LayoutResults]) -> Iterator[str]:
+    """Yield the lines of a table of the longest kernels on rank 0 for each profile."""
+    for results in layouts:
+        for profile in results.profiles:
+            yield (
+                f"{results.name}, observe and solve on rank 0: {profile['total']:.2f} s in kernels "
+                f"and copies, wall time {profile['wall']:.2f} s.\n"
+            )
             rows = [
-                [f"`{name[:70]}`", str(count), f"{time:.3f}"] for name, count, time in seen["rows"]
+                [f"`{name[:70]}`", str(count), f"{seconds:.3f}"]
+                for name, count, seconds in profile["kernels"]
             ]
-            yield from table(["kernel", "calls", "s"], rows)
+            yield from markdown_table(["kernel", "calls", "s"], rows)
 
 
-def report(lines: Lines, left: Mapping[str, Mapping[str, str]]) -> str:
-    """The page; left: model -> point -> why it was not measured."""
+def make_report(lines: Lines, skipped: Mapping[str, Mapping[str, str]]) -> str:
+    """Return the page.
+
+    Args:
+        lines: lines of the results file.
+        skipped: model -> layout -> why it was not measured.
+    """
     text: list[str] = []
-    for name, points in by_model(lines).items():
-        setting = points[0].runs[0]
+    for name, layouts in group_by_model(lines).items():
+        setup = layouts[0].runs[0]
         text += [f"## {name}", ""]
-        about = f"{setting['samples']} samples, layers: {setting['layers'] or 'all'}"
-        text += [f"{setting['machine']}; {about}.", ""]
-        text += times(points)
-        text += [*memory(points), *traffic(points), *hashes(points), *profiles(points)]
-        missing = left.get(name, {})
-        text += [f"Not measured: {point}, {why}." for point, why in missing.items()]
+        workload = f"{setup['samples']} samples, layers: {setup['layers'] or 'all'}"
+        text += [f"{setup['machine']}; {workload}.", ""]
+        text += seconds_table(layouts)
+        text += [*memory_table(layouts), *traffic_table(layouts), *hashes_table(layouts)]
+        text += profile_tables(layouts)
+        reasons = skipped.get(name, {})
+        text += [f"Not measured: {layout}, {reason}." for layout, reason in reasons.items()]
     return "\n".join(text)
 
 
-def plot(lines: Lines, path: Path) -> None:
-    """Where the seconds of each layout go, and how many times as fast the third phase is."""
+def save_plot(lines: Lines, path: Path) -> None:
+    """Plot the seconds of the stages in each layout, and the speedup of the phase calibrate."""
     from matplotlib.figure import Figure
 
-    models = by_model(lines)
-    rows = [1.2 + 0.42 * len(points) for points in models.values()]
-    figure = Figure((8.6, sum(rows)), layout="constrained")
-    panels = figure.subplots(len(models), 1, squeeze=False, sharex=True, height_ratios=rows)[:, 0]
-    for axes, (name, points) in zip(panels, models.items(), strict=True):
-        base, left = points[0], [0.0] * len(points)
+    models = group_by_model(lines)
+    heights = [1.2 + 0.42 * len(layouts) for layouts in models.values()]
+    figure = Figure((8.6, sum(heights)), layout="constrained")
+    panels = figure.subplots(len(models), 1, squeeze=False, sharex=True, height_ratios=heights)[
+        :, 0
+    ]
+    for axes, (name, layouts) in zip(panels, models.items(), strict=True):
+        base, ends = layouts[0], [0.0] * len(layouts)
         for (label, seconds), color in zip(PLOTTED.items(), COLORS, strict=True):
-            widths = [seconds(one) for one in points]
-            axes.barh(range(len(points)), widths, 0.7, left, label=label, color=color)
-            left = [sum(pair) for pair in zip(left, widths, strict=True)]
-        for row, (one, end) in enumerate(zip(points, left, strict=True)):
-            faster = base.clock("calibrate") / one.clock("calibrate")
-            if one is not base:
-                axes.text(end, row, f" {faster:.2f} x", va="center", fontsize=9)
-        axes.set_yticks(range(len(points)), [one.short for one in points])
+            widths = [seconds(results) for results in layouts]
+            axes.barh(range(len(layouts)), widths, 0.7, ends, label=label, color=color)
+            ends = [sum(pair) for pair in zip(ends, widths, strict=True)]
+        for row, (results, end) in enumerate(zip(layouts, ends, strict=True)):
+            speedup = base.wall_seconds("calibrate") / results.wall_seconds("calibrate")
+            if results is not base:
+                axes.text(end, row, f" {speedup:.2f} x", va="center", fontsize=9)
+        axes.set_yticks(range(len(layouts)), [results.short_name for results in layouts])
         axes.set_title(name, loc="left")
         axes.invert_yaxis()
         axes.spines[["top", "right"]].set_visible(False)
-    panels[-1].set_xlabel("seconds; x: as fast as the first, from second moments to checkpoint")
+    panels[-1].set_xlabel("seconds; x: speedup of observe, second moments, and solve")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=150)

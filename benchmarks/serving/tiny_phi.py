@@ -1,10 +1,11 @@
-"""Lets vLLM 0.22 serve tiny-phi: what its code takes for granted of Phi-3-vision is told otherwise.
+"""Patch vLLM 0.22 so that it serves tiny-phi.
 
-vLLM's phi3v.py has written into it the sizes of CLIP-L/14-336, 24 x 24 patches of 1,024 channels,
-crops of 336 pixels, and the token 32044 for images. tiny-phi has a small tower, crops of 32 pixels
-and 512 tokens. The decoder, which is what is quantized, is vLLM's own, as are the loading of
-weights, the tower's layers, the projector and the order of crops and separators. A published
-Phi-3-vision brings its processor along as Python code; tiny-phi has none, so one is given here.
+vLLM's phi3v.py hard-codes the sizes of the published Phi-3-vision: CLIP-L/14-336, 24 x 24 patches
+of 1024 channels, crops of 336 pixels, and image token 32044. tiny-phi has a small vision tower,
+crops of 32 pixels and a vocabulary of 512. Everything else is vLLM's code: the quantized decoder,
+weight loading, the layers of the vision tower, the projector, and the order of crops and
+separators. The published Phi-3-vision contains its processor as Python code; tiny-phi
+contains none, so this module provides one.
 """
 
 from __future__ import annotations
@@ -24,25 +25,26 @@ from transformers import (
     ProcessorMixin,
 )
 
-from nemo_vlm_ptq.families.phi_vision import crop_image, token_count
+from nemo_vlm_ptq.families.hd_transform import crop_image, token_count
 from nemo_vlm_ptq.families.towers import merge_patches
 from nemo_vlm_ptq.workdir.store import read_json
 
-TINY = Path(__file__).resolve().parents[2] / "assets" / "tiny-phi"
-TOKEN = 2  # stands for an image token until its features take the place: <pad>
-THEIRS = 336  # pixels of a crop in vLLM's code
+TINY_PHI = Path(__file__).resolve().parents[2] / "assets" / "tiny-phi"
+IMAGE_TOKEN_ID = 2  # <pad>; its embeddings are replaced by image features
+VLLM_CROP_SIDE = 336  # pixels of a crop in vLLM's code
 
 
 class Phi3VConfig(Phi3Config):
-    """config.json of Phi-3-vision."""
+    """Config of Phi-3-vision."""
 
     model_type = "phi3_v"
 
 
 class Phi3VProcessor(ProcessorMixin):
-    """Text with <|image_i|> and pictures -> input_ids, pixel_values, image_sizes.
+    """Processor of text with <|image_i|> and images to input_ids, pixel_values and image_sizes.
 
-    Pieces of text beside an image are tokenized apart and image i is -i, as the published one does.
+    As in the published processor, the text between images is tokenized separately, and the tokens
+    of image i have the id -i.
     """
 
     attributes = ("tokenizer",)
@@ -55,65 +57,83 @@ class Phi3VProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, folder: str, **_: Any) -> Phi3VProcessor:
-        """Tokenizer and settings of a folder."""
+        """Load the tokenizer and the preprocessor settings of a folder."""
         settings = read_json(Path(folder) / "preprocessor_config.json")
         return cls(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), settings)
 
     def calc_num_image_tokens_from_image_size(self, width: int, height: int) -> int:
-        """Image tokens of a picture."""
-        return self._tokens(self._cut(PIL.Image.new("RGB", (width, height)))[1])
+        """Return the number of image tokens of an image."""
+        _, size = self._crop(PIL.Image.new("RGB", (width, height)))
+        return self._token_count(size)
 
-    def _cut(self, image: PIL.Image.Image) -> tuple[torch.Tensor, tuple[int, int]]:
-        given = self.settings
+    def _crop(self, image: PIL.Image.Image) -> tuple[torch.Tensor, tuple[int, int]]:
+        """Return the views of an image and its padded (height, width)."""
+        settings = self.settings
         return crop_image(
-            image, given["num_crops"], side(), given["image_mean"], given["image_std"]
+            image,
+            settings["num_crops"],
+            crop_side(),
+            settings["image_mean"],
+            settings["image_std"],
         )
 
-    def _tokens(self, size: tuple[int, int]) -> int:
-        return token_count(*size, side(), side() // tower()["patch_size"] // 2)
+    def _token_count(self, size: tuple[int, int]) -> int:
+        return token_count(*size, crop_side(), crop_side() // tower_config()["patch_size"] // 2)
 
     def __call__(self, text: Any, images: Any = None, **_: Any) -> BatchFeature:
-        """One text, and its pictures."""
+        """Preprocess one text and its images."""
         text = text if isinstance(text, str) else text[0]
         images = [] if images is None else images
-        found = [self._cut(image) for image in (images if isinstance(images, list) else [images])]
+        images = images if isinstance(images, list) else [images]
+        cropped = [self._crop(image) for image in images]
         ids: list[int] = []
-        for index, (_views, size) in enumerate(found):
+        for index, (_, size) in enumerate(cropped):
             before, _, text = text.partition(self.img_tokens[index])
-            ids += self.tokenizer(before)["input_ids"] + [-1 - index] * self._tokens(size)
+            ids += self.tokenizer(before)["input_ids"] + [-1 - index] * self._token_count(size)
         ids += self.tokenizer(text)["input_ids"]
         data: dict[str, Any] = {"input_ids": torch.tensor([ids])}
-        if found:
-            data["pixel_values"] = torch.stack([views for views, _ in found])
-            crops = torch.tensor([size for _, size in found]) // side()
-            data["image_sizes"] = crops * THEIRS
+        if cropped:
+            data["pixel_values"] = torch.stack([views for views, _ in cropped])
+            crops = torch.tensor([size for _, size in cropped]) // crop_side()
+            data["image_sizes"] = crops * VLLM_CROP_SIDE
         return BatchFeature(data)
 
 
-def tower() -> dict[str, Any]:
-    """Sizes of tiny-phi's tower."""
-    return read_json(TINY / "config.json")["img_processor"]["vision_config"]
+def tower_config() -> dict[str, Any]:
+    """Return the config of tiny-phi's vision tower."""
+    return read_json(TINY_PHI / "config.json")["img_processor"]["vision_config"]
 
 
-def side() -> int:
-    """Pixels of a crop."""
-    return int(tower()["image_size"])
+def crop_side() -> int:
+    """Return the side of a crop in pixels."""
+    return int(tower_config()["image_size"])
 
 
-def merged(_: Any, features: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """vLLM's reshape_hd_patches_2x2merge for any tower: [n,patches,C] -> [images,h,w,4C]."""
-    width = round(features.shape[1] ** 0.5)
-    blocks = merge_patches(features.unflatten(1, (width, width)))
+def reshape_and_merge_patches(
+    _: Any, features: torch.Tensor, rows: int, columns: int
+) -> torch.Tensor:
+    """Replace vLLM's reshape_hd_patches_2x2merge for vision towers of any size.
+
+    Args:
+        features: [n,patches,C], of the crops of all images.
+        rows: rows of crops of an image.
+        columns: columns of crops of an image.
+
+    Returns:
+        [images,h,w,4C], patches in the order of the image.
+    """
+    side = round(features.shape[1] ** 0.5)
+    blocks = merge_patches(features.unflatten(1, (side, side)))
     lines = blocks.unflatten(0, (-1, int(rows), int(columns))).transpose(2, 3)
     return lines.flatten(3, 4).flatten(1, 2)
 
 
-def fit_vllm() -> None:
-    """Change vLLM's constants, in this process."""
+def patch_vllm() -> None:
+    """Replace vLLM's constants in this process."""
     from vllm.model_executor.models import phi3v
 
     AutoConfig.register("phi3_v", Phi3VConfig)
     AutoProcessor.register(Phi3VConfig, Phi3VProcessor)
-    phi3v.CLIP_VIT_LARGE_PATCH14_336_CONFIG = CLIPVisionConfig(**tower())
-    phi3v._IMAGE_TOKEN_ID = TOKEN
-    phi3v.Phi3HDImageEmbedding.reshape_hd_patches_2x2merge = merged
+    phi3v.CLIP_VIT_LARGE_PATCH14_336_CONFIG = CLIPVisionConfig(**tower_config())
+    phi3v._IMAGE_TOKEN_ID = IMAGE_TOKEN_ID
+    phi3v.Phi3HDImageEmbedding.reshape_hd_patches_2x2merge = reshape_and_merge_patches
