@@ -21,7 +21,8 @@ from typing import Any
 from memory_sampling import RankMemory, run_sampled
 from safetensors.torch import load_file, save_file
 
-from nemo_vlm_ptq.planning.plan import Plan, make_plan
+from nemo_vlm_ptq.planning.make_plan import make_plan
+from nemo_vlm_ptq.planning.plan import Plan
 from nemo_vlm_ptq.recipe import load_recipe
 from nemo_vlm_ptq.workdir.store import read_json
 

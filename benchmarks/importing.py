@@ -30,7 +30,8 @@ from memory_sampling import RankMemory, run_sampled
 from random_model import write_model
 
 from nemo_vlm_ptq.planning.forecast import rank_parameters
-from nemo_vlm_ptq.planning.plan import Plan, make_plan
+from nemo_vlm_ptq.planning.make_plan import make_plan
+from nemo_vlm_ptq.planning.plan import Plan
 from nemo_vlm_ptq.recipe import load_recipe
 from nemo_vlm_ptq.workdir.store import read_json, write_json
 

@@ -39,7 +39,7 @@ from nemo_vlm_ptq.distributed.layout import Layout
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.planning.auto_layout import GPU_MEMORY_FRACTION
 from nemo_vlm_ptq.planning.forecast import observe_bytes
-from nemo_vlm_ptq.planning.plan import make_plan
+from nemo_vlm_ptq.planning.make_plan import make_plan
 from nemo_vlm_ptq.recipe import load_recipe
 from nemo_vlm_ptq.workdir.store import write_json
 

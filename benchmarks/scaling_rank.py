@@ -108,7 +108,7 @@ class LayoutBenchmark:
     def run_stages(self, fmt: str, stages: tuple[str, ...]) -> Any:
         """Run stages for a format, as the command does; return the plan."""
         from nemo_vlm_ptq.context import RunContext
-        from nemo_vlm_ptq.planning.plan import make_plan
+        from nemo_vlm_ptq.planning.make_plan import make_plan
         from nemo_vlm_ptq.recipe import load_recipe
         from nemo_vlm_ptq.stages import run_stages
 

@@ -73,7 +73,7 @@ def _prepare(
     command: str, recipe: Recipe, logits_options: dict[str, str], *, dry_run: bool
 ) -> Plan:
     """Plan a recipe, and run the preflight check and the checks of the engine build."""
-    from nemo_vlm_ptq.planning.plan import make_plan
+    from nemo_vlm_ptq.planning.make_plan import make_plan
     from nemo_vlm_ptq.planning.preflight import run_preflight
     from nemo_vlm_ptq.targets.trtllm.engine.commands import check_engine
     from nemo_vlm_ptq.targets.trtllm.engine.installation import find_installation

@@ -200,7 +200,7 @@ def verifier(folder, formats):
     import models
 
     from nemo_vlm_ptq.context import RunContext
-    from nemo_vlm_ptq.planning.plan import make_plan
+    from nemo_vlm_ptq.planning.make_plan import make_plan
     from nemo_vlm_ptq.recipe import Recipe
     from nemo_vlm_ptq.stages.verify import verify
     from nemo_vlm_ptq.workdir import store
@@ -209,6 +209,7 @@ def verifier(folder, formats):
         model=str(models.TINY_LLAVA),
         workdir=str(folder),
         quantize={"format": formats},
+        calibration={"data": "scenes"},
         export={"targets": ("trtllm", "hf"), "tensor": 2},
     )
 

@@ -11,7 +11,7 @@ from models import ROOT, single_rank
 
 from nemo_vlm_ptq.checkpoints.huggingface import open_source
 from nemo_vlm_ptq.context import RunContext
-from nemo_vlm_ptq.planning.plan import make_plan
+from nemo_vlm_ptq.planning.make_plan import make_plan
 from nemo_vlm_ptq.recipe import Recipe
 from nemo_vlm_ptq.workdir import store
 

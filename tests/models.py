@@ -249,7 +249,7 @@ def run_all_stages(parallel, workdir: Path) -> None:
     """Run all stages on the trained tiny model, in all formats, in the layout of a context."""
     from nemo_vlm_ptq.context import RunContext
     from nemo_vlm_ptq.formats import FORMATS
-    from nemo_vlm_ptq.planning.plan import make_plan
+    from nemo_vlm_ptq.planning.make_plan import make_plan
     from nemo_vlm_ptq.recipe import Recipe
     from nemo_vlm_ptq.stages import run_stages
     from nemo_vlm_ptq.targets.registry import TARGETS

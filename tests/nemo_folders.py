@@ -6,7 +6,7 @@ import pytest
 from nemo_vlm_ptq.context import RunContext
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.formats import FORMATS
-from nemo_vlm_ptq.planning.plan import make_plan
+from nemo_vlm_ptq.planning.make_plan import make_plan
 from nemo_vlm_ptq.recipe import Recipe
 from nemo_vlm_ptq.targets.registry import TARGETS
 

@@ -7,7 +7,7 @@ from models import parallel_contexts
 
 from nemo_vlm_ptq.context import RunContext
 from nemo_vlm_ptq.formats import FORMATS
-from nemo_vlm_ptq.planning.plan import make_plan
+from nemo_vlm_ptq.planning.make_plan import make_plan
 from nemo_vlm_ptq.recipe import Recipe
 from nemo_vlm_ptq.stages import run_stages
 from nemo_vlm_ptq.stages.logits import write_logits

@@ -16,7 +16,7 @@ def make_venv(folder):
     for name, options in (("python", ""), ("nemo-vlm-ptq", "-m nemo_vlm_ptq")):
         (bin_folder / name).write_text(f'#!/bin/sh\nexec {sys.executable} {options} "$@"\n')
         (bin_folder / name).chmod(0o755)
-    command = ["bash", "-c", f"source {ROOT}/launch/common.sh; _wanted"]
+    command = ["bash", "-c", f"source {ROOT}/launch/common.sh; _fingerprint"]
     digest = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     stamp = "".join(f"{digest} {extra}\n" for extra in EXTRAS)
     (folder / "venv" / ".nemo-vlm-ptq").write_text(stamp)

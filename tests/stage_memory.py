@@ -11,7 +11,7 @@ from importlib import import_module
 import models
 
 from nemo_vlm_ptq.context import RunContext
-from nemo_vlm_ptq.planning.plan import make_plan
+from nemo_vlm_ptq.planning.make_plan import make_plan
 from nemo_vlm_ptq.recipe import Recipe
 from nemo_vlm_ptq.stages import run_stages
 from nemo_vlm_ptq.targets.megatron import quantized_checkpoint

@@ -8,7 +8,7 @@ from nemo_vlm_ptq.distributed import launcher
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.planning import forecast
 from nemo_vlm_ptq.planning.auto_layout import Machine, choose_layout, detect_machine, resolve_layout
-from nemo_vlm_ptq.planning.plan import make_plan
+from nemo_vlm_ptq.planning.make_plan import make_plan
 from nemo_vlm_ptq.recipe import Parallel, load_recipe
 
 H100 = 85_017_493_504  # torch's total_memory of an H100 80GB

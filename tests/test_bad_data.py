@@ -8,7 +8,7 @@ from bad_models import TINY, plan_error, said_by, write_recipe
 from PIL import Image
 
 from nemo_vlm_ptq.data.questions import evaluation_questions, load_questions
-from nemo_vlm_ptq.planning.plan import make_plan
+from nemo_vlm_ptq.planning.make_plan import make_plan
 from nemo_vlm_ptq.recipe import load_recipe
 from nemo_vlm_ptq.workdir import store
 

@@ -25,7 +25,7 @@ from nemo_vlm_ptq.context import RunContext
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families import read_config
 from nemo_vlm_ptq.families.llava import FAMILY
-from nemo_vlm_ptq.planning.plan import make_plan
+from nemo_vlm_ptq.planning.make_plan import make_plan
 from nemo_vlm_ptq.recipe import load_recipe
 from nemo_vlm_ptq.stages.import_model import import_model
 
@@ -236,8 +236,8 @@ def test_logits_rejects_inputs_that_are_not_there_and_forms_it_does_not_know(tmp
     options = {"from": "megatron", "inputs": str(tmp_path / "in"), "output": str(tmp_path / "out")}
     said = f"inputs={tmp_path / 'in'} is not a file"
     assert said_by(write_logits, None, options) == said
-    known = "hf_source, megatron, quantized, trtllm, hf, compressed_tensors, nemo, engine"
-    said = f"from=onnx is not known; known: {known}"
+    supported = "hf_source, megatron, quantized, compressed_tensors, hf, trtllm, nemo, engine"
+    said = f"unknown form from=onnx; supported: {supported}"
     assert said_by(write_logits, None, options | {"from": "onnx"}) == said
     for key in options:
         rest = {name: value for name, value in options.items() if name != key}

@@ -14,7 +14,7 @@ from test_cli import call
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families import FAMILIES
 from nemo_vlm_ptq.formats import FORMATS
-from nemo_vlm_ptq.planning.plan import make_plan
+from nemo_vlm_ptq.planning.make_plan import make_plan
 from nemo_vlm_ptq.recipe import load_recipe
 from nemo_vlm_ptq.targets.registry import TARGETS, supported_targets
 from nemo_vlm_ptq.targets.trtllm.engine.commands import (

@@ -8,7 +8,7 @@ import scripts
 from bad_models import ROOT, TINY
 from engines import install
 
-from nemo_vlm_ptq.planning.plan import make_plan
+from nemo_vlm_ptq.planning.make_plan import make_plan
 from nemo_vlm_ptq.recipe import load_recipe
 from nemo_vlm_ptq.targets.trtllm.engine.commands import check_engine
 from nemo_vlm_ptq.workdir import store

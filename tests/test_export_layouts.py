@@ -15,7 +15,7 @@ from nemo_vlm_ptq.data.questions import PROMPT_SUFFIX, load_questions
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.formats import FORMATS
 from nemo_vlm_ptq.megatron.build import build_decoder
-from nemo_vlm_ptq.planning.plan import make_plan
+from nemo_vlm_ptq.planning.make_plan import make_plan
 from nemo_vlm_ptq.recipe import Recipe
 from nemo_vlm_ptq.stages.export import export
 from nemo_vlm_ptq.targets.megatron.quantized_checkpoint import load_quantized

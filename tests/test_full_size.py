@@ -10,7 +10,7 @@ from test_families import NAMES, load
 
 from nemo_vlm_ptq.families import FAMILIES
 from nemo_vlm_ptq.planning.forecast import describe_plan, rank_parameters
-from nemo_vlm_ptq.planning.plan import make_plan
+from nemo_vlm_ptq.planning.make_plan import make_plan
 from nemo_vlm_ptq.recipe import load_recipe
 
 DECODER = re.compile(r"(llm/|language_model\.)?(model\.(embed_tokens|layers|norm)|lm_head)\.")

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from bad_models import ROOT, copy_model, damage, plan_error, write_recipe
 
-from nemo_vlm_ptq.planning.plan import make_plan
+from nemo_vlm_ptq.planning.make_plan import make_plan
 from nemo_vlm_ptq.recipe import load_recipe
 
 TINY_VILA = ROOT / "assets" / "tiny-vila"

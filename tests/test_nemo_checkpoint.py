@@ -24,7 +24,7 @@ from nemo_vlm_ptq.checkpoints import torch_dist_tensors as blocks
 from nemo_vlm_ptq.data.questions import PROMPT_SUFFIX, load_questions
 from nemo_vlm_ptq.errors import VerificationError
 from nemo_vlm_ptq.formats import FORMATS
-from nemo_vlm_ptq.planning.plan import make_plan
+from nemo_vlm_ptq.planning.make_plan import make_plan
 from nemo_vlm_ptq.recipe import Recipe
 from nemo_vlm_ptq.sources.nemo2 import read_context
 from nemo_vlm_ptq.stages import run_stages

@@ -17,7 +17,7 @@ from nemo_vlm_ptq.checkpoints import torch_dist_tensors as blocks
 from nemo_vlm_ptq.checkpoints.huggingface import open_source
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.nemo.checkpoint import write_checkpoint
-from nemo_vlm_ptq.planning.plan import make_plan
+from nemo_vlm_ptq.planning.make_plan import make_plan
 from nemo_vlm_ptq.recipe import Recipe
 
 

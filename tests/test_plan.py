@@ -20,7 +20,8 @@ from nemo_vlm_ptq.checkpoints import huggingface as source
 from nemo_vlm_ptq.distributed.layout import data_parallel_size
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.formats import FORMATS
-from nemo_vlm_ptq.planning import forecast, plan
+from nemo_vlm_ptq.planning import forecast
+from nemo_vlm_ptq.planning.make_plan import make_plan
 from nemo_vlm_ptq.recipe import load_recipe
 from nemo_vlm_ptq.targets.registry import TARGETS, supported_targets
 
@@ -90,7 +91,7 @@ def test_groups_of_a_real_model_limit_its_tensor_ranks(tmp_path, llava_7b):
         "parallel.tensor=4 splits a group of 128 of format int4_awq; supported: 1, 2"
     )
     recipe = load_recipe(str(write_recipe(tmp_path, llava_7b)), ["parallel.tensor=8"])
-    assert "TP 8 x PP 1" in forecast.describe_plan(plan.make_plan(recipe))
+    assert "TP 8 x PP 1" in forecast.describe_plan(make_plan(recipe))
 
 
 @pytest.mark.parametrize("format", ["fp8", "int4_awq"])
@@ -101,7 +102,7 @@ def test_every_size_that_an_error_names_does_work(tmp_path, llava_7b, format, ke
     first = f"quantize.format={format}"
     said = error_message("plan", recipe, first, f"{key}=3")
     for size in re.search(r"supported: (.+)$", said)[1].split(", "):
-        plan.make_plan(load_recipe(str(recipe), [first, f"{key}={size}"]))
+        make_plan(load_recipe(str(recipe), [first, f"{key}={size}"]))
 
 
 def test_groups_must_fit_into_the_inputs_of_every_linear(tmp_path):
@@ -153,7 +154,7 @@ def test_an_nvfp4_cache_needs_heads_of_whole_blocks(tmp_path):
 )
 def test_second_moments_are_required_where_something_is_searched(tmp_path, words, expected):
     words = ["parallel.tensor=1", *words]
-    made = plan.make_plan(load_recipe(str(write_recipe(tmp_path, TINY)), words))
+    made = make_plan(load_recipe(str(write_recipe(tmp_path, TINY)), words))
     assert made.second_moments == expected
     assert ("second moments" in forecast.describe_plan(made)) == expected
 
@@ -165,13 +166,11 @@ def test_a_format_goes_to_the_targets_that_take_it_with_the_kv_cache(tmp_path):
         ("none", [["trtllm", "hf"], ["trtllm"], ["trtllm", "hf"]]),
         ("fp8", [["trtllm", "hf"], ["trtllm"], ["trtllm", "hf"]]),
     ):
-        made = plan.make_plan(load_recipe(recipe, [*words, f"quantize.kv_cache={kv_cache}"]))
+        made = make_plan(load_recipe(recipe, [*words, f"quantize.kv_cache={kv_cache}"]))
         assert [made.targets(fmt) for fmt in made.formats] == expected
-    made = plan.make_plan(load_recipe(recipe, [words[1], "quantize.kv_cache=nvfp4"]))
+    made = make_plan(load_recipe(recipe, [words[1], "quantize.kv_cache=nvfp4"]))
     assert made.targets(FORMATS["fp8"]) == ["hf"]
-    made = plan.make_plan(
-        load_recipe(recipe, [words[0], "export.targets=[compressed_tensors, hf]"])
-    )
+    made = make_plan(load_recipe(recipe, [words[0], "export.targets=[compressed_tensors, hf]"]))
     assert [made.targets(fmt)[0] for fmt in made.formats] == ["compressed_tensors"] * 3
 
 
@@ -276,7 +275,7 @@ def test_plan_prints_every_format_and_reads_no_weights(tmp_path, monkeypatch, ca
     every = f"quantize.format=[{','.join(FORMATS)}]"
     words = [f"model={folder}", f"workdir={tmp_path / 'work'}", every]
     words += [f"export.targets=[{','.join(TARGETS)}]", "export.tensor=2"]
-    text = forecast.describe_plan(plan.make_plan(load_recipe("quickstart", words)))
+    text = forecast.describe_plan(make_plan(load_recipe("quickstart", words)))
     lines = dict(line.split(maxsplit=1) for line in text.splitlines())
     assert "4.5 M parameters, 9.1 MB, bfloat16" in lines["model"]
     assert lines["decoder"].startswith("4 layers, hidden 256, 8 heads, 4 KV heads, MLP 768")

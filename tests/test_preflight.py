@@ -9,7 +9,7 @@ import pytest
 from bad_models import TINY, configure, copy_model, plan_error, write_recipe
 
 from nemo_vlm_ptq.errors import disk_write_error
-from nemo_vlm_ptq.planning.plan import make_plan
+from nemo_vlm_ptq.planning.make_plan import make_plan
 from nemo_vlm_ptq.planning.preflight import check_questions
 from nemo_vlm_ptq.recipe import load_recipe
 

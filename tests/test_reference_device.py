@@ -9,7 +9,7 @@ import torch
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.formats import FORMATS
 from nemo_vlm_ptq.planning.forecast import full_model_bytes
-from nemo_vlm_ptq.planning.plan import make_plan
+from nemo_vlm_ptq.planning.make_plan import make_plan
 from nemo_vlm_ptq.recipe import Recipe
 from nemo_vlm_ptq.stages.evaluate import _require_memory
 from nemo_vlm_ptq.verify import model_forms, target

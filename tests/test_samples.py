@@ -9,7 +9,7 @@ import torch
 from bad_models import TINY
 
 from nemo_vlm_ptq.families.folder_files import load_tokenizer
-from nemo_vlm_ptq.planning.plan import make_plan
+from nemo_vlm_ptq.planning.make_plan import make_plan
 from nemo_vlm_ptq.recipe import load_recipe
 
 # `nemo_vlm_ptq.stages` exports a function of the same name, which hides the module.

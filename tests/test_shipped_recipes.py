@@ -7,7 +7,7 @@ from test_full_size import write_sparse_model
 
 from nemo_vlm_ptq.formats import FORMATS
 from nemo_vlm_ptq.planning.forecast import describe_plan
-from nemo_vlm_ptq.planning.plan import make_plan
+from nemo_vlm_ptq.planning.make_plan import make_plan
 from nemo_vlm_ptq.recipe import load_recipe, shipped_recipes
 from nemo_vlm_ptq.targets.registry import supported_targets
 

@@ -22,7 +22,7 @@ def write_checkpoint(recipe_name: str, overrides: Sequence[str]) -> None:
     """
     from nemo_vlm_ptq.context import RunContext, run_stage
     from nemo_vlm_ptq.megatron.parallel_context import parallel_context
-    from nemo_vlm_ptq.planning.plan import make_plan
+    from nemo_vlm_ptq.planning.make_plan import make_plan
     from nemo_vlm_ptq.recipe import load_recipe
     from nemo_vlm_ptq.stages.import_model import import_model
     from nemo_vlm_ptq.targets.nemo2.writer import write

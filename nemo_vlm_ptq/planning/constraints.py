@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from nemo_vlm_ptq.constants import VOCAB_MULTIPLE
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families import Decoder
 from nemo_vlm_ptq.formats import KV_CACHES, NVFP4_BLOCK, QuantFormat
+from nemo_vlm_ptq.planning.plan import Plan
 from nemo_vlm_ptq.recipe import Recipe
 from nemo_vlm_ptq.targets.registry import TARGETS, supported_targets
-
-if TYPE_CHECKING:
-    from nemo_vlm_ptq.planning.plan import Plan
 
 TENSOR_SIZES = (1, 2, 4, 8, 16)
 TRTLLM_TILE = 128  # features that TensorRT-LLM pads the linears of a rank to

@@ -1,7 +1,4 @@
-"""Combine recipe, model, formats and parallel layout into a plan, and reject what cannot work.
-
-Reads config.json and the headers of the checkpoint, no weights, and needs no GPU.
-"""
+"""The plan of a run: recipe, model, formats and parallel layout."""
 
 from __future__ import annotations
 
@@ -9,23 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_vlm_ptq.checkpoints.huggingface import (
-    SourceTensor,
-    list_tensors,
-    most_common_dtype,
-    resolve_model_folder,
-)
-from nemo_vlm_ptq.checkpoints.model_config import merge_config, with_dtype
-from nemo_vlm_ptq.errors import UserError
-from nemo_vlm_ptq.families import Decoder, ModelFamily, find_family, read_config
+from nemo_vlm_ptq.checkpoints.huggingface import SourceTensor
+from nemo_vlm_ptq.checkpoints.model_config import with_dtype
+from nemo_vlm_ptq.families import Decoder, ModelFamily
 from nemo_vlm_ptq.formats import QuantFormat, find_format
-from nemo_vlm_ptq.parameter_map.entries import check_coverage, passthrough_names
-from nemo_vlm_ptq.planning.constraints import check_constraints
 from nemo_vlm_ptq.recipe import Recipe
-from nemo_vlm_ptq.sources.nemo2 import is_nemo, open_nemo
 from nemo_vlm_ptq.targets.registry import supported_targets
-
-SOURCE_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,65 +58,3 @@ class Plan:
     def second_moments(self) -> bool:
         """Whether any requested format needs second moments."""
         return any(self.needs_second_moments(fmt) for fmt in self.formats)
-
-
-def make_plan(recipe: Recipe) -> Plan:
-    """Check everything that can be checked without weights.
-
-    Raises:
-        UserError: the first thing that cannot work, with the values that would.
-    """
-    folder = resolve_model_folder(recipe.model)
-    nemo = open_nemo(folder) if is_nemo(folder) else None
-    config = merge_config(read_config(folder) if nemo is None else nemo.config, recipe.config)
-    family = find_family(config, recipe.family)
-    config = merge_config(family.complete_config(folder, config), recipe.config)
-    decoder, vision_shapes = _parse_config(folder, family, config)
-    if nemo is None:
-        tensors = list_tensors(folder, family.name_aliases, family.subfolders)
-    else:
-        tensors, folder = nemo.tensors, nemo.folder
-    decoder_shapes = decoder.shapes(family.parameter_map)
-    expected = decoder_shapes | vision_shapes
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    check_coverage(shapes, expected, family.ignored_tensors, str(folder))
-    copied = passthrough_names(shapes, family.ignored_tensors)
-    _check_dtypes(folder, tensors, [*expected, *copied])
-    dtype: str = recipe.export.dtype
-    if dtype == "auto":
-        dtype = SOURCE_DTYPES[most_common_dtype(tensors[name] for name in decoder_shapes)]
-    plan = Plan(
-        recipe=recipe,
-        folder=folder,
-        config=config,
-        family=family,
-        decoder=decoder,
-        tensors=tensors,
-        vision_names=(*vision_shapes, *copied),
-        dtype=dtype,
-    )
-    check_constraints(plan)
-    return plan
-
-
-def _parse_config(
-    folder: Path, family: ModelFamily, config: dict[str, Any]
-) -> tuple[Decoder, dict[str, tuple[int, ...]]]:
-    """Return the decoder, and names and shapes of tower and projector."""
-    try:
-        return family.decoder(config), family.vision_shapes(config)
-    except UserError:
-        raise
-    except Exception as error:  # transformers' config classes raise all kinds on invalid values
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = " ".join(lines) or type(error).__name__
-        raise UserError(f"{folder}/config.json is invalid: {reason}") from error
-
-
-def _check_dtypes(folder: Path, tensors: dict[str, SourceTensor], names: list[str]) -> None:
-    for name in names:
-        if tensors[name].dtype not in SOURCE_DTYPES:
-            raise UserError(
-                f"{folder}: tensor {name} is {tensors[name].dtype}; a model to quantize must be in "
-                f"{', '.join(SOURCE_DTYPES)}"
-            )
