@@ -1,4 +1,4 @@
-"""Verify finds every kind of damage in a written checkpoint, and nothing in an undamaged one.
+"""Verify finds every type of damage in a written checkpoint, and nothing in an undamaged one.
 
 Damage is done to copies. A signed copy has a manifest that agrees with its damage, so that only a
 check of the content can find it.
