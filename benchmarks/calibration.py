@@ -14,7 +14,7 @@ two by accelerate) and on this package's Megatron-core model; `profile` lists ke
 Every config is warmed up on two layers, then each case runs once, then up to --repeats times within
 --budget, the seconds of the whole command. The report lists medians and numbers of runs. modelopt
 gets a new model for each run; building it and compiling CUDA extensions are not timed. This package
-runs from files to files, as its stages do, in --scratch (default: /dev/shm if it is large enough). Results
+runs from files to files, as its stages do, in --scratch (/dev/shm if large enough). Results
 are appended to --json line by line; --reuse includes those of an earlier command, on the same
 machine and with the same sizes. The report is markdown on stdout, progress is on stderr.
 """
