@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -131,15 +132,14 @@ def _section(sections: Mapping[str, Any], name: str) -> dict[str, Any]:
 def _run_process(recipe: Path) -> None:
     """Run a recipe in processes of its own and forward their log to sys.stderr.
 
-    sys.stderr may be a notebook's, which no subprocess can write to.
+    sys.stderr may be a notebook's, which no subprocess can write to. Carriage returns are kept, so
+    that a progress bar stays on one line.
     """
     command = [sys.executable, "-m", "nemo_vlm_ptq", "run", str(recipe)]
     reason = ""
-    with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, bufsize=1
-    ) as process:
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
-        for line in process.stderr:
+        for line in io.TextIOWrapper(process.stderr, encoding="utf-8", newline=""):
             if line.startswith(ERROR_PREFIX):
                 reason = line.removeprefix(ERROR_PREFIX).rstrip("\n")
             else:

@@ -236,3 +236,21 @@ def nemo_line(tmp_path_factory):
         run_stages(context, (*models.STAGES, "verify"))
     write_checkpoint("quickstart", [f"model={models.TINY_LLAVA}", f"workdir={home}"])
     return home
+
+
+@pytest.fixture
+def set_gpus(monkeypatch):
+    """Return a function that fakes GPUs of the given memory in this machine."""
+    torch = pytest.importorskip("torch")
+
+    def set_gpus(*memory):
+        class Properties:
+            def __init__(self, index):
+                self.total_memory = memory[index]
+
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(memory))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", Properties)
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return set_gpus

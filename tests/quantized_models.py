@@ -1,27 +1,15 @@
 """Small decoders with random weights and scales, quantized in any format and layout."""
 
 import torch
+from encoded_models import DECODER
 
 from nemo_vlm_ptq.calibrate.solve.scales import LinearScales, shard_scales
 from nemo_vlm_ptq.calibrate.statistics import LINEARS
-from nemo_vlm_ptq.families.base import Decoder
 from nemo_vlm_ptq.formats import FORMATS, KV_CACHES
 from nemo_vlm_ptq.megatron.build import build_decoder
 from nemo_vlm_ptq.numerics import weight_amax
 from nemo_vlm_ptq.targets.megatron import quantizers
 
-DECODER = Decoder(
-    hidden=256,
-    ffn=512,
-    layers=2,
-    heads=8,
-    kv_heads=4,
-    head_dim=32,
-    vocab=500,
-    norm_eps=1e-5,
-    rope_theta=1e4,
-    max_positions=256,
-)
 SHAPES = {
     "linear_qkv": (512, 256),
     "linear_proj": (256, 256),

@@ -7,7 +7,7 @@ import models
 import pytest
 
 import nemo_vlm_ptq
-from nemo_vlm_ptq.errors import UserError
+from nemo_vlm_ptq.errors import UserError, VerificationError
 from nemo_vlm_ptq.workdir import store
 
 LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
@@ -94,6 +94,30 @@ def test_ranks_of_torchrun_add_a_format_to_the_work_folder(result, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     store.require_manifest(result.workdir / "int8_wo" / "compressed_tensors", "export")
+
+
+@pytest.mark.parametrize(
+    ("code", "last", "raised"),
+    [
+        (2, "error: no such folder", UserError("no such folder")),
+        (3, "error: logits differ", VerificationError("logits differ")),
+        (1, "error: rank 0 failed", RuntimeError("rank 0 failed")),
+        (7, "no reason", RuntimeError("the run ended with exit code 7")),
+    ],
+)
+def test_the_log_is_forwarded_as_it_is_and_its_error_is_raised(
+    tmp_path, monkeypatch, capsys, code, last, raised
+):
+    bar = "observe: 10%\robserve: 90%\r\n"
+    program = tmp_path / "python"
+    (tmp_path / "log").write_text(f"{bar}nemo-vlm-ptq: {last}\n", newline="")
+    program.write_text(f"#!/bin/sh\ncat {tmp_path}/log >&2; exit {code}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    with pytest.raises(type(raised), match=f"^{raised}$"):
+        nemo_vlm_ptq.quantize(models.TINY_LLAVA, tmp_path / "work", data="scenes")
+    expected = bar if code < 7 else f"{bar}nemo-vlm-ptq: {last}\n"
+    assert capsys.readouterr() == ("", expected)
 
 
 @pytest.mark.parametrize(

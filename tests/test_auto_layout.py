@@ -7,7 +7,7 @@ from nemo_vlm_ptq import commands
 from nemo_vlm_ptq.distributed import launcher
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.planning import forecast
-from nemo_vlm_ptq.planning.auto_layout import Machine, choose_layout, detect_machine, resolve_layout
+from nemo_vlm_ptq.planning.auto_layout import Machine, choose_layout, resolve_layout
 from nemo_vlm_ptq.planning.make_plan import make_plan
 from nemo_vlm_ptq.recipe import Parallel, load_recipe
 
@@ -217,42 +217,6 @@ def test_pipeline_stages_split_the_layers_and_the_fullest_stage_counts(plan_of, 
     embedding = 32064 * 4096 // tensor
     half = (full - 2 * embedding - 4096) // 2 + embedding + 4096  # the last stage has the norm
     assert forecast.rank_parameters(plan, tensor, 2) == half
-
-
-@pytest.fixture
-def set_gpus(monkeypatch):
-    """Return a function that fakes GPUs of the given memory in this machine."""
-    torch = pytest.importorskip("torch")
-
-    def set_gpus(*memory):
-        class Properties:
-            def __init__(self, index):
-                self.total_memory = memory[index]
-
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(memory))
-        monkeypatch.setattr(torch.cuda, "get_device_properties", Properties)
-
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    return set_gpus
-
-
-def test_the_smallest_gpu_of_the_machine_counts(set_gpus):
-    set_gpus()
-    assert detect_machine() == machine(1, None)
-    set_gpus(80, 40, 80)
-    assert detect_machine() == machine(3, 40)
-
-
-@pytest.mark.parametrize("gpus", [4, 1])
-def test_a_rank_counts_all_ranks_and_divides_the_memory_of_a_shared_gpu(
-    set_gpus, monkeypatch, gpus
-):
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    set_gpus(*[80] * gpus)
-    memory = 80 if gpus == 4 else 20
-    assert detect_machine() == machine(8, memory, ranks_per_node=4, started=True)
 
 
 def test_plan_prints_the_layout_and_the_reason(tmp_path, models, set_gpus, capsys):

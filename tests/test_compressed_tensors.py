@@ -23,10 +23,10 @@ from nemo_vlm_ptq.stages import run_stages
 from nemo_vlm_ptq.stages.verify import verify
 from nemo_vlm_ptq.targets.compressed_tensors.config import ignore_patterns
 from nemo_vlm_ptq.targets.compressed_tensors.reader import read_compressed_tensors
-from nemo_vlm_ptq.targets.compressed_tensors.unfolding import unfold
 from nemo_vlm_ptq.targets.registry import TARGETS
 from nemo_vlm_ptq.verify.model_forms import load_reference_model, reference_logits
 from nemo_vlm_ptq.verify.target import TargetVerifier
+from nemo_vlm_ptq.verify.unfolding import unfold
 from nemo_vlm_ptq.workdir import store
 
 TARGET = "compressed_tensors"

@@ -39,15 +39,18 @@ def test_a_recipe_plans_in_every_format_for_a_model_of_its_size(folders, name, f
     assert fmt in describe_plan(plan)
 
 
+@pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("name", MODELS)
-def test_a_former_name_is_resolved_with_one_line(capsys, monkeypatch, name):
+def test_a_former_name_still_plans_with_one_line(folders, capsys, monkeypatch, name, fmt):
     monkeypatch.delenv("RANK", raising=False)
-    for fmt in ("int4_awq", "fp8_pc_pt"):
-        found = load_recipe(f"{name}_{fmt}")
-        expected = load_recipe(name, [f"quantize.format={fmt}", f"workdir=work/{name}_{fmt}"])
-        assert found == expected
-        line = f"recipe {name}_{fmt} is deprecated: use {name} quantize.format={fmt}"
-        assert capsys.readouterr() == ("", f"nemo-vlm-ptq: {line}\n")
+    model = f"model={folders[load_recipe(name).model]}"
+    plan = make_plan(load_recipe(f"{name}_{fmt}", [model, "parallel.tensor=1"]))
+    assert (plan.recipe.quantize.format, plan.recipe.workdir) == ((fmt,), f"work/{name}_{fmt}")
+    targets = [one for one in ("trtllm", "hf") if one in supported_targets(FORMATS[fmt])]
+    assert plan.targets(FORMATS[fmt]) == list(plan.recipe.export.targets) == targets
+    words = f"{name} quantize.format={fmt} export.targets=[{','.join(targets)}]"
+    line = f"recipe {name}_{fmt} is deprecated: use {words}"
+    assert capsys.readouterr() == ("", f"nemo-vlm-ptq: {line}\n")
 
 
 @pytest.mark.parametrize("name", MODELS)

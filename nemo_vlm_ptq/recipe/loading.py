@@ -15,7 +15,9 @@ from pydantic import BaseModel, ValidationError
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.formats import FORMATS
 from nemo_vlm_ptq.recipe.schema import Recipe
+from nemo_vlm_ptq.targets.registry import supported_targets
 
+FORMER_TARGETS = ("trtllm", "hf")  # of recipes named MODEL_FORMAT
 YAML_STR, YAML_MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 
 
@@ -115,10 +117,12 @@ def _resolve_deprecated(name: str) -> tuple[str, list[str]]:
     if former is None or Path(name).is_file():
         return name, []
     model, fmt = former
+    targets = [name for name in FORMER_TARGETS if name in supported_targets(FORMATS[fmt])]
+    implied = [f"quantize.format={fmt}", f"export.targets=[{','.join(targets)}]"]
     if "RANK" not in os.environ:
-        line = f"recipe {name} is deprecated: use {model} quantize.format={fmt}"
+        line = f"recipe {name} is deprecated: use {' '.join([model, *implied])}"
         print(f"nemo-vlm-ptq: {line}", file=sys.stderr)
-    return model, [f"quantize.format={fmt}", f"workdir=work/{name}"]
+    return model, [*implied, f"workdir=work/{name}"]
 
 
 def former_recipe(name: str) -> tuple[str, str] | None:

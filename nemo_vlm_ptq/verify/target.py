@@ -20,10 +20,10 @@ from nemo_vlm_ptq.families.base import Sample
 from nemo_vlm_ptq.formats import KV_CACHES, QuantFormat
 from nemo_vlm_ptq.reference.model import ReferenceModel
 from nemo_vlm_ptq.targets.checking import Check, ExpectedQuantization
-from nemo_vlm_ptq.targets.compressed_tensors.unfolding import Folds, find_folds, unfold
 from nemo_vlm_ptq.targets.registry import TARGETS, load_module
 from nemo_vlm_ptq.verify import tensors as checks
 from nemo_vlm_ptq.verify.model_forms import read_model_form, reference_device, reference_logits
+from nemo_vlm_ptq.verify.unfolding import Folds, find_folds, unfold
 from nemo_vlm_ptq.workdir import store
 
 # Mean distance of logits in units of their standard deviation, float32, activations not quantized.
