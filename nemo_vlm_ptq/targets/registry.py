@@ -23,7 +23,7 @@ def load_module(target: str, part: Literal["writer", "reader", "checks"]) -> Mod
 
     writer: `write(context, fmt, folder) -> StageOutput`.
     reader: `read(folder, plan) -> ReadCheckpoint`, independent of the writer.
-    checks: `check(folder, plan, expected) -> list[Check]`, what the target's own files must say.
+    checks: `check(folder, plan, expected) -> Iterator[Check]`, rules for the target's own files.
     """
     return import_module(f"nemo_vlm_ptq.targets.{TARGETS[target].package}.{part}")
 
