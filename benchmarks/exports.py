@@ -76,7 +76,7 @@ def measure(recipe: str, work: Path, samples: int) -> list[list[str]]:
     distances: dict[tuple[str, str], dict[int, Distance]] = {}
     samples_override = f"calibration.samples={samples}"
     targets = f"export.targets=[{','.join(TARGETS)}]"
-    stages = "import,observe,solve,export,verify"
+    stages = "observe,solve,export,verify"
     run(recipe, work, list(FORMATS), stages, samples_override, targets, "export.tensor=1")
     for tensor in TENSOR_SIZES:
         names = [name for name, fmt in FORMATS.items() if "trtllm" in supported_targets(fmt)]

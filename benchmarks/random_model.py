@@ -3,11 +3,11 @@
     python benchmarks/random_model.py MODEL FOLDER [LAYERS] [--weights-only]
 
 MODEL is a name of tests/families/*.json (llava-1.5-7b-hf, VILA1.5-3b, Phi-3-vision-128k-instruct),
-or llava-34b: LLaVA-1.5 with a decoder of Yi-34B's sizes, which was not published as such. Layout
-and tensor names are the published ones; weights are in bf16, in files of at most 5 GB. LAYERS is
-the number of decoder layers (default: all). Weights are drawn on the GPU if there is one. Tokenizer
-and image processor are copied from the small model of the family in assets/, with image settings
-of the full size; --weights-only omits them.
+or llava-34b and llava-72b: LLaVA-1.5 with decoders of Yi-34B's and of a 72B Llama's sizes, which
+were not published as such. Layout and tensor names are the published ones; weights are in bf16, in
+files of at most 5 GB. LAYERS is the number of decoder layers (default: all). Weights are drawn on
+the GPU if there is one. Tokenizer and image processor are copied from the small model of the family
+in assets/, with image settings of the full size; --weights-only omits them.
 """
 
 from __future__ import annotations
@@ -41,6 +41,14 @@ YI_34B = {
     "num_key_value_heads": 8,
     "vocab_size": 64000,
 }
+LLAMA_72B = {
+    "hidden_size": 8192,
+    "intermediate_size": 29568,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 152064,
+}
 MAX_FILE_BYTES = 5e9  # the file size at which transformers sharded the published checkpoints
 PHI_CROPS = 16  # num_crops of the published Phi-3-vision
 WEIGHT_STD = 0.02
@@ -59,6 +67,8 @@ def published_config(model: str) -> dict[str, Any]:
         known |= read_json(path)["models"]
     known["llava-34b"] = copy.deepcopy(known["llava-1.5-7b-hf"])
     known["llava-34b"]["config"]["text_config"] |= YI_34B
+    known["llava-72b"] = copy.deepcopy(known["llava-1.5-7b-hf"])
+    known["llava-72b"]["config"]["text_config"] |= LLAMA_72B
     if model not in known:
         raise SystemExit(f"unknown model {model!r}; supported: {', '.join(known)}")
     return known[model]["config"]

@@ -1,14 +1,16 @@
 """Measure all stages in every parallel layout of the GPUs of one host.
 
     python benchmarks/scaling.py [--models NAME ...] [--points TPxPPxDP ...] [--json FILE]
-                                 [--samples 512] [--repeats 3] [--budget SECONDS] [--profile]
-                                 [--layers N] [--scratch DIR] [--plot FILE.png]
+                                 [--samples 512] [--window N] [--keep-statistics] [--repeats 3]
+                                 [--budget SECONDS] [--profile] [--layers N] [--scratch DIR]
+                                 [--plot FILE.png]
 
 Models are folders, or names of random_model.py with random weights (default: LLaVA-1.5-7B and 13B
 and a LLaVA with Yi-34B's decoder). Samples are the built-in scenes, one image each. For each layout
-the ranks are started, warm up on a few layers, and then run up to --repeats times: import, observe
-with maxima (fp8), observe with second moments and solve (int4_awq), and export to TensorRT-LLM at
-TP 2, as the commands do. Default layouts are data, tensor and pipeline parallelism alone and
+the ranks are started, warm up on a few layers, and then run up to --repeats times: observe and
+solve from maxima (fp8), observe and solve with a search (int4_awq), and export to
+compressed_tensors, as the commands do. --window and --keep-statistics set calibration.window and
+calibration.keep_statistics. Default layouts are data, tensor and pipeline parallelism alone and
 combined, on 1, 2, 4 and 8 GPUs as available; without a GPU, on one and two CPU ranks. --profile
 lists the kernels of the last layout. Results are appended to --json line by line; lines of earlier
 commands on the same kind of machine are included in the report. Files are written to --scratch
@@ -37,9 +39,8 @@ from scaling_report import make_report, save_plot
 
 from nemo_vlm_ptq.distributed.layout import Layout
 from nemo_vlm_ptq.errors import UserError
-from nemo_vlm_ptq.planning.auto_layout import GPU_MEMORY_FRACTION
-from nemo_vlm_ptq.planning.forecast import observe_bytes
 from nemo_vlm_ptq.planning.make_plan import make_plan
+from nemo_vlm_ptq.planning.windows import MEMORY_FRACTION, window_bytes
 from nemo_vlm_ptq.recipe import load_recipe
 from nemo_vlm_ptq.workdir.store import write_json
 
@@ -92,8 +93,8 @@ class Model:
     warm_up_folder: Path
     recipe: Path
 
-    def required_bytes(self, layout: Layout) -> int:
-        """Return the forecast of the memory that observe needs per rank, for all phases' formats.
+    def required_bytes(self, layout: Layout, window: str) -> int:
+        """Return the forecast of the least memory of a rank in observe, for all phases' formats.
 
         Raises:
             UserError: the model does not support the layout, or a format does not fit the model.
@@ -102,7 +103,8 @@ class Model:
         overrides = [f"parallel.{key}={size}" for key, size in asdict(layout).items()]
         overrides.append(f"quantize.format=[{formats}]")
         plan = make_plan(load_recipe(str(self.recipe), overrides))
-        return observe_bytes(plan, layout.tensor, layout.pipeline)
+        size = 1 if window == "auto" else int(window)
+        return window_bytes(plan, layout.tensor, layout.pipeline, size)
 
 
 def make_model(name: str, parent: Path, layers: int | None, warm_up_layers: int) -> Model:
@@ -127,7 +129,7 @@ def make_model(name: str, parent: Path, layers: int | None, warm_up_layers: int)
         "model": str(folder),
         "workdir": str(parent / "work"),
         "calibration": {"data": "scenes", "micro_batch": MICRO_BATCH},
-        "export": {"targets": ["trtllm"], "tensor": 2},
+        "export": {"targets": ["compressed_tensors"]},
     }
     write_json(recipe_path, recipe)
     return Model(name=folder.name, folder=folder, warm_up_folder=warm_up_folder, recipe=recipe_path)
@@ -158,18 +160,18 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def rejection_reason(model: Model, layout: Layout) -> str:
+def rejection_reason(model: Model, layout: Layout, window: str) -> str:
     """Return why a layout cannot be measured here; "" if it can."""
     gpus = torch.cuda.device_count()
     if gpus and layout.world_size > gpus:
         return f"needs {layout.world_size} GPUs, got {gpus}"
     try:
-        required = model.required_bytes(layout)
+        required = model.required_bytes(layout, window)
     except UserError as error:
         return str(error)
     if gpus:
         memory = min(torch.cuda.get_device_properties(i).total_memory for i in range(gpus))
-        if required > GPU_MEMORY_FRACTION * memory:
+        if required > MEMORY_FRACTION * memory:
             return f"needs {required / 1e9:.1f} GB per rank, a GPU has {memory / 1e9:.1f} GB"
     return ""
 
@@ -200,7 +202,7 @@ def run_model(
     model: Model, layouts: Sequence[Layout], task: dict[str, Any], parent: Path, end: float
 ) -> dict[str, str]:
     """Measure every supported layout until `end`; return skipped layout -> reason."""
-    reasons = {layout: rejection_reason(model, layout) for layout in layouts}
+    reasons = {layout: rejection_reason(model, layout, task["window"]) for layout in layouts}
     skipped = {layout_key(layout): reason for layout, reason in reasons.items() if reason}
     selected = [layout for layout, reason in reasons.items() if not reason]
     for index, layout in enumerate(selected):
@@ -225,6 +227,8 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--samples", type=int, default=512)
+    parser.add_argument("--window", default="auto", metavar="N", help="layers at a time")
+    parser.add_argument("--keep-statistics", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--budget", type=float, default=UNLIMITED_SECONDS, metavar="SECONDS")
     parser.add_argument("--layers", type=int, metavar="N")
@@ -246,6 +250,8 @@ def main() -> None:
         results = args.json or parent / "results.json"
         task = {
             "samples": args.samples,
+            "window": args.window,
+            "keep_statistics": args.keep_statistics,
             "repeats": args.repeats,
             "profile": args.profile,
             "layers": args.layers,

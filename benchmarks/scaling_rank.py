@@ -71,15 +71,15 @@ class Phase:
     folders: tuple[str, ...]
 
 
+EXPORT_FOLDER = "int4_awq/compressed_tensors"
 PHASES = {
-    "import": Phase(format="int4_awq", stages=("import",), folders=("megatron",)),
-    "observe": Phase(format="fp8", stages=("observe",), folders=("statistics",)),
-    "calibrate": Phase(
-        format="int4_awq",
-        stages=("observe", "solve"),
-        folders=("statistics", "int4_awq/scales", "int4_awq/quantized"),
+    "maxima": Phase(
+        format="fp8", stages=("observe", "solve"), folders=("statistics", "fp8/scales")
     ),
-    "export": Phase(format="int4_awq", stages=("export",), folders=("int4_awq/trtllm",)),
+    "search": Phase(
+        format="int4_awq", stages=("observe", "solve"), folders=("statistics", "int4_awq/scales")
+    ),
+    "export": Phase(format="int4_awq", stages=("export",), folders=(EXPORT_FOLDER,)),
 }
 
 
@@ -94,7 +94,12 @@ class LayoutBenchmark:
 
     def __init__(self, parallel: Any, task: Mapping[str, Any], model: str, samples: int) -> None:
         self.parallel, self.task = parallel, task
-        self.overrides = [f"model={model}", f"calibration.samples={samples}"]
+        self.overrides = [
+            f"model={model}",
+            f"calibration.samples={samples}",
+            f"calibration.window={task['window']}",
+            f"calibration.keep_statistics={task['keep_statistics']}",
+        ]
         self.workdir = Path(task["workdir"])
         self.is_gpu = parallel.device.type == "cuda"
 
@@ -105,18 +110,21 @@ class LayoutBenchmark:
             shutil.rmtree(self.workdir / name, ignore_errors=True)
         self.parallel.barrier()
 
-    def run_stages(self, fmt: str, stages: tuple[str, ...]) -> Any:
-        """Run stages for a format, as the command does; return the plan."""
-        from nemo_vlm_ptq.context import RunContext
+    def plan(self, fmt: str) -> Any:
+        """Return the plan of a format on these ranks."""
         from nemo_vlm_ptq.planning.make_plan import make_plan
         from nemo_vlm_ptq.recipe import load_recipe
-        from nemo_vlm_ptq.stages import run_stages
 
         overrides = [*self.overrides, f"workdir={self.workdir}", f"quantize.format={fmt}"]
         overrides += [f"parallel.{key}={size}" for key, size in self.task["parallel"].items()]
-        plan = make_plan(load_recipe(self.task["recipe"], overrides))
+        return make_plan(load_recipe(self.task["recipe"], overrides))
+
+    def run_stages(self, plan: Any, stages: tuple[str, ...]) -> None:
+        """Run stages of a plan, as the command does."""
+        from nemo_vlm_ptq.context import RunContext
+        from nemo_vlm_ptq.stages import run_stages
+
         run_stages(RunContext(plan=plan, parallel=self.parallel), stages)
-        return plan
 
     def run_phase(self, name: str) -> dict[str, Any]:
         """Run a phase once.
@@ -126,48 +134,51 @@ class LayoutBenchmark:
             wall: wall time of the phase in seconds.
             peak: peak GPU memory of each rank in bytes.
             sent: operation -> bytes sent, of each rank.
-            passes, forecast: passes over the data, and the memory forecast; if observe runs.
+            windows, forecast: windows of a stage, and the memory forecast; if observe runs.
         """
         phase = PHASES[name]
+        plan = self.plan(phase.format)
+        result = {}
         if "observe" in phase.stages:
             self.remove("statistics")
+            result = self.forecast(plan)
         SENT_BYTES.clear()
         if self.is_gpu:
             torch.cuda.reset_peak_memory_stats()
         start = time.monotonic()
-        plan = self.run_stages(phase.format, phase.stages)
+        self.run_stages(plan, phase.stages)
         self.parallel.barrier()
         wall, sent = time.monotonic() - start, dict(SENT_BYTES)
         peak = torch.cuda.max_memory_allocated() if self.is_gpu else 0
-        facts = {
-            folder: json.loads((self.workdir / folder / "manifest.json").read_text())["facts"]
-            for folder in phase.folders
-        }
-        result = {
-            "seconds": {folder: facts[folder]["seconds"] for folder in phase.folders},
+        manifests = {folder: self.workdir / folder / "manifest.json" for folder in phase.folders}
+        return result | {
+            "seconds": {
+                folder: json.loads(path.read_text())["facts"]["seconds"]
+                for folder, path in manifests.items()
+            },
             "wall": wall,
             "peak": self.parallel.all_gather(peak),
             "sent": self.parallel.all_gather(sent),
         }
-        if "statistics" in facts:
-            result |= self.forecast(plan, facts["statistics"]["passes"])
-        return result
 
-    def forecast(self, plan: Any, passes: int) -> dict[str, int]:
-        """Return the plan's forecast of a rank's memory in bytes for this number of passes."""
-        from nemo_vlm_ptq.planning.forecast import observe_bytes, observe_bytes_with_passes
+    def forecast(self, plan: Any) -> dict[str, int]:
+        """Return the windows of a stage, and the plan's forecast of a rank's memory in bytes."""
+        from nemo_vlm_ptq.megatron.parallel_context import free_memory
+        from nemo_vlm_ptq.planning.windows import plan_windows
 
-        sizes = self.task["parallel"]["tensor"], self.task["parallel"]["pipeline"]
-        forecast = observe_bytes(plan, *sizes)
-        if plan.second_moments:
-            forecast = observe_bytes_with_passes(plan, *sizes, passes)
-        return {"passes": passes, "forecast": forecast}
+        layout = self.parallel.layout
+        memory = min(self.parallel.all_gather(free_memory(self.parallel.device)))
+        windows = plan_windows(plan, layout.tensor, layout.pipeline, layout.data, memory)
+        return {
+            "windows": windows.count,
+            "forecast": windows.device_bytes + windows.states_on_device,
+        }
 
     def run(self) -> dict[str, Any]:
         """Run all phases once in an empty work folder."""
         self.remove()
         result: dict[str, Any] = {"phases": {name: self.run_phase(name) for name in PHASES}}
-        manifest = json.loads((self.workdir / "int4_awq/trtllm/manifest.json").read_text())
+        manifest = json.loads((self.workdir / EXPORT_FOLDER / "manifest.json").read_text())
         result["sha256"] = {
             name: file["sha256"]
             for name, file in manifest["files"].items()
@@ -178,7 +189,7 @@ class LayoutBenchmark:
     def write(self, result: Mapping[str, Any]) -> None:
         """Append a line to the results file, on rank 0."""
         if self.parallel.rank == 0:
-            keys = ("name", "machine", "layers", "samples", "layout")
+            keys = ("name", "machine", "layers", "samples", "window", "layout")
             line = {key: self.task[key] for key in keys} | dict(result)
             with Path(self.task["results"]).open("a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -189,8 +200,9 @@ class LayoutBenchmark:
 
         self.remove("statistics")
         self.remove("int4_awq")
-        phase = PHASES["calibrate"]
-        return profile(lambda: self.run_stages(phase.format, phase.stages), self.parallel.device)
+        phase = PHASES["search"]
+        plan = self.plan(phase.format)
+        return profile(lambda: self.run_stages(plan, phase.stages), self.parallel.device)
 
 
 def main() -> None:

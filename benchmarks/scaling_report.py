@@ -8,18 +8,16 @@ from pathlib import Path
 from typing import Any
 
 PHASE_TITLES = {
-    "import": "import",
-    "observe": "observe, maxima",
-    "calibrate": "observe, second moments, and solve",
+    "maxima": "observe and solve, fp8",
+    "search": "observe and solve, int4_awq",
     "export": "export",
 }
-CALIBRATE_FOLDERS = {  # stage folder of the phase calibrate -> column
+SEARCH_FOLDERS = {  # stage folder of the phase search -> column
     "statistics": "of which observe",
     "int4_awq/scales": "solve after observe",
-    "int4_awq/quantized": "Megatron checkpoint",
 }
-REMAINDER = "hashing and other"
-COLORS = ("#B8B8B8", "#9CC3E6", "#2E75B6", "#1B3F66", "#F2B36B", "#DCD2C4", "#8FBF7F")
+REMAINDER = "start and hashing"
+COLORS = ("#9CC3E6", "#2E75B6", "#8FBF7F")
 
 Lines = Sequence[Mapping[str, Any]]
 
@@ -44,7 +42,7 @@ class LayoutResults:
 
     def remaining_seconds(self, phase: str) -> float:
         """Return the wall time of a phase that is not in the seconds of its folders."""
-        folders = sum(self.folder_seconds(phase, folder) for folder in CALIBRATE_FOLDERS)
+        folders = sum(self.folder_seconds(phase, folder) for folder in SEARCH_FOLDERS)
         return self.wall_seconds(phase) - folders
 
     def peak_gigabytes(self, phase: str) -> list[float]:
@@ -68,15 +66,9 @@ class LayoutResults:
 
 
 PLOTTED: dict[str, Callable[[LayoutResults], float]] = {
-    "import": lambda results: results.wall_seconds("import"),
-    "observe, maxima": lambda results: results.wall_seconds("observe"),
-    "observe, second moments": lambda results: results.folder_seconds("calibrate", "statistics"),
-    "solve after observe": lambda results: results.folder_seconds("calibrate", "int4_awq/scales"),
-    "Megatron checkpoint": lambda results: results.folder_seconds(
-        "calibrate", "int4_awq/quantized"
-    ),
-    REMAINDER: lambda results: results.remaining_seconds("calibrate"),
-    "export, TP 2": lambda results: results.wall_seconds("export"),
+    "observe and solve, fp8": lambda results: results.wall_seconds("maxima"),
+    "observe and solve, int4_awq": lambda results: results.wall_seconds("search"),
+    "export, int4_awq": lambda results: results.wall_seconds("export"),
 }
 
 
@@ -111,18 +103,18 @@ def seconds_table(layouts: Sequence[LayoutResults]) -> list[str]:
         cells = [results.name, str(results.world_size), str(len(results.runs))]
         for phase in PHASE_TITLES:
             cells.append(f"{results.wall_seconds(phase):.2f}")
-            if phase in ("observe", "calibrate"):
+            if phase in ("maxima", "search"):
                 speedup = base.wall_seconds(phase) / results.wall_seconds(phase)
                 efficiency = 100 * speedup * base.world_size / results.world_size
                 cells.append(f"{speedup:.2f} x ({efficiency:.0f} %)")
-            if phase == "calibrate":
+            if phase == "search":
                 cells += [
-                    f"{results.folder_seconds(phase, folder):.2f}" for folder in CALIBRATE_FOLDERS
+                    f"{results.folder_seconds(phase, folder):.2f}" for folder in SEARCH_FOLDERS
                 ]
                 cells.append(f"{results.remaining_seconds(phase):.2f}")
         rows.append(cells)
-    head = ["layout", "ranks", "runs", PHASE_TITLES["import"], PHASE_TITLES["observe"], "speedup"]
-    head += [PHASE_TITLES["calibrate"], "speedup", *CALIBRATE_FOLDERS.values(), REMAINDER]
+    head = ["layout", "ranks", "runs", PHASE_TITLES["maxima"], "speedup"]
+    head += [PHASE_TITLES["search"], "speedup", *SEARCH_FOLDERS.values(), REMAINDER]
     head.append(PHASE_TITLES["export"])
     note = "Median seconds; speedup over the first row, parallel efficiency in parentheses."
     return [note, "", *markdown_table(head, rows)]
@@ -130,20 +122,21 @@ def seconds_table(layouts: Sequence[LayoutResults]) -> list[str]:
 
 def memory_table(layouts: Sequence[LayoutResults]) -> list[str]:
     """Return the peak GPU memory and the plan's forecast."""
-    if not any(layouts[0].peak_gigabytes("observe")):
+    if not any(layouts[0].peak_gigabytes("search")):
         return []
     rows = []
     for results in layouts:
         phases = results.runs[-1]["phases"]
-        cells = [results.name, str(phases["calibrate"]["passes"])]
-        for phase in ("observe", "calibrate"):
+        cells = [results.name]
+        for phase in ("maxima", "search"):
+            cells.append(str(phases[phase]["windows"]))
             peaks, forecast = results.peak_gigabytes(phase), phases[phase]["forecast"] / 1e9
             cells += [" / ".join(f"{peak:.1f}" for peak in peaks), f"{forecast:.1f}"]
             cells.append(f"{100 * (forecast / max(peaks) - 1):+.0f} %")
         rows.append(cells)
-    head = ["layout", "passes for second moments"]
-    for phase in ("maxima", "second moments"):
-        head += [f"{phase}: peak of each rank", "forecast", "error of the forecast"]
+    head = ["layout"]
+    for fmt in ("fp8", "int4_awq"):
+        head += [f"{fmt}: windows", "peak of each rank", "forecast", "error of the forecast"]
     return ["GPU memory, GB:", "", *markdown_table(head, rows)]
 
 
@@ -196,7 +189,8 @@ def make_report(lines: Lines, skipped: Mapping[str, Mapping[str, str]]) -> str:
     for name, layouts in group_by_model(lines).items():
         setup = layouts[0].runs[0]
         text += [f"## {name}", ""]
-        workload = f"{setup['samples']} samples, layers: {setup['layers'] or 'all'}"
+        workload = f"{setup['samples']} samples, layers: {setup['layers'] or 'all'}, window: "
+        workload += setup["window"]
         text += [f"{setup['machine']}; {workload}.", ""]
         text += seconds_table(layouts)
         text += [*memory_table(layouts), *traffic_table(layouts), *hashes_table(layouts)]
@@ -207,7 +201,7 @@ def make_report(lines: Lines, skipped: Mapping[str, Mapping[str, str]]) -> str:
 
 
 def save_plot(lines: Lines, path: Path) -> None:
-    """Plot the seconds of the stages in each layout, and the speedup of the phase calibrate."""
+    """Plot the seconds of the stages in each layout, and the speedup of the search."""
     from matplotlib.figure import Figure
 
     models = group_by_model(lines)
@@ -223,13 +217,13 @@ def save_plot(lines: Lines, path: Path) -> None:
             axes.barh(range(len(layouts)), widths, 0.7, ends, label=label, color=color)
             ends = [sum(pair) for pair in zip(ends, widths, strict=True)]
         for row, (results, end) in enumerate(zip(layouts, ends, strict=True)):
-            speedup = base.wall_seconds("calibrate") / results.wall_seconds("calibrate")
+            speedup = base.wall_seconds("search") / results.wall_seconds("search")
             if results is not base:
                 axes.text(end, row, f" {speedup:.2f} x", va="center", fontsize=9)
         axes.set_yticks(range(len(layouts)), [results.short_name for results in layouts])
         axes.set_title(name, loc="left")
         axes.invert_yaxis()
         axes.spines[["top", "right"]].set_visible(False)
-    panels[-1].set_xlabel("seconds; x: speedup of observe, second moments, and solve")
+    panels[-1].set_xlabel("seconds; x: speedup of observe and solve with a search")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=150)

@@ -87,7 +87,7 @@ for name in input output; do
     [[ ${given[$name]} =~ ^[1-9][0-9]*$ ]] || fail "--$name must be a positive integer, got ${given[$name]}"
 done
 
-stages="import, observe, solve, export, verify" form=export data=
+stages="observe, solve, export, verify" form=export data=
 for task in ${given[tasks]//,/ }; do
     [[ $task =~ ^(quant|build|gqa)$ ]] || fail "--tasks must be a list of quant, build, gqa, got $task: $lm"
 done

@@ -90,6 +90,7 @@ def quantize(
 def read_result(recipe: Recipe) -> QuantizeResult:
     """Return what lies in a recipe's work folder."""
     from nemo_vlm_ptq.constants import BASELINE
+    from nemo_vlm_ptq.targets.registry import TARGETS
     from nemo_vlm_ptq.workdir import store
 
     workdir = Path(recipe.workdir)
@@ -97,7 +98,8 @@ def read_result(recipe: Recipe) -> QuantizeResult:
     errors: list[dict[str, Any]] = []
     verify, scores = {}, {}
     for name in recipe.quantize.format:
-        folders = {target: workdir / name / target for target in recipe.export.targets}
+        targets = recipe.export.targets
+        folders = {target: workdir / name / TARGETS[target].folder for target in targets}
         exports[name] = {
             target: folder
             for target, folder in folders.items()

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from pathlib import Path
 
 from nemo_vlm_ptq.constants import STAGE_GROUPS, STAGES
@@ -35,9 +36,20 @@ you can fix, 3 verification or a quality gate failed. --debug prints the traceba
 """
 
 
+def entry() -> None:
+    """Run `main` and end the process at once: destructors of a run take seconds."""
+    try:
+        main()
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
 def main() -> None:
     """Run the command line of `nemo-vlm-ptq` and `python -m nemo_vlm_ptq`."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is for its own loaders
+    _silence_packages()
     gc.disable()  # until the stages run: collections take a fifth of the import time of packages
     words = sys.argv[1:]
     if not words or words[0] == "help" or {"-h", "--help"} & set(words):
@@ -55,13 +67,30 @@ def main() -> None:
         if arguments.debug:
             traceback.print_exc()
         sys.exit(_report(error))
-    except KeyboardInterrupt:  # reported by the process that started the ranks
-        sys.exit(128 + signal.SIGINT)
+    except KeyboardInterrupt:
+        from nemo_vlm_ptq.distributed.launcher import report_stop, started_by_us
+
+        code = 128 + signal.SIGINT
+        sys.exit(code if started_by_us() else report_stop(signal.SIGINT))
     except RuntimeError as error:
         from nemo_vlm_ptq.distributed.launcher import wait_for_launcher
 
         wait_for_launcher(error)
         raise
+
+
+def _silence_packages() -> None:
+    """Suppress warnings of packages that are for their own callers, unless the user asks for them.
+
+    Also let torch's allocator grow its segments, so that freed memory serves tensors of any size.
+    The ranks that this process starts inherit the environment.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if not sys.warnoptions:
+        os.environ["PYTHONWARNINGS"] = "ignore"
+        warnings.simplefilter("ignore")
 
 
 def parse(words: list[str]) -> argparse.Namespace:

@@ -1,7 +1,7 @@
 """Run one command of a recipe: plan it, then run it on ranks.
 
-Outside of ranks the recipe is planned first, so that what cannot work is rejected in seconds, and
-the recipe's ranks are started on this machine. Inside ranks the stages run.
+Outside of ranks the recipe is planned first, so that what cannot work is rejected in seconds. Then
+its ranks are started on this machine; a single rank is this process. Inside ranks the stages run.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,16 +57,16 @@ def run_command(
     options = [word for word in overrides if word.split("=")[0] in LOGITS_OPTIONS]
     recipe = load_recipe(recipe_name, [word for word in overrides if word not in options])
     logits_options = _parse_logits_options(command, options)
-    with _failures_recorded(command, recipe):
+    inside = launcher.inside_ranks()
+    with _failures_recorded(command, recipe) if inside else nullcontext():
         plan = _prepare(command, recipe, logits_options, dry_run=dry_run)
         if command == "plan" or dry_run:
             return _print_plan(command, plan, as_json=as_json)
         plan, _ = _resolve_layout(command, plan)
-        if not launcher.inside_ranks():
-            return _start_ranks(plan)
-        from nemo_vlm_ptq.stages.worker import run_worker
-
-        return run_worker(command, plan, logits_options)
+        if inside:
+            return _run_rank(command, plan, logits_options)
+    ranks = _rank_count(plan.recipe.parallel)
+    return _start_ranks(plan, ranks) if ranks > 1 else _run_here(command, plan, logits_options)
 
 
 def _prepare(
@@ -91,7 +91,8 @@ def _prepare(
 
 def _print_plan(command: str, plan: Plan, *, as_json: bool) -> int:
     """Print the commands of `build --dry-run`, or the plan as text or JSON."""
-    from nemo_vlm_ptq.planning.forecast import describe_plan
+    from nemo_vlm_ptq.planning.auto_layout import detect_machine
+    from nemo_vlm_ptq.planning.describe import describe_plan
     from nemo_vlm_ptq.targets.trtllm.engine.commands import build_script
 
     workdir = Path(plan.recipe.workdir)
@@ -106,7 +107,9 @@ def _print_plan(command: str, plan: Plan, *, as_json: bool) -> int:
         print(json.dumps(_plan_facts(plan), indent=1))
         return 0
     plan, reason = _resolve_layout(command, plan)
-    print(describe_plan(plan, reason))
+    ranks = _rank_count(plan.recipe.parallel)
+    data = ranks // (int(plan.recipe.parallel.tensor) * int(plan.recipe.parallel.pipeline))
+    print(describe_plan(plan, detect_machine().gpu_memory, data, reason))
     return 0
 
 
@@ -123,11 +126,27 @@ def _resolve_layout(command: str, plan: Plan) -> tuple[Plan, str]:
     return plan, reason
 
 
-def _start_ranks(plan: Plan) -> int:
+def _run_rank(command: str, plan: Plan, logits_options: dict[str, str]) -> int:
+    from nemo_vlm_ptq.stages.worker import run_worker  # slow to import
+
+    return run_worker(command, plan, logits_options)
+
+
+def _run_here(command: str, plan: Plan, logits_options: dict[str, str]) -> int:
+    """Run the only rank in this process."""
+
+    def run() -> int:
+        with _failures_recorded(command, plan.recipe):
+            return _run_rank(command, plan, logits_options)
+
+    return launcher.run_here(run, Path(plan.recipe.workdir))
+
+
+def _start_ranks(plan: Plan, ranks: int) -> int:
     parallel = plan.recipe.parallel
     layout = [f"parallel.tensor={parallel.tensor}", f"parallel.pipeline={parallel.pipeline}"]
     arguments = [*sys.argv[1:], *layout]
-    return launcher.start_ranks(_rank_count(parallel), arguments, Path(plan.recipe.workdir))
+    return launcher.start_ranks(ranks, arguments, Path(plan.recipe.workdir))
 
 
 def _rank_count(parallel: Parallel) -> int:
@@ -154,8 +173,9 @@ def _failures_recorded(command: str, recipe: Recipe) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if launcher.inside_ranks() and not launcher.lost_peer(error):
-            record_failure(Path(recipe.workdir), command, os.environ["RANK"], error)
+        if not launcher.lost_peer(error):
+            rank = os.environ.get("RANK", "0")
+            record_failure(Path(recipe.workdir), command, rank, error)
         raise
 
 

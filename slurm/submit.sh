@@ -5,7 +5,9 @@
 #
 #   observe -> solve_export (a task per format) -> build (a task per format) -> evaluate -> report
 #
-# Jobs without a stage in the recipe are omitted. Settings of the cluster come from slurm/site.env.
+# The formats are solved side by side, from the statistics that observe writes. Jobs without a stage in
+# the recipe are omitted; import, if the recipe names it, belongs to observe. Settings of the cluster
+# come from slurm/site.env.
 # --dry-run prints the commands as a script and submits nothing; it does not need Slurm. Logs and job
 # ids are in WORKDIR/slurm; `nemo-vlm-ptq status WORKDIR` shows the progress. Exit code 2: invalid
 # input, described in one line; nothing is submitted. Sets up .venv first.

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from nemo_vlm_ptq.calibrate import kernels
+from nemo_vlm_ptq.calibrate.input_moment import InputMoment, diagonal_blocks
 from nemo_vlm_ptq.calibrate.losses import group_amax
+from nemo_vlm_ptq.calibrate.sketch import (
+    SKETCH_UNIT,
+    accumulate_sketch,
+    assign_tokens,
+    block_features,
+)
 from nemo_vlm_ptq.calibrate.solve.clipping import CLIP_RATIOS, clip_amax
 from nemo_vlm_ptq.calibrate.solve.fake_quantize import fake_quantize_weight
 from nemo_vlm_ptq.calibrate.solve.scales import divide_by_pre_quant_scale, round_amax
@@ -18,6 +25,7 @@ from nemo_vlm_ptq.calibrate.solve.search import (
     sample_rows,
 )
 from nemo_vlm_ptq.formats import FORMATS
+from nemo_vlm_ptq.megatron import kernels as model_kernels
 
 INTERPRETED = not torch.cuda.is_available()
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -31,9 +39,10 @@ def random_tensor(*shape, dtype=torch.float32, seed=0):
     return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
 
 
-def random_second_moment(width):
+def random_moment(width):
     x = random_tensor(512, width, seed=3) * random_tensor(width, seed=4).exp()
-    return x.T @ x / 512
+    whole = x.T @ x / 512
+    return InputMoment(whole_KK=whole, blocks_Ggg=diagonal_blocks(whole, block_features(width)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -69,6 +78,20 @@ def test_add_rounded_rounds_products_as_torch_does(magnitude):
     assert torch.equal(total, expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [8, 700])
+def test_signed_rows_are_those_of_eager_pytorch(width, dtype):
+    cpu, ids = torch.device("cpu"), [f"sample {i}" for i in range(3)]
+    modality = torch.arange(3 * 50).reshape(3, 50).remainder(3).to(torch.int8)
+    x = random_tensor(150, width, dtype=dtype)
+    expected = torch.ones(2 * 16, width, dtype=torch.float64)
+    found = expected.to(DEVICE)
+    accumulate_sketch(expected, x.cpu(), assign_tokens(ids, modality, 16, cpu))
+    tokens = assign_tokens(ids, modality, 16, torch.device(DEVICE))
+    kernels.add_signed_rows(found, x, tokens.order, tokens.starts, tokens.signs, 1 / SKETCH_UNIT)
+    assert torch.equal(found.cpu(), expected)
+
+
 @pytest.mark.parametrize("dtype", ROUNDED_DTYPES)
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("name", ["fp8", "fp8_pc_pt", "int8_sq", "int4_awq", "w4a8_awq"])
@@ -100,11 +123,12 @@ def test_weight_delta_is_the_fake_quantized_weight_minus_the_weight(name, scaled
 @pytest.mark.parametrize("dtype", ROUNDED_DTYPES)
 def test_clip_candidates_have_the_least_cost_in_each_group(dtype, group_size):
     weight, width = random_tensor(70, 256, dtype=dtype), 256
-    second_moment = random_second_moment(width)
+    moment = random_moment(width)
+    second_moment = moment.whole_KK
     scale = random_tensor(width, seed=2).exp().to(dtype).float()
     ratios = torch.tensor(CLIP_RATIOS, device=DEVICE)
     plain, found = kernels.clip_candidates(
-        weight, scale[None], second_moment, ratios, "int4", group_size
+        weight, scale[None], moment.blocks_Ggg, ratios, "int4", group_size
     )[0]
     smooth, fmt = divide_by_pre_quant_scale(weight, scale), FORMATS["int4_awq"]
     candidates = round_amax(group_amax(smooth, group_size) * ratios[:, None, None], dtype)
@@ -127,16 +151,41 @@ def test_clip_candidates_have_the_least_cost_in_each_group(dtype, group_size):
 @pytest.mark.parametrize("name", ["int4_awq", "w4a8_awq"])
 def test_batched_losses_equal_those_of_single_candidates(name):
     weight, width, fmt = random_tensor(90, 256, dtype=torch.float16), 256, FORMATS[name]
-    second_moment = random_second_moment(width)
+    moment = random_moment(width)
+    on_cpu = InputMoment(whole_KK=moment.whole_KK.cpu(), blocks_Ggg=moment.blocks_Ggg.cpu())
     scales = random_tensor(3, width, seed=2).exp().half().float()
     sample = sample_rows(weight, 32, 64)
-    found = _clipped_losses_batched(sample, second_moment, fmt, 32, scales)
+    found = _clipped_losses_batched(sample, moment, fmt, 32, scales)
     for scale, loss in zip(scales, found, strict=True):
-        clipped = clip_amax(sample.weight_NK.cpu(), scale.cpu(), second_moment.cpu(), fmt, 32).to(
-            DEVICE
-        )
+        clipped = clip_amax(sample.weight_NK.cpu(), scale.cpu(), on_cpu, fmt, 32).to(DEVICE)
         expected = min(
-            candidate_loss(sample, second_moment, fmt, 32, scale, amax=amax)
-            for amax in (None, clipped)
+            candidate_loss(sample, moment, fmt, 32, scale, amax=amax) for amax in (None, clipped)
         )
         torch.testing.assert_close(loss, expected, rtol=1e-3, atol=0)
+
+
+def eager_rotation(x, freqs):
+    """Return the rotation of the two halves of each head, rounded after every operation."""
+    cos, sin = torch.cos(freqs).to(x.dtype), torch.sin(freqs).to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos) + (torch.cat((-second, first), dim=-1) * sin)
+
+
+@pytest.mark.parametrize("dtype", ROUNDED_DTYPES)
+@pytest.mark.parametrize(("heads", "dim"), [(3, 8), (20, 96), (4, 128)])
+def test_rotation_equals_eager_pytorch(heads, dim, dtype):
+    S, B = 5, 2
+    mixed = random_tensor(S, B, heads, 3 * dim, dtype=dtype)
+    x, freqs = mixed[..., dim : 2 * dim], random_tensor(S, 1, 1, dim, seed=1)
+    cos, sin = (f(freqs.flatten(0, 2)).to(dtype).contiguous() for f in (torch.cos, torch.sin))
+    assert torch.equal(model_kernels.rotate(x, cos, sin), eager_rotation(x, freqs))
+
+
+@pytest.mark.parametrize("dtype", ROUNDED_DTYPES)
+@pytest.mark.parametrize("width", [8, 1500])
+def test_gated_silu_equals_eager_pytorch_within_a_rounding(width, dtype):
+    x = random_tensor(7, 2 * width, dtype=dtype)
+    gate, up = x.chunk(2, dim=-1)
+    expected = torch.nn.functional.silu(gate) * up
+    step = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-6}[dtype]
+    torch.testing.assert_close(model_kernels.gated_silu(x), expected, rtol=step, atol=1e-6)

@@ -26,7 +26,7 @@ STAGES = ("import", "observe", "solve", "export")
 IMAGE_ID, IMAGE_TOKENS, VOCAB = 499, 16, 500
 LAUNCH_TIMEOUT_S = 600.0
 PORTS_VARIABLE = "TEST_PORTS"  # environment variable: a free port per parallel context of a launch
-MAX_PARALLEL_CONTEXTS = 6  # of one launch
+MAX_PARALLEL_CONTEXTS = 50  # of one launch
 
 # 4 KV heads and 512 MLP features allow TP 4; groups of 128 allow TP 2; 500 is no multiple of 64.
 TEXT = {
@@ -259,7 +259,7 @@ def run_all_stages(parallel, workdir: Path) -> None:
         workdir=str(workdir),
         parallel=vars(parallel.layout),
         quantize={"format": tuple(FORMATS)},
-        calibration={"data": "scenes", "samples": 12, "micro_batch": 2},
+        calibration={"data": "scenes", "samples": 12, "micro_batch": 2, "keep_statistics": True},
         export={"targets": tuple(TARGETS), "tensor": 2},
     )
     run_stages(RunContext(plan=make_plan(recipe), parallel=parallel), STAGES)

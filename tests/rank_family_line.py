@@ -15,7 +15,8 @@ from nemo_vlm_ptq.targets.registry import TARGETS as ALL_TARGETS
 
 STAGES = ("import", "observe", "solve", "export", "verify")
 TARGETS = tuple(name for name in ALL_TARGETS if name != "nemo")  # it supports llava only
-FORMS = ("hf_source", "megatron", "quantized", *TARGETS)
+READABLE = tuple(name for name in TARGETS if ALL_TARGETS[name].has_reader)
+FORMS = ("hf_source", "megatron", "quantized", *READABLE)
 
 
 def run_context(parallel, home, formats, kv_cache="none"):

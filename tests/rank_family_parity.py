@@ -5,14 +5,15 @@ from pathlib import Path
 
 import torch
 from models import parallel_contexts
+from observing import plan_of
 from references import Question
 
-from nemo_vlm_ptq.checkpoints.huggingface import list_tensors, open_source
 from nemo_vlm_ptq.families import find_family, read_config
 from nemo_vlm_ptq.families.base import ImageInputs, Sample
 from nemo_vlm_ptq.megatron.build import build_decoder
 from nemo_vlm_ptq.megatron.checkpoint import load_from_source, load_model, save_model
 from nemo_vlm_ptq.megatron.forward import collate, encode_images, forward
+from nemo_vlm_ptq.sources.decoder_weights import open_weights, read_vision
 
 CHECKPOINT = "checkpoint_{}"  # folder of a torch_dist checkpoint; {}: layout
 CHECKPOINT_FAMILY = "phi"  # the family with fused tensors
@@ -29,14 +30,11 @@ def read_family(folder):
 
 def import_model(parallel, folder):
     """Return the decoder and the vision module with the weights of a model folder."""
-    family, config = read_family(folder)
-    decoder = family.decoder(config)
-    model = build_decoder(decoder, parallel, torch.float32)
-    with open_source(list_tensors(folder, family.name_aliases, family.subfolders)) as reader:
-        load_from_source(model, parallel, family.parameter_map, decoder, reader)
-        names = family.vision_shapes(config)
-        vision = family.build_vision(config, {name: reader.get_tensor(name) for name in names})
-    return model, vision
+    plan = plan_of(folder)
+    model = build_decoder(plan.decoder, parallel, torch.float32)
+    with open_weights(plan, parallel.device) as weights:
+        load_from_source(model, parallel, weights)
+    return model, plan.family.build_vision(plan.config, read_vision(plan))
 
 
 def reload_model(parallel, folder, checkpoint):

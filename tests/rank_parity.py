@@ -1,40 +1,30 @@
 """Ranks of test_parity: import the tiny model, run it and save it, layout by layout."""
 
 import sys
-from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
 import torch
 from models import TokenizedQuestion, parallel_contexts, to_samples
+from observing import plan_of
 
-from nemo_vlm_ptq.checkpoints.huggingface import list_tensors, open_source
 from nemo_vlm_ptq.families import find_family, read_config
 from nemo_vlm_ptq.megatron import checkpoint
 from nemo_vlm_ptq.megatron.build import build_decoder
 from nemo_vlm_ptq.megatron.checkpoint import load_from_source, load_model, save_model
 from nemo_vlm_ptq.megatron.forward import collate, encode_images, forward
+from nemo_vlm_ptq.sources.decoder_weights import open_weights, read_vision
 
 CHECKPOINT_NAME = "saved_{}x{}"  # TP size, PP size
 
 
 def import_llava(parallel, folder, dtype=torch.float32, for_calibration=False):
     """Return (decoder, vision module) of a model folder, with the shards of this rank."""
-    config = read_config(folder)
-    family = find_family(config)
-    decoder = family.decoder(config)
-    model = build_decoder(decoder, parallel, dtype, for_calibration=for_calibration)
-    parameter_map = family.parameter_map
-    if for_calibration:  # row-parallel linears are sharded along their outputs
-        parameter_map = [
-            replace(entry, sharding="column") if entry.sharding == "row" else entry
-            for entry in parameter_map
-        ]
-    with open_source(list_tensors(folder, family.name_aliases)) as reader:
-        load_from_source(model, parallel, parameter_map, decoder, reader)
-        names = family.vision_shapes(config)
-        vision = family.build_vision(config, {name: reader.get_tensor(name) for name in names})
-    return model, vision
+    plan = plan_of(folder, dtype)
+    model = build_decoder(plan.decoder, parallel, dtype, for_calibration=for_calibration)
+    with open_weights(plan, parallel.device) as weights:
+        load_from_source(model, parallel, weights, for_calibration=for_calibration)
+    return model, plan.family.build_vision(plan.config, read_vision(plan))
 
 
 def compute_logits(parallel, model, vision, cases_file):

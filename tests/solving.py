@@ -1,9 +1,19 @@
 """Inputs of the solve tests: one layer of small random linears, and statistics of known tokens."""
 
 import torch
+from safetensors.torch import load_file
 
+from nemo_vlm_ptq.calibrate.second_moments import MOMENT_UNIT
+from nemo_vlm_ptq.calibrate.sketch import (
+    SKETCH_UNIT,
+    accumulate_blocks,
+    accumulate_sketch,
+    assign_tokens,
+    zero_blocks,
+)
 from nemo_vlm_ptq.calibrate.solve.layer import SolveOptions, solve_layer
-from nemo_vlm_ptq.calibrate.statistics import SUM_UNIT, load_layer, save_layer
+from nemo_vlm_ptq.calibrate.statistics import SUM_UNIT, assemble_layer, layer_file, save_layer
+from nemo_vlm_ptq.constants import SKETCH_ROWS
 from nemo_vlm_ptq.distributed.moment_strips import strips
 from nemo_vlm_ptq.families import FAMILIES
 from nemo_vlm_ptq.formats import FORMATS
@@ -33,8 +43,11 @@ def make_tokens(width, counts=TOKEN_COUNTS, seed=0):
     return tokens
 
 
-def observe_tokens(folder, counts=TOKEN_COUNTS):
-    """Return (linear -> statistics, linear -> tokens), through a file as observe writes it."""
+def observe_tokens(folder, counts=TOKEN_COUNTS, *, whole=True):
+    """Return (linear -> statistics, linear -> tokens), through a file as observe writes it.
+
+    whole: with whole second moments instead of sketches.
+    """
     tensors = {"key.amax": torch.tensor([3.3]), "value.amax": torch.tensor([0.7])}
     tokens = {}
     for seed, (name, (_, width)) in enumerate(SHAPES.items()):
@@ -52,8 +65,28 @@ def observe_tokens(folder, counts=TOKEN_COUNTS):
             tensors[f"{name}.moment.{i}"] = torch.stack(
                 [(x.double().T @ x.double())[strip, strip.start :].float() for x in rows]
             )
+        tensors |= sketch_tokens(name, rows)
     save_layer(folder, 0, tensors)
-    return load_layer(folder, 0, torch.device("cpu")), tokens
+    return assemble_layer(load_file(folder / layer_file(0)), whole=whole), tokens
+
+
+def sketch_tokens(name, rows):
+    """Return sketch and blocks of the tokens [T,K] of both modalities, as one sample each."""
+    width, device = rows[0].shape[1], torch.device("cpu")
+    modality = torch.zeros(2, max(len(x) for x in rows), dtype=torch.int8)
+    x_SBK = torch.zeros(modality.shape[1], 2, width)
+    sketch = torch.zeros(2 * SKETCH_ROWS, width, dtype=torch.float64)
+    blocks = [zero_blocks(width, device) for _ in rows]
+    for sample, x in enumerate(rows):
+        modality[sample, : len(x)] = sample + 1
+        x_SBK[: len(x), sample] = x
+        accumulate_blocks(blocks[sample], x)
+    tokens = assign_tokens(["a", "b"], modality, SKETCH_ROWS, device)
+    accumulate_sketch(sketch, x_SBK.flatten(0, 1), tokens)
+    return {
+        f"{name}.sketch": (sketch * SKETCH_UNIT).float().view(2, SKETCH_ROWS, width),
+        f"{name}.blocks": (torch.stack(blocks) * MOMENT_UNIT).float(),
+    }
 
 
 def make_weights(dtype=torch.float32):

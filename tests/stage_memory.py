@@ -48,7 +48,7 @@ def main() -> None:
         workdir=workdir,
         quantize={"format": ("fp8", "int4_awq"), "kv_cache": "fp8"},
         calibration={"data": "scenes", "samples": 4, "micro_batch": 2},
-        export={"targets": ("trtllm",)},
+        export={"targets": ("trtllm", "megatron")},
     )
     gc.disable()  # automatic collection runs at arbitrary times
     with models.single_rank() as parallel:

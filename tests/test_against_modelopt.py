@@ -14,13 +14,13 @@ import modelopt.torch.quantization as mtq
 import models
 import pytest
 import torch
+from observing import observe_options, observe_setup, plan_of, scene_micro_batches
 from rank_parity import import_llava
+from safetensors.torch import load_file
 
-from nemo_vlm_ptq.calibrate.observe.loop import ObserveOptions, ObserveSetup, observe
+from nemo_vlm_ptq.calibrate.observe.loop import observe
 from nemo_vlm_ptq.calibrate.solve.layer import solve_layer
-from nemo_vlm_ptq.calibrate.statistics import LINEARS, load_layer
-from nemo_vlm_ptq.data.questions import PROMPT_SUFFIX, load_questions
-from nemo_vlm_ptq.families import find_family, read_config
+from nemo_vlm_ptq.calibrate.statistics import LINEARS, assemble_layer, layer_file
 from nemo_vlm_ptq.formats import FORMATS
 from nemo_vlm_ptq.megatron.forward import collate, encode_images, forward
 from nemo_vlm_ptq.targets.megatron import quant_modules, quantizers
@@ -29,8 +29,9 @@ GROUP_SIZE = 128
 SAMPLE_TOKENS, SAMPLES_WITH_IMAGE = 48, (0, 1, 3, 4, 6)  # of the random samples
 NUM_SCENES = 12  # samples of the trained model
 BF16_STEP = 2.0**-7  # largest relative distance between neighbouring bfloat16 numbers
-PRESETS = {name: fmt for name, fmt in FORMATS.items() if fmt.modelopt_preset}
-MAX_FORMATS = [name for name, fmt in PRESETS.items() if fmt.algorithm == "max"]
+MAX_FORMATS = [
+    name for name, fmt in FORMATS.items() if fmt.modelopt_preset and fmt.algorithm == "max"
+]
 
 
 @pytest.fixture(scope="module")
@@ -41,39 +42,21 @@ def parallel():
 
 def random_micro_batches():
     """Return micro-batches of two samples of equal length, as modelopt counts padding as tokens."""
-    questions = models.random_questions([SAMPLE_TOKENS] * 8, SAMPLES_WITH_IMAGE, seed=5)
-    samples = models.to_samples(questions)
+    lengths = [SAMPLE_TOKENS] * 8
+    samples = models.to_samples(models.random_questions(lengths, SAMPLES_WITH_IMAGE, seed=5))
     return [samples[i : i + 2] for i in range(0, len(samples), 2)]
-
-
-def scene_micro_batches(config, family):
-    """Return micro-batches of one sample of the built-in scenes."""
-    questions = load_questions("scenes", "calibration", NUM_SCENES)
-    preprocess = family.make_preprocessor(models.TINY_LLAVA, config)
-
-    def make_sample(item):
-        image = questions.load_image(item.image)
-        return preprocess(item.id, item.text + PROMPT_SUFFIX, image, item.answer)
-
-    return [[make_sample(item)] for item in questions.items]
 
 
 def observe_model(parallel, folder, dtype, tmp_path_factory):
     """Observe a 16 bit model; return it with all that solve and modelopt's calibration need."""
-    config = read_config(folder)
-    family = find_family(config)
+    plan = plan_of(folder, dtype)
     is_trained = folder == models.TINY_LLAVA
-    micro_batches = scene_micro_batches(config, family) if is_trained else random_micro_batches()
+    micro_batches = scene_micro_batches(plan, NUM_SCENES) if is_trained else random_micro_batches()
     model, vision = import_llava(parallel, folder, dtype)
     vision.to(dtype)
     statistics_folder = tmp_path_factory.mktemp("statistics")
-    observe(
-        ObserveSetup(model, vision, parallel, models.identity_preprocess),
-        micro_batches,
-        statistics_folder,
-        ObserveOptions(second_moments=True),
-        {},
-    )
+    setup = observe_setup(parallel, plan)
+    observe(setup, micro_batches, statistics_folder, observe_options(), {})
     features = encode_images(vision, parallel, micro_batches, model.config.hidden_size)
 
     def run_samples(any_model):
@@ -83,7 +66,7 @@ def observe_model(parallel, folder, dtype, tmp_path_factory):
     return SimpleNamespace(
         model=model,
         statistics=statistics_folder,
-        sizes=family.decoder(config).sizes(64),
+        sizes=plan.decoder.sizes(64),
         load_model=lambda: import_llava(parallel, folder, dtype)[0],
         run_samples=run_samples,
     )
@@ -116,17 +99,18 @@ def find_linears(model):
     }
 
 
-def load_statistics(subject, layer):
-    return load_layer(subject.statistics, layer, torch.device("cpu"))
+def load_statistics(subject, layer, *, whole):
+    """Return linear -> statistics of a layer, with whole or sketched second moments."""
+    return assemble_layer(load_file(subject.statistics / layer_file(layer)), whole=whole)
 
 
-def solve(subject, name):
-    """Return (layer, linear) -> scales solved by this project."""
-    modules = find_linears(subject.model)
-    solved = {}
+def solve(subject, name, *, whole=None):
+    """Return (layer, linear) -> solved scales; whole: None takes the format's second moments."""
+    modules, solved = find_linears(subject.model), {}
+    whole = bool(FORMATS[name].low_rank) if whole is None else whole
     for layer in range(len(subject.model.decoder.layers)):
         weights = {linear: modules[layer, linear].weight.data for linear in LINEARS}
-        statistics = load_statistics(subject, layer)
+        statistics = load_statistics(subject, layer, whole=whole)
         scales = solve_layer(weights, statistics, FORMATS[name], GROUP_SIZE, subject.sizes)
         solved |= {(layer, linear): linear_scales for linear, linear_scales in scales.items()}
     return solved
@@ -176,14 +160,14 @@ def calibrate_torch_linears(subject, name):
     return {at: lambda x, at=at: (plain[f"{at[0]} {at[1]}"](x).detach(), None) for at in modules}
 
 
-def quantize_with_solved_scales(subject, name):
+def quantize_with_solved_scales(subject, name, *, whole=None):
     """Return (layer, linear) -> module, with modelopt's quantizers set to solved scales."""
-    model, solved = subject.load_model(), solve(subject, name)
-    quantizers.insert_quantizers(model, FORMATS[name], GROUP_SIZE)
+    model, fmt, solved = subject.load_model(), FORMATS[name], solve(subject, name, whole=whole)
+    quantizers.insert_quantizers(model, fmt, GROUP_SIZE)
     layers = range(model.config.num_layers)
-    quantizers.prepare_weights(model, FORMATS[name], lambda *key: solved[key], layers)
-    quantizers.fill_quantizers(model, FORMATS[name], lambda *key: solved[key])
-    quantizers.use_custom_backends(model, FORMATS[name])
+    quantizers.prepare_weights(model, fmt, lambda *key: solved[key], layers)
+    quantizers.fill_quantizers(model, fmt, lambda *key: solved[key])
+    quantizers.use_custom_backends(model, fmt)
     quantizers.disable_activation_quantizers(model)
     return find_linears(model)
 
@@ -243,6 +227,15 @@ def replay_losses(subject, inputs, quantized):
     return losses
 
 
+def relative_errors(subject, inputs, losses):
+    """Return (layer, linear) -> root of the loss divided by the mean over tokens of |x W^T|^2."""
+    modules, errors = find_linears(subject.model), {}
+    for key, loss in losses.items():
+        output_TO = inputs[key].double() @ modules[key].weight.double().T
+        errors[key] = (loss / float(output_TO.square().sum(-1).mean())) ** 0.5
+    return errors
+
+
 def compare_losses(name, label, subject, capsys):
     """Return (layer, linear) -> loss relative to modelopt's, and the ratio of the total losses.
 
@@ -282,17 +275,24 @@ def test_svdquant_losses_do_not_exceed_modelopts(subject, request, capsys):
 def test_losses_from_second_moments_equal_those_of_replayed_tokens(subject, request):
     """Both the minimized loss, tr(dW E[x x^T] dW^T), and the reported relative error."""
     subject = request.getfixturevalue(subject)
-    inputs, solved = collect_inputs(subject), solve(subject, "int4_awq")
-    quantized = quantize_with_solved_scales(subject, "int4_awq")
+    inputs, solved = collect_inputs(subject), solve(subject, "int4_awq", whole=True)
+    quantized = quantize_with_solved_scales(subject, "int4_awq", whole=True)
     replayed = replay_losses(subject, inputs, quantized)
     for key, module in find_linears(subject.model).items():
-        layer, linear = key
-        second_moment = load_statistics(subject, layer)[linear].second_moment.double()
+        moment = load_statistics(subject, key[0], whole=True)[key[1]].moment
         scale = quantized[key].input_quantizer.pre_quant_scale.double()
         delta = quantized[key].weight_quantizer(quantized[key].weight).double() * scale
         delta -= module.weight.double()
-        loss = float(torch.trace(delta @ second_moment @ delta.T))
+        loss = float(torch.trace(delta @ moment.whole_KK.double() @ delta.T))
         assert loss == pytest.approx(replayed[key], rel=1e-4)
-        output = inputs[key].double() @ module.weight.double().T
-        output_power = float(output.square().sum(-1).mean())
-        assert solved[key].error == pytest.approx((replayed[key] / output_power) ** 0.5, rel=1e-3)
+    found = {key: scales.error for key, scales in solved.items()}
+    assert found == pytest.approx(relative_errors(subject, inputs, replayed), rel=1e-3)
+
+
+@pytest.mark.parametrize("subject", ["random_float32", "trained_float32"])
+def test_errors_from_sketches_are_close_to_those_of_replayed_tokens(subject, request):
+    subject = request.getfixturevalue(subject)
+    inputs, solved = collect_inputs(subject), solve(subject, "int4_awq")
+    replayed = replay_losses(subject, inputs, quantize_with_solved_scales(subject, "int4_awq"))
+    found = {key: scales.error for key, scales in solved.items()}
+    assert found == pytest.approx(relative_errors(subject, inputs, replayed), rel=0.1)

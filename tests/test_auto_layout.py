@@ -6,7 +6,7 @@ from bad_models import LLAVA_7B, TINY, askable, error_message, hollow_model, wri
 from nemo_vlm_ptq import commands
 from nemo_vlm_ptq.distributed import launcher
 from nemo_vlm_ptq.errors import UserError
-from nemo_vlm_ptq.planning import forecast
+from nemo_vlm_ptq.planning import forecast, windows
 from nemo_vlm_ptq.planning.auto_layout import Machine, choose_layout, resolve_layout
 from nemo_vlm_ptq.planning.make_plan import make_plan
 from nemo_vlm_ptq.recipe import Parallel, load_recipe
@@ -43,7 +43,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def plan_of(models, tmp_path):
-    """Return a function that plans a model; groups of 128 limit 7b to two tensor ranks."""
+    """Return a function that plans a model."""
 
     def plan_of(name, *overrides):
         recipe = write_recipe(tmp_path, models[name], quantize={"format": ["fp8", "int4_awq"]})
@@ -67,99 +67,98 @@ def sizes(parallel):
 
 
 @pytest.mark.parametrize(
-    ("name", "fmt", "gpus", "memory", "expected"),
+    ("name", "fmt", "gpus", "memory", "expected", "window"),
     [
-        ("7b", "int4_awq", 1, H100, (1, 1, 1)),
-        ("7b", "int4_awq", 2, H100, (1, 1, 2)),
-        ("7b", "int4_awq", 8, H100, (1, 1, 8)),
-        ("7b", "fp8", 2, 24 * GB, (1, 1, 2)),
-        ("34b", "fp8", 8, H100, (1, 1, 8)),
-        ("34b", "int4_awq", 3, H100, (2, 1, 1)),  # one GPU stays unused
-        ("70b", "fp8", 4, H100, (2, 1, 2)),
-        ("70b", "int4_awq", 2, 1000 * GB, (1, 1, 2)),
+        ("7b", "int4_awq", 1, H100, (1, 1, 1), 32),
+        ("7b", "int4_awq", 8, H100, (1, 1, 8), 32),
+        ("7b", "fp8", 2, 24 * GB, (1, 1, 2), 32),
+        ("7b", "int4_awq", 4, 11 * GB, (1, 1, 4), 7),
+        ("7b", "fp8", 1, 8 * GB, (1, 1, 1), 6),
+        ("34b", "int4_awq", 3, H100, (1, 1, 3), 27),
+        ("70b", "int4_awq", 2, 1000 * GB, (1, 1, 2), 80),
+        ("70b", "fp8", 8, 12 * GB, (1, 1, 8), 2),
     ],
 )
-def test_the_smallest_fitting_tensor_size_is_chosen_and_data_takes_the_other_ranks(
-    plan_of, name, fmt, gpus, memory, expected
+def test_data_ranks_are_preferred_and_hold_as_many_layers_at_a_time_as_fit(
+    plan_of, name, fmt, gpus, memory, expected, window
 ):
     plan = plan_of(name, f"quantize.format={fmt}")
     parallel, reason = choose_layout(plan, machine(gpus, memory))
     assert sizes(parallel) == expected
-    need = forecast.observe_bytes(plan, parallel.tensor)
+    assert windows.fitting_window(plan, 1, 1, memory) == window
+    need = windows.window_bytes(plan, 1, 1, window)
     assert need <= 0.9 * memory
-    assert reason.startswith(f"needs {need / GB:,.1f} of {memory / GB:,.1f} GB")
-    smaller = parallel.tensor // 2
-    assert not smaller or forecast.observe_bytes(plan, smaller) > 0.9 * memory
+    assert reason == f"needs {need / GB:,.1f} of {memory / GB:,.1f} GB"
 
 
 @pytest.mark.parametrize(
-    ("name", "gpus", "memory", "expected", "passes"),
+    ("name", "gpus", "memory", "expected"),
     [
-        ("7b", 2, 24 * GB, (2, 1, 1), [8, 3]),
-        ("34b", 8, H100, (4, 1, 2), [5, 2]),
+        ("7b", 2, 3 * GB, (2, 1, 1)),  # groups of 128 limit 7b to two tensor ranks
+        ("7b", 3, 3 * GB, (2, 1, 1)),  # one GPU stays unused
+        ("70b", 8, 6 * GB, (4, 1, 2)),
     ],
 )
-def test_more_tensor_ranks_are_chosen_if_second_moments_then_need_fewer_passes(
-    plan_of, name, gpus, memory, expected, passes
+def test_more_tensor_ranks_are_chosen_if_a_layer_does_not_fit(
+    plan_of, name, gpus, memory, expected
 ):
     plan = plan_of(name)
-    parallel, reason = choose_layout(plan, machine(gpus, memory))
-    assert sizes(parallel) == expected
-    assert reason.endswith(f"; second moments need {passes[1]} passes over the data")
-    tensors = (parallel.tensor // 2, parallel.tensor)
-    assert [forecast.count_passes(plan, tensor, 1, memory) for tensor in tensors] == passes
-
-
-def test_more_tensor_ranks_are_not_chosen_if_communication_costs_more_than_passes(plan_of):
-    plan = plan_of("70b")
-    assert [forecast.count_passes(plan, tensor, 1, H100) for tensor in (4, 8)] == [6, 4]
-    assert sizes(choose_layout(plan, machine(8, H100))[0]) == (4, 1, 2)
+    assert sizes(choose_layout(plan, machine(gpus, memory))[0]) == expected
+    tensor = expected[0]
+    assert windows.window_bytes(plan, tensor, 1, 1) <= 0.9 * memory
+    assert windows.window_bytes(plan, tensor // 2, 1, 1) > 0.9 * memory
 
 
 @pytest.mark.parametrize("pipeline", [1, "auto"])
-def test_data_parallelism_is_preferred_even_with_few_samples(plan_of, pipeline):
-    plan = plan_of("7b", "calibration.samples=1", f"parallel.pipeline={pipeline}")
-    assert sizes(choose_layout(plan, machine(8, H100))[0]) == (1, 1, 8)
-
-
-def test_passes_follow_the_recipes_limit_on_the_memory_of_second_moments(plan_of):
-    layer = 16 * (3 * 4096**2 + 11008**2)  # float64, two modalities; strips need less
-    plan = plan_of("7b", f"calibration.max_statistics_memory={layer}")
-    assert forecast.count_passes(plan, 1, 1, H100) == 32
-    assert forecast.count_passes(plan, 1, 2, H100) == 16
-    assert forecast.count_passes(plan_of("7b", "quantize.format=fp8"), 1, 1, 16 * GB) == 1
+@pytest.mark.parametrize(("samples", "expected"), [(17, (1, 1, 4)), (16, (2, 1, 2))])
+def test_tensor_ranks_are_used_if_there_are_fewer_micro_batches_than_ranks(
+    plan_of, pipeline, samples, expected
+):
+    """Micro-batches have 8 samples; four ranks have two of them, or three."""
+    overrides = [f"calibration.samples={samples}", f"parallel.pipeline={pipeline}"]
+    plan = plan_of("7b", *overrides, "calibration.micro_batch=8")
+    assert sizes(choose_layout(plan, machine(4, H100))[0]) == expected
 
 
 @pytest.mark.parametrize(("tensor", "measured"), [(1, 69.0), (2, 36.7)])
-def test_the_forecast_of_one_pass_matches_the_measurement(plan_of, tensor, measured):
-    """docs/dev/benchmarks.md: LLaVA-1.5-7B on H200s, second moments of all layers in one pass."""
-    plan = plan_of("7b", "calibration.micro_batch=16")
-    found = forecast.observe_bytes_with_passes(plan, tensor) / GB
+def test_the_forecast_of_all_layers_at_once_matches_the_measurement(plan_of, tensor, measured):
+    """docs/dev/benchmarks.md: LLaVA-1.5-7B on H200s, whole second moments of all layers."""
+    overrides = ["quantize.format=nvfp4_svdquant", "export.targets=[hf]"]
+    plan = plan_of("7b", *overrides, "calibration.micro_batch=16")
+    found = windows.window_bytes(plan, tensor, 1, 32) / GB
     assert found == pytest.approx(measured, rel=0.1)
 
 
-def test_a_model_that_does_not_fit_is_rejected_with_the_memory_it_needs(plan_of):
+def test_a_model_of_which_no_layer_fits_is_rejected_with_the_memory_it_needs(plan_of):
     plan = plan_of("7b")
     with pytest.raises(UserError) as caught:
-        choose_layout(plan, machine(1, 16 * GB))
-    assert str(caught.value) == (
+        choose_layout(plan, machine(1, 2 * GB))
+    assert str(caught.value).startswith(
         "no layout of 1 ranks fits: TP 1 x PP 1 needs "
-        f"{forecast.observe_bytes(plan, 1) / GB:,.1f} GB per rank in observe, but 90% of a GPU is "
-        "14.4 GB; use parallel.pipeline=auto, a smaller calibration.micro_batch or more GPUs, "
-        "or set parallel.tensor=1 to run anyway"
+        f"{windows.window_bytes(plan, 1, 1, 1) / GB:,.1f} GB per rank in observe, but 90% of a GPU "
+        "is 1.8 GB; use "
     )
+    assert str(caught.value).endswith(", or set parallel.tensor=1 to run anyway")
 
 
-def test_pipeline_parallelism_is_chosen_for_memory_and_only_if_it_is_auto(plan_of):
-    small = machine(4, 11 * GB)  # groups of 128 limit 7b to two tensor ranks
-    with pytest.raises(UserError):
-        choose_layout(plan_of("7b"), small)
-    assert sizes(choose_layout(plan_of("7b", "parallel.pipeline=auto"), small)[0]) == (1, 4, 1)
-    two_micro_batches = "calibration.samples=16"  # too few to fill four stages
-    overrides = [two_micro_batches, "parallel.pipeline=auto"]
-    assert sizes(choose_layout(plan_of("7b", *overrides), small)[0]) == (2, 2, 1)
-    large = machine(4, H100)
-    assert sizes(choose_layout(plan_of("7b", "parallel.pipeline=auto"), large)[0]) == (1, 1, 4)
+def test_a_window_of_the_recipe_counts_in_the_choice(plan_of):
+    small = machine(4, 11 * GB)
+    plan = plan_of("7b", "calibration.window=8")
+    assert sizes(choose_layout(plan, small)[0]) == (2, 1, 2)
+    need = windows.window_bytes(plan, 2, 1, 8)
+    assert choose_layout(plan, small)[1] == f"needs {need / GB:,.1f} of 11.0 GB"
+    with pytest.raises(UserError, match="no layout of 4 ranks fits: TP 2 x PP 1 needs"):
+        choose_layout(plan_of("7b", "calibration.window=32"), small)
+
+
+def test_pipeline_parallelism_is_chosen_only_if_it_is_auto(plan_of):
+    large, small = machine(4, H100), machine(4, 24 * GB)
+    assert sizes(choose_layout(plan_of("34b", "parallel.data=1"), large)[0]) == (4, 1, 1)
+    auto = plan_of("34b", "parallel.data=1", "parallel.pipeline=auto")
+    assert sizes(choose_layout(auto, large)[0]) == (1, 4, 1)  # a stage is a single window
+    assert sizes(choose_layout(auto, small)[0]) == (4, 1, 1)  # stages would wait for each other
+    auto = plan_of("34b", "parallel.pipeline=auto")
+    assert sizes(choose_layout(auto, large)[0]) == (1, 1, 4)
 
 
 def test_numbers_in_the_recipe_are_kept(plan_of):
@@ -178,7 +177,7 @@ def test_without_a_gpu_auto_is_one_and_data_takes_the_ranks(plan_of):
 @pytest.mark.parametrize(
     ("ranks", "ranks_per_node", "overrides", "expected"),
     [
-        (16, 8, [], (4, 1, 4)),  # two hosts
+        (16, 8, [], (1, 1, 16)),  # two hosts
         (4, 2, ["parallel.pipeline=2"], (2, 2, 1)),  # tensor ranks share a host
         (4, 4, ["parallel.data=1"], (4, 1, 1)),
     ],
@@ -199,13 +198,17 @@ def test_the_machine_is_not_inspected_if_the_recipe_has_numbers(plan_of):
 
 
 def test_second_moments_and_micro_batches_count_in_the_memory_of_a_rank(plan_of):
-    plain = forecast.observe_bytes(plan_of("7b", "quantize.format=fp8"), 1)
-    moments = forecast.observe_bytes(plan_of("7b"), 1) - plain
-    triangle = (3 * 4096**2 + 11008**2) / 2 * 2 * 8  # two modalities, float64
-    assert 2 * triangle < moments < 3 * triangle  # being summed, and being written to a file
-    small = forecast.observe_bytes(
-        plan_of("7b", "quantize.format=fp8", "calibration.micro_batch=1"), 1
-    )
+    def need(*overrides):
+        return windows.window_bytes(plan_of("7b", *overrides), 1, 1, 32)
+
+    plain = need("quantize.format=fp8")
+    widths, modalities = (4096, 4096, 4096, 11008), 2
+    sketches = sum(width * (512 + 128) for width in widths) * modalities * 8  # float64
+    assert need("quantize.format=int4_awq") - plain == 33 * sketches  # of one layer for its solve
+    triangles = sum(width**2 / 2 for width in widths) * modalities * 8
+    whole = need("quantize.format=nvfp4_svdquant", "export.targets=[hf]") - plain
+    assert 33 * triangles < whole < 40 * triangles  # strips have whole diagonal blocks
+    small = need("quantize.format=fp8", "calibration.micro_batch=1")
     weights = 2 * 6.93e9  # LLaVA-1.5-7B without the output layer
     assert weights < small < weights + 3e8 < plain
 
@@ -227,7 +230,7 @@ def test_plan_prints_the_layout_and_the_reason(tmp_path, models, set_gpus, capsy
     (line,) = [line for line in output.splitlines() if line.startswith("calibrate ")]
     assert line.startswith("calibrate  TP 1 x PP 1 x DP 2: needs ")
     assert line.endswith(" of 85.0 GB")
-    set_gpus(16 * GB)
+    set_gpus(2 * GB)
     assert error_message("plan", recipe).startswith("no layout of 1 ranks fits: TP 1 x PP 1 needs ")
 
 
@@ -238,7 +241,7 @@ def test_evaluate_is_rejected_early_if_the_model_does_not_fit_on_one_gpu(
     set_gpus(*[48 * GB] * 8)
     message = error_message("plan", recipe)
     assert message.startswith("evaluate needs the unsharded model on each GPU, 69.")
-    assert "GB in bfloat16, but 90% of a GPU is 43.2 GB; set stages=[import," in message
+    assert "GB in bfloat16, but 90% of a GPU is 43.2 GB; set stages=[observe," in message
     stages = message.partition("stages=")[2].partition(", and run")[0]
     assert commands.run_command("plan", str(recipe), [f"stages={stages}"]) == 0
     engine = ["evaluate.from=engine", "export.targets=[trtllm]"]
@@ -265,7 +268,8 @@ def test_ranks_are_started_with_the_chosen_layout(tmp_path, models, set_gpus, mo
     monkeypatch.setattr("sys.argv", ["nemo-vlm-ptq", "observe", "recipe", "workdir=x"])
     for name in CHANGED_VARIABLES:
         monkeypatch.setenv(name, "1")  # restored when the test ends
-    recipe = write_recipe(tmp_path, models["34b"], quantize={"format": ["int4_awq"]})
+    parallel, quantize = {"data": 1}, {"format": ["int4_awq"]}
+    recipe = write_recipe(tmp_path, models["34b"], parallel=parallel, quantize=quantize)
     set_gpus(*[H100] * 4)
     assert commands.run_command("observe", str(recipe), []) == 0
     assert started == {

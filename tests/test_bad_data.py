@@ -102,21 +102,36 @@ def test_the_identity_depends_on_questions_answers_and_images(tmp_path):
 
 
 def test_statistics_of_other_data_are_rejected(tmp_path):
-    from nemo_vlm_ptq.stages.observe import observe_settings
+    from nemo_vlm_ptq.stages.settings import observation, observed_settings
+
+    folder = add_image(write_questions(tmp_path / "data"))
+    recipe = write_recipe(tmp_path, calibration={"data": str(folder), "samples": 3})
+    plan, statistics = make_plan(load_recipe(str(recipe))), tmp_path / "work" / "statistics"
+    statistics.mkdir(parents=True)
+    assert observed_settings(plan, statistics) is None
+    made = observation(plan) | {"moments": [], "kept": True, "solved": {}}
+    manifest = {"stage": "observe", "files": {}, "settings": made}
+    store.write_json(statistics / "manifest.json", manifest)
+    assert observed_settings(plan, statistics) == made
+    (folder / "q.json").write_text((folder / "q.json").read_text().replace("What", "Which"))
+    said = said_by(observed_settings, plan, statistics)
+    assert "was made with different questions; " in said
+
+
+def test_scales_of_other_data_are_rejected(tmp_path):
+    from nemo_vlm_ptq.stages.settings import solve_settings
 
     folder = add_image(write_questions(tmp_path / "data"))
     recipe = write_recipe(tmp_path, calibration={"data": str(folder), "samples": 3})
     plan, work = make_plan(load_recipe(str(recipe))), tmp_path / "work"
-    for name in ("megatron", "statistics"):
-        (work / name).mkdir(parents=True)
-    manifest = {"stage": "observe", "files": {}}
-    store.write_json(work / "megatron" / "manifest.json", manifest | {"settings": {}})
-    settings = {"settings": observe_settings(plan, work)}
-    store.write_json(work / "statistics" / "manifest.json", manifest | settings)
-    assert store.is_finished(work / "statistics", observe_settings(plan, work))
+    (fmt,), scales = plan.formats, work / "fp8" / "scales"
+    scales.mkdir(parents=True)
+    manifest = {"stage": "solve", "files": {}, "settings": solve_settings(plan, work, fmt)}
+    store.write_json(scales / "manifest.json", manifest)
+    assert store.is_finished(scales, solve_settings(plan, work, fmt))
     (folder / "q.json").write_text((folder / "q.json").read_text().replace("What", "Which"))
-    said = said_by(store.is_finished, work / "statistics", observe_settings(plan, work))
-    assert "was made with different questions; " in said
+    said = said_by(store.is_finished, scales, solve_settings(plan, work, fmt))
+    assert "was made with different statistics; " in said
 
 
 def test_the_error_of_a_question_longer_than_the_context_names_it(tmp_path):

@@ -7,12 +7,7 @@ import pytest
 import torch
 
 from nemo_vlm_ptq.checkpoints.torch_dist_index import ByteRange, Chunk, StoredTensor
-from nemo_vlm_ptq.checkpoints.torch_dist_tensors import (
-    LazyConcat,
-    LazyTensor,
-    read_block,
-    read_tensor,
-)
+from nemo_vlm_ptq.checkpoints.torch_dist_tensors import read_block, read_tensor
 from nemo_vlm_ptq.errors import UserError
 
 TENSOR = torch.arange(8 * 6).reshape(8, 6).bfloat16()
@@ -56,20 +51,6 @@ def test_a_block_equals_the_slice_of_the_whole_tensor(name, tmp_path):
     assert torch.equal(read_tensor(stored), TENSOR)
     assert torch.equal(read_tensor(stored, 5), TENSOR[5])
     assert torch.equal(read_block(stored, (2, 1), (4, 4)), TENSOR[2:6, 1:5])
-    lazy = LazyTensor(stored)
-    assert lazy.get_shape() == [8, 6]
-    for key in (slice(3, 5), (slice(None), slice(1, 3)), slice(-2, None), slice(4, 4)):
-        assert torch.equal(lazy[key], TENSOR[key])
-
-
-def test_a_concatenation_is_indexed_as_one_tensor(tmp_path):
-    parts = [
-        LazyTensor(write_chunks(tmp_path / str(i), TENSOR + i, CHUNKINGS["rows"])) for i in range(2)
-    ]
-    lazy, expected = LazyConcat(parts), torch.cat([TENSOR, TENSOR + 1])
-    assert lazy.get_shape() == [16, 6]
-    for key in (slice(None), slice(2, 12), slice(9, 11), (slice(0, 16), slice(2, 4))):
-        assert torch.equal(lazy[key], expected[key])
 
 
 @pytest.mark.parametrize("tensor", [torch.tensor(3.5), torch.zeros(0, 4), torch.ones(1)])

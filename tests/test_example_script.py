@@ -17,7 +17,7 @@ NAME = "huggingface_example.sh"
 REQUIRED = (
     "--type", "llava", "--model", "dir/LLaVA-1.5.7b", "--calib_dataset", "gqa", "--quant",
 )  # fmt: skip
-STAGES = ("import", "observe", "solve", "export", "verify")
+STAGES = ("observe", "solve", "export", "verify")
 EXAMPLE_OPTIONS = (
     "type", "model", "quant", "kv_cache_quant", "tp", "pp", "calib_tp", "calib", "calib_dataset",
     "calib_batch_size", "sparsity", "awq_block_size", "effective_bits", "auto_quantize_bits",

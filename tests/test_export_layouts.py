@@ -19,10 +19,10 @@ from nemo_vlm_ptq.planning.make_plan import make_plan
 from nemo_vlm_ptq.recipe import Recipe
 from nemo_vlm_ptq.stages.export import export
 from nemo_vlm_ptq.targets.megatron.quantized_checkpoint import load_quantized
-from nemo_vlm_ptq.targets.registry import supported_targets
+from nemo_vlm_ptq.targets.registry import TARGETS, supported_targets
 from nemo_vlm_ptq.targets.trtllm.contract import check_contract
 from nemo_vlm_ptq.targets.trtllm.reader import read_trtllm
-from nemo_vlm_ptq.verify.model_forms import logits_with_and_without_rounding
+from nemo_vlm_ptq.verify.model_forms import quantized_logits, stored_logits
 from nemo_vlm_ptq.verify.tensors import compare_logits
 from nemo_vlm_ptq.workdir.store import read_manifest
 
@@ -55,7 +55,6 @@ def make_context(parallel, workdir, formats, targets, export_layout=(1, 1)):
 def test_export_does_not_depend_on_earlier_exports(works, tmp_path, name):
     second, first = tmp_path / "second", tmp_path / "first"
     for workdir, ignored in ((second, ["hf"]), (first, ["hf", "trtllm"])):
-        shutil.copytree(works[SINGLE] / "megatron", workdir / "megatron")
         ignore = shutil.ignore_patterns(*ignored)
         shutil.copytree(works[SINGLE] / name, workdir / name, ignore=ignore)
     layout = EXPORT_LAYOUTS[name]
@@ -76,16 +75,15 @@ def test_export_does_not_depend_on_earlier_exports(works, tmp_path, name):
 @pytest.mark.parametrize("name", FORMATS)
 def test_export_is_deterministic_and_lists_every_file(works, tmp_path, name):
     targets = tuple(supported_targets(FORMATS[name]))
-    shutil.copytree(works[SINGLE] / "megatron", tmp_path / "megatron")
-    ignore = shutil.ignore_patterns(*targets)
+    folders = [tmp_path / name / TARGETS[target].folder for target in targets]
+    ignore = shutil.ignore_patterns(*(folder.name for folder in folders))
     shutil.copytree(works[SINGLE] / name, tmp_path / name, ignore=ignore)
     listed = []
     with models.single_rank() as parallel:
         for _ in range(2):
             export(make_context(parallel, tmp_path, name, targets))
-            listed.append([read_manifest(tmp_path / name / target)["files"] for target in targets])
-            for index, target in enumerate(targets):
-                folder = tmp_path / name / target
+            listed.append([read_manifest(folder)["files"] for folder in folders])
+            for index, folder in enumerate(folders):
                 paths = [path for path in folder.rglob("*") if path.is_file()]
                 files = {str(path.relative_to(folder)) for path in paths}
                 assert files - {"manifest.json"} == set(listed[-1][index])
@@ -106,8 +104,12 @@ def check_same_model(found, expected):
 
 
 def compute_logits(parallel, workdir):
-    """Return format -> logits of three questions with and without activation quantization."""
-    context = make_context(parallel, workdir, tuple(FORMATS), ("trtllm", "hf"))
+    """Return format -> logits of three questions.
+
+    These are of the model quantized in memory, with and without activation quantization, and of the
+    model that a single rank wrote.
+    """
+    context = make_context(parallel, workdir, tuple(FORMATS), ("megatron",))
     plan = context.plan
     questions = load_questions("scenes", "test", 3)
     preprocess = plan.family.make_preprocessor(plan.folder, plan.config)
@@ -116,14 +118,15 @@ def compute_logits(parallel, workdir):
         for question in questions.items
     ]
     return {
-        fmt.name: logits_with_and_without_rounding(context, fmt, samples) for fmt in plan.formats
+        fmt.name: (*quantized_logits(context, fmt, samples), stored_logits(context, fmt, samples))
+        for fmt in plan.formats
     }
 
 
 def modelopt_mismatches(parallel, workdir, fmt):
     """Return the tensors that modelopt's restore sets differently than `load_quantized`."""
     context = make_context(parallel, workdir, fmt.name, tuple(supported_targets(fmt)))
-    folder = context.folder(fmt.name, "quantized")
+    folder = context.plan.export_folder(fmt, "megatron")
     model = build_decoder(context.plan.decoder, parallel, context.dtype)
     for parameter in model.parameters():
         parameter.data.zero_()  # modelopt computes amaxes of the weights before it loads
@@ -170,11 +173,18 @@ def test_pipeline_parallel_logits_are_identical(results, name):
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("layout", (SINGLE, *LAYOUTS))
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_stored_model_is_the_one_quantized_in_memory(results, layout, name):
+    rounded, _, stored = results[layout][0][name]
+    assert all(torch.equal(a, b) for a, b in zip(stored, rounded, strict=True))
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_tensor_parallel_logits_match(results, name):
     """Activations on a rounding tie may round differently; how many do depends on the CPU."""
-    rounded, exact = results[TENSOR][0][name]
-    single_rounded, single_exact = results[SINGLE][0][name]
+    rounded, exact, _ = results[TENSOR][0][name]
+    single_rounded, single_exact, _ = results[SINGLE][0][name]
     for found, expected in zip(exact, single_exact, strict=True):
         distance = compare_logits(found, expected)
         assert distance["mean"] < EXACT_TOLERANCE and distance["argmax_equal"] > 0.99

@@ -40,8 +40,8 @@ def recipe(folder):
         folder,
         parallel={"tensor": 2},
         quantize={"format": ["w4a8_awq"]},
-        calibration={"data": "scenes", "samples": 8, "micro_batch": 2},
-        export={"targets": ["trtllm", "hf"], "tensor": 2},
+        calibration={"data": "scenes", "samples": 8, "micro_batch": 2, "keep_statistics": True},
+        export={"targets": ["trtllm", "hf", "megatron"], "tensor": 2},
     )
 
 
@@ -122,7 +122,7 @@ def is_alive(process):
 @MPI
 def test_a_killed_mpirun_rank_ends_the_job(venv, tmp_path):
     recipe(tmp_path)
-    args = (*ARGS, "calibration.samples=96", "calibration.max_statistics_memory=9MB")
+    args = (*ARGS, "calibration.samples=96", "calibration.window=1")
     process = scripts.start("mpirun.sh", venv, tmp_path, *args, GPUS_PER_NODE="2")
     wait_until(lambda: is_observing(tmp_path), process)
     ranks = {

@@ -9,7 +9,8 @@ from bad_models import WEIGHTS, plan_error, write_recipe
 from test_families import NAMES, load
 
 from nemo_vlm_ptq.families import FAMILIES
-from nemo_vlm_ptq.planning.forecast import describe_plan, rank_parameters
+from nemo_vlm_ptq.planning.describe import describe_plan
+from nemo_vlm_ptq.planning.forecast import rank_parameters
 from nemo_vlm_ptq.planning.make_plan import make_plan
 from nemo_vlm_ptq.recipe import load_recipe
 
@@ -81,7 +82,8 @@ def test_a_plan_counts_the_parameters_per_rank(tmp_path, name):
     plan = plan_of(tmp_path, name, "quantize.format=fp8", "parallel.tensor=2")
     assert plan.family.name == NAMES[name]
     assert len(plan.tensors) == len(load(NAMES[name], name).tensors)
-    lines = {int(tensor): count for tensor, count in RANK_LINE.findall(describe_plan(plan))}
+    described = describe_plan(plan, None, 1)
+    lines = {int(tensor): count for tensor, count in RANK_LINE.findall(described)}
     assert [tensor for tensor in lines if tensor <= 8] == valid_tensor_sizes(name)
     for tensor in valid_tensor_sizes(name):
         assert rank_parameters(plan, tensor) == parameters_per_rank(name, tensor)

@@ -1,23 +1,23 @@
-"""Second moments: strips, exact sums, and passes over the data under a memory limit."""
+"""Second moments: strips, exact sums, and what is written of them."""
 
 import models
 import pytest
 import torch
-from bad_models import write_recipe
+from observing import observe_setup, plan_of
+from safetensors.torch import load_file
 
-from nemo_vlm_ptq.calibrate.observe import loop, reduction
-from nemo_vlm_ptq.calibrate.observe.loop import ObserveOptions, ObserveSetup, observe
+from nemo_vlm_ptq.calibrate.observe import reduction
+from nemo_vlm_ptq.calibrate.observe.loop import observe
+from nemo_vlm_ptq.calibrate.observe.observer import Observer
+from nemo_vlm_ptq.calibrate.observe.records import ObserveOptions
 from nemo_vlm_ptq.calibrate.second_moments import (
     accumulate_strip,
     assemble_strips,
     strip_to_float32,
     zero_strip,
 )
-from nemo_vlm_ptq.calibrate.statistics import layer_file, load_layer
+from nemo_vlm_ptq.calibrate.statistics import layer_file
 from nemo_vlm_ptq.distributed.moment_strips import strip_numel, strip_owner, strips
-from nemo_vlm_ptq.errors import UserError
-from nemo_vlm_ptq.recipe import load_recipe
-from nemo_vlm_ptq.workdir.store import hash_file
 
 WIDTHS = (24, 512, 640, 1032, 4096, 11008)
 
@@ -65,84 +65,27 @@ def test_the_second_moment_does_not_depend_on_the_order_of_micro_batches():
     assert torch.equal(accumulate(micro_batches, 512), accumulate(micro_batches[::-1], 512))
 
 
-def observe_tiny(parallel, tiny, folder, max_memory, reserved_memory=0):
-    """Observe the tiny random model; return (passes, file name -> sha256).
+def test_a_layers_pending_files_are_as_many_as_half_of_the_memory_holds(tiny, monkeypatch):
+    plan = plan_of(tiny.float32)
+    with models.single_rank() as parallel:
+        setup = observe_setup(parallel, plan)
+        observer = Observer(setup.build_window(range(4)), parallel, range(4), ("whole",))
+        numel = sum(2 * strip_numel(width, 0, 1) for width in (256, 256, 256, 512))
+        for layers in (1, 2, 3):
+            monkeypatch.setattr(reduction, "free_memory", lambda _, n=layers: 8 * n * (numel + 1))
+            assert reduction._max_pending_files(observer, exact=False) == layers
+            assert reduction._max_pending_files(observer, exact=True) == max(1, layers // 2)
 
-    A `max_memory` of 0 means without second moments.
-    """
-    from rank_parity import import_llava
 
-    folder.mkdir()
-    model, vision = import_llava(parallel, tiny.float32)
+@pytest.mark.parametrize("moments", [(), ("sketch",), ("whole",), ("sketch", "whole")])
+def test_only_what_is_requested_is_written(tiny, tmp_path, moments):
+    plan = plan_of(tiny.float32)
     samples = models.to_samples(models.random_questions([40] * 4, (0, 2), seed=5))
-    result = observe(
-        ObserveSetup(model, vision, parallel, models.identity_preprocess),
-        [samples[:2], samples[2:]],
-        folder,
-        ObserveOptions(
-            second_moments=max_memory != 0,
-            max_memory=max_memory,
-            reserved_memory=reserved_memory,
-        ),
-        {},
-    )
-    return len(result.passes), {name: hash_file(folder / name) for name in result.files}
-
-
-@pytest.fixture(scope="module")
-def layer_bytes():
-    """Bytes of the second moments of one layer of the tiny model."""
-    return 2 * 8 * sum(strip_numel(width, 0, 1) for width in (256, 256, 256, 512))
-
-
-def test_several_passes_write_the_same_bytes_as_one(tiny, tmp_path, layer_bytes, capsys):
     with models.single_rank() as parallel:
-        passes_of_one, expected = observe_tiny(parallel, tiny, tmp_path / "one", None)
-        assert "passes" not in "".join(capsys.readouterr())
-        passes_of_two, found = observe_tiny(parallel, tiny, tmp_path / "two", 3 * layer_bytes)
-    log = "".join(capsys.readouterr())
-    assert "observe: 2 passes over the data: second moments of one layer take " in log
-    assert (passes_of_one, passes_of_two) == (1, 2)
-    assert found == expected and set(expected) == {layer_file(layer) for layer in range(4)}
-
-
-def test_free_memory_limits_layers_per_pass_and_pending_files(
-    tiny, tmp_path, layer_bytes, monkeypatch
-):
-    reserved_memory, limits = 10 * layer_bytes, []
-    max_pending_files = reduction._max_pending_files
-
-    def record_limit(*args):
-        limits.append(max_pending_files(*args))
-        return limits[-1]
-
-    with models.single_rank() as parallel:
-        _, expected = observe_tiny(parallel, tiny, tmp_path / "one", None)
-        monkeypatch.setattr(loop, "free_memory", lambda _: reserved_memory + 4 * layer_bytes)
-        monkeypatch.setattr(reduction, "free_memory", lambda _: 2 * layer_bytes)
-        monkeypatch.setattr(reduction, "_max_pending_files", record_limit)
-        passes, found = observe_tiny(parallel, tiny, tmp_path / "two", None, reserved_memory)
-    assert passes == 2  # 0.9 of four layers fit
-    assert limits == [2, 2, 2, 2]  # half of the free memory; float32 files are half as large
-    assert found == expected
-
-
-def test_memory_for_less_than_one_layer_is_an_error(tiny, tmp_path, layer_bytes):
-    with models.single_rank() as parallel, pytest.raises(UserError) as error:
-        observe_tiny(parallel, tiny, tmp_path / "statistics", layer_bytes - 1)
-    needed = f"second moments of one layer take {layer_bytes / 1e6:.1f} MB per rank"
-    assert needed in str(error.value) and "max_statistics_memory" in str(error.value)
-
-
-def test_second_moments_are_written_only_if_requested(tiny, tmp_path):
-    with models.single_rank() as parallel:
-        observe_tiny(parallel, tiny, tmp_path / "statistics", 0)
-    for statistics in load_layer(tmp_path / "statistics", 3, torch.device("cpu")).values():
-        assert statistics.second_moment is None and float(statistics.amax.max()) > 0
-
-
-def test_max_statistics_memory_accepts_a_unit(tmp_path):
-    path = write_recipe(tmp_path, models.TINY_LLAVA)
-    recipe = load_recipe(str(path), ["calibration.max_statistics_memory=40GB"])
-    assert recipe.calibration.max_statistics_memory == 40_000_000_000
-    assert load_recipe(str(path)).calibration.max_statistics_memory is None
+        options = ObserveOptions(moments=moments)
+        observe(observe_setup(parallel, plan), [samples], tmp_path, options, {})
+    tensors = load_file(tmp_path / layer_file(3))
+    found = {name.split(".")[1] for name in tensors}
+    sketch = {"sketch", "blocks"} if "sketch" in moments else set()
+    whole = {"moment"} if "whole" in moments else set()
+    assert found == {"amax", "sum", "tokens"} | sketch | whole

@@ -30,7 +30,7 @@ from nemo_vlm_ptq.sources.nemo2 import read_context
 from nemo_vlm_ptq.stages import run_stages
 from nemo_vlm_ptq.stages.verify import verify
 from nemo_vlm_ptq.targets.nemo2.reader import read_nemo
-from nemo_vlm_ptq.verify.model_forms import logits_with_and_without_rounding, megatron_logits
+from nemo_vlm_ptq.verify.model_forms import quantized_logits, source_logits
 from nemo_vlm_ptq.workdir import store
 
 NEMO_PYTHON = os.environ.get("NEMO_VLM_PTQ_NEMO_PYTHON")
@@ -91,14 +91,13 @@ def test_checkpoint_does_not_depend_on_the_layout(nemo_line, tmp_path, name):
 
 
 def main():
-    """Run quantization and export of a solved work folder at TP 2; entry point of the ranks."""
+    """Export a solved work folder at TP 2; entry point of the ranks."""
     source, home, name = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     for parallel in models.parallel_contexts([(2, 1, 1)]):
         if parallel.rank == 0:
-            for part in ("megatron", "statistics", f"{name}/scales"):
-                shutil.copytree(source / part, home / part)
+            shutil.copytree(source / name / "scales", home / name / "scales")
         parallel.barrier()
-        run_stages(make_context(parallel, home, (name,)), ("import", "observe", "solve", "export"))
+        run_stages(make_context(parallel, home, (name,)), ("export",))
 
 
 def test_context_has_a_relative_tokenizer_path(nemo_line):
@@ -130,7 +129,7 @@ def test_other_families_are_rejected():
 @pytest.mark.parametrize("name", ["nf4", "nvfp4_svdquant"])
 def test_unsupported_format_is_rejected(name):
     keys = {"quantize": {"format": name}, "export": {"targets": ("nemo",)}}
-    expected = f"format {name} cannot be exported to nemo; supported: hf"
+    expected = f"format {name} cannot be exported to nemo; supported: hf, megatron"
     assert error_message(models.TINY_LLAVA, **keys) == expected
 
 
@@ -142,8 +141,7 @@ def copy_export(nemo_line, tmp_path):
     """Function that copies an export and returns the stage verify and the copy."""
 
     def copy(name):
-        for part in ("megatron", name):
-            shutil.copytree(nemo_line / part, tmp_path / part)
+        shutil.copytree(nemo_line / name, tmp_path / name)
 
         def run():
             with models.single_rank() as parallel:
@@ -256,7 +254,7 @@ def distance(actual, expected):
 def test_nemo_restores_the_16_bit_model(nemo_line, nemo_logits):
     home, samples = nemo_logits
     with models.single_rank() as parallel:
-        expected = megatron_logits(make_context(parallel, nemo_line), None, samples)
+        expected = source_logits(make_context(parallel, nemo_line), samples)
     assert distance(load_file(home / "16bit.safetensors")["rounded"], expected) < TOLERANCE
 
 
@@ -266,7 +264,7 @@ def test_nemo_restores_all_formats(nemo_line, nemo_logits, name):
     found = load_file(home / f"{name}.safetensors")
     with models.single_rank() as parallel:
         context = make_context(parallel, nemo_line, (name,))
-        rounded, exact = logits_with_and_without_rounding(context, FORMATS[name], samples)
+        rounded, exact = quantized_logits(context, FORMATS[name], samples)
     error, quantized_error = distance(found["exact"], exact), distance(found["rounded"], rounded)
     print(f"{name}: {error:.1e}, with quantized inputs {quantized_error:.1e}")
     assert error < TOLERANCE and quantized_error < TOLERANCE_QUANTIZED_INPUTS

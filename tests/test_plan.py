@@ -21,6 +21,7 @@ from nemo_vlm_ptq.distributed.layout import data_parallel_size
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.formats import FORMATS
 from nemo_vlm_ptq.planning import forecast
+from nemo_vlm_ptq.planning.describe import describe_plan
 from nemo_vlm_ptq.planning.make_plan import make_plan
 from nemo_vlm_ptq.recipe import load_recipe
 from nemo_vlm_ptq.targets.registry import TARGETS, supported_targets
@@ -52,9 +53,10 @@ HEADS = "8 heads, 4 KV heads and 768 MLP features"
         (["quantize.group_size=64", "quantize.format=w4a8_awq"],
          "format w4a8_awq needs quantize.group_size=128, got 64"),
         (["export.targets=[hf]", "quantize.format=int8_sq"],
-         "format int8_sq cannot be exported to hf; supported: compressed_tensors, trtllm, nemo"),
+         "format int8_sq cannot be exported to hf; supported: compressed_tensors, megatron, "
+         "trtllm, nemo"),
         (["export.targets=[trtllm]", "quantize.format=nf4"],
-         "format nf4 cannot be exported to trtllm; supported: hf"),
+         "format nf4 cannot be exported to trtllm; supported: hf, megatron"),
         (["quantize.group_size=256", "quantize.format=int4_awq",
           "export.targets=[hf, compressed_tensors]"],
          "format int4_awq needs quantize.group_size=32 or 64 or 128, got 256"),
@@ -64,7 +66,8 @@ HEADS = "8 heads, 4 KV heads and 768 MLP features"
          "format fp8 with quantize.kv_cache=nvfp4 cannot be exported to compressed_tensors; "
          "supported KV caches: none, fp8"),
         (["quantize.format=nvfp4_awq", "export.targets=[compressed_tensors]"],
-         "format nvfp4_awq cannot be exported to compressed_tensors; supported: hf, nemo"),
+         "format nvfp4_awq cannot be exported to compressed_tensors; supported: hf, megatron, "
+         "nemo"),
         (["parallel.tensor=4", "quantize.format=int4_wo", "export.targets=[hf]"],
          "parallel.tensor=4 splits a group of 128 of format int4_wo; supported: 1, 2"),
         (["export.targets=[trtllm]", "quantize.kv_cache=nvfp4"],
@@ -91,7 +94,7 @@ def test_groups_of_a_real_model_limit_its_tensor_ranks(tmp_path, llava_7b):
         "parallel.tensor=4 splits a group of 128 of format int4_awq; supported: 1, 2"
     )
     recipe = load_recipe(str(write_recipe(tmp_path, llava_7b)), ["parallel.tensor=8"])
-    assert "TP 8 x PP 1" in forecast.describe_plan(make_plan(recipe))
+    assert "TP 8 x PP 1" in describe_plan(make_plan(recipe), None, 1)
 
 
 @pytest.mark.parametrize("format", ["fp8", "int4_awq"])
@@ -155,8 +158,9 @@ def test_an_nvfp4_cache_needs_heads_of_whole_blocks(tmp_path):
 def test_second_moments_are_required_where_something_is_searched(tmp_path, words, expected):
     words = ["parallel.tensor=1", *words]
     made = make_plan(load_recipe(str(write_recipe(tmp_path, TINY)), words))
-    assert made.second_moments == expected
-    assert ("second moments" in forecast.describe_plan(made)) == expected
+    assert bool(forecast.layer_statistics_bytes(made, 1)) == expected
+    kept = re.search(r"keep_statistics would write ([\d.]+) MB more", describe_plan(made, None, 1))
+    assert (float(kept[1]) > 0) == expected
 
 
 def test_a_format_goes_to_the_targets_that_take_it_with_the_kv_cache(tmp_path):
@@ -273,9 +277,9 @@ def test_plan_prints_every_format_and_reads_no_weights(tmp_path, monkeypatch, ca
         source.SourceReader, "get_slice", lambda self, name: pytest.fail(f"read {name}")
     )
     every = f"quantize.format=[{','.join(FORMATS)}]"
-    words = [f"model={folder}", f"workdir={tmp_path / 'work'}", every]
+    words = [f"model={folder}", f"workdir={tmp_path / 'work'}", every, "parallel.tensor=1"]
     words += [f"export.targets=[{','.join(TARGETS)}]", "export.tensor=2"]
-    text = forecast.describe_plan(make_plan(load_recipe("quickstart", words)))
+    text = describe_plan(make_plan(load_recipe("quickstart", words)), None, 1)
     lines = dict(line.split(maxsplit=1) for line in text.splitlines())
     assert "4.5 M parameters, 9.1 MB, bfloat16" in lines["model"]
     assert lines["decoder"].startswith("4 layers, hidden 256, 8 heads, 4 KV heads, MLP 768")

@@ -72,7 +72,7 @@ def test_running_out_of_gpu_memory_is_not_a_finding_about_the_files(
     checks = SimpleNamespace(check=lambda *_: [])
     monkeypatch.setattr(target, "load_module", lambda *_: checks)
     monkeypatch.setattr(target.TargetVerifier, "_check_content", run_out_of_memory)
-    context.folder = lambda *_: tmp_path
+    context.folder = context.export_folder = lambda *_: tmp_path
     verifier = target.TargetVerifier(context, FORMATS["fp8"], "hf", None)
     with pytest.raises(torch.OutOfMemoryError):
         verifier.run()

@@ -1,4 +1,4 @@
-"""An interrupted observe resumes on other ranks and writes the bytes of an uninterrupted run."""
+"""An interrupted observe resumes on other ranks and in other windows, with the same bytes."""
 
 import contextlib
 import signal
@@ -8,20 +8,19 @@ from pathlib import Path
 from unittest import mock
 
 import models
+import observing
 import pytest
 from safetensors import safe_open
 
-from nemo_vlm_ptq.calibrate.observe import loop
-from nemo_vlm_ptq.calibrate.observe.loop import ObserveOptions, ObserveSetup
+from nemo_vlm_ptq.calibrate.observe import loop, micro_batches
 from nemo_vlm_ptq.calibrate.observe.progress import read_progress
 from nemo_vlm_ptq.calibrate.statistics import layer_file
-from nemo_vlm_ptq.distributed.moment_strips import strip_numel
-from nemo_vlm_ptq.megatron.forward import collate
+from nemo_vlm_ptq.megatron.forward import forward
 from nemo_vlm_ptq.workdir import store
 
 LAYERS, SAMPLES = 4, 12
 SETTINGS = {"data": "random"}
-LAYER_BYTES = 2 * 8 * sum(strip_numel(width, 0, 1) for width in (256, 256, 256, 512))
+IN_MEMORY, IN_FILE = 1 << 30, 0  # bytes of the device's memory for hidden states
 
 
 @dataclass(frozen=True)
@@ -29,28 +28,54 @@ class Run:
     """One run of observe.
 
     layout: (tensor, pipeline, data) sizes.
-    fail_after: forward passes of each rank before it raises an error; None: it does not.
+    window: layers of a window; None: all of a stage.
+    fail_after: micro-batches of each rank, in all rounds, before it raises an error; None: it does
+        not. A round has SAMPLES / data of them if no progress was made before.
     signal_at: (rank, forward pass) that receives a stop signal; None: no rank does.
-    max_layers: layers whose second moments fit in memory; None: all.
+    states_bytes: of hidden states in memory.
     """
 
     layout: tuple[int, int, int]
+    window: int | None = None
     fail_after: int | None = None
     signal_at: tuple[int, int] | None = None
-    max_layers: int | None = None
+    states_bytes: int = IN_MEMORY
 
 
 SCENARIOS = {
     "data-then-pipeline": [Run((1, 1, 2), fail_after=3), Run((1, 2, 1))],
     "pipeline-then-data": [Run((1, 2, 1), fail_after=5), Run((1, 1, 2))],
     "twice": [Run((1, 1, 2), fail_after=3), Run((1, 2, 1), fail_after=3), Run((1, 1, 2))],
-    "second-pass": [Run((1, 1, 2), fail_after=8, max_layers=2), Run((1, 2, 1))],
     "tensor": [Run((2, 1, 1), fail_after=5), Run((2, 1, 1))],
     "tensor-then-data": [Run((2, 1, 1), fail_after=5), Run((1, 1, 2))],
     "pipeline-then-tensor": [Run((1, 2, 1), fail_after=5), Run((2, 1, 1))],
     "signal-data": [Run((1, 1, 2), signal_at=(1, 4)), Run((1, 2, 1))],
     "signal-pipeline": [Run((1, 2, 1), signal_at=(0, 3)), Run((1, 1, 2))],
     "signal-tensor": [Run((2, 1, 1), signal_at=(1, 4)), Run((1, 1, 2))],
+    "first-window": [
+        Run((1, 1, 2), window=2, fail_after=3),
+        Run((1, 2, 1), window=1, states_bytes=IN_FILE),
+    ],
+    "second-window": [
+        Run((1, 1, 2), window=2, fail_after=6 + 3, states_bytes=IN_FILE),
+        Run((2, 1, 1), window=1),
+    ],
+    "between-windows": [Run((1, 1, 2), window=1, fail_after=2 * 6), Run((1, 2, 1), window=2)],
+    "between-rounds": [Run((1, 2, 1), window=1, fail_after=2 * 12), Run((1, 1, 2), window=3)],
+    "last-round": [
+        Run((1, 2, 1), window=1, fail_after=2 * 12 + 5, states_bytes=IN_FILE),
+        Run((2, 1, 1)),
+    ],
+    "three-windows": [
+        Run((2, 1, 1), window=1, fail_after=12 + 5),
+        Run((1, 1, 2), window=2, fail_after=4),
+        Run((1, 2, 1), window=1),
+    ],
+    "signal-window": [
+        Run((1, 1, 2), window=2, signal_at=(1, 6 + 2), states_bytes=IN_FILE),
+        Run((1, 2, 1)),
+    ],
+    "signal-round": [Run((1, 2, 1), window=1, signal_at=(1, 3)), Run((1, 1, 2), window=3)],
 }
 
 
@@ -59,36 +84,59 @@ class InjectedError(Exception):
 
 
 def observe_until(parallel, model_folder, folder, run):
-    """Observe until the run ends or is interrupted; return the forward passes of this rank.
+    """Observe until the run ends or is interrupted.
 
     Statistics are saved after every two micro-batches.
+
+    Returns:
+        The forward passes of this rank, and the layers that it handed on.
     """
-    from rank_parity import import_llava
-
-    model, vision = import_llava(parallel, model_folder, for_calibration=True)
     samples = models.to_samples(models.random_questions([40] * SAMPLES, range(0, 12, 3), seed=5))
-    forward_passes = 0
+    forward_passes, steps, layers = 0, 0, []
+    run_micro_batches = loop.run_micro_batches
 
-    def counting_collate(samples):
+    def counting_forward(*arguments, **options):
         nonlocal forward_passes
-        if forward_passes == run.fail_after:
-            raise InjectedError
         forward_passes += 1
         if (parallel.rank, forward_passes) == run.signal_at:
             signal.raise_signal(signal.SIGUSR1)
-        return collate(samples)
+        return forward(*arguments, **options)
 
-    options = ObserveOptions(
-        second_moments=True,
-        max_memory=None if run.max_layers is None else run.max_layers * LAYER_BYTES + 1,
+    def failing_micro_batches(*arguments):
+        nonlocal steps
+        completed = run_micro_batches(*arguments)
+        while steps != run.fail_after:
+            try:
+                yield next(completed)
+            except StopIteration:
+                return
+            steps += 1
+        raise InjectedError
+
+    options = observing.observe_options(
         save_every=2,
+        device_states_bytes=run.states_bytes,
+        consume=lambda layer, tensors, window: layers.append(layer),
     )
-    setup = ObserveSetup(model, vision, parallel, models.identity_preprocess)
-    interrupted = contextlib.suppress(InjectedError, SystemExit)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it is raised again after the save
-    with mock.patch.object(loop, "collate", counting_collate), interrupted:
+    setup = observing.observe_setup(parallel, observing.plan_of(model_folder), run.window)
+    with (
+        mock.patch.object(micro_batches, "forward", counting_forward),
+        mock.patch.object(loop, "run_micro_batches", failing_micro_batches),
+        contextlib.suppress(InjectedError, SystemExit),
+        ignored(signal.SIGUSR1),  # it is raised again after the save
+    ):
         loop.observe(setup, [[sample] for sample in samples], folder, options, SETTINGS)
-    return forward_passes
+    return forward_passes, layers
+
+
+@contextlib.contextmanager
+def ignored(number):
+    """Ignore a signal inside the context."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 def main():
@@ -100,10 +148,14 @@ def main():
         if parallel.rank == 0:
             (folder / name).mkdir(exist_ok=True)
         parallel.barrier()
-        counts = parallel.all_gather(observe_until(parallel, model, folder / name, run))
+        counts, layers = zip(
+            *parallel.all_gather(observe_until(parallel, model, folder / name, run)), strict=True
+        )
         if parallel.rank == 0:
             with (folder / f"{name}.counts").open("a") as file:
-                file.write(f"{counts}\n")
+                file.write(f"{[*counts]}\n")
+            with (folder / f"{name}.layers").open("a") as file:
+                file.write("".join(f"{layer}\n" for part in layers for layer in part))
 
 
 @pytest.fixture(scope="module")
@@ -117,13 +169,11 @@ def uninterrupted(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scenarios(tiny, tmp_path_factory):
-    """Folder with a folder per scenario; each launch has ports for six parallel contexts."""
+    """Folder with a folder per scenario."""
     folder = tmp_path_factory.mktemp("scenarios")
-    names = list(SCENARIOS)
-    for part in (names[:2], names[2:4], names[4:7], names[7:]):
-        arguments = [*models.main_command("test_resume"), tiny.float32, folder, *part]
-        code, _, err = models.launch_ranks(arguments, 2)
-        assert code == 0, err[-3000:]
+    arguments = [*models.main_command("test_resume"), tiny.float32, folder, *SCENARIOS]
+    code, _, err = models.launch_ranks(arguments, 2)
+    assert code == 0, err[-3000:]
     return folder
 
 
@@ -139,6 +189,12 @@ def read_counts(scenarios, name):
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_a_resumed_run_writes_the_bytes_of_an_uninterrupted_run(scenarios, uninterrupted, name):
     assert hash_layers(scenarios / name) == uninterrupted
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_every_layer_is_handed_on_once(scenarios, name):
+    layers = (scenarios / f"{name}.layers").read_text().split()
+    assert sorted(map(int, layers)) == list(range(LAYERS))
 
 
 @pytest.mark.parametrize(
@@ -159,16 +215,26 @@ def test_saved_samples_are_not_run_again(scenarios):
     assert second == "[8, 8]"  # 12 samples minus the four saved
 
 
-def test_no_save_folder_remains_after_the_run(scenarios):
+def test_finished_layers_only_make_hidden_states_again(scenarios):
+    first, second = read_counts(scenarios, "between-windows")
+    assert first == "[12, 12]"  # layers 0 and 1, 6 micro-batches of each rank
+    assert second == "[12, 12]"  # stage 0 makes the states of layer 1; stage 1 has layers 2 and 3
+
+
+def test_no_save_folder_and_no_hidden_states_remain_after_the_run(scenarios):
     for name in SCENARIOS:
-        assert not list((scenarios / name).glob("save-*"))
+        assert sorted(path.name for path in (scenarios / name).iterdir()) == [
+            *map(layer_file, range(LAYERS)),
+            store.PROGRESS,
+        ]
 
 
 def test_progress_with_other_settings_is_discarded(tmp_path):
     folder = tmp_path / "statistics"
     folder.mkdir()
     (folder / "old").touch()
-    store.write_progress(folder, SETTINGS, {"finished": [0], "held": {}, "saves": 1})
+    record = {"finished": [0], "held": {}, "saves": 1, "tokens": [9, 4]}
+    store.write_progress(folder, SETTINGS, record)
     assert read_progress(folder, SETTINGS).finished == {0}
     assert read_progress(folder, {"data": "others"}).finished == set()
     store.begin_stage(folder, SETTINGS)

@@ -7,6 +7,7 @@ import torch
 from solving import GROUP_SIZE, SHAPES, make_weights, observe_tokens, solve
 
 from nemo_vlm_ptq.calibrate import losses
+from nemo_vlm_ptq.calibrate.input_moment import InputMoment
 from nemo_vlm_ptq.calibrate.solve import awq as awq_module
 from nemo_vlm_ptq.calibrate.solve import clipping
 from nemo_vlm_ptq.calibrate.solve.awq import awq, candidate_scales
@@ -21,6 +22,7 @@ from nemo_vlm_ptq.calibrate.solve.search import (
 )
 from nemo_vlm_ptq.calibrate.solve.smoothquant import input_noise, smoothing_scale, smoothquant
 from nemo_vlm_ptq.calibrate.solve.svdquant import low_rank_factors, singular_vector_solver
+from nemo_vlm_ptq.calibrate.statistics import ModalityStatistics
 from nemo_vlm_ptq.formats import FORMATS
 from nemo_vlm_ptq.numerics import fake_quantize, weight_amax
 from nemo_vlm_ptq.targets.registry import supported_targets
@@ -53,7 +55,7 @@ def test_coarse_to_fine_search_finds_the_best_of_all_exponents(linear, dtype, la
     def compute_losses(alphas):
         evaluated.extend(alphas)
         candidates = [
-            candidate_loss(sample, statistics.second_moment, fmt, GROUP_SIZE, scale)
+            candidate_loss(sample, statistics.moment, fmt, GROUP_SIZE, scale)
             for scale in compute_scales(alphas)
         ]
         return torch.stack(candidates)
@@ -71,7 +73,7 @@ def test_awq_finds_the_best_scale_after_clipping(linear, layer):
     scales = candidate_scales(weight, statistics.abs_mean, GROUP_SIZE, None)(ALPHAS)
     errors = {}
     for alpha, pre_quant_scale in zip(ALPHAS, scales, strict=True):
-        amax = clip_amax(weight, pre_quant_scale, statistics.second_moment, fmt, GROUP_SIZE)
+        amax = clip_amax(weight, pre_quant_scale, statistics.moment, fmt, GROUP_SIZE)
         errors[alpha] = make_scales(
             weight, statistics, fmt, GROUP_SIZE, pre_quant_scale, amax=amax
         ).error
@@ -95,8 +97,10 @@ def test_search_alpha_finds_a_single_minimum_anywhere(best):
 
 def test_awq_uses_a_scale_of_one_if_no_exponent_is_better(layer):
     observed = layer[0]["linear_qkv"]
+    moment = InputMoment(whole_KK=torch.eye(128), blocks_Ggg=torch.eye(128)[None])
+    modalities = {"text": ModalityStatistics(observed.tokens, observed.abs_mean, moment)}
     uncorrelated = replace(
-        observed, abs_mean=torch.logspace(0, 3, 128), second_moment=torch.eye(128), modalities={}
+        observed, abs_mean=torch.logspace(0, 3, 128), moment=moment, modalities=modalities
     )
     weight = torch.ones(256, 128) * torch.tensor([7.0, 1, 2, 3, -4, 5, -6, 3]).repeat(16)
     scales = awq(weight, uncorrelated, FORMATS["int4_awq"], 32)
@@ -109,9 +113,9 @@ def test_clip_amax_has_the_least_cost_in_each_group(dtype, layer, monkeypatch):
     monkeypatch.setattr(clipping, "CLIP_CHUNK_ELEMENTS", 50 * 128)
     fmt, weight = FORMATS["int4_awq"], make_weights(dtype)["linear_qkv"]
     statistics = layer[0]["linear_qkv"]
-    second_moment = statistics.second_moment.double()
+    second_moment = statistics.moment.whole_KK.double()
     pre_quant_scale = candidate_scales(weight, statistics.abs_mean, GROUP_SIZE, None)([0.4])[0]
-    found = clip_amax(weight, pre_quant_scale, statistics.second_moment, fmt, GROUP_SIZE)
+    found = clip_amax(weight, pre_quant_scale, statistics.moment, fmt, GROUP_SIZE)
     smooth = divide_by_pre_quant_scale(weight, pre_quant_scale)
     plain = weight_amax(smooth, "group", GROUP_SIZE)
     cost_of = {}
@@ -176,7 +180,7 @@ def test_a_row_sample_selects_nearly_the_same_scale_as_all_rows(layer):
     assert torch.equal(sample.amax_K, weight.abs().amax(dim=0))
     scales = candidate_scales(weight, statistics.abs_mean, GROUP_SIZE, None)(ALPHAS)
     sample_losses, all_losses = (
-        [candidate_loss(rows, statistics.second_moment, fmt, GROUP_SIZE, k) for k in scales]
+        [candidate_loss(rows, statistics.moment, fmt, GROUP_SIZE, k) for k in scales]
         for rows in (sample, all_rows)
     )
     ratios = [float(a / b) for a, b in zip(sample_losses, all_losses, strict=True)]

@@ -6,7 +6,7 @@ from bad_models import ROOT
 from test_full_size import write_sparse_model
 
 from nemo_vlm_ptq.formats import FORMATS
-from nemo_vlm_ptq.planning.forecast import describe_plan
+from nemo_vlm_ptq.planning.describe import describe_plan
 from nemo_vlm_ptq.planning.make_plan import make_plan
 from nemo_vlm_ptq.recipe import load_recipe, shipped_recipes
 from nemo_vlm_ptq.targets.registry import supported_targets
@@ -36,7 +36,7 @@ def test_a_recipe_plans_in_every_format_for_a_model_of_its_size(folders, name, f
     plan = make_plan(load_recipe(name, words))
     assert [row.name for row in plan.formats] == [fmt]
     assert plan.targets(FORMATS[fmt]) == [target]
-    assert fmt in describe_plan(plan)
+    assert fmt in describe_plan(plan, 80 * 10**9, 1)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

@@ -101,18 +101,18 @@ def test_reported_errors_equal_those_of_replayed_tokens(name, dtype, layer):
 @pytest.mark.parametrize("name", FORMATS)
 def test_solving_does_not_modify_weights_or_statistics(name, layer):
     weights, statistics = make_weights(), layer[0]
-    before = {linear: found.second_moment.clone() for linear, found in statistics.items()}
+    before = {linear: found.moment.whole_KK.clone() for linear, found in statistics.items()}
     entries = layer_entries("llava")
     solve_layer(weights, statistics, FORMATS[name], GROUP_SIZE, SIZES, parameter_map=entries)
     assert all(torch.equal(weights[linear], w) for linear, w in make_weights().items())
-    assert all(torch.equal(statistics[linear].second_moment, m) for linear, m in before.items())
+    assert all(torch.equal(statistics[linear].moment.whole_KK, m) for linear, m in before.items())
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if FORMATS[name].algorithm != "awq"])
 def test_without_second_moments_scales_are_equal_and_errors_are_none(name, layer):
     bare = {
         linear: InputStatistics(
-            amax=found.amax, abs_mean=found.abs_mean, tokens=found.tokens, second_moment=None
+            amax=found.amax, abs_mean=found.abs_mean, tokens=found.tokens, moment=None
         )
         for linear, found in layer[0].items()
     }
@@ -132,7 +132,7 @@ def test_statistics_match_the_tokens_of_each_modality_and_of_both(layer):
             abs_mean = part.abs().mean(0)
             torch.testing.assert_close(found[key].abs_mean, abs_mean, rtol=1e-5, atol=1e-7)
             expected = (part.double().T @ part.double() / len(part)).float()
-            torch.testing.assert_close(found[key].second_moment, expected, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(found[key].moment.whole_KK, expected, rtol=1e-5, atol=1e-6)
         assert torch.equal(overall.amax, x["both"].abs().amax(0))
         assert overall.image_share == 300 / 360
 
@@ -142,13 +142,13 @@ def test_an_image_share_interpolates_the_means_of_text_and_images(image_share, l
     observed = layer[0]["linear_fc2"]
     text, image = observed.modalities.values()
     weighted = observed.with_image_share(image_share)
-    for key in ("abs_mean", "second_moment"):
-        expected = image_share * getattr(image, key) + (1 - image_share) * getattr(text, key)
-        torch.testing.assert_close(getattr(weighted, key), expected)
+    for get in (lambda s: s.abs_mean, lambda s: s.moment.whole_KK, lambda s: s.moment.blocks_Ggg):
+        expected = image_share * get(image) + (1 - image_share) * get(text)
+        torch.testing.assert_close(get(weighted), expected)
     assert weighted.amax is observed.amax
     unchanged = observed.with_image_share(observed.image_share)
     torch.testing.assert_close(
-        unchanged.second_moment, observed.second_moment, rtol=1e-5, atol=1e-5
+        unchanged.moment.whole_KK, observed.moment.whole_KK, rtol=1e-5, atol=1e-5
     )
     assert observed.with_image_share(None) is observed
 

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 SCRIPT = Path(__file__).with_name("stage_memory.py")
-# modelopt is first imported in solve, or in verify if that runs separately: pulp, which it imports,
-# keeps the frames of the importing functions alive.
+# modelopt is first imported in export, or in verify if that runs separately: pulp, which it
+# imports, keeps the frames of the importing functions alive.
 PROCESSES = (("import", "observe", "solve", "export"), ("verify",))
 
 

@@ -7,6 +7,7 @@ import torch
 from conftest import Export, verifier
 from test_verify import LAYER, VISION, flip_bit
 
+from nemo_vlm_ptq.checkpoints.torch_dist_index import read_index
 from nemo_vlm_ptq.errors import VerificationError
 from nemo_vlm_ptq.verify import model_forms as forms
 from nemo_vlm_ptq.workdir import store
@@ -18,22 +19,58 @@ def test_the_stage_passes_every_check_of_an_undamaged_export(verification):
     assert {check["name"].split()[0] for check in result["checks"]} == {"trtllm", "hf"}
 
 
-def test_each_model_is_loaded_once_for_all_formats_and_targets(works, tmp_path, monkeypatch):
-    formats, asked = ["fp8", "int8_sq"], []
-    for name in ("megatron", *formats):
+def test_each_model_is_made_once_for_all_formats_and_targets(works, tmp_path, monkeypatch):
+    formats, made = ["fp8", "int8_sq"], []
+    for name in formats:
         shutil.copytree(works["2x1x1"] / name, tmp_path / name)
+    build_quantized, load_from_source = forms.build_quantized, forms.load_from_source
 
-    def counting(real):
-        def load(*given):
-            asked.append(given)
-            return real(*given)
+    def build(context, fmt, window):
+        made.append((fmt.name, window))
+        return build_quantized(context, fmt, window)
 
-        return load
+    def load(model, *given):
+        made.append(("source", range(len(model.decoder.layers))))
+        return load_from_source(model, *given)
 
-    for name in ("load_model", "load_quantized"):
-        monkeypatch.setattr(forms, name, counting(getattr(forms, name)))
+    monkeypatch.setattr(forms, "build_quantized", build)
+    monkeypatch.setattr(forms, "load_from_source", load)
     assert verifier(tmp_path, formats)()["passed"]
-    assert sorted(what.name for _, what in asked) == [*formats, "megatron"]
+    assert sorted(made) == [(name, range(4)) for name in (*formats, "source")]
+
+
+def test_the_models_may_be_made_window_by_window(works, tmp_path, monkeypatch):
+    shutil.copytree(works["2x1x1"] / "fp8", tmp_path / "fp8")
+    expected = verifier(tmp_path, ["fp8"])()
+    (tmp_path / "fp8" / "verify.json").unlink()
+    monkeypatch.setattr(forms, "layers_in_memory", lambda *_: 1)
+    assert verifier(tmp_path, ["fp8"])() == expected
+
+
+@pytest.mark.parametrize("name", ["w4a8_awq", "nf4"])
+def test_a_megatron_checkpoint_is_verified(works, tmp_path, name):
+    shutil.copytree(works["2x1x1"] / name, tmp_path / name)
+    run = verifier(tmp_path, [name], ("megatron",))
+    result = run()
+    assert result["passed"] and set(result["logits"]) == {"megatron"}
+    checks = [check["name"] for check in result["checks"]]
+    assert checks == ["megatron files", "megatron logits"]
+
+
+def test_a_changed_weight_of_a_megatron_checkpoint_is_found_by_hash_and_by_logits(works, tmp_path):
+    shutil.copytree(works["2x1x1"] / "fp8", tmp_path / "fp8")
+    run, folder = verifier(tmp_path, ["fp8"], ("megatron",)), tmp_path / "fp8" / "quantized"
+    key = "decoder.layers.1.mlp.linear_fc2.weight"
+    place = read_index(folder).tensors[key].chunks[0].byte_range
+    raw = bytearray(place.file.read_bytes())
+    middle = place.offset + place.length // 2
+    raw[middle : middle + 256] = bytes(256)
+    place.file.write_bytes(raw)
+    with pytest.raises(VerificationError, match=r"megatron files: .*was changed"):
+        run()
+    Export(folder, "megatron").sign()
+    with pytest.raises(VerificationError, match="megatron logits: logits differ by"):
+        run()
 
 
 def test_damage_done_after_the_stage_passed_is_found_when_it_runs_again(verification):

@@ -53,10 +53,37 @@ def add_rounded(total: torch.Tensor, product: torch.Tensor) -> None:
     _add_rounded_kernel[(triton.cdiv(count, block),)](total, product, count, block)
 
 
+def add_signed_rows(
+    total_MK: torch.Tensor,
+    x_TK: torch.Tensor,
+    order: torch.Tensor,
+    starts: torch.Tensor,
+    signs: torch.Tensor,
+    factor: float,
+) -> None:
+    """Add round(factor * sum of signed tokens) to every row of total (float64) in place.
+
+    The sum of a row is float32, in the order of its tokens.
+
+    Args:
+        total_MK: contiguous.
+        x_TK: tokens; features must be contiguous.
+        order: int64, tokens of row 0, then of row 1, ...
+        starts: int64 [M+1], start of each row's tokens in `order`.
+        signs: float32, of the tokens in `order`.
+        factor: a power of two.
+    """
+    (rows, width), block = total_MK.shape, 512
+    grid = (rows, triton.cdiv(width, block))
+    _add_signed_rows_kernel[grid](
+        total_MK, x_TK, order, starts, signs, width, x_TK.stride(0), factor, block, **NO_FMA
+    )
+
+
 def clip_candidates(
     weight_NK: torch.Tensor,
     pre_quant_scale_CK: torch.Tensor,
-    second_moment_KK: torch.Tensor,
+    blocks_Bbb: torch.Tensor,
     ratios: torch.Tensor,
     number_format: NumberFormat,
     group_size: int,
@@ -68,7 +95,7 @@ def clip_candidates(
     Args:
         weight_NK: in the model's dtype.
         pre_quant_scale_CK: float32, one candidate per row.
-        second_moment_KK: float32, mean of x x^T; only each group's diagonal block is read.
+        blocks_Bbb: float32, diagonal blocks of the mean of x x^T; a group lies within a block.
         ratios: float32, of the largest magnitude; the first of equal costs is chosen.
         number_format: int4 or another integer format.
         group_size: inputs that share a weight scale.
@@ -78,8 +105,8 @@ def clip_candidates(
     out = torch.empty(shape, dtype=torch.float32, device=weight_NK.device)
     grid = (triton.cdiv(height, 64), width // group_size, count)
     _clip_candidates_kernel[grid](
-        weight_NK, 1.0 / pre_quant_scale_CK, pre_quant_scale_CK, second_moment_KK, ratios, out,
-        height, width, weight_NK.stride(0), len(ratios),
+        weight_NK, 1.0 / pre_quant_scale_CK, pre_quant_scale_CK, blocks_Bbb, ratios, out,
+        height, width, weight_NK.stride(0), len(ratios), blocks_Bbb.shape[1],
         MIN_CODE[number_format], MAX_CODE[number_format], group_size, 64,
         num_warps=4, num_stages=1, **NO_FMA,
     )  # fmt: skip
@@ -171,9 +198,28 @@ def _add_rounded_kernel(total_ptr, product_ptr, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _add_signed_rows_kernel(
+    total_ptr, x_ptr, order_ptr, starts_ptr, signs_ptr, width, x_stride, factor,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, columns = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < width
+    total = tl.zeros((BLOCK,), tl.float32)
+    start, end = tl.load(starts_ptr + row), tl.load(starts_ptr + row + 1)
+    for position in range(start, end):
+        token, sign = tl.load(order_ptr + position), tl.load(signs_ptr + position)
+        x = tl.load(x_ptr + token * x_stride + columns, mask=mask, other=0.0)
+        total += x.to(tl.float32) * sign
+    value = (total * factor).to(tl.float64)
+    value = (value + ROUND_64) - ROUND_64
+    pointers = total_ptr + row.to(tl.int64) * width + columns
+    tl.store(pointers, tl.load(pointers, mask=mask, other=0.0) + value, mask=mask)
+
+
+@triton.jit
 def _clip_candidates_kernel(
-    weight_ptr, inverse_scale_ptr, scale_ptr, second_moment_ptr, ratios_ptr, out_ptr,
-    height, width, weight_stride, num_ratios,
+    weight_ptr, inverse_scale_ptr, scale_ptr, blocks_ptr, ratios_ptr, out_ptr,
+    height, width, weight_stride, num_ratios, block_features,
     MIN: tl.constexpr, MAX: tl.constexpr, GROUP_SIZE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -185,7 +231,8 @@ def _clip_candidates_kernel(
     inverse_scale = tl.load(inverse_scale_ptr + offsets)[None, :]
     smooth = (weight.to(tl.float32) * inverse_scale).to(weight.dtype).to(tl.float32)
     scale = tl.load(scale_ptr + offsets)[None, :]
-    pointers = second_moment_ptr + columns.to(tl.int64)[:, None] * width + columns[None, :]
+    within = columns % block_features
+    pointers = blocks_ptr + columns.to(tl.int64)[:, None] * block_features + within[None, :]
     second_moment = tl.load(pointers)
     plain_amax = tl.max(tl.abs(smooth), 1)
     least_cost = tl.full((ROWS,), float("inf"), tl.float32)

@@ -7,30 +7,32 @@ all calibration tokens:
     amax      [2,K] float32        largest |x| of each input channel
     sum       [2,K] int64          sum of |x| in units of 2**-24; integers add in any order
     tokens    [2]   int64          number of tokens
+    sketch    [2,m,K] float32      signed sums of tokens in m rows (sketch.py), and
+    blocks    [2,G,g,g] float32    sum of x x^T, its diagonal blocks, if a search needs them
     moment.I  [2,b,K-I b] float32  sum of x x^T, strip I of its upper triangle
-                                   (second_moments.py), if a format needs it
+                                   (second_moments.py), if a format needs it whole
 
 and for the attention of a layer `key.amax` and `value.amax`, [1] float32. A layer is one
 safetensors file, whose bytes do not depend on the number of ranks that observe.
 
-Legend: O output features, K input features, b rows of a strip.
+Legend: O output features, K input features, m rows of a sketch, G blocks of g, b rows of a strip.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 
-from nemo_vlm_ptq.calibrate.losses import gram_dtype, gram_matrix, row_chunks, weighted_trace
+from nemo_vlm_ptq.calibrate.input_moment import InputMoment, diagonal_blocks, mix_moments
+from nemo_vlm_ptq.calibrate.losses import row_chunks
 from nemo_vlm_ptq.calibrate.second_moments import assemble_strips
+from nemo_vlm_ptq.calibrate.sketch import block_features
 from nemo_vlm_ptq.checkpoints.hashing_writer import write_and_hash
 from nemo_vlm_ptq.distributed.moment_strips import strips
-from nemo_vlm_ptq.utils.pinned_memory import to_device
 
 SUM_UNIT = 2.0**-24
 LINEARS = {  # name -> module path in a Megatron transformer layer
@@ -49,12 +51,12 @@ class ModalityStatistics:
 
     tokens: number of tokens.
     abs_mean: [K] float32, mean of |x|.
-    second_moment: [K,K] float32, mean of x x^T, or None if it was not observed.
+    moment: mean of x x^T, or None if it was not observed.
     """
 
     tokens: int
     abs_mean: torch.Tensor
-    second_moment: torch.Tensor | None
+    moment: InputMoment | None
 
 
 @dataclass(frozen=True)
@@ -64,36 +66,37 @@ class InputStatistics:
     amax: [K] float32, largest |x|.
     abs_mean: [K] float32, mean of |x|.
     tokens: number of tokens.
-    second_moment: [K,K] float32, mean of x x^T, or None if it was not observed.
+    moment: mean of x x^T, or None if it was not observed.
     modalities: statistics of "text" and "image", without a modality that has no tokens.
-    output_power: keys of `second_moments` -> mean of |x W^T|^2 with the linear's weight W,
-        float64 []; empty unless made by `with_output_power`.
+    output_power: modality -> mean of |x W^T|^2 with the linear's weight W, float64 []; empty unless
+        made by `with_output_power`.
     """
 
     amax: torch.Tensor
     abs_mean: torch.Tensor
     tokens: int
-    second_moment: torch.Tensor | None
+    moment: InputMoment | None
     modalities: Mapping[str, ModalityStatistics] = field(default_factory=dict)
     output_power: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
-    def second_moments(self) -> dict[str, torch.Tensor]:
-        """Second moments of "all" tokens and of each modality, as far as they were observed."""
-        found = {"all": self.second_moment} | {
-            modality: statistics.second_moment for modality, statistics in self.modalities.items()
-        }
-        return {key: moment_KK for key, moment_KK in found.items() if moment_KK is not None}
+    def moments(self) -> dict[str, InputMoment]:
+        """Second moment of each modality, as far as they were observed."""
+        found = {modality: statistics.moment for modality, statistics in self.modalities.items()}
+        return {modality: moment for modality, moment in found.items() if moment is not None}
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Fraction of the tokens that each modality has."""
+        return {name: modality.tokens / self.tokens for name, modality in self.modalities.items()}
 
     def with_output_power(self, weight_OK: torch.Tensor) -> InputStatistics:
         """Return a copy with `output_power`, which all formats share."""
-        if self.output_power or self.second_moment is None:
+        if self.output_power or self.moment is None:
             return self
-        dtype = gram_dtype(weight_OK.device)
-        gram_KK = gram_matrix(weight_OK[rows].to(dtype) for rows in row_chunks(weight_OK.shape))
         output_power = {
-            key: weighted_trace(gram_KK, moment_KK)
-            for key, moment_KK in self.second_moments.items()
+            modality: moment.loss(weight_OK[rows].float() for rows in row_chunks(weight_OK.shape))
+            for modality, moment in self.moments.items()
         }
         return replace(self, output_power=output_power)
 
@@ -113,11 +116,11 @@ class InputStatistics:
         if image_share is None or self.image_share is None:
             return self
         text, image = self.modalities["text"], self.modalities["image"]
-        second_moment = None
-        if text.second_moment is not None and image.second_moment is not None:
-            second_moment = torch.lerp(text.second_moment, image.second_moment, image_share)
+        moment = None
+        if text.moment is not None and image.moment is not None:
+            moment = mix_moments((text.moment, image.moment), (1 - image_share, image_share))
         abs_mean = torch.lerp(text.abs_mean, image.abs_mean, image_share)
-        return replace(self, abs_mean=abs_mean, second_moment=second_moment)
+        return replace(self, abs_mean=abs_mean, moment=moment)
 
 
 def layer_file(layer: int) -> str:
@@ -142,47 +145,70 @@ def load_observed_kv_amax(folder: Path, layer: int) -> tuple[torch.Tensor, torch
         return file.get_tensor("key.amax"), file.get_tensor("value.amax")
 
 
-def load_layer(folder: Path, layer: int, device: torch.device) -> dict[str, InputStatistics]:
-    """Load the statistics of a layer's linears onto a device."""
-    stored = load_file(folder / layer_file(layer))  # loading to a GPU directly is a pageable copy
-    return assemble_layer({name: to_device(tensor, device) for name, tensor in stored.items()})
+def assemble_layer(
+    tensors: Mapping[str, torch.Tensor], *, whole: bool = False
+) -> dict[str, InputStatistics]:
+    """Build linear -> statistics from the tensors of a layer's file, on their device.
 
-
-def assemble_layer(tensors: dict[str, torch.Tensor]) -> dict[str, InputStatistics]:
-    """Build linear -> statistics from the tensors of a layer's file.
-
-    Strips are removed from `tensors`, so that they can be freed early.
+    Args:
+        tensors: by name.
+        whole: take whole second moments, not sketches; without either there are no moments.
     """
-    return {name: _assemble_linear(tensors, name) for name in LINEARS}
+    return {name: _assemble_linear(tensors, name, whole=whole) for name in LINEARS}
 
 
-def _assemble_linear(tensors: dict[str, torch.Tensor], name: str) -> InputStatistics:
-    """Build the statistics of one linear; its strips are removed from `tensors`."""
+def has_sketch(tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Return whether a layer's tensors include sketches."""
+    return "linear_qkv.sketch" in tensors
+
+
+def _assemble_linear(
+    tensors: Mapping[str, torch.Tensor], name: str, *, whole: bool
+) -> InputStatistics:
+    """Build the statistics of one linear."""
     counts: list[int] = tensors[f"{name}.tokens"].tolist()
-    sums = tensors[f"{name}.sum"]
-    strip_names = [f"{name}.moment.{i}" for i in range(len(strips(sums.shape[1])))]
-    parts = [tensors.pop(key) for key in strip_names if key in tensors]
+    sums, total = tensors[f"{name}.sum"], sum(counts)
+    moment = _whole_moment if whole else _sketched_moment
     modalities = {
-        modality: _normalize(counts[row], sums[row], [part[row] for part in parts])
+        modality: ModalityStatistics(
+            tokens=counts[row],
+            abs_mean=(sums[row].double() * SUM_UNIT / counts[row]).float(),
+            moment=moment(tensors, name, row, counts[row]),
+        )
         for row, modality in enumerate(MODALITY_ROWS)
         if counts[row]
     }
-    overall = next(iter(modalities.values()))
-    if len(modalities) > 1:
-        overall = _normalize(sum(counts), sums.sum(dim=0), [part.sum(dim=0) for part in parts])
+    found = [(one.moment, one.tokens / total) for one in modalities.values() if one.moment]
     return InputStatistics(
         amax=tensors[f"{name}.amax"].amax(dim=0),
-        abs_mean=overall.abs_mean,
-        tokens=overall.tokens,
-        second_moment=overall.second_moment,
+        abs_mean=(sums.sum(dim=0).double() * SUM_UNIT / total).float(),
+        tokens=total,
+        moment=mix_moments(*zip(*found, strict=True)) if found else None,
         modalities=modalities,
     )
 
 
-def _normalize(
-    tokens: int, abs_sum_K: torch.Tensor, parts: Sequence[torch.Tensor]
-) -> ModalityStatistics:
-    """Divide the sum of |x| and the strips of x x^T by the number of tokens."""
-    abs_mean = (abs_sum_K.double() * SUM_UNIT / tokens).float()
-    second_moment = assemble_strips(parts).div_(tokens) if parts else None
-    return ModalityStatistics(tokens=tokens, abs_mean=abs_mean, second_moment=second_moment)
+def _sketched_moment(
+    tensors: Mapping[str, torch.Tensor], name: str, row: int, tokens: int
+) -> InputMoment | None:
+    """Return the second moment of one modality as a sketch gives it."""
+    if f"{name}.sketch" not in tensors:
+        return None
+    return InputMoment(
+        root_MK=tensors[f"{name}.sketch"][row] / tokens**0.5,
+        blocks_Ggg=tensors[f"{name}.blocks"][row] / tokens,
+    )
+
+
+def _whole_moment(
+    tensors: Mapping[str, torch.Tensor], name: str, row: int, tokens: int
+) -> InputMoment | None:
+    """Return the whole second moment of one modality."""
+    width = tensors[f"{name}.sum"].shape[1]
+    keys = [f"{name}.moment.{i}" for i in range(len(strips(width)))]
+    if keys[0] not in tensors:
+        return None
+    whole_KK = assemble_strips([tensors[key][row] for key in keys]).div_(tokens)
+    return InputMoment(
+        whole_KK=whole_KK, blocks_Ggg=diagonal_blocks(whole_KK, block_features(width))
+    )

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from nemo_vlm_ptq.errors import UserError
@@ -195,6 +196,7 @@ class SourceReader:
         self._tensors = tensors
         self._stack = stack
         self._open: dict[Path, Any] = {}
+        self._lock = Lock()  # several threads read
 
     def get_slice(self, name: str) -> Any:
         """Return a lazy tensor: indexing it with `[a:b]` or `[:, a:b]` reads only that slice."""
@@ -203,9 +205,10 @@ class SourceReader:
         tensor = self._tensors[name]
         if tensor.read is not None:
             return tensor.read()
-        if tensor.file not in self._open:
-            handle = safe_open(tensor.file, framework="pt")
-            self._open[tensor.file] = self._stack.enter_context(handle)
+        with self._lock:
+            if tensor.file not in self._open:
+                handle = safe_open(tensor.file, framework="pt")
+                self._open[tensor.file] = self._stack.enter_context(handle)
         return self._open[tensor.file].get_slice(tensor.disk_name)
 
     def get_tensor(self, name: str) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -94,48 +94,3 @@ def _map_tensor(byte_range: ByteRange) -> torch.Tensor:
         )
     flat = torch.frombuffer(pages, dtype=fake.dtype, offset=padding)
     return flat.as_strided(fake.shape, fake.stride(), fake.storage_offset())
-
-
-class LazyTensor:
-    """Stored tensor that reads only the slice it is indexed with."""
-
-    def __init__(self, stored: StoredTensor) -> None:
-        self.stored = stored
-
-    def get_shape(self) -> list[int]:
-        """Return the shape of the whole tensor."""
-        return list(self.stored.shape)
-
-    def __getitem__(self, key: slice | tuple[slice, ...]) -> torch.Tensor:
-        """Read the block that slices of step 1 select; axes without a slice are read whole."""
-        given = key if isinstance(key, tuple) else (key,)
-        sizes = self.stored.shape
-        slices = [*given, *[slice(None)] * (len(sizes) - len(given))]
-        spans = [part.indices(size) for part, size in zip(slices, sizes, strict=True)]
-        start = tuple(low for low, _, _ in spans)
-        return read_block(self.stored, start, tuple(max(0, b - a) for a, b, _ in spans))
-
-
-class LazyConcat:
-    """Concatenation of lazy tensors along the first axis, indexed as one tensor."""
-
-    def __init__(self, parts: Sequence[LazyTensor]) -> None:
-        self.parts = parts
-
-    def get_shape(self) -> list[int]:
-        """Return the shape of the concatenation."""
-        shapes = [part.get_shape() for part in self.parts]
-        return [sum(shape[0] for shape in shapes), *shapes[0][1:]]
-
-    def __getitem__(self, key: slice | tuple[slice, ...]) -> torch.Tensor:
-        """Read the block that slices of step 1 select; copy only if it spans several parts."""
-        rows, *others = key if isinstance(key, tuple) else (key,)
-        start, stop, _ = rows.indices(self.get_shape()[0])
-        blocks, first = [], 0
-        for part in self.parts:
-            size = part.get_shape()[0]
-            low, high = max(start, first), min(stop, first + size)
-            if low < high:
-                blocks.append(part[(slice(low - first, high - first), *others)])
-            first += size
-        return torch.cat(blocks) if blocks[1:] else blocks[0]

@@ -1,4 +1,4 @@
-"""Start ranks on this machine with torchrun's launcher, and report why one of them failed."""
+"""Start ranks on this machine with torchrun's launcher, or run one here; report why one failed."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from nemo_vlm_ptq.errors import UserError, VerificationError
 from nemo_vlm_ptq.workdir.store import in_progress_marker
@@ -20,6 +22,15 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 PARENT_VARIABLE = "NEMO_VLM_PTQ_PARENT"  # set for ranks that this package's command started
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
+
+
+class Stopped(BaseException):
+    """A signal asked the rank in this process to stop."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 def inside_ranks() -> bool:
@@ -55,9 +66,7 @@ def start_ranks(count: int, arguments: Sequence[str], workdir: Path) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     defaults = {
         PARENT_VARIABLE: "1",
-        "PYTHONWARNINGS": "ignore",
         "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // count)),
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
     os.environ.update({key: os.environ.get(key, value) for key, value in defaults.items()})
     before = folders_in_progress(workdir)
@@ -76,13 +85,70 @@ def start_ranks(count: int, arguments: Sequence[str], workdir: Path) -> int:
         try:
             elastic_launch(config, sys.executable)("-m", "nemo_vlm_ptq", *arguments)
         except ChildFailedError as error:
-            started = folders_in_progress(workdir).items() - before.items()
-            folders = [folder for folder, _ in sorted(started, key=lambda item: item[1])]
-            return explain_failure(error, folders[-1] if folders else None)
+            return explain_failure(error, _folder_in_progress(workdir, before))
         except SignalException as stop:
-            print(f"nemo-vlm-ptq: stopped by {stop.sigval.name}", file=sys.stderr)
-            return 128 + stop.sigval
+            return report_stop(stop.sigval)
     return 0
+
+
+def run_here(work: Callable[[], int], workdir: Path) -> int:
+    """Run the only rank in this process, and report its end like that of a started rank.
+
+    Args:
+        work: returns the exit code.
+        workdir: searched for the folder that was being written when `work` failed.
+
+    Returns:
+        The exit code.
+    """
+    before = folders_in_progress(workdir)
+    try:
+        with _raise_on_stop_signals():
+            return work()
+    except Stopped as stop:
+        return report_stop(stop.number)
+    except (UserError, VerificationError):
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        cause = f"failed: {first_line(error)}"
+        return _report_rank(0, cause, _folder_in_progress(workdir, before))
+
+
+@contextmanager
+def _raise_on_stop_signals() -> Iterator[None]:
+    """Raise Stopped on the first of STOP_SIGNALS; a second one ends the process.
+
+    Signals that the parent process had ignored, as nohup does, stay ignored.
+    """
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def stop(number: int, _: Any) -> NoReturn:
+        restore()
+        raise Stopped(number)
+
+    handled = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, stop) for number in handled}
+    try:
+        yield
+    finally:
+        restore()
+
+
+def report_stop(number: int) -> int:
+    """Print which signal stopped the command, and return the exit code."""
+    print(f"nemo-vlm-ptq: stopped by {signal.Signals(number).name}", file=sys.stderr)
+    return 128 + number
+
+
+def _folder_in_progress(workdir: Path, before: Mapping[Path, int]) -> Path | None:
+    """Return the unfinished stage folder that was started last since `before`, if any."""
+    started = folders_in_progress(workdir).items() - before.items()
+    folders = [folder for folder, _ in sorted(started, key=lambda item: item[1])]
+    return folders[-1] if folders else None
 
 
 def folders_in_progress(workdir: Path) -> dict[Path, int]:
@@ -120,9 +186,19 @@ def explain_failure(error: ChildFailedError, folder: Path | None) -> int:
         cause = f"was ended by signal {failure.signal_name()}{hint}"
     else:
         cause = f"failed: {message}"
+    return _report_rank(rank, cause, folder)
+
+
+def _report_rank(rank: int, cause: str, folder: Path | None) -> int:
+    """Print how a rank ended, and return the exit code of a bug."""
     place = f" while {folder} was being written" if folder else ""
     print(f"nemo-vlm-ptq: error: rank {rank} {cause}{place}", file=sys.stderr)
     return 1
+
+
+def first_line(error: Exception) -> str:
+    """Return the type and the first line of an unexpected error."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def _informativeness(failure: ProcessFailure) -> int:

@@ -11,17 +11,31 @@ from megatron.core.transformer import TransformerConfig
 from nemo_vlm_ptq.constants import VOCAB_MULTIPLE
 from nemo_vlm_ptq.families.base import Decoder
 from nemo_vlm_ptq.megatron.attention import SdpaCoreAttention
+from nemo_vlm_ptq.megatron.fusion import use_fused_kernels
 from nemo_vlm_ptq.megatron.output_sharded_linear import OutputShardedLinear
 from nemo_vlm_ptq.megatron.parallel_context import ParallelContext
 from nemo_vlm_ptq.megatron.rotary import apply_long_rope
 
 
 def transformer_config(
-    decoder: Decoder, parallel: ParallelContext, dtype: torch.dtype
+    decoder: Decoder,
+    parallel: ParallelContext,
+    dtype: torch.dtype,
+    layers: int | None = None,
+    *,
+    fused: bool = False,
 ) -> TransformerConfig:
-    """Return the TransformerConfig of a Llama-like decoder, without fusions that require CUDA."""
+    """Return the TransformerConfig of a Llama-like decoder.
+
+    Args:
+        decoder: sizes of the decoder.
+        parallel: coordinates of this rank.
+        dtype: of the parameters.
+        layers: number of layers of a window; None: all layers, divided over pipeline stages.
+        fused: use the kernels of megatron/fusion.py, which require CUDA.
+    """
     return TransformerConfig(
-        num_layers=decoder.layers,
+        num_layers=layers or decoder.layers,
         hidden_size=decoder.hidden,
         ffn_hidden_size=decoder.ffn,
         num_attention_heads=decoder.heads,
@@ -34,7 +48,7 @@ def transformer_config(
         add_bias_linear=False,
         attention_dropout=0.0,
         hidden_dropout=0.0,
-        bias_activation_fusion=False,
+        bias_activation_fusion=fused,
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
@@ -47,7 +61,7 @@ def transformer_config(
         fp16=dtype is torch.float16,
         pipeline_dtype=dtype,
         tensor_model_parallel_size=parallel.layout.tensor,
-        pipeline_model_parallel_size=parallel.layout.pipeline,
+        pipeline_model_parallel_size=1 if layers else parallel.layout.pipeline,
         hetereogenous_dist_checkpoint=True,  # one key per layer, so that layers load separately
     )
 
@@ -57,6 +71,7 @@ def build_decoder(
     parallel: ParallelContext,
     dtype: torch.dtype,
     *,
+    window: range | None = None,
     for_calibration: bool = False,
 ) -> GPTModel:
     """Build the decoder with uninitialized weights; logits are gathered over tensor ranks.
@@ -65,6 +80,8 @@ def build_decoder(
         decoder: sizes of the decoder.
         parallel: coordinates and device of this rank.
         dtype: of the parameters.
+        window: layers to build, in the whole model, with the embedding if the first is among them,
+            and final norm and output layer if the last is; None: those of this pipeline stage.
         for_calibration: build the model that observe runs. It ends with the hidden states of the
             last layer, without final norm and output layer, and shards o_proj and down_proj along
             their outputs, so that the inputs of all linears are independent of the TP size.
@@ -74,19 +91,28 @@ def build_decoder(
     attention.core_attention = SdpaCoreAttention
     if for_calibration:
         attention.linear_proj = mlp.linear_fc2 = OutputShardedLinear
+    first_layer = parallel.first_stage if window is None else window.start == 0
+    last_layer = parallel.last_stage if window is None else window.stop == decoder.layers
+    fused = for_calibration and parallel.device.type == "cuda"
+    if fused:
+        use_fused_kernels()
+    layers = len(window) if window else None
     with parallel.device:  # allocate on the device instead of copying from the host
         model = GPTModel(
-            config=transformer_config(decoder, parallel, dtype),
+            config=transformer_config(decoder, parallel, dtype, layers, fused=fused),
             transformer_layer_spec=spec,
             vocab_size=decoder.sizes(VOCAB_MULTIPLE).padded_vocab,
             max_sequence_length=decoder.max_positions,
-            pre_process=parallel.first_stage,
-            post_process=parallel.last_stage and not for_calibration,
+            pre_process=first_layer,
+            post_process=last_layer and not for_calibration,
             parallel_output=False,
             share_embeddings_and_output_weights=False,
             position_embedding_type="rope",
             rotary_base=decoder.rope_theta,
         )
+    if window is not None:
+        for index, block in zip(window, model.decoder.layers, strict=True):
+            block.layer_number = index + 1
     if decoder.long_rope is not None:
         apply_long_rope(model, decoder, decoder.long_rope)
     return model.to(parallel.device, dtype).eval().requires_grad_(False)

@@ -9,7 +9,7 @@ import io
 import pickle
 import queue
 import re
-from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +28,16 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
-from nemo_vlm_ptq.checkpoints.huggingface import SourceReader, all_finite, cast_checked
 from nemo_vlm_ptq.checkpoints.torch_dist_index import INDEX, read_index
-from nemo_vlm_ptq.checkpoints.torch_dist_tensors import LazyConcat, LazyTensor, read_block
-from nemo_vlm_ptq.constants import VOCAB_MULTIPLE
-from nemo_vlm_ptq.families.base import Decoder
-from nemo_vlm_ptq.megatron.parallel_context import ParallelContext
-from nemo_vlm_ptq.parameter_map.entries import STORED_NORMS, ParameterEntry, expand_layers
-from nemo_vlm_ptq.parameter_map.sharding import shard_tensor
+from nemo_vlm_ptq.checkpoints.torch_dist_tensors import read_block
+from nemo_vlm_ptq.megatron.parallel_context import ParallelContext, cores_per_rank
+from nemo_vlm_ptq.sources.decoder_weights import DecoderWeights
 from nemo_vlm_ptq.utils.pinned_memory import copy_pinned, to_device
-from nemo_vlm_ptq.utils.progress import progress_bar
 
 LAYER_PREFIX = "decoder.layers."
 CPU = torch.device("cpu")
 FILE_BYTES = 1 << 29  # target file size; a rank writes its files in parallel, one process per file
+READ_THREADS = 4
 MIN_FILES, MAX_FILES = 2, 8  # files per rank
 
 
@@ -74,30 +70,32 @@ def is_writer(name: str) -> bool:
     return writer_rank(name, data_size) == parallel_state.get_data_parallel_rank()
 
 
+def layer_indices(model: GPTModel) -> set[int]:
+    """Return the global indices of a model's layers."""
+    return {block.layer_number - 1 for block in model.decoder.layers}
+
+
 def written_layers(model: GPTModel) -> set[int]:
     """Return the global indices of the layers that this data rank writes."""
-    layers = {block.layer_number - 1 for block in model.decoder.layers}
-    return {layer for layer in layers if is_writer(f"{LAYER_PREFIX}{layer}.")}
+    return {layer for layer in layer_indices(model) if is_writer(f"{LAYER_PREFIX}{layer}.")}
 
 
 def load_from_source(
     model: GPTModel,
     parallel: ParallelContext,
-    parameter_map: Iterable[ParameterEntry],
-    decoder: Decoder,
-    reader: SourceReader,
+    weights: DecoderWeights,
     *,
     written_only: bool = False,
+    for_calibration: bool = False,
 ) -> int:
-    """Load this rank's shards from a Hugging Face checkpoint, reading only their slices.
+    """Load this rank's shards from the source, reading only their slices, in several threads.
 
     Args:
         model: the model to fill.
         parallel: coordinates of this rank.
-        parameter_map: entries of the family.
-        decoder: sizes of the decoder.
-        reader: the open checkpoint.
+        weights: the source's decoder; its device should be the model's.
         written_only: load only the parameters that this data rank writes.
+        for_calibration: whether the model was built for calibration.
 
     Returns:
         Bytes read by this rank.
@@ -105,29 +103,25 @@ def load_from_source(
     Raises:
         UserError: NaN or Inf in a slice, or values outside of the range of the model's dtype.
     """
-    entries = {
-        entry.megatron_name: entry for entry in expand_layers(parameter_map, range(decoder.layers))
-    }
-    sizes = decoder.sizes(VOCAB_MULTIPLE)
-    bytes_read = 0
     parameters = [
         (name, parameter)
         for name, parameter in named_global_parameters(model).items()
         if not written_only or is_writer(name)
     ]
-    for name, parameter in progress_bar("import", "tensor", parallel.rank, parameters):
-        entry = entries[name]
-        sources = [reader.get_slice(hf_name) for hf_name in entry.hf_names]
-        shard = shard_tensor(
-            entry.sharding, sources, sizes, parallel.tensor_rank, parallel.layout.tensor
-        )
-        assert shard.shape == parameter.shape, (name, shard.shape, parameter.shape)
-        parameter.data.copy_(shard)
-        if not all_finite(parameter.data):
-            for source, hf_name in zip(sources, entry.hf_names, strict=True):
-                cast_checked(source[:], hf_name, parameter.dtype)  # raises with the tensor's name
-        bytes_read += shard.nbytes
-    return bytes_read
+    on_gpu = parallel.device.type == "cuda"
+    stream = torch.cuda.current_stream(parallel.device) if on_gpu else None
+
+    def load(item: tuple[str, torch.nn.Parameter]) -> int:
+        name, parameter = item
+        with torch.cuda.stream(stream):  # no effect for None
+            t, T = parallel.tensor_rank, parallel.layout.tensor
+            shard = weights.shard(name, t, T, by_output=for_calibration)
+            assert shard.shape == parameter.shape, (name, shard.shape, parameter.shape)
+            parameter.data.copy_(shard)
+        return shard.nbytes
+
+    with ThreadPoolExecutor(min(READ_THREADS, cores_per_rank())) as threads:
+        return sum(threads.map(load, parameters))
 
 
 def save_model(model: GPTModel, folder: Path) -> None:
@@ -233,38 +227,3 @@ def load_model(model: GPTModel, folder: Path, *, written_only: bool = False) -> 
         return
     for name, parameter in parameters.items():
         dist.broadcast(parameter.data, ranks[writer_rank(name, len(ranks))], group=group)
-
-
-class LayerReader:
-    """Reader of unsharded parameters of a torch_dist checkpoint, without a model or other ranks."""
-
-    def __init__(self, folder: Path) -> None:
-        self._stored = read_index(folder).tensors
-
-    def slices(self, names: Iterable[str]) -> dict[str, LazyTensor | LazyConcat]:
-        """Return lazily sliced parameters by Megatron name; slicing reads the files.
-
-        Raises:
-            UserError: damaged files, when they are read.
-        """
-        return {name: self._slices(name) for name in names}
-
-    def _slices(self, name: str) -> LazyTensor | LazyConcat:
-        stored_name = name
-        for local_suffix, stored_suffix in STORED_NORMS.items():
-            if name.endswith(local_suffix):
-                stored_name = name.removesuffix(local_suffix) + stored_suffix
-        if stored_name in self._stored:
-            return LazyTensor(self._stored[stored_name])
-        halves = [f"{name}_w", f"{name}_v"]  # gate and up, as modelopt's MLP stores them
-        missing = [half for half in halves if half not in self._stored]
-        assert not missing, f"{name} is not in the checkpoint"
-        return LazyConcat([LazyTensor(self._stored[half]) for half in halves])
-
-    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Read parameters to the CPU, by Megatron name.
-
-        Raises:
-            UserError: damaged files.
-        """
-        return {name: found[:] for name, found in self.slices(names).items()}

@@ -149,36 +149,57 @@ def forward(
     parallel: ParallelContext,
     batch: Batch,
     features: torch.Tensor | None,
+    states: torch.Tensor | None = None,
+    *,
+    ends_stage: bool = True,
 ) -> torch.Tensor | None:
-    """Run one micro-batch through the pipeline stage of this rank.
+    """Run one micro-batch through a window of layers, or all layers of this pipeline stage.
+
+    Args:
+        model: the window.
+        parallel: coordinates of this rank.
+        batch: the micro-batch.
+        features: its image features, if the window has the embedding.
+        states: hidden states [S,B,H] in front of the window; without the embedding and without
+            them, they are received from the previous stage.
+        ends_stage: whether the window holds the stage's last layer, so that its output is sent to
+            the next stage.
 
     Returns:
-        On the last stage logits [B,S,V], or hidden states [S,B,H] of a model without output layer;
-        None on other stages.
+        Logits [B,S,V] if the window has the output layer, else the hidden states behind it; None if
+        they were sent.
 
     Raises:
         UserError: see `validate_rope_lengths`.
     """
-    B, S = batch.input_ids.shape
     validate_rope_lengths(model, batch)
     decoder_input = None
-    if parallel.first_stage:
+    if model.pre_process:
         decoder_input = embed(model, batch, features, parallel.device)
     else:
-        config = model.config
-        received = torch.empty(
-            S, B, config.hidden_size, dtype=config.pipeline_dtype, device=parallel.comm_device
-        )
-        dist.recv(received, parallel.pipeline_peer(-1))
-        model.set_input_tensor(received.to(parallel.device))
+        model.set_input_tensor(_receive(model, parallel, batch) if states is None else states)
     mask = batch.attention_mask
     attention_mask = None if mask is None else mask.to(parallel.device)
     input_ids = to_device(batch.input_ids, parallel.device)
-    output = model(input_ids, None, attention_mask, decoder_input=decoder_input)
-    if parallel.last_stage:
+    output: torch.Tensor = model(input_ids, None, attention_mask, decoder_input=decoder_input)
+    if not ends_stage or parallel.last_stage:
         return output
     dist.send(output.contiguous().to(parallel.comm_device), parallel.pipeline_peer(1))
     return None
+
+
+def _receive(model: GPTModel, parallel: ParallelContext, batch: Batch) -> torch.Tensor:
+    """Receive hidden states [S,B,H] from the previous pipeline stage."""
+    B, S = batch.input_ids.shape
+    received = torch.empty(
+        S,
+        B,
+        model.config.hidden_size,
+        dtype=model.config.pipeline_dtype,
+        device=parallel.comm_device,
+    )
+    dist.recv(received, parallel.pipeline_peer(-1))
+    return received.to(parallel.device)
 
 
 def validate_rope_lengths(model: GPTModel, batch: Batch) -> None:

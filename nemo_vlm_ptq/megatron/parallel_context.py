@@ -100,6 +100,7 @@ def _select_devices(local_rank: int) -> tuple[torch.device, torch.device]:
         return torch.device("cpu"), torch.device("cpu")
     device = torch.device("cuda", local_rank % gpus)
     torch.cuda.set_device(device)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans every new sequence length, on the host
     return device, device if local_world_size() <= gpus else torch.device("cpu")
 
 

@@ -13,13 +13,6 @@ from dataclasses import dataclass, replace
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.parameter_map.sharding import MERGED_PARTS, Sharding
 
-# Local-spec name -> name in torch_dist checkpoints, where Megatron stores a norm under the linear
-# that follows it, so that fused (TransformerEngine) and local layers share checkpoints.
-STORED_NORMS = {
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterEntry:

@@ -1,12 +1,14 @@
 """Choice of the layout that `auto` stands for: the fastest for observe whose ranks fit in a GPU.
 
-Data-parallel ranks need no communication and are preferred. Tensor and pipeline parallelism are
-used if the model does not fit otherwise, or if second moments would need so many passes over the
-data that communication costs less. The choice depends on shapes and the machine only.
+Data-parallel ranks need no communication, and with windows of layers they hold any model of which
+two layers fit; they are preferred. Tensor parallelism is used if a layer does not fit otherwise, or
+if there are more ranks than micro-batches. Pipeline stages wait for each other unless a single
+window holds a stage. The choice depends on shapes and the machine only.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -16,17 +18,12 @@ from nemo_vlm_ptq.constants import BASELINE
 from nemo_vlm_ptq.distributed.layout import divisors
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.planning.constraints import calibration_tensor_sizes
-from nemo_vlm_ptq.planning.forecast import (
-    bytes_per_parameter,
-    count_passes,
-    full_model_bytes,
-    observe_bytes,
-)
+from nemo_vlm_ptq.planning.forecast import bytes_per_parameter, full_model_bytes
 from nemo_vlm_ptq.planning.plan import Plan
+from nemo_vlm_ptq.planning.windows import MEMORY_FRACTION, fitting_window, window_bytes
 from nemo_vlm_ptq.recipe import Parallel
 from nemo_vlm_ptq.workdir.store import MANIFEST
 
-GPU_MEMORY_FRACTION = 0.9  # of a GPU's memory that a rank may use
 # Hidden size at which a tensor rank spends as long on communication as on computation.
 BREAK_EVEN_HIDDEN = 1800
 
@@ -87,7 +84,7 @@ def check_evaluate_memory(
     if all((work / name / "evaluate" / MANIFEST).is_file() for name in names):
         return
     memory, need = detect().gpu_memory, full_model_bytes(plan, bytes_per_parameter(plan))
-    if memory is not None and need > GPU_MEMORY_FRACTION * memory:
+    if memory is not None and need > MEMORY_FRACTION * memory:
         others = [stage for stage in stages if stage != "evaluate"]
         first = f"set stages=[{','.join(others)}], and " if others else ""
         raise UserError(
@@ -98,7 +95,7 @@ def check_evaluate_memory(
 
 
 def _usable_memory(memory: int) -> str:
-    return f"{GPU_MEMORY_FRACTION:.0%} of a GPU is {GPU_MEMORY_FRACTION * memory / 1e9:,.1f} GB"
+    return f"{MEMORY_FRACTION:.0%} of a GPU is {MEMORY_FRACTION * memory / 1e9:,.1f} GB"
 
 
 def choose_layout(plan: Plan, machine: Machine) -> tuple[Parallel, str]:
@@ -114,19 +111,27 @@ def choose_layout(plan: Plan, machine: Machine) -> tuple[Parallel, str]:
         sizes = {key: 1 for key in ("tensor", "pipeline") if getattr(requested, key) == "auto"}
         return requested.model_copy(update=sizes), "no GPU"
     candidates = list(_candidates(plan, machine))
-    needs = {(t, p): observe_bytes(plan, t, p) for t, p in candidates}
-    usable = GPU_MEMORY_FRACTION * machine.gpu_memory
+    size = 1 if plan.recipe.calibration.window == "auto" else plan.recipe.calibration.window
+    needs = {(t, p): window_bytes(plan, t, p, size) for t, p in candidates}
+    usable = MEMORY_FRACTION * machine.gpu_memory
     fitting = [layout for layout in candidates if needs[layout] <= usable]
     if not fitting:
         raise UserError(_no_layout_message(requested, machine, needs))
-    passes = {(t, p): count_passes(plan, t, p, machine.gpu_memory) for t, p in fitting}
-    best = min(fitting, key=lambda layout: _work_per_pass(plan, machine, *layout) * passes[layout])
-    tensor, pipeline = best
+    tensor, pipeline = min(fitting, key=lambda layout: _work(plan, machine, *layout))
     data = _data_size(requested, machine, tensor, pipeline)
-    reason = f"needs {needs[best] / 1e9:,.1f} of {machine.gpu_memory / 1e9:,.1f} GB"
-    if passes[best] > 1:
-        reason += f"; second moments need {passes[best]} passes over the data"
+    window = _window(plan, machine, tensor, pipeline)
+    need = window_bytes(plan, tensor, pipeline, window)
+    reason = f"needs {need / 1e9:,.1f} of {machine.gpu_memory / 1e9:,.1f} GB"
     return Parallel(tensor=tensor, pipeline=pipeline, data=data), reason
+
+
+def _window(plan: Plan, machine: Machine, tensor: int, pipeline: int) -> int:
+    """Return the layers that a rank of a fitting layout takes at a time."""
+    assert machine.gpu_memory is not None
+    requested = plan.recipe.calibration.window
+    if requested != "auto":
+        return requested
+    return fitting_window(plan, tensor, pipeline, machine.gpu_memory)
 
 
 def _data_size(requested: Parallel, machine: Machine, tensor: int, pipeline: int) -> int:
@@ -136,13 +141,17 @@ def _data_size(requested: Parallel, machine: Machine, tensor: int, pipeline: int
     return requested.data
 
 
-def _work_per_pass(plan: Plan, machine: Machine, tensor: int, pipeline: int) -> float:
-    """Return the time of one pass, in units of a micro-batch on one rank with all layers."""
+def _work(plan: Plan, machine: Machine, tensor: int, pipeline: int) -> float:
+    """Return the time of observe, in units of a micro-batch on one rank with all layers."""
     requested, calibration = plan.recipe.parallel, plan.recipe.calibration
     data = _data_size(requested, machine, tensor, pipeline)
-    micro_batches = calibration.samples / (calibration.micro_batch * data)
+    micro_batches = math.ceil(calibration.samples / (calibration.micro_batch * data))
     share = (1 + (tensor - 1) * BREAK_EVEN_HIDDEN / plan.decoder.hidden) / tensor
-    return share * (micro_batches + pipeline - 1) / pipeline  # pipeline - 1 fills the pipeline
+    layers = plan.decoder.layers // pipeline
+    windows = math.ceil(layers / _window(plan, machine, tensor, pipeline))
+    rounds = pipeline * (windows - 1) + 1
+    fill = pipeline - 1  # micro-batches until the last stage works
+    return share * rounds * (micro_batches + fill) / (pipeline * windows)
 
 
 def _candidates(plan: Plan, machine: Machine) -> Iterator[tuple[int, int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nemo_vlm_ptq.constants import VOCAB_MULTIPLE
+from nemo_vlm_ptq.constants import BLOCK_FEATURES, VOCAB_MULTIPLE
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families import Decoder
 from nemo_vlm_ptq.formats import KV_CACHES, NVFP4_BLOCK, QuantFormat
@@ -41,6 +41,7 @@ def check_constraints(plan: Plan) -> None:
     for fmt in plan.formats:
         _check_format(plan, fmt)
     _check_parallel_sizes(plan)
+    _check_window(plan)
 
 
 def calibration_tensor_sizes(plan: Plan) -> list[int]:
@@ -81,6 +82,16 @@ def _check_parallel_sizes(plan: Plan) -> None:
     _require("parallel.pipeline", pipeline, [stages])
     _require("export.tensor", export.tensor, [serving, *tiles])
     _require("export.pipeline", export.pipeline, [stages, *_serving_pipeline(plan)])
+
+
+def _check_window(plan: Plan) -> None:
+    window, pipeline = plan.recipe.calibration.window, plan.recipe.parallel.pipeline
+    layers = plan.decoder.layers // (1 if pipeline == "auto" else pipeline)
+    if window != "auto" and window > layers:
+        raise UserError(
+            f"calibration.window={window}, but a pipeline stage has {layers} layers; supported: "
+            f"auto, 1 to {layers}"
+        )
 
 
 def _indivisible(decoder: Decoder) -> str:
@@ -177,6 +188,14 @@ def _check_format(plan: Plan, fmt: QuantFormat) -> None:
     group, targets = plan.recipe.quantize.group_size, plan.targets(fmt)
     if not targets:
         raise UserError(_no_target(plan.recipe, fmt))
+    recipe = plan.recipe
+    evaluates = "evaluate" in recipe.stages and recipe.evaluate.form == "export"
+    if evaluates and not plan.readable_targets(fmt):
+        raise UserError(
+            f"evaluate cannot run {fmt.name} from {', '.join(targets)}; add "
+            f"{supported_targets(fmt, recipe.quantize.kv_cache)[0]} to export.targets, or remove "
+            "evaluate from stages"
+        )
     if fmt.weight != "int4":
         return
     specs = [TARGETS[target] for target in targets]
@@ -192,6 +211,11 @@ def _check_format(plan: Plan, fmt: QuantFormat) -> None:
     if group not in sizes:
         supported = f"quantize.group_size={' or '.join(map(str, sizes))}"
         raise UserError(f"format {fmt.name} needs {supported}, got {group}")
+    if fmt.granularity == "group" and plan.moments_for(fmt) and BLOCK_FEATURES % group:
+        raise UserError(
+            f"format {fmt.name} clips groups of 16, 32, 64 or 128 inputs, got "
+            f"quantize.group_size={group}"
+        )
 
 
 def _no_target(recipe: Recipe, fmt: QuantFormat) -> str:

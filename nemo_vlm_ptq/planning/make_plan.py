@@ -17,11 +17,12 @@ from nemo_vlm_ptq.checkpoints.huggingface import (
 from nemo_vlm_ptq.checkpoints.model_config import merge_config
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families import Decoder, ModelFamily, find_family, read_config
+from nemo_vlm_ptq.families.transformers_import import import_transformers
 from nemo_vlm_ptq.parameter_map.entries import check_coverage, passthrough_names
 from nemo_vlm_ptq.planning.constraints import check_constraints
 from nemo_vlm_ptq.planning.plan import Plan
 from nemo_vlm_ptq.recipe import Recipe
-from nemo_vlm_ptq.sources.nemo2 import is_nemo, open_nemo
+from nemo_vlm_ptq.sources.kind import is_nemo
 
 SOURCE_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
@@ -33,7 +34,12 @@ def make_plan(recipe: Recipe) -> Plan:
         UserError: the first thing that cannot work, with the values that would.
     """
     folder = resolve_model_folder(recipe.model)
-    nemo = open_nemo(folder) if is_nemo(folder) else None
+    import_transformers()
+    nemo = None
+    if is_nemo(folder):
+        from nemo_vlm_ptq.sources.nemo2 import open_nemo  # slow to import
+
+        nemo = open_nemo(folder)
     config = merge_config(read_config(folder) if nemo is None else nemo.config, recipe.config)
     family = find_family(config, recipe.family)
     config = merge_config(family.complete_config(folder, config), recipe.config)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nemo_vlm_ptq.checkpoints.huggingface import SourceTensor
 from nemo_vlm_ptq.checkpoints.model_config import with_dtype
 from nemo_vlm_ptq.families import Decoder, ModelFamily
 from nemo_vlm_ptq.formats import QuantFormat, find_format
 from nemo_vlm_ptq.recipe import Recipe
-from nemo_vlm_ptq.targets.registry import supported_targets
+from nemo_vlm_ptq.targets.registry import TARGETS, supported_targets, with_sources
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,16 +45,33 @@ class Plan:
         return with_dtype(self.config, self.dtype)
 
     def targets(self, fmt: QuantFormat) -> list[str]:
-        """Return the requested targets that store a format together with the KV cache format."""
-        supported = supported_targets(fmt, self.recipe.quantize.kv_cache)
-        return [target for target in self.recipe.export.targets if target in supported]
+        """Return the targets to write that store a format together with the KV cache format.
 
-    def needs_second_moments(self, fmt: QuantFormat) -> bool:
-        """Whether solving a format searches over scales, which needs second moments."""
+        These are the requested ones, and those that they are made from.
+        """
+        supported = supported_targets(fmt, self.recipe.quantize.kv_cache)
+        return with_sources(one for one in self.recipe.export.targets if one in supported)
+
+    def export_folder(self, fmt: QuantFormat, target: str) -> Path:
+        """Return the folder of one export."""
+        return Path(self.recipe.workdir, fmt.name, TARGETS[target].folder)
+
+    def readable_targets(self, fmt: QuantFormat) -> list[str]:
+        """Return the targets to write that the reference model can run."""
+        return [target for target in self.targets(fmt) if TARGETS[target].has_reader]
+
+    def moments_for(self, fmt: QuantFormat) -> Literal["", "sketch", "whole"]:
+        """Return what solving a format needs to know of second moments.
+
+        A search over scales needs a sketch. SVDQuant takes them whole.
+        """
+        if fmt.low_rank:
+            return "whole"
         searched = self.recipe.quantize.smoothquant_alpha == "search"
-        return fmt.algorithm == "awq" or (fmt.algorithm == "smoothquant" and searched)
+        searches = fmt.algorithm == "awq" or (fmt.algorithm == "smoothquant" and searched)
+        return "sketch" if searches else ""
 
     @property
-    def second_moments(self) -> bool:
-        """Whether any requested format needs second moments."""
-        return any(self.needs_second_moments(fmt) for fmt in self.formats)
+    def moments(self) -> tuple[str, ...]:
+        """What the requested formats need of second moments: sketch, whole, both or nothing."""
+        return tuple(sorted({self.moments_for(fmt) for fmt in self.formats} - {""}))

@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
-    ByteSize,
     ConfigDict,
     Field,
     ValidationInfo,
@@ -95,7 +94,8 @@ class Quantize(RecipeSection):
 class Calibration(RecipeSection):
     """Calibration data and how observe runs it.
 
-    max_statistics_memory: bytes of second moments per rank; None: most of the free memory.
+    window: layers that a rank takes at a time; auto: all, or as many as fit.
+    keep_statistics: write the statistics, so that later formats need no observe.
     save_every: micro-batches of a rank between two saves.
     """
 
@@ -104,8 +104,16 @@ class Calibration(RecipeSection):
     micro_batch: int = Field(8, ge=1)
     seed: int = 0
     modality: Literal["image_text", "text"] = "image_text"
-    max_statistics_memory: ByteSize | None = Field(None, gt=0)
+    window: int | Literal["auto"] = "auto"
+    keep_statistics: bool = False
     save_every: int = Field(64, ge=1)
+
+    @field_validator("window", mode="before")
+    @classmethod
+    def _positive(cls, value: Any) -> Any:
+        if value != "auto" and not (type(value) is int and value >= 1):
+            raise ValueError("Input should be a positive number of layers or 'auto'")
+        return value
 
 
 class Export(RecipeSection):

@@ -56,11 +56,6 @@ class NemoSource:
     folder: Path
 
 
-def is_nemo(folder: Path) -> bool:
-    """Return whether the folder is a NeMo 2 checkpoint."""
-    return (folder / "context" / "io.json").is_file() and not (folder / "config.json").exists()
-
-
 def open_nemo(folder: Path) -> NemoSource:
     """Read the config and the index of a checkpoint, but no weights.
 

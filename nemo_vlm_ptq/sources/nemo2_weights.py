@@ -21,7 +21,7 @@ from nemo_vlm_ptq.checkpoints.torch_dist_index import Index, StoredTensor
 from nemo_vlm_ptq.checkpoints.torch_dist_tensors import read_tensor
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families import llava
-from nemo_vlm_ptq.parameter_map.entries import STORED_NORMS, ParameterEntry
+from nemo_vlm_ptq.parameter_map.entries import ParameterEntry
 from nemo_vlm_ptq.parameter_map.sharding import HeadSizes, unshard_tensor
 
 DECODER_PREFIX = "module.language_model."
@@ -34,6 +34,12 @@ VISION_PREFIXES = {
     "module.vision_projection.2.": "multi_modal_projector.linear_2.",
     "module.vision_projection.encoder.linear_fc1.": "multi_modal_projector.linear_1.",
     "module.vision_projection.encoder.linear_fc2.": "multi_modal_projector.linear_2.",
+}
+# Local-spec name -> name in torch_dist checkpoints, where Megatron stores a norm under the linear
+# that follows it, so that fused (TransformerEngine) and local layers share checkpoints.
+STORED_NORMS = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
 DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 Location = tuple[StoredTensor, int | None]  # stored tensor, and layer index if it is stacked

@@ -4,32 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from importlib import import_module
 
+from nemo_vlm_ptq.constants import STAGES
 from nemo_vlm_ptq.context import RunContext
-from nemo_vlm_ptq.stages.build import build
-from nemo_vlm_ptq.stages.evaluate import evaluate
-from nemo_vlm_ptq.stages.export import export
-from nemo_vlm_ptq.stages.import_model import import_model
-from nemo_vlm_ptq.stages.observe import observe
-from nemo_vlm_ptq.stages.report import report
-from nemo_vlm_ptq.stages.solve import solve
-from nemo_vlm_ptq.stages.verify import verify
 
-STAGE_FUNCTIONS: dict[str, Callable[[RunContext], None]] = {
-    "import": import_model,
-    "observe": observe,
-    "solve": solve,
-    "export": export,
-    "verify": verify,
-    "build": build,
-    "evaluate": evaluate,
-    "report": report,
-}
+MODULES = {"import": "import_model"}  # where the module is not named like the stage
+
+
+def load_stage(name: str) -> Callable[[RunContext], None]:
+    """Import a stage's module, which may take seconds, and return its function."""
+    module = MODULES.get(name, name)
+    stage: Callable[[RunContext], None] = getattr(import_module(f"{__name__}.{module}"), module)
+    return stage
 
 
 def run_stages(context: RunContext, names: Iterable[str]) -> None:
     """Run the named stages in their order; finished ones are skipped."""
     context = replace(context, stages=frozenset(names))
-    for name, stage in STAGE_FUNCTIONS.items():
+    for name in STAGES:
         if name in context.stages:
-            stage(context)
+            load_stage(name)(context)

@@ -22,7 +22,7 @@ from nemo_vlm_ptq.evaluate.answers import EvaluatedModel, generate_answers
 from nemo_vlm_ptq.families.folder_files import load_tokenizer
 from nemo_vlm_ptq.formats import QuantFormat
 from nemo_vlm_ptq.planning.forecast import full_model_bytes
-from nemo_vlm_ptq.stages.import_model import source_identity
+from nemo_vlm_ptq.stages.settings import source_identity
 from nemo_vlm_ptq.targets.trtllm.engine.client import EngineClient
 from nemo_vlm_ptq.targets.trtllm.engine.session import open_engine
 from nemo_vlm_ptq.utils.progress import progress_bar
@@ -60,8 +60,11 @@ def _settings(context: RunContext, fmt: QuantFormat | None) -> dict[str, Any]:
         questions = evaluation_questions(evaluate.data, evaluate.limit).identity()
         return settings | {"source": source_identity(plan), "questions": questions}
     target = _target(context, fmt)
-    folder = context.folder(fmt.name, target)
-    store.require_manifest(folder, "build" if target == "engine" else "export")
+    is_engine = target == "engine"
+    folder = (
+        context.folder(fmt.name, target) if is_engine else context.plan.export_folder(fmt, target)
+    )
+    store.require_manifest(folder, "build" if is_engine else "export")
     return settings | {
         "target": target,
         "input": store.hash_manifest(folder),
@@ -72,7 +75,7 @@ def _settings(context: RunContext, fmt: QuantFormat | None) -> dict[str, Any]:
 def _target(context: RunContext, fmt: QuantFormat) -> str:
     """Return what is scored of a format: its engine, or the first of its exports."""
     engine = context.plan.recipe.evaluate.form == "engine"
-    return "engine" if engine else context.plan.targets(fmt)[0]
+    return "engine" if engine else context.plan.readable_targets(fmt)[0]
 
 
 def _score(context: RunContext, fmt: QuantFormat | None, folder: Path) -> StageOutput:

@@ -18,14 +18,15 @@ from nemo_vlm_ptq.targets.registry import TARGETS
 from nemo_vlm_ptq.targets.trtllm.engine.session import engine_logits
 from nemo_vlm_ptq.verify.model_forms import (
     load_reference_model,
-    megatron_logits,
     reference_device,
     reference_logits,
+    stored_logits,
 )
 from nemo_vlm_ptq.workdir import store
 
 SOURCE_FORMS = ("hf_source", "megatron")  # in 16 bit
-FORMS = (*SOURCE_FORMS, "quantized", *TARGETS, "engine")
+EXPORTS = tuple(name for name, spec in TARGETS.items() if spec.has_reader)
+FORMS = (*SOURCE_FORMS, "quantized", *EXPORTS, "engine")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -55,7 +56,8 @@ def write_logits(context: RunContext, options: Mapping[str, str]) -> None:
     samples, masks = _make_samples(context, load_file(parsed.inputs))
     on_rank_zero = context.parallel.rank == 0
     if parsed.form in ("megatron", "quantized"):
-        logits = megatron_logits(context, fmt, samples, parsed.dtype, masks)
+        _require_checkpoint(context, fmt)
+        logits = stored_logits(context, fmt, samples, parsed.dtype, masks)
     elif on_rank_zero and parsed.form == "engine" and fmt is not None:
         logits = engine_logits(context, fmt, samples, masks)
     elif on_rank_zero:
@@ -65,6 +67,20 @@ def write_logits(context: RunContext, options: Mapping[str, str]) -> None:
     if on_rank_zero:
         store.save_tensors({"logits": pad_sequence(logits, batch_first=True)}, parsed.output)
     context.parallel.barrier()
+
+
+def _require_checkpoint(context: RunContext, fmt: QuantFormat | None) -> None:
+    """Check that the Megatron checkpoint was written.
+
+    Raises:
+        UserError: it was not; says how it is.
+    """
+    folder = (
+        context.folder("megatron") if fmt is None else context.plan.export_folder(fmt, "megatron")
+    )
+    if store.read_manifest(folder) is None:
+        how = "import" if fmt is None else "export with megatron in export.targets"
+        raise UserError(f"{folder} is not finished; run {how} first")
 
 
 def _parse_options(options: Mapping[str, str]) -> _Options:

@@ -12,7 +12,10 @@ from nemo_vlm_ptq.context import RunContext
 from nemo_vlm_ptq.formats import QuantFormat
 from nemo_vlm_ptq.report import page, table
 from nemo_vlm_ptq.stages.evaluate import read_result
+from nemo_vlm_ptq.targets.registry import TARGETS
 from nemo_vlm_ptq.workdir import store
+
+WEIGHT_SUFFIXES = (".safetensors", ".distcp")
 
 
 def report(context: RunContext) -> None:
@@ -56,8 +59,9 @@ def _format_facts(context: RunContext, fmt: QuantFormat) -> dict[str, Any]:
         "targets": targets,
         "layers": solved["facts"]["layers"] if solved else [],
     }
-    if (folder / targets[0] / store.MANIFEST).is_file():
-        weights = (folder / targets[0]).rglob("*.safetensors")
+    first = context.plan.export_folder(fmt, targets[0])
+    if (first / store.MANIFEST).is_file():
+        weights = (path for path in first.rglob("*") if path.suffix in WEIGHT_SUFFIXES)
         facts["bytes"] = sum(path.stat().st_size for path in weights)
     if verified.is_file():
         facts["verify"] = store.read_json(verified)
@@ -68,8 +72,8 @@ def _timings(context: RunContext) -> list[dict[str, Any]]:
     """Return the seconds of every finished stage, in the order of the stages."""
     folders = ["megatron", "statistics"]
     for fmt in context.plan.formats:
-        parts = ("scales", "quantized", *context.plan.targets(fmt))
-        folders += [f"{fmt.name}/{part}" for part in parts]
+        exports = [TARGETS[target].folder for target in context.plan.targets(fmt)]
+        folders += [f"{fmt.name}/{part}" for part in ("scales", *exports)]
     folders.append(f"{BASELINE}/evaluate")
     folders += [f"{fmt.name}/evaluate" for fmt in context.plan.formats]
     timings = []

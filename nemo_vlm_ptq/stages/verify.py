@@ -15,7 +15,8 @@ from nemo_vlm_ptq.distributed.layout import round_robin
 from nemo_vlm_ptq.errors import VerificationError
 from nemo_vlm_ptq.families.base import Sample
 from nemo_vlm_ptq.formats import QuantFormat
-from nemo_vlm_ptq.verify.model_forms import logits_with_and_without_rounding, megatron_logits
+from nemo_vlm_ptq.verify.megatron import verify_megatron
+from nemo_vlm_ptq.verify.model_forms import quantized_logits, source_logits
 from nemo_vlm_ptq.verify.target import ExpectedLogits, TargetVerifier, check_files
 from nemo_vlm_ptq.workdir import store
 
@@ -53,36 +54,34 @@ class MegatronLogits:
     @cached_property
     def source(self) -> list[torch.Tensor]:
         """Logits of the 16 bit model (collective)."""
-        return megatron_logits(self.context, None, self.samples)
+        return source_logits(self.context, self.samples)
 
     def of_format(self, fmt: QuantFormat) -> ExpectedLogits:
         """Return the logits of the quantized and, if needed, the 16 bit model (collective)."""
-        quantize = self.context.plan.recipe.quantize
-        if fmt.activation is None and quantize.kv_cache == "none":
-            exact = megatron_logits(self.context, fmt, self.samples)
-            return ExpectedLogits(samples=self.samples, exact=exact, rounded=exact, source=exact)
-        rounded, exact = logits_with_and_without_rounding(self.context, fmt, self.samples)
-        return ExpectedLogits(
-            samples=self.samples, exact=exact, rounded=rounded, source=self.source
-        )
+        rounded, exact = quantized_logits(self.context, fmt, self.samples)
+        source = exact if rounded is exact else self.source
+        return ExpectedLogits(samples=self.samples, exact=exact, rounded=rounded, source=source)
 
 
 def _verify_format(context: RunContext, fmt: QuantFormat, logits: MegatronLogits) -> None:
     start = time.monotonic()
     parallel, path = context.parallel, context.folder(fmt.name, "verify.json")
     targets = context.plan.targets(fmt)
-    folders = {target: context.folder(fmt.name, target) for target in targets}
+    folders = {target: context.plan.export_folder(fmt, target) for target in targets}
     for folder in folders.values():
         store.require_manifest(folder, "export")
     settings = {target: store.hash_manifest(folder) for target, folder in folders.items()}
     if on_rank_zero(parallel, lambda: _is_verified(path, settings, list(folders.values()))):
         return
     expected = logits.of_format(fmt)
-    results: dict[str, TargetVerifier] = {}
-    for target in round_robin(targets, parallel.layout.world_size, parallel.rank):
-        results[target] = TargetVerifier(context, fmt, target, expected)
-        results[target].run()
-    own = {target: (one.results, one.logits) for target, one in results.items()}
+    own: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {}
+    if "megatron" in targets:  # by all ranks together
+        own["megatron"] = verify_megatron(context, fmt, expected)
+    readable = context.plan.readable_targets(fmt)
+    for target in round_robin(readable, parallel.layout.world_size, parallel.rank):
+        verifier = TargetVerifier(context, fmt, target, expected)
+        verifier.run()
+        own[target] = verifier.results, verifier.logits
     gathered = {target: one for part in parallel.all_gather(own) for target, one in part.items()}
     checks = [check for target in targets for check in gathered[target][0]]
     failed = [check for check in checks if not check["passed"]]

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_vlm_ptq.planning.plan import Plan
-from nemo_vlm_ptq.stages.import_model import import_settings
-from nemo_vlm_ptq.stages.observe import observe_settings
-from nemo_vlm_ptq.stages.solve import solve_inputs
+from nemo_vlm_ptq.stages.settings import observed_settings, solve_settings, source_settings
 from nemo_vlm_ptq.workdir import store
 
 
@@ -15,13 +13,11 @@ def check_workdir(plan: Plan, work: Path) -> None:
     """Check that the finished model, statistics and scales were made with this recipe.
 
     Raises:
-        UserError: they were made with another recipe, lack what a format needs, or the folder holds
-            files of another program.
+        UserError: they were made with another recipe, or the folder holds files of another program.
     """
-    if not store.is_finished(work / "megatron", import_settings(plan)):
-        return
+    store.is_finished(work / "megatron", source_settings(plan))
     if "observe" not in plan.recipe.stages and plan.recipe.calibration.data is None:
         return
-    if store.is_finished(work / "statistics", observe_settings(plan, work)):
-        for fmt in plan.formats:
-            store.is_finished(work / fmt.name / "scales", solve_inputs(plan, work, fmt))
+    observed_settings(plan, work / "statistics")
+    for fmt in plan.formats:
+        store.is_finished(work / fmt.name / "scales", solve_settings(plan, work, fmt))

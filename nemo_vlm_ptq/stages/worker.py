@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from nemo_vlm_ptq.context import RunContext
-from nemo_vlm_ptq.distributed.launcher import lost_peer, write_error_file
+from nemo_vlm_ptq.distributed.launcher import first_line, lost_peer, write_error_file
 from nemo_vlm_ptq.errors import UserError, VerificationError, disk_write_error
 from nemo_vlm_ptq.megatron.parallel_context import parallel_context
 from nemo_vlm_ptq.planning.plan import Plan
@@ -49,5 +49,4 @@ def _explain_bug(error: Exception, workdir: Path) -> None:
     if (reason := disk_write_error(error, workdir)) is not None:
         raise UserError(f"{workdir} cannot be written: {reason}") from error
     if not lost_peer(error):
-        first = (str(error).strip().splitlines() or [""])[0]
-        write_error_file(f"{type(error).__name__}: {first}", 1)
+        write_error_file(first_line(error), 1)

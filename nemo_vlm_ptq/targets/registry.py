@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib import import_module
 from types import ModuleType
 from typing import Literal
@@ -9,23 +10,34 @@ from typing import Literal
 from nemo_vlm_ptq.formats import KV_CACHES, QuantFormat
 from nemo_vlm_ptq.targets.compressed_tensors.spec import SPEC as COMPRESSED_TENSORS
 from nemo_vlm_ptq.targets.hf.spec import SPEC as HF
+from nemo_vlm_ptq.targets.megatron.spec import SPEC as MEGATRON
 from nemo_vlm_ptq.targets.nemo2.spec import SPEC as NEMO2
 from nemo_vlm_ptq.targets.spec import TargetSpec
 from nemo_vlm_ptq.targets.trtllm.spec import SPEC as TRTLLM
 
 TARGETS: dict[str, TargetSpec] = {
-    spec.name: spec for spec in (COMPRESSED_TENSORS, HF, TRTLLM, NEMO2)
+    spec.name: spec for spec in (COMPRESSED_TENSORS, HF, MEGATRON, TRTLLM, NEMO2)
 }
 
 
 def load_module(target: str, part: Literal["writer", "reader", "checks"]) -> ModuleType:
     """Import one part of a target's package.
 
-    writer: `write(context, fmt, folder) -> StageOutput`.
+    writer: `PUBLISHED`, for targets under Hugging Face names, else `write(context, fmt, folder) ->
+        StageOutput`.
     reader: `read(folder, plan) -> ReadCheckpoint`, independent of the writer.
     checks: `check(folder, plan, expected) -> Iterator[Check]`, rules for the target's own files.
     """
     return import_module(f"nemo_vlm_ptq.targets.{TARGETS[target].package}.{part}")
+
+
+def with_sources(targets: Iterable[str]) -> list[str]:
+    """Return targets in order, each after the target that it is made from."""
+    ordered: dict[str, None] = {}
+    for name in targets:
+        source = TARGETS[name].made_from
+        ordered |= dict.fromkeys([source, name] if source else [name])
+    return list(ordered)
 
 
 def supported_targets(fmt: QuantFormat, kv_cache: str = "none") -> list[str]:

@@ -13,8 +13,11 @@ from dataclasses import dataclass, field
 class TargetSpec:
     """One export target.
 
-    name: the value of `export.targets`, and the folder name below FORMAT/.
+    name: the value of `export.targets`.
+    folder: the folder name below FORMAT/.
     package: subpackage of nemo_vlm_ptq.targets that holds writer.py, reader.py and checks.py.
+    made_from: target whose files the writer reads; it is written, too.
+    has_reader: whether reader.py and checks.py exist, so that the reference model runs the export.
     formats: weight and activation formats that the target can store.
     kv_caches: KV cache formats that the target can store.
     unsupported_pairs: (format, KV cache) combinations that no server runs.
@@ -30,8 +33,11 @@ class TargetSpec:
     """
 
     name: str
+    folder: str
     package: str
     formats: tuple[str, ...]
+    made_from: str = ""
+    has_reader: bool = True
     kv_caches: tuple[str, ...] = ()
     unsupported_pairs: tuple[tuple[str, str], ...] = ()
     servers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

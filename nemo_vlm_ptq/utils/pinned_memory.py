@@ -6,7 +6,7 @@ memory-mapped file to the GPU two and a half times (docs/dev/benchmarks.md).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -37,6 +37,18 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
     copy_pinned(copy, tensor)
     return copy
+
+
+def to_host(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return tensors in host memory; the copies of GPU tensors are queued in the current stream."""
+
+    def copy(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_cuda:
+            return tensor
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return host.copy_(tensor, non_blocking=True)
+
+    return {name: copy(tensor) for name, tensor in tensors.items()}
 
 
 def start_copy_to_host(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:

@@ -4,100 +4,161 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from nemo_vlm_ptq.context import RunContext
 from nemo_vlm_ptq.distributed.layout import round_robin
 from nemo_vlm_ptq.families.base import Sample
 from nemo_vlm_ptq.formats import QuantFormat
 from nemo_vlm_ptq.megatron.build import build_decoder
-from nemo_vlm_ptq.megatron.checkpoint import load_model
+from nemo_vlm_ptq.megatron.checkpoint import load_from_source, load_model
 from nemo_vlm_ptq.megatron.compute_dtype import compute_in_dtype
 from nemo_vlm_ptq.megatron.forward import collate, encode_images, forward, gather_logits
 from nemo_vlm_ptq.megatron.parallel_context import free_memory
 from nemo_vlm_ptq.planning.forecast import full_model_bytes
+from nemo_vlm_ptq.planning.windows import layers_in_memory, stage_windows
 from nemo_vlm_ptq.reference.checkpoint import ReadCheckpoint
 from nemo_vlm_ptq.reference.files import read_source
 from nemo_vlm_ptq.reference.model import ReferenceModel
+from nemo_vlm_ptq.sources.decoder_weights import open_weights, read_vision
 from nemo_vlm_ptq.targets.megatron.quantized_checkpoint import (
+    build_quantized,
     disable_activation_rounding,
     load_quantized,
 )
 from nemo_vlm_ptq.targets.registry import load_module
-from nemo_vlm_ptq.workdir.files import VISION_FILE
 
 Masks = Sequence[torch.Tensor | None]
+WINDOW_MEMORY_FRACTION = 0.25  # of free memory that the 16 bit weights of a window may take
 MEMORY_FRACTION = 0.9  # of free GPU memory that the weights of the reference model may take
 
 
-def megatron_logits(
+def stored_logits(
     context: RunContext,
     fmt: QuantFormat | None,
     samples: Sequence[Sample],
     dtype: torch.dtype = torch.float32,
     masks: Masks = (),
 ) -> list[torch.Tensor]:
-    """Return logits [S,V] float32 of each sample, one at a time, on every rank (collective).
+    """Return logits [S,V] float32 of a Megatron checkpoint for each sample (collective).
 
     Args:
         context: plan and ranks.
-        fmt: format of the quantized model; None for the imported 16 bit model.
-        samples: the samples.
+        fmt: format of the quantized checkpoint; None for the imported 16 bit one.
+        samples: the samples, which are run one at a time.
         dtype: dtype of the computation.
         masks: attention masks [S], 0 where a token is hidden.
     """
-    (logits,) = _forward_samples(context, fmt, samples, dtype, masks)
+    plan, parallel = context.plan, context.parallel
+
+    def build(_: range) -> Any:
+        if fmt is not None:
+            return load_quantized(context, fmt)
+        model = build_decoder(plan.decoder, parallel, context.dtype)
+        load_model(model, context.folder("megatron"))
+        return model
+
+    layers, stages = plan.decoder.layers, parallel.layout.pipeline
+    stage = stage_windows(layers, stages, parallel.pipeline_rank, layers)
+    (logits,) = _forward_samples(context, build, stage, samples, dtype, masks)
     return logits
 
 
-def logits_with_and_without_rounding(
+def source_logits(context: RunContext, samples: Sequence[Sample]) -> list[torch.Tensor]:
+    """Return logits [S,V] of the 16 bit model, in memory, window by window (collective)."""
+    plan, parallel = context.plan, context.parallel
+
+    def build(window: range) -> Any:
+        model = build_decoder(plan.decoder, parallel, context.dtype, window=window)
+        with open_weights(plan, parallel.device) as weights:
+            load_from_source(model, parallel, weights)
+        return model
+
+    windows = _windows(context)
+    (logits,) = _forward_samples(context, build, windows, samples, torch.float32, ())
+    return logits
+
+
+def quantized_logits(
     context: RunContext, fmt: QuantFormat, samples: Sequence[Sample]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Return logits [S,V] of the quantized model, and those with 16 bit activations and KV cache.
 
-    Weights are quantized in both cases (collective).
+    The model is made in memory from source and scales, window by window. Weights are quantized in
+    both cases (collective).
     """
-    rounded, exact = _forward_samples(
-        context, fmt, samples, torch.float32, (), disable_activation_rounding
+    build = partial(build_quantized, context, fmt)
+    rounds = fmt.activation is not None or context.plan.recipe.quantize.kv_cache != "none"
+    changes = [disable_activation_rounding] if rounds else []
+    results = _forward_samples(
+        context, build, _windows(context), samples, torch.float32, (), *changes
     )
-    return rounded, exact
+    return results[0], results[-1]
+
+
+def _windows(context: RunContext) -> list[range]:
+    """Return the windows of this stage's layers: as many at a time as half of the memory holds."""
+    plan, parallel = context.plan, context.parallel
+    tensor, pipeline = parallel.layout.tensor, parallel.layout.pipeline
+    memory = int(WINDOW_MEMORY_FRACTION * free_memory(parallel.device))
+    size = layers_in_memory(plan, tensor, pipeline, min(parallel.all_gather(memory)))
+    return stage_windows(plan.decoder.layers, pipeline, parallel.pipeline_rank, size)
 
 
 def _forward_samples(
     context: RunContext,
-    fmt: QuantFormat | None,
+    build: Callable[[range], Any],
+    windows: Sequence[range],
     samples: Sequence[Sample],
     dtype: torch.dtype,
     masks: Masks,
     *changes: Callable[[Any], None],
 ) -> list[list[torch.Tensor]]:
-    """Return the logits of the model, and again after each change of it."""
+    """Return the logits of the model, and again after each change of its windows.
+
+    Args:
+        context: plan and ranks.
+        build: layers -> the window that holds them.
+        windows: windows of this pipeline stage, in order.
+        samples: the samples.
+        dtype: dtype of the computation.
+        masks: attention masks.
+        changes: of a window, in place, one after another.
+    """
     plan, parallel = context.plan, context.parallel
-    if fmt is None:
-        model = build_decoder(plan.decoder, parallel, context.dtype)
-        load_model(model, context.folder("megatron"))
-    else:
-        model = load_quantized(context, fmt)
-    compute_in_dtype(model, dtype)
-    vision_tensors = load_file(context.folder("megatron", VISION_FILE))
-    vision = plan.family.build_vision(plan.config, vision_tensors, parallel.device, dtype)
     pairs = list(zip(samples, masks or [None] * len(samples), strict=True))
+    own = round_robin(pairs, parallel.layout.data, parallel.data_rank)
+    vision = plan.family.build_vision(plan.config, read_vision(plan), parallel.device, dtype)
+    features = [
+        encode_images(vision, parallel, [[sample]], plan.decoder.hidden)[0] for sample, _ in own
+    ]
+    del vision
+    states: list[list[Any]] = [[None] * len(own) for _ in range(1 + len(changes))]
+    for window in windows:
+        model = build(window)
+        compute_in_dtype(model, dtype)
+        for states_of_change, change in zip(states, (None, *changes), strict=True):
+            if change is not None:
+                change(model)
+            for i, (sample, mask) in enumerate(own):
+                states_of_change[i] = forward(
+                    model,
+                    parallel,
+                    collate([sample], mask),
+                    features[i],
+                    states_of_change[i],
+                    ends_stage=window is windows[-1],
+                )
+        del model  # import frames may hold it: see targets/megatron/quantized_checkpoint.py
+        gc.collect()  # modelopt's modules hold methods bound to themselves
+    vocab = plan.decoder.vocab
     results = []
-    for change in (None, *changes):
-        if change is not None:
-            change(model)
-        parts = []
-        for sample, mask in round_robin(pairs, parallel.layout.data, parallel.data_rank):
-            (features,) = encode_images(vision, parallel, [[sample]], plan.decoder.hidden)
-            out = forward(model, parallel, collate([sample], mask), features)
-            if out is not None:
-                parts.append(out[0, :, : plan.decoder.vocab].float())
-        results.append(gather_logits(parallel, parts, len(samples)))
-    del model  # import frames may hold it: see targets/megatron/quantized_checkpoint.py
-    gc.collect()  # modelopt's modules hold methods bound to themselves
+    for outputs in states:
+        logits = [out[0, :, :vocab].float() for out in outputs if parallel.last_stage]
+        results.append(gather_logits(parallel, logits, len(samples)))
     return results
 
 
@@ -113,7 +174,7 @@ def read_model_form(
     if fmt is None:
         read = read_source(plan.tensors)
     else:
-        read = load_module(form, "reader").read(context.folder(fmt.name, form), plan)
+        read = load_module(form, "reader").read(context.plan.export_folder(fmt, form), plan)
     names = set(plan.vision_names)
     vision = {name: tensor for name, tensor in read.plain.items() if name in names}
     plain = {name: tensor for name, tensor in read.plain.items() if name not in names}

@@ -66,7 +66,7 @@ class TargetVerifier:
     ) -> None:
         self.context, self.plan, self.fmt = context, context.plan, fmt
         self.target, self.spec, self.expected = target, TARGETS[target], expected
-        self.folder = context.folder(fmt.name, target)
+        self.folder = context.plan.export_folder(fmt, target)
         self.scales_folder = context.folder(fmt.name, "scales")
         self.results: list[dict[str, Any]] = []
         self.logits: dict[str, Any] = {}
@@ -180,7 +180,7 @@ class TargetVerifier:
         queries = self.plan.decoder.sizes(1).queries_per_kv_head
         requantized = self.fmt.algorithm == "smoothquant" and queries > 1
         if self._has_dynamic_inputs() or (self.spec.folds_scales and requantized):
-            noise = _distance(self.expected.exact, self.expected.source)
+            noise = distance(self.expected.exact, self.expected.source)
             return NOISE_FACTOR * noise["mean"]
         packed = self.spec.int_scales_in_model_dtype and self.fmt.weight.startswith("int")
         twice = packed or self.fmt.second_weight is not None
@@ -190,15 +190,15 @@ class TargetVerifier:
         """Compare logits without activation quantization, then as they are served."""
         expected, tolerance = self.expected, self._tolerance()
         model.set_activation_quantization(False)
-        exact = _distance(reference_logits(model, expected.samples), expected.exact)
+        exact = distance(reference_logits(model, expected.samples), expected.exact)
         line = f"logits differ by {exact['mean']:.1e}, {tolerance:.0e} is allowed"
         self._add("logits", [] if exact["mean"] <= tolerance else [line], line)
         self.logits = exact | {"tolerance_mean": tolerance, "samples": len(expected.samples)}
         if self.fmt.activation is None and model.kv is None:
             return
         model.set_activation_quantization(True)
-        rounded = _distance(reference_logits(model, expected.samples), expected.rounded)
-        noise = _distance(expected.rounded, expected.source)
+        rounded = distance(reference_logits(model, expected.samples), expected.rounded)
+        noise = distance(expected.rounded, expected.source)
         limit = NOISE_FACTOR * noise["mean"]
         line = (
             f"logits differ by {rounded['mean']:.1e}, quantization itself changes them by "
@@ -220,7 +220,7 @@ def check_files(folder: Path) -> list[str]:
     return findings
 
 
-def _distance(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> dict[str, float]:
+def distance(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> dict[str, float]:
     """Return the worst sample's distance between two lists of logits."""
     pairs = [checks.compare_logits(a, b) for a, b in zip(actual, expected, strict=True)]
     return {

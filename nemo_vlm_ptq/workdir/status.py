@@ -52,7 +52,9 @@ def record_failure(work: Path, command: str, rank: str, error: Exception) -> Non
         "command": command,
         "rank": int(rank),
         "node": socket.gethostname(),
-        "job": os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID"),
+        "job": os.environ.get("SLURM_JOB_ID")
+        or os.environ.get("TORCHELASTIC_RUN_ID")
+        or f"process {os.getpid()}",
         "message": first if expected else f"{type(error).__name__}: {first}",
     }
     line = json.dumps(record) + "\n"  # one write, as ranks append to the same file
@@ -109,7 +111,13 @@ def _recipe_facts(work: Path) -> dict[str, Any]:
         facts: dict[str, Any] = store.read_json(work / RECIPE_FACTS_FILE)
         return facts
     formats = {
-        name: {"targets": [target for target in TARGETS if _state(work / name / target) != MISSING]}
+        name: {
+            "targets": [
+                target
+                for target, spec in TARGETS.items()
+                if _state(work / name / spec.folder) != MISSING
+            ]
+        }
         for name in FORMATS
         if (work / name).is_dir()
     }
@@ -151,10 +159,10 @@ def _format_states(folder: Path, targets: Iterable[str]) -> dict[str, str]:
     """Return the state of each stage that runs per format."""
     verify = folder / "verify.json"
     passed = store.read_json(verify)["passed"] if verify.is_file() else None
-    solve_states = [_state(folder / name) for name in ("scales", "quantized")]
+    exports = [_state(folder / TARGETS[target].folder) for target in targets]
     return {
-        "solve": _combine_states(solve_states),
-        "export": _combine_states([_state(folder / target) for target in targets]),
+        "solve": _state(folder / "scales"),
+        "export": _combine_states(exports),
         "verify": {None: MISSING, True: FINISHED, False: FAILED}[passed],
         "build": _state(folder / "engine"),
         "evaluate": _state(folder / "evaluate"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import re
 import shutil
@@ -24,7 +25,6 @@ from nemo_vlm_ptq.errors import UserError
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
 HASH_THREADS = 16  # files hashed at once, to hide the latency of network file systems
-HASH_CHUNK_BYTES = 1 << 22
 RECORDED_PACKAGES = ("nemo_vlm_ptq", "torch", "transformers", "megatron-core", "nvidia-modelopt")
 
 
@@ -137,8 +137,9 @@ def hash_file(path: Path) -> str:
     """Return the sha256 of a file as hex digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(HASH_CHUNK_BYTES):
-            digest.update(chunk)
+        if path.stat().st_size:
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as pages:
+                digest.update(pages)
     return digest.hexdigest()
 
 

@@ -2,10 +2,11 @@
 
 Every statistic is a maximum, or a sum of multiples of one unit, over micro-batches whose samples
 are chosen by id. The result is therefore the same for any assignment of data and layers to ranks.
-Each tensor rank has the whole input of every linear and keeps some strips of every second moment.
+Each tensor rank has the whole input of every linear. It keeps the sketches of some linears, and
+some strips of every second moment.
 
 Legend: L layers of this rank, N input features of all its linears, S tokens, B samples, H hidden,
-T = S B tokens of a micro-batch, K input features of one linear.
+T = S B tokens of a micro-batch, K input features of one linear, m rows of a sketch, G blocks of g.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch.linalg import vector_norm
 
+from nemo_vlm_ptq.calibrate.observe.batch_tokens import MODALITIES, BatchTokens
 from nemo_vlm_ptq.calibrate.second_moments import accumulate_strip, zero_strip
+from nemo_vlm_ptq.calibrate.sketch import accumulate_blocks, accumulate_sketch, zero_blocks
 from nemo_vlm_ptq.calibrate.statistics import LINEARS, SUM_UNIT
+from nemo_vlm_ptq.constants import SKETCH_ROWS
 from nemo_vlm_ptq.distributed.moment_strips import strip_owner, strips
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.base import IMAGE, TEXT
@@ -27,18 +31,25 @@ from nemo_vlm_ptq.megatron.forward import Batch
 from nemo_vlm_ptq.megatron.parallel_context import ParallelContext
 from nemo_vlm_ptq.utils.pinned_memory import start_copy_to_host, to_device
 
-MODALITIES = (TEXT, IMAGE)  # by row of a statistic
 MODALITY_NAMES = {TEXT: "text", IMAGE: "image"}
+
+
+def sketch_owner(linear: str, parallel: ParallelContext) -> int:
+    """Return the tensor rank that has the sketches of a linear, in every layer."""
+    return list(LINEARS).index(linear) % parallel.layout.tensor
 
 
 class Observer:
     """Statistics of some of this rank's layers, accumulated by forward hooks.
 
     Attributes:
-        blocks: layer -> Megatron transformer layer.
+        layers: layer -> Megatron transformer layer.
         input_slices: (layer, linear) -> its input features in `amax` and `sum`.
         amax: [2,N] float32, largest |x|.
         sum: [2,N] int64, sum of |x| in units of SUM_UNIT.
+        gathers_sketches: whether linears have sketches, here or on another tensor rank.
+        sketches: (layer, linear) -> float64 [2m,K], of this rank's linears.
+        blocks: (layer, linear) -> float64 [2,G,g,g], of this rank's linears.
         second_moments: (layer, linear) -> for each modality, this rank's strips by index.
         kv_amax: [L,2] float32, largest magnitudes of keys and of values.
         tokens: [L,2] int64, numbers of tokens of each modality.
@@ -46,34 +57,42 @@ class Observer:
 
     def __init__(
         self,
-        model: GPTModel,
+        model: GPTModel | None,
         parallel: ParallelContext,
         layers: Sequence[int],
-        second_moments: bool,
+        moments: Collection[str] = (),
     ) -> None:
-        self.parallel, self._decoder = parallel, model.decoder
-        blocks = {block.layer_number - 1: block for block in model.decoder.layers}
-        self.blocks = {layer: blocks[layer] for layer in layers}
+        self.gathers_sketches = "sketch" in moments
+        self.parallel, self._decoder = parallel, None if model is None else model.decoder
+        found = [] if model is None else model.decoder.layers
+        blocks = {block.layer_number - 1: block for block in found}
+        self.layers = {layer: blocks[layer] for layer in layers}
         self.input_slices: dict[tuple[int, str], slice] = {}
+        self.sketches: dict[tuple[int, str], torch.Tensor] = {}
+        self.blocks: dict[tuple[int, str], torch.Tensor] = {}
         self.second_moments: dict[tuple[int, str], list[dict[int, torch.Tensor]]] = {}
         end, device = 0, parallel.device
-        for layer, block in self.blocks.items():
+        for layer, block in self.layers.items():
             for name, path in LINEARS.items():
                 width = block.get_submodule(path).weight.shape[1]
                 self.input_slices[layer, name] = slice(end, end := end + width)
-                if second_moments:
+                if "sketch" in moments and sketch_owner(name, parallel) == parallel.tensor_rank:
+                    shape = 2 * SKETCH_ROWS, width
+                    self.sketches[layer, name] = torch.zeros(
+                        shape, dtype=torch.float64, device=device
+                    )
+                    self.blocks[layer, name] = torch.stack(
+                        [zero_blocks(width, device) for _ in MODALITIES]
+                    )
+                if "whole" in moments:
                     self.second_moments[layer, name] = self._zero_strips(width)
         self.amax = torch.zeros(2, end, device=device)
         self.sum = torch.zeros(2, end, dtype=torch.int64, device=device)
         self.kv_amax = torch.zeros(len(layers), 2, device=device)
         self.tokens = torch.zeros(len(layers), 2, dtype=torch.int64, device=device)
-        # State of the current micro-batch: amax and sum, tokens of each modality present (row,
-        # index), the modality of each token, tokens that are not padding, layers to update.
+        # State of the current micro-batch: amax and sum, its tokens, layers to update.
         self._batch_statistics = torch.zeros(2, 2, end, device=device)
-        self._modality_tokens: list[tuple[int, torch.Tensor | slice]] = []
-        self._token_modality = torch.empty(0, dtype=torch.int8)
-        self._valid_tokens: torch.Tensor | slice = slice(None)
-        self._batch: Batch
+        self._tokens: BatchTokens
         self._active_layers: Collection[int] = ()
         self._pending_check: Callable[[], None] = lambda: None  # of the previous micro-batch
 
@@ -85,8 +104,10 @@ class Observer:
     @contextmanager
     def attach_hooks(self) -> Iterator[None]:
         """Attach the forward hooks inside the context."""
-        handles = [self._decoder.register_forward_hook(self._accumulate_batch)]
-        for index, (layer, block) in enumerate(self.blocks.items()):
+        handles = []
+        if self._decoder is not None:
+            handles.append(self._decoder.register_forward_hook(self._accumulate_batch))
+        for index, (layer, block) in enumerate(self.layers.items()):
             for name, path in LINEARS.items():
                 hook = self._make_input_hook(layer, name)
                 handles.append(block.get_submodule(path).register_forward_pre_hook(hook))
@@ -98,34 +119,20 @@ class Observer:
         finally:
             for handle in handles:
                 handle.remove()
-            for block in self.blocks.values():
+            for block in self.layers.values():
                 block.self_attention.core_attention.kv_observer = None
 
-    def start_micro_batch(self, batch: Batch, active_layers: Collection[int]) -> None:
+    def start_micro_batch(self, tokens: BatchTokens, active_layers: Collection[int]) -> None:
         """Prepare for the forward pass of a micro-batch.
 
         Args:
-            batch: the micro-batch.
+            tokens: the micro-batch.
             active_layers: layers whose statistics do not include it yet; others ignore it.
         """
-        modality_T = batch.modality.T.flatten()  # in the token order of [S,B,...] activations
-        self._batch, self._modality_tokens, self._active_layers = batch, [], active_layers
-        self._token_modality = to_device(modality_T, self.parallel.device)
-        self._valid_tokens = self._token_index(modality_T != 0)
+        self._tokens, self._active_layers = tokens, active_layers
         self._batch_statistics = torch.zeros_like(self._batch_statistics)
-        counts = []
-        for row, modality in enumerate(MODALITIES):
-            mask = modality_T == modality
-            counts.append(int(mask.sum()))
-            if counts[-1]:
-                self._modality_tokens.append((row, self._token_index(mask)))
-        active = torch.tensor([layer in active_layers for layer in self.blocks], dtype=torch.int64)
-        self.tokens += to_device(torch.outer(active, torch.tensor(counts)), self.tokens.device)
-
-    def _token_index(self, mask: torch.Tensor) -> torch.Tensor | slice:
-        if bool(mask.all()):
-            return slice(None)  # avoids a copy of the activations
-        return to_device(mask.nonzero().flatten(), self.parallel.device)
+        active = torch.tensor([layer in active_layers for layer in self.layers], dtype=torch.int64)
+        self.tokens += to_device(torch.outer(active, tokens.counts), self.tokens.device)
 
     def _accumulate_batch(self, _: Any, __: Any, out_SBH: torch.Tensor) -> None:
         """Add the micro-batch's maxima and sums, and check the previous micro-batch for NaN or Inf.
@@ -140,7 +147,7 @@ class Observer:
         torch.maximum(self.amax, amax, out=self.amax)
         self.sum += total.double().mul_(1 / SUM_UNIT).round_().long()
         # Only sums are checked: maxima ignore NaN.
-        batch, is_finite = self._batch, start_copy_to_host(total.isfinite().all())
+        batch, is_finite = self._tokens.batch, start_copy_to_host(total.isfinite().all())
         self.raise_pending()
 
         def check() -> None:
@@ -148,6 +155,25 @@ class Observer:
                 self._raise_not_finite(batch, total, out_SBH)
 
         self._pending_check = check
+
+    def release(self, layer: int, *, is_owner: bool, drop_moments: bool) -> None:
+        """Release a layer after its reduction over data ranks.
+
+        Args:
+            layer: the layer.
+            is_owner: whether this data rank has the sums of all; otherwise they start at zero.
+            drop_moments: free sketches and second moments.
+        """
+        position = list(self.layers).index(layer)
+        if not is_owner:
+            self.tokens[position] = 0
+            for name in LINEARS:
+                self.sum[:, self.input_slices[layer, name]] = 0
+        if drop_moments:
+            for name in LINEARS:
+                self.second_moments.pop((layer, name), None)
+                self.sketches.pop((layer, name), None)
+                self.blocks.pop((layer, name), None)
 
     def raise_pending(self) -> None:
         """Run the check that is still pending.
@@ -161,17 +187,22 @@ class Observer:
     def _make_input_hook(self, layer: int, name: str) -> Any:
         """Return the forward pre-hook of one linear."""
         input_slice = self.input_slices[layer, name]
-        second_moments = self.second_moments.get((layer, name))
+        second_moments = self.second_moments.get((layer, name), [{} for _ in MODALITIES])
+        sketch, blocks = self.sketches.get((layer, name)), self.blocks.get((layer, name))
 
         def hook(_: Any, args: tuple[torch.Tensor, ...]) -> None:
             if layer not in self._active_layers:
                 return
             x_TK = args[0].detach().flatten(0, 1)
             self._observe_columns(x_TK, input_slice)
-            if second_moments is None:
-                return
-            for row, token_index in self._modality_tokens:
+            if sketch is not None and self._tokens.rows is not None:
+                accumulate_sketch(sketch, x_TK, self._tokens.rows)
+            for row, token_index in self._tokens.by_modality:
+                if blocks is None and not second_moments[row]:
+                    continue
                 modality_x_TK = x_TK[token_index]
+                if blocks is not None:
+                    accumulate_blocks(blocks[row], modality_x_TK)
                 for index, strip in second_moments[row].items():
                     accumulate_strip(strip, index, modality_x_TK)
 
@@ -183,11 +214,11 @@ class Observer:
         if x_TK.is_cuda:
             from nemo_vlm_ptq.calibrate import kernels
 
-            batch_amax, batch_sum = kernels.column_statistics(x_TK, self._token_modality)
+            batch_amax, batch_sum = kernels.column_statistics(x_TK, self._tokens.modality)
             amax.copy_(batch_amax)
             total.copy_(batch_sum)
             return
-        for row, token_index in self._modality_tokens:
+        for row, token_index in self._tokens.by_modality:
             modality_x_TK = x_TK[token_index]
             for order, out in ((torch.inf, amax), (1, total)):
                 vector_norm(modality_x_TK, order, dim=0, dtype=torch.float32, out=out[row])
@@ -199,7 +230,7 @@ class Observer:
             if layer not in self._active_layers:
                 return
             for index, x in enumerate((key, value)):
-                valid = x.flatten(0, 1)[self._valid_tokens]
+                valid = x.flatten(0, 1)[self._tokens.valid]
                 amax = vector_norm(valid, torch.inf, dtype=torch.float32)
                 torch.maximum(kv_amax[index], amax, out=kv_amax[index])
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,15 +40,21 @@ class ObserveProgress:
     """Progress of observe over all ranks.
 
     settings: what the statistics depend on.
-    finished: layers whose statistics are complete.
+    finished: layers whose statistics are complete, and were handed on.
     saved: layer -> saved sums, of layers that are not finished.
     num_saves: how often sums were saved.
+    tokens: numbers of text and image tokens of the finished layers; empty if there are none.
     """
 
     settings: Mapping[str, Any]
     finished: frozenset[int] = frozenset()
     saved: Mapping[int, SavedSums] = field(default_factory=dict)
     num_saves: int = 0
+    tokens: tuple[int, ...] = ()
+
+    def lacks(self, layer: int, sample_ids: frozenset[str]) -> bool:
+        """Return whether a layer's statistics do not include all of the samples."""
+        return layer not in self.finished and bool(sample_ids - self.sample_ids(layer))
 
     def sample_ids(self, layer: int) -> frozenset[str]:
         """Return the ids of the samples that a layer's saved sums include."""
@@ -64,11 +70,11 @@ class ObserveProgress:
         }
         return replace(self, saved={**self.saved, **updated}, num_saves=self.num_saves + 1)
 
-    def with_finished(self, layers: Iterable[int]) -> ObserveProgress:
+    def with_finished(self, layers: Iterable[int], tokens: Sequence[int]) -> ObserveProgress:
         """Return the progress after the statistics of `layers` were completed."""
         finished = self.finished | frozenset(layers)
         saved = {layer: sums for layer, sums in self.saved.items() if layer not in finished}
-        return replace(self, finished=finished, saved=saved)
+        return replace(self, finished=finished, saved=saved, tokens=tuple(tokens))
 
 
 def read_progress(folder: Path, settings: Mapping[str, Any]) -> ObserveProgress:
@@ -81,7 +87,11 @@ def read_progress(folder: Path, settings: Mapping[str, Any]) -> ObserveProgress:
         for layer, sums in record["held"].items()
     }
     return ObserveProgress(
-        settings, finished=frozenset(record["finished"]), saved=saved, num_saves=record["saves"]
+        settings,
+        finished=frozenset(record["finished"]),
+        saved=saved,
+        num_saves=record["saves"],
+        tokens=tuple(record["tokens"]),
     )
 
 
@@ -91,7 +101,12 @@ def write_progress(folder: Path, progress: ObserveProgress) -> None:
         layer: {"folder": sums.folder, "ids": sorted(sums.sample_ids)}
         for layer, sums in sorted(progress.saved.items())
     }
-    record = {"finished": sorted(progress.finished), "held": saved, "saves": progress.num_saves}
+    record = {
+        "finished": sorted(progress.finished),
+        "held": saved,
+        "saves": progress.num_saves,
+        "tokens": progress.tokens,
+    }
     store.write_progress(folder, progress.settings, record)
     referenced = {sums.folder for sums in progress.saved.values()}
     for path in folder.iterdir():

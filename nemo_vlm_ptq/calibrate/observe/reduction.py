@@ -8,16 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
-from nemo_vlm_ptq.calibrate.observe.observer import Observer
+from nemo_vlm_ptq.calibrate.observe.observer import Observer, sketch_owner
 from nemo_vlm_ptq.calibrate.observe.progress import SavedSums
-from nemo_vlm_ptq.calibrate.second_moments import MOMENT_LIMIT, strip_to_float32
+from nemo_vlm_ptq.calibrate.second_moments import MOMENT_LIMIT, MOMENT_UNIT, strip_to_float32
+from nemo_vlm_ptq.calibrate.sketch import SKETCH_LIMIT, SKETCH_UNIT, block_features
 from nemo_vlm_ptq.calibrate.statistics import LINEARS, SUM_UNIT, layer_file, save_layer
+from nemo_vlm_ptq.constants import SKETCH_ROWS
 from nemo_vlm_ptq.distributed.moment_strips import strip_numel, strip_owner, strips
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.megatron.parallel_context import ParallelContext, free_memory
@@ -26,15 +30,27 @@ WRITER_THREADS = 8
 LayerConsumer = Callable[[int, Mapping[str, torch.Tensor]], None]  # layer, tensors of its file
 
 
-def reduce_and_save(
+@dataclass(frozen=True, kw_only=True)
+class Reduced:
+    """What a rank has after a reduction.
+
+    sha256: file name -> sha256 of the files that this rank wrote.
+    tokens: numbers of text and image tokens; empty on a rank without layers.
+    """
+
+    sha256: dict[str, str]
+    tokens: list[int]
+
+
+def reduce_layers(
     observer: Observer,
     parallel: ParallelContext,
-    folder: Path,
+    folder: Path | None,
     *,
     exact: bool,
     consume: LayerConsumer = lambda layer, tensors: None,
-) -> dict[str, str]:
-    """Reduce the statistics over ranks and write each layer once (collective).
+) -> Reduced:
+    """Reduce the statistics over ranks; write and hand on each layer once (collective).
 
     Afterwards the data rank that owns a layer holds its sums, and the other data ranks hold zeros,
     so that the observer can continue.
@@ -42,14 +58,11 @@ def reduce_and_save(
     Args:
         observer: statistics of this rank.
         parallel: this rank's parallel context.
-        folder: where to write.
+        folder: where to write; None: nothing is written.
         exact: write second moments in float64 multiples of MOMENT_UNIT, to resume from; otherwise
             as float32, to solve from, which uses the observer up.
         consume: called on the writing rank with each layer and its tensors, while files are
             written.
-
-    Returns:
-        File name -> sha256 of the files that this rank wrote.
 
     Raises:
         UserError: an activation holds NaN or Inf, or activations are too large for exact sums of
@@ -57,30 +70,27 @@ def reduce_and_save(
     """
     observer.raise_pending()
     _all_reduce(observer, parallel)
+    tokens = observer.tokens[0].tolist() if len(observer.tokens) else []
     files: list[Future[tuple[str, str]]] = []
     unconsumed: list[tuple[int, Mapping[str, torch.Tensor]]] = []
     with ThreadPoolExecutor(WRITER_THREADS) as writers:
-        for position, layer in enumerate(observer.blocks):
-            owner, writes = _owner_data_rank(position, parallel), _is_writer(position, parallel)
-            if writes and len(files) >= (limit := _max_pending_files(observer, layer, exact)):
+        for position, layer in enumerate(observer.layers):
+            owner, writes = _owner_data_rank(layer, parallel), _is_writer(layer, parallel)
+            if writes and len(files) >= (limit := _max_pending_files(observer, exact)):
                 files[-limit].result()
             tensors = _reduce_layer(observer, layer, parallel, exact)
             if writes:
                 key, value = observer.kv_amax[position].split(1)
                 tensors |= {"key.amax": key, "value.amax": value}
                 tensors |= {f"{name}.tokens": observer.tokens[position] for name in LINEARS}
-                files.append(writers.submit(save_layer, folder, layer, tensors))
+                if folder is not None:
+                    files.append(writers.submit(save_layer, folder, layer, tensors))
                 unconsumed.append((layer, tensors))
-            if owner != parallel.data_rank:
-                observer.tokens[position] = 0
-                for name in LINEARS:
-                    observer.sum[:, observer.input_slices[layer, name]] = 0
-            for name in () if exact else LINEARS:
-                observer.second_moments.pop((layer, name), None)
-            if owner == parallel.layout.data - 1 or position == len(observer.blocks) - 1:
+            observer.release(layer, is_owner=owner == parallel.data_rank, drop_moments=not exact)
+            if owner == parallel.layout.data - 1 or position == len(observer.layers) - 1:
                 while unconsumed:  # once every data rank has a layer, so that all work in parallel
                     consume(*unconsumed.pop())
-    return dict(file.result() for file in files)
+    return Reduced(sha256=dict(file.result() for file in files), tokens=tokens)
 
 
 def _all_reduce(observer: Observer, parallel: ParallelContext) -> None:
@@ -92,25 +102,29 @@ def _all_reduce(observer: Observer, parallel: ParallelContext) -> None:
         dist.all_reduce(observer.kv_amax, dist.ReduceOp.MAX, group=group)
 
 
-def _max_pending_files(observer: Observer, layer: int, exact: bool) -> int:
+def _max_pending_files(observer: Observer, exact: bool) -> int:
     """Return how many layers may wait to be written: as many as half of the free memory holds."""
-    if (layer, next(iter(LINEARS))) not in observer.second_moments:
-        return WRITER_THREADS
+    layer = next(iter(observer.layers))
     slices = [observer.input_slices[layer, name] for name in LINEARS]
-    numel = sum(2 * strip_numel(inputs.stop - inputs.start, 0, 1) for inputs in slices)
+    widths = [inputs.stop - inputs.start for inputs in slices]
+    numel = 1
+    if observer.gathers_sketches:
+        numel += sum(2 * width * (SKETCH_ROWS + block_features(width)) for width in widths)
+    if observer.second_moments:
+        numel += sum(2 * strip_numel(width, 0, 1) for width in widths)
     fitting = free_memory(observer.parallel.device) // 2 // ((8 if exact else 4) * numel)
     return min(WRITER_THREADS, max(1, fitting))
 
 
-def _owner_data_rank(position: int, parallel: ParallelContext) -> int:
-    """Return the data rank that ends up with the sums of the layer at `position`."""
-    return position % parallel.layout.data
+def _owner_data_rank(layer: int, parallel: ParallelContext) -> int:
+    """Return the data rank that ends up with the sums of a layer."""
+    return layer % parallel.layout.data
 
 
-def _is_writer(position: int, parallel: ParallelContext) -> bool:
-    """Return whether this rank writes the layer at `position`."""
-    writer = position // parallel.layout.data % parallel.layout.tensor
-    owner = _owner_data_rank(position, parallel)
+def _is_writer(layer: int, parallel: ParallelContext) -> bool:
+    """Return whether this rank writes a layer."""
+    writer = layer // parallel.layout.data % parallel.layout.tensor
+    owner = _owner_data_rank(layer, parallel)
     return owner == parallel.data_rank and writer == parallel.tensor_rank
 
 
@@ -118,26 +132,62 @@ def _reduce_layer(
     observer: Observer, layer: int, parallel: ParallelContext, exact: bool
 ) -> dict[str, torch.Tensor]:
     """Return a layer's reduced tensors (collective); second moments on the writing rank only."""
-    position = list(observer.blocks).index(layer)
-    owner, writes = _owner_data_rank(position, parallel), _is_writer(position, parallel)
+    owner, writes = _owner_data_rank(layer, parallel), _is_writer(layer, parallel)
     tensors: dict[str, torch.Tensor] = {}
     for name in LINEARS:
         input_slice = observer.input_slices[layer, name]
         amax, total = observer.amax[:, input_slice], observer.sum[:, input_slice]
         tensors |= {f"{name}.amax": amax, f"{name}.sum": total}
-        if (layer, name) not in observer.second_moments:
+        if not (observer.gathers_sketches or (layer, name) in observer.second_moments):
             continue
         bound = float((amax.double() * total).max() * SUM_UNIT)  # of every second moment
-        if bound >= MOMENT_LIMIT:
+        largest_sum = float(total.max()) * SUM_UNIT  # of a row of a sketch, at most
+        if bound >= MOMENT_LIMIT or largest_sum >= SKETCH_LIMIT:
             raise UserError(
                 f"layer {layer}, input of {name}: activations are too large for exact sums of "
                 f"second moments: largest {float(amax.max()):.2g}, second moments up to "
                 f"{bound:.2g}, must be below {MOMENT_LIMIT:.2g}"
             )
-        for key, strip in _reduce_strips(observer, (layer, name), parallel, owner, exact):
+        found = _reduce_sketch(observer, (layer, name), parallel, owner, exact)
+        if (layer, name) in observer.second_moments:
+            found = chain(found, _reduce_strips(observer, (layer, name), parallel, owner, exact))
+        for key, tensor in found:
             if writes:
-                tensors[key] = strip  # copied to the host by the thread that writes it
+                tensors[key] = tensor  # copied to the host by the thread that writes it
     return tensors
+
+
+def _reduce_sketch(
+    observer: Observer, linear: tuple[int, str], parallel: ParallelContext, owner: int, exact: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield sketch [2,m,K] and blocks [2,G,g,g] of a linear, if they are gathered (collective).
+
+    They are complete on all tensor ranks of the data rank `owner`.
+    """
+    if not observer.gathers_sketches:
+        return
+    data_ranks = dist.get_process_group_ranks(parallel.data_group)
+    tensor_ranks = dist.get_process_group_ranks(parallel.tensor_group)
+    input_slice, (_, name) = observer.input_slices[linear], linear
+    width = input_slice.stop - input_slice.start
+    g, dtype = block_features(width), torch.float64 if exact else torch.float32
+    source = sketch_owner(name, parallel)
+    parts = (
+        ("sketch", observer.sketches, (2, SKETCH_ROWS, width), SKETCH_UNIT),
+        ("blocks", observer.blocks, (2, width // g, g, g), MOMENT_UNIT),
+    )
+    for key, sums_by_linear, shape, unit in parts:
+        result = torch.empty(shape, dtype=dtype, device=parallel.device)
+        if parallel.tensor_rank == source:
+            sums = sums_by_linear[linear]
+            dist.reduce(sums, data_ranks[owner], group=parallel.data_group)
+            if parallel.data_rank == owner:
+                result.copy_((sums if exact else sums * unit).view(shape))
+            else:
+                sums.zero_()
+        if parallel.layout.tensor > 1 and parallel.data_rank == owner:
+            dist.broadcast(result, tensor_ranks[source], group=parallel.tensor_group)
+        yield f"{name}.{key}", result
 
 
 def _reduce_strips(
@@ -172,8 +222,8 @@ def _reduce_strips(
 def load_saved_sums(observer: Observer, folder: Path, saved: Mapping[int, SavedSums]) -> None:
     """Load saved sums into the observer, on the data rank that owns each layer."""
     parallel = observer.parallel
-    for position, layer in enumerate(observer.blocks):
-        if layer not in saved or _owner_data_rank(position, parallel) != parallel.data_rank:
+    for position, layer in enumerate(observer.layers):
+        if layer not in saved or _owner_data_rank(layer, parallel) != parallel.data_rank:
             continue
         path = folder / saved[layer].folder / layer_file(layer)
         with safe_open(path, framework="pt", device=str(parallel.device)) as file:
@@ -186,6 +236,10 @@ def load_saved_sums(observer: Observer, folder: Path, saved: Mapping[int, SavedS
                 ):
                     for index, strip in modality_strips.items():
                         strip.copy_(file.get_slice(f"{name}.moment.{index}")[row])
+                for key, sums in (("sketch", observer.sketches), ("blocks", observer.blocks)):
+                    if (layer, name) in sums:
+                        stored = file.get_tensor(f"{name}.{key}")
+                        sums[layer, name].copy_(stored.view(sums[layer, name].shape))
             kv_amax = [file.get_tensor(f"{name}.amax") for name in ("key", "value")]
             observer.kv_amax[position] = torch.cat(kv_amax)
             observer.tokens[position] = file.get_tensor("linear_qkv.tokens")

@@ -1,4 +1,4 @@
-"""AWQ (Lin et al. 2023) from second moments, without replaying tokens.
+"""AWQ (Lin et al. 2023) from sketches of the inputs, without replaying tokens.
 
 Candidate scales are modelopt's family act^alpha / weight^(1 - alpha) on a finer grid, and no scale
 at all. Each candidate is evaluated with the steps that follow it: clipping for formats with groups,
@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from nemo_vlm_ptq.calibrate.input_moment import InputMoment
 from nemo_vlm_ptq.calibrate.losses import row_chunks
 from nemo_vlm_ptq.calibrate.solve.clipping import clip_amax
 from nemo_vlm_ptq.calibrate.solve.scales import LinearScales, divide_by_pre_quant_scale, make_scales
@@ -46,7 +47,7 @@ class _Objective:
     """
 
     sample: RowSample
-    second_moment_KK: torch.Tensor
+    moment: InputMoment
     fmt: QuantFormat
     group_size: int
     solve_vectors: Callable[[torch.Tensor], torch.Tensor] | None
@@ -63,7 +64,7 @@ class _Objective:
         solve = self.solve_vectors
         return candidate_loss(
             self.sample,
-            self.second_moment_KK,
+            self.moment,
             self.fmt,
             self.group_size,
             pre_quant_scale_K,
@@ -75,7 +76,7 @@ class _Objective:
         """Return the losses of candidates, float64 [C]."""
         if self.clips:
             return clipped_losses(
-                self.sample, self.second_moment_KK, self.fmt, self.group_size, pre_quant_scale_CK
+                self.sample, self.moment, self.fmt, self.group_size, pre_quant_scale_CK
             )
         return torch.stack([self.loss(scale_K) for scale_K in pre_quant_scale_CK])
 
@@ -99,15 +100,15 @@ def awq(
         image_share: weight of image tokens in the search; None: their share in the data.
     """
     weighted = statistics.with_image_share(image_share)
-    second_moment = weighted.second_moment
-    assert second_moment is not None
+    moment = weighted.moment
+    assert moment is not None
     clips = fmt.granularity == "group"
     sample = sample_rows(weight_OK, group_size, CLIPPED_SAMPLE_ROWS if clips else SAMPLE_ROWS)
     compute_scales = candidate_scales(weight_OK, weighted.abs_mean, group_size, shared_heads)
     solve_vectors = singular_vector_solver(weight_OK, fmt.low_rank) if fmt.low_rank else None
     objective = _Objective(
         sample=sample,
-        second_moment_KK=second_moment,
+        moment=moment,
         fmt=fmt,
         group_size=group_size,
         solve_vectors=solve_vectors,
@@ -118,7 +119,7 @@ def awq(
         smooth_OK = divide_by_pre_quant_scale(weight_OK, scale_K)
         branch = low_rank_factors(smooth_OK, solve_vectors(scale_K))
     if clips:
-        clipped = clip_amax(weight_OK, scale_K, second_moment, fmt, group_size)
+        clipped = clip_amax(weight_OK, scale_K, moment, fmt, group_size)
         if bool(objective.loss(scale_K, clipped[sample.rows_N]) < objective.loss(scale_K)):
             amax = clipped
     scales = make_scales(weight_OK, statistics, fmt, group_size, scale_K, branch=branch, amax=amax)

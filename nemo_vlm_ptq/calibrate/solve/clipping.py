@@ -14,6 +14,7 @@ import functools
 
 import torch
 
+from nemo_vlm_ptq.calibrate.input_moment import InputMoment, diagonal_blocks
 from nemo_vlm_ptq.calibrate.losses import allow_tf32, group_amax, row_chunks
 from nemo_vlm_ptq.calibrate.solve.fake_quantize import fake_quantize_weight
 from nemo_vlm_ptq.calibrate.solve.scales import divide_by_pre_quant_scale, round_amax
@@ -38,7 +39,7 @@ def clip_ratios(device: torch.device) -> torch.Tensor:
 def clip_amax(
     weight_OK: torch.Tensor,
     pre_quant_scale_K: torch.Tensor,
-    second_moment_KK: torch.Tensor,
+    moment: InputMoment,
     fmt: QuantFormat,
     group_size: int,
 ) -> torch.Tensor:
@@ -47,7 +48,7 @@ def clip_amax(
     Args:
         weight_OK: weight in the model's dtype.
         pre_quant_scale_K: rounded to that dtype.
-        second_moment_KK: mean of x x^T.
+        moment: mean of x x^T; only its diagonal blocks are used.
         fmt: a format with integer weights in groups.
         group_size: inputs that share a weight scale.
     """
@@ -56,9 +57,9 @@ def clip_amax(
 
         ratios = clip_ratios(weight_OK.device)
         return kernels.clip_candidates(
-            weight_OK, pre_quant_scale_K[None], second_moment_KK, ratios, fmt.weight, group_size
+            weight_OK, pre_quant_scale_K[None], moment.blocks_Ggg, ratios, fmt.weight, group_size
         )[0, 1]
-    blocks_Ggg = _diagonal_blocks(second_moment_KK, pre_quant_scale_K, group_size)
+    blocks_Ggg = _group_blocks(moment.blocks_Ggg, pre_quant_scale_K, group_size)
     parts = []
     for rows in row_chunks(weight_OK.shape, CLIP_CHUNK_ELEMENTS // len(CLIP_RATIOS)):
         smooth_NK = divide_by_pre_quant_scale(weight_OK[rows], pre_quant_scale_K)
@@ -66,14 +67,16 @@ def clip_amax(
     return torch.cat(parts)
 
 
-def _diagonal_blocks(
-    second_moment_KK: torch.Tensor, pre_quant_scale_K: torch.Tensor, group_size: int
+def _group_blocks(
+    blocks_Bbb: torch.Tensor, pre_quant_scale_K: torch.Tensor, group_size: int
 ) -> torch.Tensor:
-    """Return the second moment of each group's inputs, scaled by the pre_quant_scale, [G,g,g]."""
-    pairs = second_moment_KK.unflatten(1, (-1, group_size)).unflatten(0, (-1, group_size))
-    blocks_Ggg = pairs.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    """Return the second moment of each group's inputs, scaled by the pre_quant_scale, [G,g,g].
+
+    A block holds one or several groups.
+    """
+    groups_GBgg = torch.stack([diagonal_blocks(block, group_size) for block in blocks_Bbb])
     scale_Gg = pre_quant_scale_K.unflatten(0, (-1, group_size))
-    return blocks_Ggg * scale_Gg[:, :, None] * scale_Gg[:, None, :]
+    return groups_GBgg.flatten(0, 1) * scale_Gg[:, :, None] * scale_Gg[:, None, :]
 
 
 def _clip_rows(

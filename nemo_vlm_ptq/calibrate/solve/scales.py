@@ -9,22 +9,17 @@ N rows of a weight.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from nemo_vlm_ptq.calibrate.losses import (
-    gram_dtype,
-    gram_matrix,
-    group_amax,
-    row_chunks,
-    weighted_trace,
-)
+from nemo_vlm_ptq.calibrate.losses import group_amax, row_chunks
 from nemo_vlm_ptq.calibrate.solve.fake_quantize import fake_quantize_weight
 from nemo_vlm_ptq.calibrate.statistics import ROW_PARALLEL, InputStatistics
 from nemo_vlm_ptq.formats import QuantFormat
+from nemo_vlm_ptq.numerics import nudge_off_ties
 
 TENSOR_FIELDS = (
     "weight_amax",
@@ -53,7 +48,8 @@ class LinearScales:
     alpha: exponent of the pre_quant_scale, or None.
     image_share: weight of image tokens in the search, or None.
     error: relative error of the output caused by weight quantization, over all tokens:
-        sqrt(tr(dW E[x x^T] dW^T) / tr(W E[x x^T] W^T)); None without second moments.
+        sqrt(tr(dW E[x x^T] dW^T) / tr(W E[x x^T] W^T)), as a sketch estimates it; None without
+        second moments.
     error_text, error_image: the same over the tokens of one modality.
     """
 
@@ -84,9 +80,9 @@ class LinearScales:
         """Return the tensors that are set, by field name."""
         return {name: t for name in TENSOR_FIELDS if (t := getattr(self, name)) is not None}
 
-    def to_cpu(self) -> LinearScales:
-        """Return a copy with its tensors in host memory."""
-        tensors: dict[str, Any] = {name: tensor.cpu() for name, tensor in self.tensors().items()}
+    def to(self, device: torch.device | str) -> LinearScales:
+        """Return a copy with its tensors on a device."""
+        tensors: dict[str, Any] = {name: t.to(device) for name, t in self.tensors().items()}
         return replace(self, **tensors)
 
 
@@ -161,9 +157,27 @@ def make_scales(
         low_rank_a=a_RK,
         low_rank_b=b_OR,
     )
-    if statistics.second_moment is None:
+    if statistics.moment is None:
         return scales
-    return _with_errors(scales, weight_OK, statistics, fmt)
+    return with_errors(scales, weight_OK, statistics, fmt)
+
+
+def prepare_weight(weight_OK: torch.Tensor, scales: LinearScales, fmt: QuantFormat) -> torch.Tensor:
+    """Return the weight that the codes are computed from, in the weight's dtype.
+
+    It is divided by its pre_quant_scale, reduced by its low-rank branch, and nudged off rounding
+    ties. Every element depends on its own row alone, so that shards have the bits of the whole.
+
+    Args:
+        weight_OK: weight in the model's dtype, whole or a shard.
+        scales: of the same rows and inputs, on the weight's device.
+        fmt: the format.
+    """
+    prepared_OK = torch.empty_like(weight_OK)
+    for rows, residual_NK in _residual_chunks(weight_OK, scales.pre_quant_scale, scales.branch):
+        amax = _select_rows(scales, rows).weight_amax
+        prepared_OK[rows] = nudge_off_ties(residual_NK, amax, fmt.weight)
+    return prepared_OK
 
 
 def _residual_chunks(
@@ -230,30 +244,35 @@ def weight_delta(
     return effective_NK.sub_(weight_NK).to(dtype)
 
 
-def _with_errors(
+def with_errors(
     scales: LinearScales,
     weight_OK: torch.Tensor,
     statistics: InputStatistics,
     fmt: QuantFormat,
 ) -> LinearScales:
     """Return the scales with the relative errors that they cause."""
-    chunks = _residual_chunks(weight_OK, scales.pre_quant_scale, scales.branch)
-    dtype = gram_dtype(weight_OK.device)
-    delta_gram_KK = gram_matrix(
-        weight_delta(weight_OK[rows], residual_NK, _select_rows(scales, rows), fmt, dtype)
-        for rows, residual_NK in chunks
-    )
-    output_power = statistics.with_output_power(weight_OK).output_power
-    second_moments = statistics.second_moments
-    error_power = [weighted_trace(delta_gram_KK, moment) for moment in second_moments.values()]
-    ratios = torch.stack(error_power) / torch.stack([output_power[key] for key in second_moments])
-    errors = dict(zip(second_moments, ratios.clamp(min=0).sqrt().tolist(), strict=True))
+    statistics = statistics.with_output_power(weight_OK)
+    moments, shares, output_power = statistics.moments, statistics.shares, statistics.output_power
+    error_power = {modality: torch.zeros_like(power) for modality, power in output_power.items()}
+    for rows, residual_NK in _residual_chunks(weight_OK, scales.pre_quant_scale, scales.branch):
+        delta_NK = weight_delta(weight_OK[rows], residual_NK, _select_rows(scales, rows), fmt)
+        for modality, moment in moments.items():
+            error_power[modality] += moment.row_losses(delta_NK).sum()
+    powers = {"all": _weighted(error_power, shares), **error_power}
+    outputs = {"all": _weighted(output_power, shares), **output_power}
+    ratios = torch.stack([powers[key] / outputs[key] for key in powers])
+    errors = dict(zip(powers, ratios.clamp(min=0).sqrt().tolist(), strict=True))
     return replace(
         scales,
         error=errors["all"],
         error_text=errors.get("text"),
         error_image=errors.get("image"),
     )
+
+
+def _weighted(powers: Mapping[str, Any], shares: Mapping[str, float]) -> Any:
+    """Return the mean over all tokens of a power that is known per modality."""
+    return sum(shares[modality] * power for modality, power in powers.items())
 
 
 def _select_rows(scales: LinearScales, rows: slice) -> LinearScales:

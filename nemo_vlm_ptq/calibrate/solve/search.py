@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from nemo_vlm_ptq.calibrate.losses import group_amax, max_abs, row_losses
+from nemo_vlm_ptq.calibrate.input_moment import InputMoment
+from nemo_vlm_ptq.calibrate.losses import group_amax, max_abs
 from nemo_vlm_ptq.calibrate.solve.clipping import (
     clip_amax,
     clip_ratios,
@@ -77,7 +78,7 @@ def sample_rows(weight_OK: torch.Tensor, group_size: int, size: int = SAMPLE_ROW
 
 def candidate_loss(
     sample: RowSample,
-    second_moment_KK: torch.Tensor,
+    moment: InputMoment,
     fmt: QuantFormat,
     group_size: int,
     pre_quant_scale_K: torch.Tensor,
@@ -89,7 +90,7 @@ def candidate_loss(
 
     Args:
         sample: rows of the weight.
-        second_moment_KK: mean of x x^T.
+        moment: mean of x x^T.
         fmt: the format.
         group_size: inputs that share a weight scale.
         pre_quant_scale_K: rounded to the model's dtype.
@@ -119,12 +120,12 @@ def candidate_loss(
         low_rank_b=b_NR,
     )
     delta_NK = weight_delta(sample.weight_NK, smooth_NK, scales, fmt)
-    return row_losses(delta_NK, second_moment_KK) @ sample.count_N
+    return moment.row_losses(delta_NK) @ sample.count_N
 
 
 def clipped_losses(
     sample: RowSample,
-    second_moment_KK: torch.Tensor,
+    moment: InputMoment,
     fmt: QuantFormat,
     group_size: int,
     pre_quant_scale_CK: torch.Tensor,
@@ -135,14 +136,12 @@ def clipped_losses(
     operation processes all candidates at once.
     """
     if sample.weight_NK.is_cuda and kernel_supports_group_size(group_size):
-        return _clipped_losses_batched(
-            sample, second_moment_KK, fmt, group_size, pre_quant_scale_CK
-        )
+        return _clipped_losses_batched(sample, moment, fmt, group_size, pre_quant_scale_CK)
     losses = []
     for pre_quant_scale_K in pre_quant_scale_CK:
-        clipped = clip_amax(sample.weight_NK, pre_quant_scale_K, second_moment_KK, fmt, group_size)
+        clipped = clip_amax(sample.weight_NK, pre_quant_scale_K, moment, fmt, group_size)
         plain_loss, clipped_loss = (
-            candidate_loss(sample, second_moment_KK, fmt, group_size, pre_quant_scale_K, amax=amax)
+            candidate_loss(sample, moment, fmt, group_size, pre_quant_scale_K, amax=amax)
             for amax in (None, clipped)
         )
         losses.append(torch.minimum(plain_loss, clipped_loss))
@@ -151,7 +150,7 @@ def clipped_losses(
 
 def _clipped_losses_batched(
     sample: RowSample,
-    second_moment_KK: torch.Tensor,
+    moment: InputMoment,
     fmt: QuantFormat,
     group_size: int,
     pre_quant_scale_CK: torch.Tensor,
@@ -162,7 +161,7 @@ def _clipped_losses_batched(
     weight_NK, amax_2_C = sample.weight_NK, None
     ratios = clip_ratios(weight_NK.device)
     amax_C2NG = kernels.clip_candidates(
-        weight_NK, pre_quant_scale_CK, second_moment_KK, ratios, fmt.weight, group_size
+        weight_NK, pre_quant_scale_CK, moment.blocks_Ggg, ratios, fmt.weight, group_size
     )
     if fmt.second_weight is not None:
         amax_K = sample.amax_K.to(weight_NK.dtype)
@@ -171,7 +170,7 @@ def _clipped_losses_batched(
     delta_MK = kernels.weight_delta(
         weight_NK, pre_quant_scale_CK, amax_MG, fmt.weight, amax_2_C, torch.float32
     )
-    losses_C2N = row_losses(delta_MK, second_moment_KK).view(amax_C2NG.shape[:3])
+    losses_C2N = moment.row_losses(delta_MK).view(amax_C2NG.shape[:3])
     return (losses_C2N @ sample.count_N).amin(dim=1)
 
 

@@ -53,7 +53,7 @@ def smoothquant(
 
     Args:
         weight_OK: weight in the model's dtype.
-        statistics: of its input; with second moments if alpha is searched.
+        statistics: of its input; with sketches if alpha is searched.
         fmt: the format.
         alpha: exponent, or "search".
         image_share: weight of image tokens in the search; None: their share in the data.
@@ -68,13 +68,13 @@ def smoothquant(
 
 def _search(sample: RowSample, statistics: InputStatistics, fmt: QuantFormat) -> float:
     """Return the exponent of least loss from quantizing both the weight and the input."""
-    second_moment, dtype = statistics.second_moment, sample.weight_NK.dtype
-    assert second_moment is not None
+    moment, dtype = statistics.moment, sample.weight_NK.dtype
+    assert moment is not None
     input_amax_K = statistics.amax.float()
 
     def compute_loss(alpha: float) -> torch.Tensor:
         scale_K = smoothing_scale(sample.amax_K, input_amax_K, alpha).to(dtype).float()
-        weight_loss = candidate_loss(sample, second_moment, fmt, len(input_amax_K), scale_K)
+        weight_loss = candidate_loss(sample, moment, fmt, len(input_amax_K), scale_K)
         smooth_NK = divide_by_pre_quant_scale(sample.weight_NK, scale_K)
         noise = input_noise(round_amax((input_amax_K * scale_K).amax(), dtype))
         norm_N = torch.linalg.vector_norm(smooth_NK, dim=1, dtype=torch.float32)

@@ -63,7 +63,7 @@ def fold_layer(
     for linear, norm in INPUT_NORMS.items():
         (weight,) = layer[norm].parts
         assert isinstance(weight, torch.Tensor)
-        scaled = (weight.float() * factors[linear]).to(weight.dtype)
+        scaled = (weight.float() * factors[linear].to(weight.device)).to(weight.dtype)
         folded[norm] = replace(layer[norm], parts=(scaled,))
     factors[ATTENTION_OUTPUT] = _per_kv_channel(factors[ATTENTION_OUTPUT], sizes)
     for linear, preceding in PRECEDING_LINEARS.items():
@@ -126,7 +126,7 @@ def _share_attention_scale(
     if torch.equal(shared, solved.pre_quant_scale):
         return encoded
     (weight_OK,) = imported([encoded.entry.megatron_name]).values()
-    weight_OK = weight_OK.float() / shared
+    weight_OK = weight_OK.cpu().float() / shared
     amax = weight_amax(weight_OK, fmt.granularity, weight_OK.shape[1])
     changed = replace(solved, pre_quant_scale=shared, weight_amax=amax)
     parts = encode_entry(encoded.entry, weight_OK, changed, fmt, decoder)

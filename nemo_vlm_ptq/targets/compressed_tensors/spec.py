@@ -7,6 +7,7 @@ FORMATS = (
 )  # fmt: skip
 SPEC = TargetSpec(
     name="compressed_tensors",
+    folder="compressed_tensors",
     package="compressed_tensors",
     formats=FORMATS,
     kv_caches=("fp8",),

@@ -5,32 +5,27 @@ pre_quant_scales have no place in this format: they are folded into the precedin
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from nemo_vlm_ptq.calibrate.solve.layer import load_scales
-from nemo_vlm_ptq.context import RunContext, StageOutput
+from nemo_vlm_ptq.context import RunContext
 from nemo_vlm_ptq.formats import KV_CACHES, QuantFormat
 from nemo_vlm_ptq.targets.compressed_tensors.config import ignore_patterns, quantization_config
 from nemo_vlm_ptq.targets.compressed_tensors.folding import fold_kv, fold_layer
 from nemo_vlm_ptq.targets.compressed_tensors.tensors import kv_tensors, linear_tensors
 from nemo_vlm_ptq.targets.writing.encode import EncodedLayer, KvScales
 from nemo_vlm_ptq.targets.writing.layer_encoder import LayerEncoder
-from nemo_vlm_ptq.targets.writing.published import (
-    PublishedFormat,
-    unquantized_weights,
-    write_published,
-)
+from nemo_vlm_ptq.targets.writing.published import PublishedFormat, unquantized_weights
 
 
 class FoldingEncoder(LayerEncoder):
     """Encodes layers with their pre_quant_scales folded away."""
 
-    def layer(self, index: int, shard: tuple[int, int] = (0, 1)) -> EncodedLayer:
+    def layer(self, index: int) -> EncodedLayer:
         """Return one layer without pre_quant_scales."""
         scales = load_scales(self.scales_folder, index)
-        layer = super().layer(index, shard)
-        return fold_layer(layer, scales, self.imported.read, self.fmt, self.plan.decoder)
+        layer = super().layer(index)
+        return fold_layer(layer, scales, self.weights.read, self.fmt, self.plan.decoder)
 
     def kv(self, index: int) -> KvScales | None:
         """Return the KV cache scales of one layer whose values were scaled by the folding."""
@@ -38,17 +33,6 @@ class FoldingEncoder(LayerEncoder):
         if kv is None:
             return None
         return fold_kv(kv, load_scales(self.scales_folder, index), self.plan.decoder.sizes(1))
-
-
-def write(context: RunContext, fmt: QuantFormat, folder: Path) -> StageOutput:
-    """Write the checkpoint of one format into a folder (collective)."""
-    published = PublishedFormat(
-        linear_tensors=linear_tensors,
-        kv_tensors=kv_tensors,
-        describe=_describe,
-        encoder=FoldingEncoder,
-    )
-    return write_published(context, fmt, folder, published)
 
 
 def _describe(context: RunContext, fmt: QuantFormat, names: list[str]) -> dict[str, dict[str, Any]]:
@@ -67,3 +51,11 @@ def _describe(context: RunContext, fmt: QuantFormat, names: list[str]) -> dict[s
     )
     config = plan.family.decoder_config(plan.export_config)
     return {"config.json": config | {"quantization_config": block}}
+
+
+PUBLISHED = PublishedFormat(
+    linear_tensors=linear_tensors,
+    kv_tensors=kv_tensors,
+    describe=_describe,
+    encoder=FoldingEncoder,
+)

@@ -21,6 +21,7 @@ SERVERS = {
 KV_CACHES = ("fp8", "nvfp4")
 SPEC = TargetSpec(
     name="hf",
+    folder="hf",
     package="hf",
     formats=tuple(SERVERS),
     kv_caches=KV_CACHES,

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from nemo_vlm_ptq.context import RunContext, StageOutput
+from nemo_vlm_ptq.context import RunContext
 from nemo_vlm_ptq.formats import KV_CACHES, QuantFormat
 from nemo_vlm_ptq.targets.hf import nf4
 from nemo_vlm_ptq.targets.hf.config import config_files, quantization_block
 from nemo_vlm_ptq.targets.hf.tensors import kv_tensors, linear_tensors
-from nemo_vlm_ptq.targets.writing.published import (
-    PublishedFormat,
-    unquantized_weights,
-    write_published,
-)
-
-
-def write(context: RunContext, fmt: QuantFormat, folder: Path) -> StageOutput:
-    """Write the checkpoint of one format into a folder (collective)."""
-    published = PublishedFormat(
-        linear_tensors=linear_tensors, kv_tensors=kv_tensors, describe=_describe
-    )
-    return write_published(context, fmt, folder, published)
+from nemo_vlm_ptq.targets.writing.published import PublishedFormat, unquantized_weights
 
 
 def _describe(context: RunContext, fmt: QuantFormat, names: list[str]) -> dict[str, dict[str, Any]]:
@@ -38,3 +25,8 @@ def _describe(context: RunContext, fmt: QuantFormat, names: list[str]) -> dict[s
     quantize = plan.recipe.quantize
     kv = KV_CACHES.get(quantize.kv_cache)
     return config_files(config, quantization_block(fmt, quantize.group_size, excluded, kv))
+
+
+PUBLISHED = PublishedFormat(
+    linear_tensors=linear_tensors, kv_tensors=kv_tensors, describe=_describe
+)

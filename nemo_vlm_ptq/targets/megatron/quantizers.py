@@ -11,7 +11,6 @@ import contextlib
 import copy
 import io
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +24,12 @@ from modelopt.torch.quantization.nn import (
     TensorQuantizer,
 )
 
-from nemo_vlm_ptq.calibrate.solve.scales import (
-    LinearScales,
-    divide_by_pre_quant_scale,
-    residual_weight,
-)
+from nemo_vlm_ptq.calibrate.solve.scales import LinearScales, prepare_weight
 from nemo_vlm_ptq.calibrate.statistics import LINEARS, ROW_PARALLEL
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.formats import KvCacheFormat, QuantFormat
 from nemo_vlm_ptq.megatron.attention import SdpaCoreAttention
-from nemo_vlm_ptq.numerics import fake_quantize, nudge_off_ties
+from nemo_vlm_ptq.numerics import fake_quantize
 from nemo_vlm_ptq.targets.megatron import quant_modules
 
 ScalesLookup = Callable[[int, str], LinearScales]  # (layer, linear) -> scales of this rank's shard
@@ -137,20 +132,16 @@ def prepare_weights(
 ) -> None:
     """Replace the weights of some layers by those that the weight quantizers round, in place.
 
-    A weight is divided by its pre_quant_scale, reduced by its low-rank branch, and nudged off
-    rounding ties. In a format without a weight quantizer (nf4) it is fake-quantized instead.
+    In a format without a weight quantizer (nf4) weights are fake-quantized instead.
     """
     linears = (linear for linear in decoder_linears(model) if linear[0] in layers)
     for layer, linear, module in linears:
         weight_OK = module.weight.data
-        scales = _scales_to_device(get_scales(layer, linear), weight_OK.device)
-        residual_OK = residual_weight(
-            divide_by_pre_quant_scale(weight_OK, scales.pre_quant_scale), scales.branch
-        )
-        if fmt.modelopt_preset:
-            weight_OK.copy_(nudge_off_ties(residual_OK, scales.weight_amax, fmt.weight))
-        else:
-            weight_OK.copy_(fake_quantize(residual_OK, scales.weight_amax, fmt.weight))
+        scales = get_scales(layer, linear).to(weight_OK.device)
+        prepared_OK = prepare_weight(weight_OK, scales, fmt)
+        if not fmt.modelopt_preset:
+            prepared_OK = fake_quantize(prepared_OK, scales.weight_amax, fmt.weight)
+        weight_OK.copy_(prepared_OK)
 
 
 def use_custom_backends(model: GPTModel, fmt: QuantFormat) -> None:
@@ -188,13 +179,6 @@ def decoder_linears(model: GPTModel) -> Iterator[tuple[int, str, Any]]:
 def save_modelopt_state(model: GPTModel, folder: Path) -> None:
     """Save modelopt's state next to the weights, from which training tools restore the model."""
     save_sharded_modelopt_state([model], str(folder))
-
-
-def _scales_to_device(scales: LinearScales, device: torch.device) -> LinearScales:
-    tensors: dict[str, Any] = {
-        field: tensor.to(device) for field, tensor in scales.tensors().items()
-    }
-    return replace(scales, **tensors)
 
 
 def _top_level_quantizers(model: GPTModel) -> list[Any]:

@@ -8,7 +8,9 @@ FORMATS = (
 )  # fmt: skip
 SPEC = TargetSpec(
     name="nemo",
+    folder="nemo",
     package="nemo2",
+    made_from="megatron",
     formats=FORMATS,
     servers=dict.fromkeys(FORMATS, ("NeMo 2.7",)),
     legacy="NeMo 3 replaced NeMo 2 checkpoints by Megatron-Bridge's",

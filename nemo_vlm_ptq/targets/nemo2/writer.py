@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import load_file
 
 from nemo_vlm_ptq.calibrate.solve.layer import load_scales
 from nemo_vlm_ptq.checkpoints.torch_dist_index import Index, read_index, read_object
@@ -25,11 +24,12 @@ from nemo_vlm_ptq.distributed.layout import round_robin
 from nemo_vlm_ptq.families.llava import full_config
 from nemo_vlm_ptq.formats import QuantFormat
 from nemo_vlm_ptq.megatron.stacked_checkpoint import StackedEntry, save_stacked
+from nemo_vlm_ptq.sources.decoder_weights import read_vision
 from nemo_vlm_ptq.targets.nemo2 import context as nemo
 from nemo_vlm_ptq.targets.nemo2.fiddle import to_json, to_tree
 from nemo_vlm_ptq.targets.writing.published import SIDECAR_SUFFIXES, copy_missing
 from nemo_vlm_ptq.workdir import store
-from nemo_vlm_ptq.workdir.files import VISION_FILE, rank_files
+from nemo_vlm_ptq.workdir.files import rank_files
 
 WEIGHTS, CONTEXT, STATE = "weights", "context", "modelopt_state"
 OBJECT_SUFFIX = "/shard_0_1"
@@ -77,7 +77,7 @@ def _assigned_entries(
         name, layer = nemo.decoder_key(stored.removesuffix(OBJECT_SUFFIX), stacked=fmt is None)
         objects.append(StackedEntry(name, _unsharded_state(index, stored), layer))
     if parallel.rank == 0:
-        vision = load_file(context.folder("megatron", VISION_FILE))
+        vision = read_vision(context.plan)
         kept = {name: tensor for name, tensor in vision.items() if "position_ids" not in name}
         tensors += [StackedEntry(nemo.vision_key(name), tensor) for name, tensor in kept.items()]
     return tensors, objects

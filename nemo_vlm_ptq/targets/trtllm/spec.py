@@ -5,6 +5,7 @@ from nemo_vlm_ptq.targets.spec import TargetSpec
 FORMATS = ("fp8", "int8_sq", "int4_awq", "w4a8_awq", "nvfp4")
 SPEC = TargetSpec(
     name="trtllm",
+    folder="trtllm",
     package="trtllm",
     formats=FORMATS,
     kv_caches=("fp8", "int8"),

@@ -1,8 +1,7 @@
-"""Encode the parameters of a quantized Megatron checkpoint into codes and scales.
+"""Encode Megatron parameters into codes and scales.
 
 Each parameter is unsharded, split into its Hugging Face parts, sharded for the serving TP, and
-encoded. Targets pack and name the result, which does not depend on the layout that wrote the
-checkpoint.
+encoded on the device it lies on. Targets pack and name the result.
 
 Legend: O output features, K input features, G groups of K, R rank of the low-rank branch; t
 tensor-parallel rank and T tensor-parallel size of the serving layout.
@@ -22,10 +21,9 @@ from nemo_vlm_ptq.formats import KvCacheFormat, NumberFormat, QuantFormat
 from nemo_vlm_ptq.numerics import encode, nvfp4_block_scales, scale_from_amax
 from nemo_vlm_ptq.parameter_map.entries import ParameterEntry
 from nemo_vlm_ptq.parameter_map.sharding import shard_input, unshard_tensor
+from nemo_vlm_ptq.targets.writing.map_rows import map_rows
 from nemo_vlm_ptq.targets.writing.nf4_encoding import NestedAbsmax, quantize_nf4
-from nemo_vlm_ptq.targets.writing.on_device import map_rows_on_device
 
-CPU = torch.device("cpu")
 # Names of Megatron parameters -> unsharded tensors, or objects that slice like them.
 ReadTensors = Callable[[Iterable[str]], Mapping[str, Any]]
 
@@ -33,6 +31,8 @@ ReadTensors = Callable[[Iterable[str]], Mapping[str, Any]]
 @dataclass(frozen=True)
 class EncodedLinear:
     """Codes and scales of one part of a quantized linear; None for what the format lacks.
+
+    Codes and the block scales of nvfp4 are on the weight's device, all else in host memory.
 
     A part is q, k, v, gate, up, or a complete other linear. For nf4 it is a Hugging Face
     tensor, which may fuse parts.
@@ -108,18 +108,16 @@ def encode_entry(
     scales: Any,
     fmt: QuantFormat,
     decoder: Decoder,
-    device: torch.device = CPU,
     shard: tuple[int, int] = (0, 1),
 ) -> tuple[EncodedLinear, ...]:
     """Encode one shard of a linear; return its parts in the entry's order.
 
     Args:
         entry: entry of the linear.
-        weight: unsharded Megatron weight, or an object that slices like it.
+        weight: unsharded, prepared Megatron weight, or an object that slices like it.
         scales: LinearScales of the unsharded weight.
         fmt: quantization format.
         decoder: shape of the decoder.
-        device: device of the computation; the result is in host memory.
         shard: (t, T).
     """
     t, T = shard
@@ -127,7 +125,7 @@ def encode_entry(
     parts = unshard_tensor(entry.sharding, weight, sizes, t, T)
     if fmt.weight == "nf4":
         tensors = [torch.cat(parts)] if entry.is_fused else parts
-        return tuple(_encode_nf4(tensor) for tensor in tensors)
+        return tuple(_encode_nf4(tensor.cpu()) for tensor in tensors)
 
     def per_part(tensor: torch.Tensor | None) -> Sequence[Any]:
         """Split a tensor with output channels like the weight; repeat any other for each part."""
@@ -143,9 +141,10 @@ def encode_entry(
     amaxes, low_rank_b = per_part(scales.weight_amax), per_part(scales.low_rank_b)
     for part_OK, amax, b_OR in zip(parts, amaxes, low_rank_b, strict=True):
         function = partial(encode, number_format=fmt.weight)
-        codes_OK = map_rows_on_device(device, function, part_OK, amax)
+        amax_on_device = amax.to(part_OK.device)
+        codes_OK = map_rows(function, part_OK, amax_on_device)
         if fmt.weight == "nvfp4":
-            scale = map_rows_on_device(device, nvfp4_block_scales, part_OK, amax)
+            scale = map_rows(nvfp4_block_scales, part_OK, amax_on_device)
         else:
             scale = scale_from_amax(amax, fmt.weight)
         encoded.append(
@@ -192,7 +191,6 @@ def encode_layer(
     scales: Mapping[str, Any],
     fmt: QuantFormat | None,
     decoder: Decoder,
-    device: torch.device = CPU,
     shard: tuple[int, int] = (0, 1),
 ) -> EncodedLayer:
     """Encode one shard of a layer.
@@ -204,7 +202,6 @@ def encode_layer(
         scales: linear -> LinearScales of this layer; unused for 16 bit.
         fmt: quantization format; None for 16 bit.
         decoder: shape of the decoder.
-        device: device of the computation; the result is in host memory.
         shard: (t, T).
     """
 
@@ -212,7 +209,7 @@ def encode_layer(
         (tensor,) = read([entry.megatron_name]).values()
         if fmt is not None and entry.is_linear:
             linear_scales = scales[entry.module_name]
-            parts = encode_entry(entry, tensor, linear_scales, fmt, decoder, device, shard)
+            parts = encode_entry(entry, tensor, linear_scales, fmt, decoder, shard)
             return EncodedEntry(entry=entry, parts=parts)
         plain = unshard_tensor(entry.sharding, tensor, decoder.sizes(1), *shard)
         return EncodedEntry(entry=entry, parts=plain)

@@ -7,7 +7,8 @@ description of the quantization.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,18 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from nemo_vlm_ptq.checkpoints.streaming_writer import AddTensors, open_streaming_writer
 from nemo_vlm_ptq.context import RunContext, StageOutput
 from nemo_vlm_ptq.distributed.layout import round_robin, split_evenly
 from nemo_vlm_ptq.formats import QuantFormat
+from nemo_vlm_ptq.megatron.parallel_context import cores_per_rank
+from nemo_vlm_ptq.sources.decoder_weights import DecoderWeights, open_weights, read_vision
 from nemo_vlm_ptq.targets.writing.encode import EncodedEntry, EncodedLinear, KvScales
-from nemo_vlm_ptq.targets.writing.layer_encoder import PREFETCH_LAYERS, LayerEncoder
+from nemo_vlm_ptq.targets.writing.layer_encoder import LayerEncoder
 from nemo_vlm_ptq.targets.writing.packing import concat_rows
+from nemo_vlm_ptq.utils.pinned_memory import to_host
 from nemo_vlm_ptq.utils.prefetch import prefetch
 from nemo_vlm_ptq.workdir import store
-from nemo_vlm_ptq.workdir.files import VISION_FILE
 
 SIDECAR_SUFFIXES = (".json", ".model", ".txt")  # tokenizers, processors, configs
 INDEX_FILE = "model.safetensors.index.json"
@@ -53,26 +55,73 @@ class PublishedFormat:
     encoder: type[LayerEncoder] = LayerEncoder
 
 
-def write_published(
-    context: RunContext, fmt: QuantFormat, folder: Path, published: PublishedFormat
-) -> StageOutput:
-    """Write files of whole layers; the last one also holds tower, projector, embedding and head.
+@dataclass(frozen=True, kw_only=True)
+class PublishedExport:
+    """One checkpoint to write: format, folder, and what its target writes."""
 
-    A family with subfolders keeps them: the quantized decoder is a checkpoint of its own.
+    fmt: QuantFormat
+    folder: Path
+    published: PublishedFormat
+
+
+class PublishedFiles:
+    """Files of checkpoints, written by threads of this rank as soon as their layers are solved.
+
+    The last file of a checkpoint also holds tower, projector, embedding and head. A family with
+    subfolders keeps them: the quantized decoder is a checkpoint of its own.
+
+    Args:
+        context: plan and ranks.
+        exports: the checkpoints; their folders exist.
+        threads: files that are written at once.
     """
-    parallel = context.parallel
-    encoder = published.encoder(context, fmt)
-    for subfolder in context.plan.family.subfolders:
-        (folder / subfolder).mkdir(exist_ok=True)
-    count, index = _count_files(context), dict[str, str]()
-    for number in round_robin(range(count), parallel.layout.world_size, parallel.rank):
-        index |= _write_file(context, encoder, published, folder, number, count)
-    gathered = parallel.all_gather(index)
-    files = sorted(set(index.values()))
-    if parallel.rank == 0:
-        merged = {key: name for part in gathered for key, name in part.items()}
-        files += _write_sidecars(context, fmt, published, folder, merged)
-    return StageOutput(files)
+
+    def __init__(
+        self, context: RunContext, exports: Sequence[PublishedExport], threads: int
+    ) -> None:
+        self._context, self.exports = context, exports
+        self._opened = ExitStack()
+        device = context.parallel.device
+        self._weights = self._opened.enter_context(open_weights(context.plan, device))
+        self._threads = ThreadPoolExecutor(min(threads, cores_per_rank()))
+        self._count = _count_files(context)
+        layout, rank = context.parallel.layout, context.parallel.rank
+        files = [(position, n) for n in range(self._count) for position in range(len(exports))]
+        self._waiting = list(round_robin(files, layout.world_size, rank))
+        self._written: list[tuple[int, Future[dict[str, str]]]] = []
+
+    def advance(self, solved: Collection[int]) -> None:
+        """Start to write the files whose layers are all solved.
+
+        Args:
+            solved: layers whose scales every rank can read.
+        """
+        layers = range(self._context.plan.decoder.layers)
+        waiting, self._waiting = self._waiting, []
+        for position, number in waiting:
+            if set(split_evenly(layers, self._count, number)) <= set(solved):
+                export = self.exports[position]
+                arguments = (self._context, self._weights, export, number, self._count)
+                self._written.append((position, self._threads.submit(_write_file, *arguments)))
+            else:
+                self._waiting.append((position, number))
+
+    def finish(self) -> list[StageOutput]:
+        """Write what is left, and index and configs of every checkpoint (collective)."""
+        self.advance(range(self._context.plan.decoder.layers))
+        indices: list[dict[str, str]] = [{} for _ in self.exports]
+        with self._opened, self._threads:
+            for position, future in self._written:
+                indices[position] |= future.result()
+        outputs, parallel = [], self._context.parallel
+        for export, index in zip(self.exports, indices, strict=True):
+            gathered = parallel.all_gather(index)
+            written = sorted(set(index.values()))
+            if parallel.rank == 0:
+                merged = {key: name for part in gathered for key, name in part.items()}
+                written += _write_sidecars(self._context, export, merged)
+            outputs.append(StageOutput(written))
+        return outputs
 
 
 def entry_tensors(entry: EncodedEntry, dtype: torch.dtype, published: PublishedFormat) -> Tensors:
@@ -140,17 +189,20 @@ def unquantized_weights(context: RunContext, names: list[str]) -> tuple[list[str
 
 def _write_file(
     context: RunContext,
-    encoder: LayerEncoder,
-    published: PublishedFormat,
-    folder: Path,
+    weights: DecoderWeights,
+    export: PublishedExport,
     number: int,
     count: int,
 ) -> dict[str, str]:
     """Write file `number` of `count` layer by layer; return tensor -> file."""
     plan, home = context.plan, context.plan.family.decoder_subfolder
+    folder, published = export.folder, export.published
+    for subfolder in plan.family.subfolders:
+        (folder / subfolder).mkdir(exist_ok=True)
+    encoder = published.encoder(context, export.fmt, weights)
     layers = split_evenly(range(plan.decoder.layers), count, number)
     encode = partial(_layer_tensors, context, encoder, published)
-    encoded = prefetch(layers, encode, PREFETCH_LAYERS)
+    encoded = prefetch(layers, encode)
     last = _end_tensors(context, encoder, published) if number == count - 1 else ()
     index: dict[str, str] = {}
     with ExitStack() as opened:
@@ -175,20 +227,23 @@ def _end_tensors(
     context: RunContext, encoder: LayerEncoder, published: PublishedFormat
 ) -> Iterator[Tensors]:
     """Yield embedding, final norm, head, then tower and projector."""
-    for entry in encoder.ends().values():
-        yield entry_tensors(entry, context.dtype, published)
-    yield load_file(context.folder("megatron", VISION_FILE))
+    with encoder.stream():
+        ends = encoder.ends()
+        tensors = [to_host(entry_tensors(one, context.dtype, published)) for one in ends.values()]
+    yield from tensors
+    yield read_vision(context.plan)
 
 
 def _layer_tensors(
     context: RunContext, encoder: LayerEncoder, published: PublishedFormat, index: int
 ) -> Tensors:
-    """Return the tensors of one layer under published names."""
-    entries, kv = encoder.layer(index), encoder.kv(index)
-    tensors = {} if kv is None else dict(published.kv_tensors(entries["linear_qkv"], kv))
-    for entry in entries.values():
-        tensors |= entry_tensors(entry, context.dtype, published)
-    return tensors
+    """Return the tensors of one layer under published names, in host memory."""
+    with encoder.stream():
+        entries, kv = encoder.layer(index), encoder.kv(index)
+        tensors = {} if kv is None else dict(published.kv_tensors(entries["linear_qkv"], kv))
+        for entry in entries.values():
+            tensors |= entry_tensors(entry, context.dtype, published)
+        return to_host(tensors)
 
 
 def _count_files(context: RunContext) -> int:
@@ -198,13 +253,10 @@ def _count_files(context: RunContext) -> int:
 
 
 def _write_sidecars(
-    context: RunContext,
-    fmt: QuantFormat,
-    published: PublishedFormat,
-    folder: Path,
-    index: Mapping[str, str],
+    context: RunContext, export: PublishedExport, index: Mapping[str, str]
 ) -> list[str]:
     """Write configs and index, and copy the source's tokenizer, processor and code files."""
+    folder = export.folder
     plan, home = context.plan, context.plan.family.decoder_subfolder
     prefix = f"{home}/" if home else ""
     weight_map = {
@@ -212,7 +264,7 @@ def _write_sidecars(
         for name, file in sorted(index.items())
         if name.startswith(prefix)
     }
-    described = published.describe(context, fmt, list(weight_map))
+    described = export.published.describe(context, export.fmt, list(weight_map))
     contents: dict[str, Any] = {prefix + name: content for name, content in described.items()}
     contents[prefix + INDEX_FILE] = {"metadata": {}, "weight_map": weight_map}
     for name, content in ({"config.json": plan.export_config} | contents).items():
