@@ -7,7 +7,7 @@ must enable before the first import of Triton.
 import pytest
 import torch
 
-from nemo_vlm_ptq.calibrate import kernels
+from nemo_vlm_ptq.calibrate import sum_kernels
 from nemo_vlm_ptq.calibrate.input_moment import InputMoment, diagonal_blocks
 from nemo_vlm_ptq.calibrate.losses import group_amax
 from nemo_vlm_ptq.calibrate.sketch import (
@@ -15,7 +15,9 @@ from nemo_vlm_ptq.calibrate.sketch import (
     accumulate_sketch,
     assign_tokens,
     block_features,
+    zero_blocks,
 )
+from nemo_vlm_ptq.calibrate.solve import kernels
 from nemo_vlm_ptq.calibrate.solve.clipping import CLIP_RATIOS, clip_amax
 from nemo_vlm_ptq.calibrate.solve.fake_quantize import fake_quantize_weight
 from nemo_vlm_ptq.calibrate.solve.scales import divide_by_pre_quant_scale, round_amax
@@ -50,7 +52,7 @@ def random_moment(width):
 def test_column_statistics_cover_the_tokens_of_each_modality(tokens, width, dtype):
     x = random_tensor(tokens, 2 * width, dtype=dtype)[:, :width]
     modality_T = (torch.arange(tokens) % 3).to(DEVICE, torch.int8)
-    amax, total = kernels.column_statistics(x, modality_T)
+    amax, total = sum_kernels.column_statistics(x, modality_T)
     for row, modality in enumerate((1, 2)):
         magnitude = x[modality_T == modality].float().abs()
         zeros = torch.zeros(width, device=DEVICE)
@@ -62,10 +64,10 @@ def test_column_sums_are_not_finite_where_an_input_is_not_finite():
     x = random_tensor(40, 16)
     x[3, 5], x[4, 6] = torch.nan, torch.inf
     modality = torch.ones(40, dtype=torch.int8, device=DEVICE)
-    total = kernels.column_statistics(x, modality)[1][0]
+    total = sum_kernels.column_statistics(x, modality)[1][0]
     assert (~total.isfinite()).nonzero().flatten().tolist() == [5, 6]
     modality[3:5] = 0
-    assert kernels.column_statistics(x, modality)[1].isfinite().all()
+    assert sum_kernels.column_statistics(x, modality)[1].isfinite().all()
 
 
 @pytest.mark.parametrize("magnitude", [1.0, 1e3, 1e6, 1e12])
@@ -74,7 +76,7 @@ def test_add_rounded_rounds_products_as_torch_does(magnitude):
     product[0, :5] = torch.tensor([0.5, 1.5, -2.5, 4194305.5, -0.5])
     total = random_tensor(37, 91, seed=1).double().round()
     expected = total + product.round()
-    kernels.add_rounded(total, product)
+    sum_kernels.add_rounded(total, product[None], 1.0)
     assert torch.equal(total, expected)
 
 
@@ -88,8 +90,27 @@ def test_signed_rows_are_those_of_eager_pytorch(width, dtype):
     found = expected.to(DEVICE)
     accumulate_sketch(expected, x.cpu(), assign_tokens(ids, modality, 16, cpu))
     tokens = assign_tokens(ids, modality, 16, torch.device(DEVICE))
-    kernels.add_signed_rows(found, x, tokens.order, tokens.starts, tokens.signs, 1 / SKETCH_UNIT)
+    sum_kernels.add_signed_rows(
+        found, x, tokens.order, tokens.starts, tokens.signs, 1 / SKETCH_UNIT
+    )
     assert torch.equal(found.cpu(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16][INTERPRETED:])
+@pytest.mark.parametrize(("tokens", "width"), [(1, 16), (333, 48), (700, 384)])
+def test_blocks_of_each_modality_are_added(tokens, width, dtype):
+    x = random_tensor(tokens, 2 * width, dtype=dtype)[:, :width]
+    modality = torch.arange(tokens, device=DEVICE).div(100).remainder(3).to(torch.int8)
+    blocks = zero_blocks(width, torch.device(DEVICE)) + 1
+    sum_kernels.add_blocks(blocks, x, modality, 2.0**20)
+    for row, found in enumerate(blocks):
+        rows = x[modality == row + 1].double().unflatten(1, (len(found), -1))
+        expected = torch.einsum("tgi,tgj->gij", rows, rows) * 2.0**20 + 1
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=2.0**20 * 1e-3)
+        assert torch.equal(found, found.round())
+    again = torch.ones_like(blocks)
+    sum_kernels.add_blocks(again, x, modality, 2.0**20)
+    assert torch.equal(again, blocks)
 
 
 @pytest.mark.parametrize("dtype", ROUNDED_DTYPES)

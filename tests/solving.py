@@ -76,16 +76,16 @@ def sketch_tokens(name, rows):
     modality = torch.zeros(2, max(len(x) for x in rows), dtype=torch.int8)
     x_SBK = torch.zeros(modality.shape[1], 2, width)
     sketch = torch.zeros(2 * SKETCH_ROWS, width, dtype=torch.float64)
-    blocks = [zero_blocks(width, device) for _ in rows]
+    blocks = zero_blocks(width, device)
     for sample, x in enumerate(rows):
         modality[sample, : len(x)] = sample + 1
         x_SBK[: len(x), sample] = x
-        accumulate_blocks(blocks[sample], x)
+        accumulate_blocks(blocks, x, torch.full((len(x),), sample + 1))
     tokens = assign_tokens(["a", "b"], modality, SKETCH_ROWS, device)
     accumulate_sketch(sketch, x_SBK.flatten(0, 1), tokens)
     return {
         f"{name}.sketch": (sketch * SKETCH_UNIT).float().view(2, SKETCH_ROWS, width),
-        f"{name}.blocks": (torch.stack(blocks) * MOMENT_UNIT).float(),
+        f"{name}.blocks": (blocks * MOMENT_UNIT).float(),
     }
 
 

@@ -83,13 +83,16 @@ def test_sums_are_those_of_signed_tokens_and_do_not_depend_on_order(dtype):
 def test_blocks_are_the_diagonal_of_the_second_moment(width, features):
     assert block_features(width) == features
     x_TK = torch.randn(50, width, generator=torch.Generator().manual_seed(2))
+    modality = torch.arange(50).remainder(3)
     blocks = zero_blocks(width, CPU)
-    accumulate_blocks(blocks, x_TK[:20])
-    accumulate_blocks(blocks, x_TK[20:])
-    whole = x_TK.double().T @ x_TK.double()
-    for index, block in enumerate(blocks * MOMENT_UNIT):
-        part = slice(index * features, (index + 1) * features)
-        torch.testing.assert_close(block, whole[part, part], rtol=1e-4, atol=1e-3)
+    accumulate_blocks(blocks, x_TK[:20], modality[:20])
+    accumulate_blocks(blocks, x_TK[20:], modality[20:])
+    for row in range(2):
+        tokens = x_TK[modality == row + 1].double()
+        whole = tokens.T @ tokens
+        for index, block in enumerate(blocks[row] * MOMENT_UNIT):
+            part = slice(index * features, (index + 1) * features)
+            torch.testing.assert_close(block, whole[part, part], rtol=1e-4, atol=1e-3)
 
 
 def test_the_estimated_loss_is_unbiased_and_close(tmp_path):

@@ -45,9 +45,9 @@ def accumulate_strip(strip: torch.Tensor, index: int, x_TK: torch.Tensor) -> Non
     else:
         product = (left.float() @ right.float()).mul_(1 / MOMENT_UNIT)
     if strip.is_cuda:
-        from nemo_vlm_ptq.calibrate import kernels
+        from nemo_vlm_ptq.calibrate import sum_kernels
 
-        kernels.add_rounded(strip, product)
+        sum_kernels.add_rounded(strip, product[None], 1.0)
     else:
         strip += product.round_()
 

@@ -87,9 +87,9 @@ def accumulate_sketch(sketch_MK: torch.Tensor, x_TK: torch.Tensor, tokens: Token
         tokens: their rows.
     """
     if x_TK.is_cuda:
-        from nemo_vlm_ptq.calibrate import kernels
+        from nemo_vlm_ptq.calibrate import sum_kernels
 
-        kernels.add_signed_rows(
+        sum_kernels.add_signed_rows(
             sketch_MK, x_TK, tokens.order, tokens.starts, tokens.signs, 1 / SKETCH_UNIT
         )
         return
@@ -104,22 +104,28 @@ def block_features(width: int) -> int:
 
 
 def zero_blocks(width: int, device: torch.device) -> torch.Tensor:
-    """Return the diagonal blocks without tokens, float64 [G,g,g], in multiples of MOMENT_UNIT."""
+    """Return the diagonal blocks of both modalities without tokens, float64 [2,G,g,g]."""
     g = block_features(width)
-    return torch.zeros(width // g, g, g, dtype=torch.float64, device=device)
+    return torch.zeros(2, width // g, g, g, dtype=torch.float64, device=device)
 
 
-def accumulate_blocks(blocks_Ggg: torch.Tensor, x_TK: torch.Tensor) -> None:
-    """Add the tokens of one modality to its diagonal blocks in place; products are float32."""
-    x_GTg = x_TK.unflatten(1, (len(blocks_Ggg), -1)).transpose(0, 1)
-    if x_TK.is_cuda and x_TK.dtype != torch.float32:  # products of 16 bit numbers are exact
-        product = torch.bmm(x_GTg.transpose(1, 2), x_GTg, out_dtype=torch.float32)
-    else:
+def accumulate_blocks(
+    blocks_MGgg: torch.Tensor, x_TK: torch.Tensor, modality_T: torch.Tensor
+) -> None:
+    """Add the tokens of a micro-batch to the diagonal blocks in place; products are float32.
+
+    Args:
+        blocks_MGgg: of text, then of image tokens, in multiples of MOMENT_UNIT.
+        x_TK: tokens, padding included.
+        modality_T: int8, 0 padding, 1 text, 2 image.
+    """
+    if x_TK.is_cuda and x_TK.dtype != torch.float32:
+        from nemo_vlm_ptq.calibrate import sum_kernels
+
+        if blocks_MGgg.shape[2] >= sum_kernels.MIN_BLOCK:
+            sum_kernels.add_blocks(blocks_MGgg, x_TK, modality_T, 1 / MOMENT_UNIT)
+            return
+    for modality, blocks_Ggg in enumerate(blocks_MGgg, start=1):
+        x_GTg = x_TK[modality_T == modality].unflatten(1, (len(blocks_Ggg), -1)).transpose(0, 1)
         product = torch.bmm(x_GTg.transpose(1, 2).float(), x_GTg.float())
-    product.mul_(1 / MOMENT_UNIT)
-    if blocks_Ggg.is_cuda:
-        from nemo_vlm_ptq.calibrate import kernels
-
-        kernels.add_rounded(blocks_Ggg, product)
-    else:
-        blocks_Ggg += product.round_()
+        blocks_Ggg += product.mul_(1 / MOMENT_UNIT).round_()

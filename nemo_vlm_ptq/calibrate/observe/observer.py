@@ -81,9 +81,7 @@ class Observer:
                     self.sketches[layer, name] = torch.zeros(
                         shape, dtype=torch.float64, device=device
                     )
-                    self.blocks[layer, name] = torch.stack(
-                        [zero_blocks(width, device) for _ in MODALITIES]
-                    )
+                    self.blocks[layer, name] = zero_blocks(width, device)
                 if "whole" in moments:
                     self.second_moments[layer, name] = self._zero_strips(width)
         self.amax = torch.zeros(2, end, device=device)
@@ -197,14 +195,13 @@ class Observer:
             self._observe_columns(x_TK, input_slice)
             if sketch is not None and self._tokens.rows is not None:
                 accumulate_sketch(sketch, x_TK, self._tokens.rows)
+            if blocks is not None:
+                accumulate_blocks(blocks, x_TK, self._tokens.modality)
             for row, token_index in self._tokens.by_modality:
-                if blocks is None and not second_moments[row]:
-                    continue
-                modality_x_TK = x_TK[token_index]
-                if blocks is not None:
-                    accumulate_blocks(blocks[row], modality_x_TK)
-                for index, strip in second_moments[row].items():
-                    accumulate_strip(strip, index, modality_x_TK)
+                if second_moments[row]:
+                    modality_x_TK = x_TK[token_index]
+                    for index, strip in second_moments[row].items():
+                        accumulate_strip(strip, index, modality_x_TK)
 
         return hook
 
@@ -212,9 +209,9 @@ class Observer:
         """Store maxima and sums of each input feature of a micro-batch, by modality."""
         amax, total = self._batch_statistics[..., input_slice]
         if x_TK.is_cuda:
-            from nemo_vlm_ptq.calibrate import kernels
+            from nemo_vlm_ptq.calibrate import sum_kernels
 
-            batch_amax, batch_sum = kernels.column_statistics(x_TK, self._tokens.modality)
+            batch_amax, batch_sum = sum_kernels.column_statistics(x_TK, self._tokens.modality)
             amax.copy_(batch_amax)
             total.copy_(batch_sum)
             return

@@ -53,7 +53,7 @@ def clip_amax(
         group_size: inputs that share a weight scale.
     """
     if weight_OK.is_cuda and kernel_supports_group_size(group_size):
-        from nemo_vlm_ptq.calibrate import kernels
+        from nemo_vlm_ptq.calibrate.solve import kernels
 
         ratios = clip_ratios(weight_OK.device)
         return kernels.clip_candidates(

@@ -225,7 +225,7 @@ def weight_delta(
     """
     scale, amax_2 = scales.pre_quant_scale, scales.weight_amax_2
     if weight_NK.is_cuda and scales.branch is None and fmt.weight in ("fp8", "int8", "int4"):
-        from nemo_vlm_ptq.calibrate import kernels
+        from nemo_vlm_ptq.calibrate.solve import kernels
 
         return kernels.weight_delta(
             weight_NK,

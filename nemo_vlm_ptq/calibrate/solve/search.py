@@ -156,7 +156,7 @@ def _clipped_losses_batched(
     pre_quant_scale_CK: torch.Tensor,
 ) -> torch.Tensor:
     """Implement `clipped_losses` with GPU kernels."""
-    from nemo_vlm_ptq.calibrate import kernels
+    from nemo_vlm_ptq.calibrate.solve import kernels
 
     weight_NK, amax_2_C = sample.weight_NK, None
     ratios = clip_ratios(weight_NK.device)

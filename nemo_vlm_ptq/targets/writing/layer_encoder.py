@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -41,7 +41,6 @@ class LayerEncoder:
         self.kv_format = KV_CACHES.get(context.plan.recipe.quantize.kv_cache)
         self.device = context.parallel.device
         self.scales_folder = context.folder(fmt.name, "scales")
-        self._thread = threading.local()
 
     def layer(self, index: int) -> EncodedLayer:
         """Return one layer, unsharded."""
@@ -97,12 +96,17 @@ class LayerEncoder:
 
     @contextmanager
     def stream(self) -> Iterator[None]:
-        """Run the GPU work of this thread in a stream of its own, and wait for it at the end."""
+        """Run the GPU work of this thread beside the default stream, and wait for it at the end."""
         if self.device.type != "cuda":
             yield
             return
-        if not hasattr(self._thread, "stream"):
-            self._thread.stream = torch.cuda.Stream(self.device)
-        with torch.cuda.stream(self._thread.stream):
+        stream = _export_stream(self.device)
+        with torch.cuda.stream(stream):
             yield
-        self._thread.stream.synchronize()
+        stream.synchronize()
+
+
+@functools.cache
+def _export_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream of all exports; memory freed in one stream serves only that stream."""
+    return torch.cuda.Stream(device)

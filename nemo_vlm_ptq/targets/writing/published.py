@@ -34,7 +34,7 @@ from nemo_vlm_ptq.workdir import store
 SIDECAR_SUFFIXES = (".json", ".model", ".txt")  # tokenizers, processors, configs
 INDEX_FILE = "model.safetensors.index.json"
 MAX_LAYER_TENSORS = 64
-FILE_BYTES = 5 << 30  # 16 bit weights per file, for any number of ranks
+FILE_BYTES = 2 << 30  # 16 bit weights per file; files are written and hashed in parallel
 
 Tensors = dict[str, torch.Tensor]
 
@@ -64,6 +64,18 @@ class PublishedExport:
     published: PublishedFormat
 
 
+@dataclass(frozen=True, kw_only=True)
+class WrittenFiles:
+    """What one file and its like in other subfolders hold.
+
+    index: tensor -> file.
+    sha256: file -> its hash, taken while it is still in memory.
+    """
+
+    index: dict[str, str]
+    sha256: dict[str, str]
+
+
 class PublishedFiles:
     """Files of checkpoints, written by threads of this rank as soon as their layers are solved.
 
@@ -88,7 +100,7 @@ class PublishedFiles:
         layout, rank = context.parallel.layout, context.parallel.rank
         files = [(position, n) for n in range(self._count) for position in range(len(exports))]
         self._waiting = list(round_robin(files, layout.world_size, rank))
-        self._written: list[tuple[int, Future[dict[str, str]]]] = []
+        self._written: list[tuple[int, Future[WrittenFiles]]] = []
 
     def advance(self, solved: Collection[int]) -> None:
         """Start to write the files whose layers are all solved.
@@ -110,17 +122,19 @@ class PublishedFiles:
         """Write what is left, and index and configs of every checkpoint (collective)."""
         self.advance(range(self._context.plan.decoder.layers))
         indices: list[dict[str, str]] = [{} for _ in self.exports]
+        digests: list[dict[str, str]] = [{} for _ in self.exports]
         with self._opened, self._threads:
             for position, future in self._written:
-                indices[position] |= future.result()
+                indices[position] |= future.result().index
+                digests[position] |= future.result().sha256
         outputs, parallel = [], self._context.parallel
-        for export, index in zip(self.exports, indices, strict=True):
+        for export, index, sha256 in zip(self.exports, indices, digests, strict=True):
             gathered = parallel.all_gather(index)
-            written = sorted(set(index.values()))
+            written = sorted(sha256)
             if parallel.rank == 0:
                 merged = {key: name for part in gathered for key, name in part.items()}
                 written += _write_sidecars(self._context, export, merged)
-            outputs.append(StageOutput(written))
+            outputs.append(StageOutput(written, sha256=sha256))
         return outputs
 
 
@@ -193,8 +207,8 @@ def _write_file(
     export: PublishedExport,
     number: int,
     count: int,
-) -> dict[str, str]:
-    """Write file `number` of `count` layer by layer; return tensor -> file."""
+) -> WrittenFiles:
+    """Write file `number` of `count` layer by layer."""
     plan, home = context.plan, context.plan.family.decoder_subfolder
     folder, published = export.folder, export.published
     for subfolder in plan.family.subfolders:
@@ -220,7 +234,8 @@ def _write_file(
                 names = [name for name in tensors if name.rpartition("/")[0] == subfolder]
                 add[subfolder]({name.removeprefix(prefix): tensors[name] for name in names})
                 index |= dict.fromkeys(names, file)
-    return index
+    sha256 = {file: store.hash_file(folder / file) for file in sorted(set(index.values()))}
+    return WrittenFiles(index=index, sha256=sha256)
 
 
 def _end_tensors(

@@ -1,11 +1,9 @@
-"""Fused kernels for the most frequent operations of calibration on NVIDIA GPUs (Triton).
+"""Fused kernels of the search for scales on NVIDIA GPUs (Triton).
 
-Each makes one pass over memory where eager PyTorch makes a dozen. The eager code next to every call
-defines the result on other devices. Import this module only where tensors are on such a GPU:
-Triton is installed with torch's CUDA builds only.
+As in `calibrate.sum_kernels`, the eager code next to every call defines the result.
 
-Legend: T tokens, K input features, N rows of a weight, G groups of inputs, C candidate scales,
-M rows of a result (N for each candidate).
+Legend: K input features, N rows of a weight, G groups of inputs, C candidate scales, M rows of a
+result (N for each candidate).
 """
 
 # ruff: noqa: N803
@@ -21,63 +19,8 @@ import triton.language as tl
 
 from nemo_vlm_ptq.formats import MAX_CODE, MIN_CODE, NumberFormat
 
-TOKENS_PER_PROGRAM = 512  # sums of one program; fixed, so that sums do not depend on the width
 NO_FMA: dict[str, Any] = {"enable_fp_fusion": False}  # round products as eager PyTorch does
-# Adding and subtracting this constant rounds a float to an integer, halves to even.
-ROUND_32, ROUND_64 = tl.constexpr(1.5 * 2.0**23), tl.constexpr(1.5 * 2.0**52)
-
-
-def column_statistics(
-    x_TK: torch.Tensor, modality_T: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the largest |x| and the sum of |x| of each column, float32 [2,K] each.
-
-    Args:
-        x_TK: tokens; rows must be contiguous.
-        modality_T: int8; row 0 of the results is modality 1, row 1 is modality 2, other tokens are
-            ignored.
-    """
-    tokens, width = x_TK.shape
-    programs, block_columns = triton.cdiv(tokens, TOKENS_PER_PROGRAM), 128
-    out = torch.empty(programs, 2, 2, width, dtype=torch.float32, device=x_TK.device)
-    grid = (programs, triton.cdiv(width, block_columns))
-    _column_statistics_kernel[grid](
-        x_TK, modality_T, out, tokens, width, x_TK.stride(0), TOKENS_PER_PROGRAM, 16, block_columns
-    )
-    return out[:, 0].amax(dim=0), out[:, 1].sum(dim=0)
-
-
-def add_rounded(total: torch.Tensor, product: torch.Tensor) -> None:
-    """Add round(product) (float32, halves to even) to total (float64) in place; both contiguous."""
-    count, block = total.numel(), 1024
-    _add_rounded_kernel[(triton.cdiv(count, block),)](total, product, count, block)
-
-
-def add_signed_rows(
-    total_MK: torch.Tensor,
-    x_TK: torch.Tensor,
-    order: torch.Tensor,
-    starts: torch.Tensor,
-    signs: torch.Tensor,
-    factor: float,
-) -> None:
-    """Add round(factor * sum of signed tokens) to every row of total (float64) in place.
-
-    The sum of a row is float32, in the order of its tokens.
-
-    Args:
-        total_MK: contiguous.
-        x_TK: tokens; features must be contiguous.
-        order: int64, tokens of row 0, then of row 1, ...
-        starts: int64 [M+1], start of each row's tokens in `order`.
-        signs: float32, of the tokens in `order`.
-        factor: a power of two.
-    """
-    (rows, width), block = total_MK.shape, 512
-    grid = (rows, triton.cdiv(width, block))
-    _add_signed_rows_kernel[grid](
-        total_MK, x_TK, order, starts, signs, width, x_TK.stride(0), factor, block, **NO_FMA
-    )
+ROUND_32 = tl.constexpr(1.5 * 2.0**23)  # adding and subtracting it rounds float32, halves to even
 
 
 def clip_candidates(
@@ -155,65 +98,6 @@ def weight_delta(
         number_format == "fp8", scaled, requantized, 8, 256, **NO_FMA,
     )  # fmt: skip
     return out
-
-
-@triton.jit
-def _column_statistics_kernel(
-    x_ptr, modality_ptr, out_ptr, tokens, width, x_stride,
-    BLOCK_TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    block, columns = tl.program_id(0), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    column_mask = columns < width
-    amax_1 = tl.zeros((ROWS, COLUMNS), tl.float32)
-    amax_2 = tl.zeros((ROWS, COLUMNS), tl.float32)
-    sum_1 = tl.zeros((ROWS, COLUMNS), tl.float32)
-    sum_2 = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, BLOCK_TOKENS, ROWS):
-        rows = block * BLOCK_TOKENS + start + tl.arange(0, ROWS)
-        modality = tl.load(modality_ptr + rows, mask=rows < tokens, other=0)[:, None]
-        pointers = x_ptr + rows.to(tl.int64)[:, None] * x_stride + columns[None, :]
-        mask = (modality > 0) & column_mask[None, :]
-        magnitude = tl.abs(tl.load(pointers, mask=mask, other=0.0).to(tl.float32))
-        magnitude_1 = tl.where(modality == 1, magnitude, 0.0)
-        magnitude_2 = tl.where(modality == 2, magnitude, 0.0)
-        amax_1 = tl.maximum(amax_1, magnitude_1)
-        amax_2 = tl.maximum(amax_2, magnitude_2)
-        sum_1 += magnitude_1
-        sum_2 += magnitude_2
-    pointers = out_ptr + block.to(tl.int64) * 4 * width + columns
-    tl.store(pointers, tl.max(amax_1, 0), mask=column_mask)
-    tl.store(pointers + width, tl.max(amax_2, 0), mask=column_mask)
-    tl.store(pointers + 2 * width, tl.sum(sum_1, 0), mask=column_mask)
-    tl.store(pointers + 3 * width, tl.sum(sum_2, 0), mask=column_mask)
-
-
-@triton.jit
-def _add_rounded_kernel(total_ptr, product_ptr, count, BLOCK: tl.constexpr):
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < count
-    value = tl.load(product_ptr + offsets, mask=mask, other=0.0).to(tl.float64)
-    value = (value + ROUND_64) - ROUND_64
-    total = tl.load(total_ptr + offsets, mask=mask, other=0.0)
-    tl.store(total_ptr + offsets, total + value, mask=mask)
-
-
-@triton.jit
-def _add_signed_rows_kernel(
-    total_ptr, x_ptr, order_ptr, starts_ptr, signs_ptr, width, x_stride, factor,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    row, columns = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = columns < width
-    total = tl.zeros((BLOCK,), tl.float32)
-    start, end = tl.load(starts_ptr + row), tl.load(starts_ptr + row + 1)
-    for position in range(start, end):
-        token, sign = tl.load(order_ptr + position), tl.load(signs_ptr + position)
-        x = tl.load(x_ptr + token * x_stride + columns, mask=mask, other=0.0)
-        total += x.to(tl.float32) * sign
-    value = (total * factor).to(tl.float64)
-    value = (value + ROUND_64) - ROUND_64
-    pointers = total_ptr + row.to(tl.int64) * width + columns
-    tl.store(pointers, tl.load(pointers, mask=mask, other=0.0) + value, mask=mask)
 
 
 @triton.jit
