@@ -64,18 +64,6 @@ class PublishedExport:
     published: PublishedFormat
 
 
-@dataclass(frozen=True, kw_only=True)
-class WrittenFiles:
-    """What one file and its like in other subfolders hold.
-
-    index: tensor -> file.
-    sha256: file -> its hash, taken while it is still in memory.
-    """
-
-    index: dict[str, str]
-    sha256: dict[str, str]
-
-
 class PublishedFiles:
     """Files of checkpoints, written by threads of this rank as soon as their layers are solved.
 
@@ -100,7 +88,7 @@ class PublishedFiles:
         layout, rank = context.parallel.layout, context.parallel.rank
         files = [(position, n) for n in range(self._count) for position in range(len(exports))]
         self._waiting = list(round_robin(files, layout.world_size, rank))
-        self._written: list[tuple[int, Future[WrittenFiles]]] = []
+        self._written: list[tuple[int, Future[dict[str, str]]]] = []
 
     def advance(self, solved: Collection[int]) -> None:
         """Start to write the files whose layers are all solved.
@@ -122,19 +110,17 @@ class PublishedFiles:
         """Write what is left, and index and configs of every checkpoint (collective)."""
         self.advance(range(self._context.plan.decoder.layers))
         indices: list[dict[str, str]] = [{} for _ in self.exports]
-        digests: list[dict[str, str]] = [{} for _ in self.exports]
         with self._opened, self._threads:
             for position, future in self._written:
-                indices[position] |= future.result().index
-                digests[position] |= future.result().sha256
+                indices[position] |= future.result()
         outputs, parallel = [], self._context.parallel
-        for export, index, sha256 in zip(self.exports, indices, digests, strict=True):
+        for export, index in zip(self.exports, indices, strict=True):
             gathered = parallel.all_gather(index)
-            written = sorted(sha256)
+            written = sorted(set(index.values()))
             if parallel.rank == 0:
                 merged = {key: name for part in gathered for key, name in part.items()}
                 written += _write_sidecars(self._context, export, merged)
-            outputs.append(StageOutput(written, sha256=sha256))
+            outputs.append(StageOutput(written))
         return outputs
 
 
@@ -207,8 +193,8 @@ def _write_file(
     export: PublishedExport,
     number: int,
     count: int,
-) -> WrittenFiles:
-    """Write file `number` of `count` layer by layer."""
+) -> dict[str, str]:
+    """Write file `number` of `count` layer by layer; return tensor -> file."""
     plan, home = context.plan, context.plan.family.decoder_subfolder
     folder, published = export.folder, export.published
     for subfolder in plan.family.subfolders:
@@ -234,8 +220,7 @@ def _write_file(
                 names = [name for name in tensors if name.rpartition("/")[0] == subfolder]
                 add[subfolder]({name.removeprefix(prefix): tensors[name] for name in names})
                 index |= dict.fromkeys(names, file)
-    sha256 = {file: store.hash_file(folder / file) for file in sorted(set(index.values()))}
-    return WrittenFiles(index=index, sha256=sha256)
+    return index
 
 
 def _end_tensors(
