@@ -111,7 +111,8 @@ def write_model(
             write_json(folder / part / "config.json", config[f"{part}_cfg"])
         if not weights_only:
             _copy_processors(tiny / part, folder / part, family, config)
-    shapes = family.decoder(config).shapes(family.parameter_map) | family.vision_shapes(config)
+    decoder = family.decoder(config)
+    shapes = decoder.shapes(family.parameter_map(decoder)) | family.vision_shapes(config)
     _write_weights(folder, family, shapes)
 
 

@@ -77,7 +77,8 @@ def hollow_model(folder: Path, config: Mapping[str, Any]) -> Path:
     folder.mkdir()
     family = find_family(dict(config))
     header, end = {}, 0
-    shapes = family.decoder(config).shapes(family.parameter_map) | family.vision_shapes(config)
+    decoder = family.decoder(config)
+    shapes = decoder.shapes(family.parameter_map(decoder)) | family.vision_shapes(config)
     for name, shape in shapes.items():
         start, size = end, 2
         for width in shape:

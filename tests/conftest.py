@@ -161,7 +161,8 @@ def compare_with_source(read, vision):
     from nemo_vlm_ptq.families import llava, read_config
     from nemo_vlm_ptq.verify import tensors as checks
 
-    rows, decoder = llava.FAMILY.parameter_map, llava.decoder(read_config(models.TINY_LLAVA))
+    decoder = llava.decoder(read_config(models.TINY_LLAVA))
+    rows = llava.FAMILY.parameter_map(decoder)
     linears = decoder.shapes(tuple(row for row in rows if row.is_linear))
     found = {"coverage": checks.check_names(read, decoder.shapes(rows))}
     found["set"] = checks.check_quantized_set(read, linears)

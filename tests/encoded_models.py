@@ -76,7 +76,7 @@ class EncodedModel:
 
 def random_weight(family, entry, decoder):
     """Return Megatron's unsharded tensor of an entry, with a padded vocabulary."""
-    shapes = [decoder.shapes(family.parameter_map)[name] for name in entry.hf_names]
+    shapes = [decoder.shapes(family.parameter_map(decoder))[name] for name in entry.hf_names]
     parts = [torch.randn(shape, dtype=DTYPE) for shape in shapes]
     return shard_tensor(entry.sharding, parts, decoder.sizes(64), 0, 1)
 
@@ -107,7 +107,8 @@ def random_model(fmt, family_name="llava", decoder=None, group_size=GROUP_SIZE):
     """Return a random encoded model; fmt None leaves it in 16 bit."""
     torch.manual_seed(0)
     family, decoder = FAMILIES[family_name], decoder or DECODERS[family_name]
-    entries = expand_layers(family.parameter_map, range(decoder.layers))
+    rows = family.parameter_map(decoder)
+    entries = expand_layers(rows, range(decoder.layers))
     weights = {entry.megatron_name: random_weight(family, entry, decoder) for entry in entries}
     scales = {
         entry.megatron_name: random_scales(weights[entry.megatron_name], fmt, group_size)
@@ -120,15 +121,13 @@ def random_model(fmt, family_name="llava", decoder=None, group_size=GROUP_SIZE):
 
     def layer(index, shard=(0, 1)):
         layer_scales = {linear: scales.get(name) for linear, name in weight_names(index).items()}
-        return encode_layer(
-            family.parameter_map, index, read, layer_scales, fmt, decoder, shard=shard
-        )
+        return encode_layer(rows, index, read, layer_scales, fmt, decoder, shard=shard)
 
     return EncodedModel(
         family=family_name,
         fmt=fmt,
         layers=[layer(index) for index in range(decoder.layers)],
-        ends=partial(encode_ends, family.parameter_map, read, decoder),
+        ends=partial(encode_ends, rows, read, decoder),
         decoder=decoder,
         group_size=group_size,
         layer=layer,

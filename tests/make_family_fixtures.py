@@ -43,6 +43,58 @@ MISTRAL_7B = VICUNA_7B | {
     "num_key_value_heads": 8, "rope_theta": 1000000.0, "sliding_window": None,
     "torch_dtype": "bfloat16",
 }  # fmt: skip
+QWEN = {
+    "attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02,
+    "rms_norm_eps": 1e-06, "use_cache": True, "vocab_size": 151936, "bos_token_id": 151643,
+    "eos_token_id": 151645, "max_position_embeddings": 128000,
+}  # fmt: skip
+QWEN2_7B = {
+    "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28,
+    "num_hidden_layers": 28, "num_key_value_heads": 4, "vocab_size": 152064,
+}  # fmt: skip
+QWEN2_5_3B = {
+    "hidden_size": 2048, "intermediate_size": 11008, "num_attention_heads": 16,
+    "num_hidden_layers": 36, "num_key_value_heads": 2,
+}  # fmt: skip
+QWEN2_5_TOWER = {
+    "depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420,
+    "num_heads": 16, "in_chans": 3, "out_hidden_size": 3584, "patch_size": 14,
+    "spatial_merge_size": 2, "spatial_patch_size": 14, "window_size": 112,
+    "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2, "temporal_patch_size": 2,
+}  # fmt: skip
+QWEN2_TOWER = {
+    "depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16, "in_chans": 3,
+    "hidden_size": 3584, "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14,
+    "temporal_patch_size": 2,
+}  # fmt: skip
+QWEN3_ROPE = {
+    "attention_bias": False, "head_dim": 128, "max_position_embeddings": 262144,
+    "rope_scaling": {
+        "mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default",
+    },
+}  # fmt: skip
+QWEN3_2B = QWEN3_ROPE | {
+    "hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 16,
+    "num_hidden_layers": 28, "num_key_value_heads": 8,
+}  # fmt: skip
+QWEN3_8B = QWEN3_ROPE | {
+    "hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32,
+    "num_hidden_layers": 36, "num_key_value_heads": 8,
+}  # fmt: skip
+QWEN3_32B = QWEN3_ROPE | {
+    "hidden_size": 5120, "intermediate_size": 25600, "num_attention_heads": 64,
+    "num_hidden_layers": 64, "num_key_value_heads": 8,
+}  # fmt: skip
+QWEN3_2B_TOWER = {
+    "deepstack_visual_indexes": [5, 11, 17], "depth": 24, "hidden_act": "gelu_pytorch_tanh",
+    "hidden_size": 1024, "in_channels": 3, "intermediate_size": 4096, "model_type": "qwen3_vl",
+    "num_heads": 16, "num_position_embeddings": 2304, "out_hidden_size": 2048, "patch_size": 16,
+    "spatial_merge_size": 2, "temporal_patch_size": 2,
+}  # fmt: skip
+QWEN3_8B_TOWER = QWEN3_2B_TOWER | {
+    "deepstack_visual_indexes": [8, 16, 24], "depth": 27, "hidden_size": 1152,
+    "intermediate_size": 4304, "out_hidden_size": 4096,
+}
 SHEARED_LLAMA = {
     "hidden_size": 2560, "intermediate_size": 6912, "num_attention_heads": 20,
     "num_key_value_heads": 20,
@@ -223,12 +275,59 @@ MODELS = {
         "Phi-3-vision-128k-instruct": phi("Phi-3-vision-128k-instruct", "su", 131072),
         "Phi-3.5-vision-instruct": phi("Phi-3.5-vision-instruct", "longrope", 262144),
     }),
+    "qwen2_vl": (qwen_tensors, {
+        "Qwen2.5-VL-7B-Instruct": qwen("Qwen2_5_VL", QWEN2_7B, QWEN2_5_TOWER, tied=False),
+        "Qwen2.5-VL-3B-Instruct": qwen("Qwen2_5_VL", QWEN2_5_3B, QWEN2_5_TOWER | {
+            "out_hidden_size": 2048,
+        }, tied=True),
+        "Qwen2-VL-7B-Instruct": qwen("Qwen2VL", QWEN2_7B, QWEN2_TOWER, tied=False),
+    }),
+    "qwen3_vl": (qwen_tensors, {
+        "Qwen3-VL-2B-Instruct": qwen("Qwen3VL", QWEN3_2B, QWEN3_2B_TOWER, tied=True),
+        "Qwen3-VL-8B-Instruct": qwen("Qwen3VL", QWEN3_8B, QWEN3_8B_TOWER, tied=False),
+        "Qwen3-VL-32B-Instruct": qwen("Qwen3VL", QWEN3_32B, QWEN3_8B_TOWER | {
+            "out_hidden_size": 5120,
+        }, tied=False),
+    }),
     "vila": (vila_tensors, {
         "VILA1.5-3b": vila("VILA1.5-3b", SHEARED_LLAMA),
         "Llama-3-VILA1.5-8b": vila("Llama-3-VILA1.5-8b", LLAMA_3),
         "VILA1.5-13b": vila("VILA1.5-13b", LLAMA_13B),
     }),
 }  # fmt: skip
+
+
+def qwen(model, text, vision, *, tied):
+    """Return the config.json of a Qwen-VL; older ones have the decoder's keys on the first level."""
+    ids = {
+        "image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652,
+        "vision_end_token_id": 151653,
+    }  # fmt: skip
+    common = {
+        "architectures": [f"{model}ForConditionalGeneration"], "tie_word_embeddings": tied, **ids,
+    }  # fmt: skip
+    if model == "Qwen3VL":
+        text = QWEN | {"model_type": "qwen3_vl_text", "rope_theta": 5000000} | text
+        return common | {"model_type": "qwen3_vl", "text_config": text, "vision_config": vision}
+    rope = {"type": "mrope", "mrope_section": [16, 24, 24]}
+    kind = {"Qwen2_5_VL": "qwen2_5_vl", "Qwen2VL": "qwen2_vl"}[model]
+    sliding = {"use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 28}
+    flat = QWEN | {"model_type": kind, "rope_theta": 1000000.0, "rope_scaling": rope} | sliding
+    return flat | common | {"vision_config": vision} | text
+
+
+def qwen_tensors(config):
+    """Return name -> shape of a Qwen-VL under its published names."""
+    model = config["architectures"][0]
+    shapes = meta_shapes(model, model.replace("ForConditionalGeneration", "Config"), config)
+    if config["tie_word_embeddings"]:
+        shapes.pop("lm_head.weight", None)
+    if model.startswith("Qwen3"):
+        return shapes
+    old = (("model.language_model.", "model."), ("model.visual.", "visual."))
+    for prefix, published in old:
+        shapes = {name.replace(prefix, published): shape for name, shape in shapes.items()}
+    return shapes
 
 
 def fold(tensors):

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import reference_llava_next
 import reference_phi
+import reference_qwen
 import reference_vila
 from tiny_tokenizers import write_llama
 
 PHI_SPECIAL_TOKENS = ("<|endoftext|>", "<|assistant|>", "<|end|>", "<|user|>")
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+QWEN_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}:\n{% for part in message.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:\n{% endif %}"
+)
 FIRST_SPECIAL_ID = 490  # above the special tokens in the references' vocabulary
 
 
@@ -71,4 +79,26 @@ def write_llava_next(folder: Path) -> None:
     write_llama(folder, ["<image>"], size=reference_llava_next.IMAGE_TOKEN)
 
 
-WRITERS = {"vila": write_vila, "phi": write_phi, "llava_next": write_llava_next}
+def write_qwen(folder: Path, kind: str) -> None:
+    """Write a random Qwen-VL folder with all its files."""
+    reference_qwen.write_qwen(folder, 0, kind)
+    settings = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "size": reference_qwen.SIZE,
+        "patch_size": reference_qwen.PATCH,
+        "merge_size": reference_qwen.MERGE,
+        "temporal_patch_size": 2,
+    }
+    _write(folder, settings)
+    special = ("<|vision_end|>", "<|vision_start|>", "<|video_pad|>", "<|image_pad|>")
+    write_llama(folder, special, size=reference_qwen.VISION_END)
+    (folder / "chat_template.jinja").write_text(QWEN_TEMPLATE)
+
+
+WRITERS = {
+    "vila": write_vila,
+    "phi": write_phi,
+    "llava_next": write_llava_next,
+    "qwen3_vl": partial(write_qwen, kind="qwen3_vl"),
+    "qwen2_vl": partial(write_qwen, kind="qwen2_vl"),
+}

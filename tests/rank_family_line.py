@@ -6,6 +6,7 @@ from pathlib import Path
 from models import parallel_contexts
 
 from nemo_vlm_ptq.context import RunContext
+from nemo_vlm_ptq.families import FAMILIES
 from nemo_vlm_ptq.formats import FORMATS
 from nemo_vlm_ptq.planning.make_plan import make_plan
 from nemo_vlm_ptq.recipe import Recipe
@@ -14,9 +15,18 @@ from nemo_vlm_ptq.stages.logits import write_logits
 from nemo_vlm_ptq.targets.registry import TARGETS as ALL_TARGETS
 
 STAGES = ("import", "observe", "solve", "export", "verify")
-TARGETS = tuple(name for name in ALL_TARGETS if name != "nemo")  # it supports llava only
-READABLE = tuple(name for name in TARGETS if ALL_TARGETS[name].has_reader)
-FORMS = ("hf_source", "megatron", "quantized", *READABLE)
+SOURCE_FORMS = ("hf_source", "megatron", "quantized")
+
+
+def targets_of(family):
+    """Return the targets of a family; nemo supports llava only."""
+    unsupported = {"nemo"} if FAMILIES[family].trtllm_architecture else {"nemo", "trtllm"}
+    return tuple(name for name in ALL_TARGETS if name not in unsupported)
+
+
+def readable(family):
+    """Return the targets of a family that the reference model runs."""
+    return tuple(name for name in targets_of(family) if ALL_TARGETS[name].has_reader)
 
 
 def run_context(parallel, home, formats, kv_cache="none"):
@@ -27,14 +37,14 @@ def run_context(parallel, home, formats, kv_cache="none"):
         parallel=vars(parallel.layout),
         quantize={"format": formats, "kv_cache": kv_cache},
         calibration={"data": "scenes", "samples": 8, "micro_batch": 2},
-        export={"targets": TARGETS, "tensor": 2, "dtype": "bfloat16"},
+        export={"targets": targets_of(home.name), "tensor": 2, "dtype": "bfloat16"},
     )
     return RunContext(plan=make_plan(recipe), parallel=parallel)
 
 
 def write_all_logits(parallel, home):
     """Write the logits of each form of a model."""
-    for form in FORMS:
+    for form in (*SOURCE_FORMS, *readable(home.name)):
         options = {
             "from": form,
             "inputs": str(home / "inputs.safetensors"),

@@ -53,16 +53,19 @@ def to_samples(folder, questions):
         images = None
         if question.pixel_values is not None:
             images = ImageInputs(
-                pixel_values=question.pixel_values, image_sizes=question.image_sizes
+                question.pixel_values, question.image_sizes, question.image_grid_thw
             )
         placeholders = family.find_placeholders(config, question.ids, images)
         repeats = torch.where(placeholders.is_image, placeholders.tokens_per_placeholder, 1)
+        is_image = placeholders.is_image.repeat_interleave(repeats)
+        positions = family.positions and family.positions(config, is_image, images)
         samples.append(
             Sample(
                 id=f"q{index}",
                 input_ids=question.ids.repeat_interleave(repeats),
-                is_image=placeholders.is_image.repeat_interleave(repeats),
+                is_image=is_image,
                 images=images,
+                positions=positions,
             )
         )
     return samples
@@ -78,11 +81,12 @@ def read_cases(home):
 
 def compute_logits(parallel, home, model, vision, only=None):
     """Return case -> logits [B,S,V] of its samples in one batch; None before the last stage."""
-    logits = {}
+    family, config = read_family(home / "model")
+    logits, width = {}, family.decoder(config).feature_width
     for name, questions in read_cases(home).items():
         if only is None or name in only:
             samples = to_samples(home / "model", questions)
-            (features,) = encode_images(vision, parallel, [samples], model.config.hidden_size)
+            (features,) = encode_images(vision, parallel, [samples], width)
             logits[name] = forward(model, parallel, collate(samples), features)
     return logits
 

@@ -37,6 +37,7 @@ class Question:
     ids: torch.Tensor
     pixel_values: torch.Tensor | None = None
     image_sizes: torch.Tensor | None = None
+    image_grid_thw: torch.Tensor | None = None
 
 
 def randomize(module, seed: int):

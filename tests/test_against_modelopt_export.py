@@ -41,7 +41,8 @@ DECODER = Decoder(
     rope_theta=1e4,
     max_positions=64,
 )
-PARAMETER_MAP, PREFIX = llava.FAMILY.parameter_map, llava.DECODER_PREFIX
+PARAMETER_MAP = llava.FAMILY.parameter_map(DECODER)
+PREFIX = llava.FAMILY.decoder_prefix
 GROUP_SIZE = 64
 LORA = "weight_quantizer.svdquant_lora_"
 KV_PRESETS = {"fp8": "FP8_KV_CFG", "nvfp4": "NVFP4_KV_CFG"}

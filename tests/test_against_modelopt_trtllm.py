@@ -37,7 +37,8 @@ AWQ_VOCAB = 512  # to which modelopt pads the vocabulary for AWQ
 SHARED_SCALES = ("mlp.fc.weights_scaling_factor_2", "mlp.gate.weights_scaling_factor_2")
 INT8_CACHE = {"quantizer_name": "*[kv]_bmm_quantizer", "cfg": {"num_bits": 8}, "enable": True}
 NO_QUANTIZATION = {"quantizer_name": "*", "enable": False}
-PARAMETER_MAP, PREFIX = llava.FAMILY.parameter_map, llava.DECODER_PREFIX
+PARAMETER_MAP = llava.FAMILY.parameter_map(DECODER)
+PREFIX = llava.FAMILY.decoder_prefix
 KV_SCALE = "attention.kv_cache_scaling_factor"
 
 

@@ -32,7 +32,7 @@ def test_shards_are_those_of_whole_tensors(tmp_path, name):
     files = {tensor.file for tensor in plan.tensors.values()}
     stored = {path: load_file(path) for path in files}
     with open_weights(plan, CPU) as weights:
-        for entry in expand_layers(plan.family.parameter_map, range(plan.decoder.layers)):
+        for entry in expand_layers(plan.parameter_map, range(plan.decoder.layers)):
             sources = [plan.tensors[key] for key in entry.hf_names]
             parts = [stored[source.file][source.disk_name] for source in sources]
             for T in (1, 2):

@@ -76,7 +76,8 @@ def family(request):
 def expected_shapes(config):
     """Return name -> shape of all tensors that a family expects of a model."""
     family = find_family(config)
-    return family.decoder(config).shapes(family.parameter_map) | family.vision_shapes(config)
+    decoder = family.decoder(config)
+    return decoder.shapes(family.parameter_map(decoder)) | family.vision_shapes(config)
 
 
 def test_families_and_fixtures_correspond():
@@ -121,7 +122,7 @@ def test_shards_hold_every_parameter_once(model):
     sizes = decoder.sizes(VOCAB_MULTIPLE)
     sharded = (decoder.heads, decoder.kv_heads, decoder.ffn, sizes.padded_vocab)
     for T in [T for T in (1, 2, 4, 8) if all(size % T == 0 for size in sharded)]:
-        for entry in family.parameter_map:
+        for entry in family.parameter_map(decoder):
             names = entry.for_layer(decoder.layers - 1).hf_names
             parts = [torch.empty(model.tensors[name], device="meta") for name in names]
             total = sum(part.numel() for part in parts)
@@ -135,7 +136,7 @@ def test_shards_hold_every_parameter_once(model):
 def random_parts(family):
     """Yield each parameter map entry with random tensors of the small decoder."""
     torch.manual_seed(0)
-    for entry in family.parameter_map:
+    for entry in family.parameter_map(SMALL):
         yield entry, [torch.randn(shape) for shape in SMALL.shapes((entry,)).values()]
 
 
@@ -176,14 +177,16 @@ def test_a_missing_tensor_is_rejected_by_name(first_model):
 
 def test_an_unexpected_tensor_is_rejected_by_name(first_model):
     family = FAMILIES[first_model.family]
-    layers = family.decoder(first_model.config).layers
-    (name,) = family.parameter_map[-1].for_layer(layers).hf_names
+    decoder = family.decoder(first_model.config)
+    (name,) = family.parameter_map(decoder)[-1].for_layer(decoder.layers).hf_names
     message = f"here: unexpected tensor {name} (1 in total)"
     assert coverage_error(first_model.tensors | {name: (1,)}, first_model) == message
 
 
 def test_a_tensor_of_another_shape_is_rejected_by_name(first_model):
-    (name,) = FAMILIES[first_model.family].parameter_map[-1].for_layer(3).hf_names
+    family = FAMILIES[first_model.family]
+    decoder = family.decoder(first_model.config)
+    (name,) = family.parameter_map(decoder)[-1].for_layer(3).hf_names
     shape = first_model.tensors[name]
     message = f"here: tensor {name} has shape {shape[::-1]}, expected {shape}"
     assert coverage_error(first_model.tensors | {name: shape[::-1]}, first_model) == message

@@ -8,10 +8,11 @@ import models
 import pytest
 import reference_llava_next
 import reference_phi
+import reference_qwen
 import reference_vila
 import torch
 from processors import WRITERS
-from rank_family_line import FORMS, READABLE, TARGETS
+from rank_family_line import SOURCE_FORMS, readable, targets_of
 from references import VOCAB
 from safetensors.torch import load_file, save_file
 
@@ -21,9 +22,14 @@ from nemo_vlm_ptq.targets.registry import supported_targets
 from nemo_vlm_ptq.workdir import store
 
 REFERENCES = {
-    "llava_next": (reference_llava_next.LlavaNext(0, "mistral"), reference_llava_next),
-    "phi": (reference_phi.Phi(0), reference_phi),
-    "vila": (reference_vila.Vila(0), reference_vila),
+    "llava_next": (
+        reference_llava_next.LlavaNext(0, "mistral"),
+        reference_llava_next.llava_next_cases,
+    ),
+    "phi": (reference_phi.Phi(0), reference_phi.phi_cases),
+    "vila": (reference_vila.Vila(0), reference_vila.vila_cases),
+    "qwen2_vl": (reference_qwen.QwenVL(0, "qwen2_vl"), reference_qwen.qwen_cases),
+    "qwen3_vl": (reference_qwen.QwenVL(0, "qwen3_vl"), reference_qwen.qwen_cases),
 }
 TIMEOUT_S = 900  # for three families in every format
 BFLOAT16_TOLERANCE = 2.0**-5  # of logits near 1, with weights rounded to bfloat16
@@ -33,8 +39,8 @@ REMOTE_CODE = "raise SystemExit('code of a model folder was run')"
 
 def question_and_logits(name):
     """Return the first question with an image, and the logits of the reference."""
-    reference, module = REFERENCES[name]
-    question = getattr(module, f"{name}_cases")(0, reference)["images"][0]
+    reference, make_cases = REFERENCES[name]
+    question = make_cases(0, reference)["images"][0]
     return question, reference.logits(question)
 
 
@@ -47,8 +53,9 @@ def runs(tmp_path_factory):
         (home / name / "model" / REMOTE_CODE_FILE).write_text(REMOTE_CODE)
         question, _ = question_and_logits(name)
         tensors = {"input_ids": question.ids[None], "pixel_values": question.pixel_values}
-        if question.image_sizes is not None:
-            tensors["image_sizes"] = question.image_sizes
+        for key in ("image_sizes", "image_grid_thw"):
+            if getattr(question, key) is not None:
+                tensors[key] = getattr(question, key)
         save_file(tensors, home / name / "inputs.safetensors")
     command = [*models.main_command("rank_family_line"), home]
     code, _, err = models.launch_ranks(command, 2, TIMEOUT_S)
@@ -66,7 +73,7 @@ def test_exports_of_every_format_are_verified(runs, name, fmt):
     result = store.read_json(runs / name / "work" / fmt / "verify.json")
     assert result["passed"]
     verified = {check["name"].split()[0] for check in result["checks"]}
-    assert verified == set(supported_targets(FORMATS[fmt])) & set(TARGETS)
+    assert verified == set(supported_targets(FORMATS[fmt])) & set(targets_of(name))
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -74,7 +81,8 @@ def test_a_quantized_kv_cache_is_verified(runs, name):
     result = store.read_json(runs / name / "fp8" / "nvfp4" / "verify.json")
     assert result["passed"]
     names = [check["name"] for check in result["checks"]]
-    assert {"trtllm KV scales", "hf KV scales"} <= set(names)
+    expected = {"trtllm", "hf"} & set(targets_of(name))
+    assert {f"{target} KV scales" for target in expected} <= set(names)
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -87,12 +95,12 @@ def test_remote_code_of_a_model_folder_is_copied_and_not_run(runs, name, target)
 @pytest.mark.parametrize("name", WRITERS)
 def test_logits_of_every_form_match_the_reference_up_to_rounding(runs, name):
     _, expected = question_and_logits(name)
-    logits = {form: load_file(runs / name / f"{form}.safetensors")["logits"] for form in FORMS}
+    logits = {form: load_file(runs / name / f"{form}.safetensors")["logits"] for form in (*SOURCE_FORMS, *readable(name))}
     assert all(tensor.shape == (1, len(expected), VOCAB) for tensor in logits.values())
     torch.testing.assert_close(logits["hf_source"][0], expected, rtol=0, atol=1e-4)
     assert (logits["megatron"][0] - expected).abs().mean() < BFLOAT16_TOLERANCE
     quantization_error = (logits["quantized"] - logits["megatron"]).abs().mean()
-    for form in READABLE:
+    for form in readable(name):
         assert (logits[form] - logits["quantized"]).abs().mean() < 1.5 * quantization_error
         assert torch.equal(logits[form], logits["hf"])
 

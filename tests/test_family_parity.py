@@ -1,5 +1,7 @@
 """Logits of VILA, Phi-3-vision and LLaVA-NeXT against reference models, in every layout."""
 
+from functools import partial
+
 import models
 import pytest
 import torch
@@ -18,6 +20,7 @@ from rank_family_parity import (
 )
 from reference_llava_next import llava_next_cases, write_llava_next
 from reference_phi import phi_cases, write_phi
+from reference_qwen import qwen_cases, write_qwen
 from reference_vila import vila_cases, write_vila
 from references import VOCAB
 
@@ -30,6 +33,8 @@ FAMILIES = {
     "vila": (write_vila, vila_cases),
     "phi": (write_phi, phi_cases),
     "llava_next": (write_llava_next, llava_next_cases),
+    "qwen3_vl": (partial(write_qwen, kind="qwen3_vl"), qwen_cases),
+    "qwen2_vl": (partial(write_qwen, kind="qwen2_vl"), qwen_cases),
 }
 CASES = [(family, case) for family in FAMILIES for case in ("images", "text", "padded")]
 CASES += [("phi", "short factors"), ("phi", "long factors")]
@@ -120,8 +125,14 @@ def test_logits_of_the_reference_reader_match(homes, family):
 
 @pytest.mark.parametrize(
     ("family", "options"),
-    [("vila", {"order": "row"}), ("llava_next", {"text": "llama"})],
-    ids=["vila with row order", "llava_next with llama"],
+    [
+        ("vila", {"order": "row"}),
+        ("llava_next", {"text": "llama"}),
+        ("qwen2_vl", {"kind": "qwen2_vl 2.0"}),
+        ("qwen2_vl", {"tied": False}),
+        ("qwen3_vl", {"tied": False}),
+    ],
+    ids=lambda value: str(value),
 )
 def test_variants_of_a_family_match_their_reference(tmp_path, family, options):
     expected = write_home(tmp_path, family, **options)

@@ -35,7 +35,8 @@ def random_layer(fmt, family, *, shared):
     """
     torch.manual_seed(0)
     family = FAMILIES[family]
-    entries = [entry.for_layer(0) for entry in family.parameter_map if entry.per_layer]
+    rows = family.parameter_map(DECODER)
+    entries = [entry.for_layer(0) for entry in rows if entry.per_layer]
     weights = {entry.megatron_name: random_weight(family, entry, DECODER) for entry in entries}
     scales = {}
     for linear, name in weight_names(0).items():
@@ -52,7 +53,7 @@ def random_layer(fmt, family, *, shared):
         factor = scales["linear_proj"].pre_quant_scale
         return {name: weights[name].float() * factor for name in names}
 
-    layer = encode_layer(family.parameter_map, 0, read, scales, fmt, DECODER)
+    layer = encode_layer(rows, 0, read, scales, fmt, DECODER)
     return layer, fold_layer(layer, scales, imported, fmt, DECODER), scales
 
 

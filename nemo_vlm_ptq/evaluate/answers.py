@@ -130,7 +130,7 @@ def _encode_image(backend: GenerationBackend, inputs: ImageInputs | None) -> Enc
     """
     if inputs is None:
         return EncodedImage(inputs=None, features=None)
-    shape_only = ImageInputs(inputs.pixel_values.to("meta"), inputs.image_sizes)
+    shape_only = inputs.to_meta()
     return EncodedImage(inputs=shape_only, features=backend.encode_images(inputs))
 
 

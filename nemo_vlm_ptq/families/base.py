@@ -7,7 +7,7 @@ visible in one file, and nothing is overridden.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -21,6 +21,7 @@ from nemo_vlm_ptq.utils.pinned_memory import copy_pinned, to_device
 if TYPE_CHECKING:
     import PIL.Image
 
+HEAD_NORMS = ("q_layernorm", "k_layernorm")  # modules whose weight is that of one head
 IMAGE, TEXT = 2, 1  # values of a modality mask; 0 is padding
 
 Config = Mapping[str, Any]
@@ -41,8 +42,27 @@ class LongRope:
 
 
 @dataclass(frozen=True)
+class MRope:
+    """Rotary embedding of three positions per token: temporal, height and width, as in Qwen-VL.
+
+    sections: frequencies, of head_dim / 2, that take each of the three positions.
+    interleaved: whether they alternate, temporal first, until a section is used up; otherwise each
+        section is contiguous.
+    """
+
+    sections: tuple[int, int, int]
+    interleaved: bool
+
+
+@dataclass(frozen=True)
 class Decoder:
-    """Architecture of a Llama-like decoder, with every default of its config filled in."""
+    """Architecture of a decoder, with every default of its config filled in.
+
+    qkv_bias: q, k and v have a bias.
+    qk_norm: each head of q and k has an RMSNorm before rotation.
+    tied_head: the output layer is the embedding.
+    deepstack_layers: first layers behind which features of the vision tower are added.
+    """
 
     hidden: int
     ffn: int
@@ -55,6 +75,16 @@ class Decoder:
     rope_theta: float
     max_positions: int
     long_rope: LongRope | None = None
+    mrope: MRope | None = None
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    tied_head: bool = False
+    deepstack_layers: int = 0
+
+    @property
+    def feature_width(self) -> int:
+        """Numbers per image token that the tower gives: its features, and those for deepstack."""
+        return self.hidden * (1 + self.deepstack_layers)
 
     def sizes(self, vocab_multiple: int) -> HeadSizes:
         """Return the sizes that sharding needs, with the vocabulary padded to a multiple."""
@@ -79,8 +109,12 @@ class Decoder:
         for entry in parameter_map:
             width = query if "attention" in entry.megatron_name else self.ffn
             tensors = by_sharding.get(entry.sharding, ((self.hidden, width),))
+            if entry.module_name in HEAD_NORMS:
+                tensors = ((self.head_dim,),)
+            if entry.megatron_name.endswith(".bias"):
+                tensors = tuple(shape[:1] for shape in tensors)
             if entry.is_fused:
-                tensors = ((sum(shape[0] for shape in tensors), self.hidden),)
+                tensors = ((sum(shape[0] for shape in tensors), *tensors[0][1:]),)
             for name, shape in zip(entry.hf_names, tensors, strict=True):
                 for layer in range(self.layers if entry.per_layer else 1):
                     shapes[name.replace("{i}", str(layer))] = shape
@@ -91,27 +125,38 @@ class Decoder:
 class ImageInputs:
     """Preprocessed images, as the family's Hugging Face image processor returns them.
 
-    pixel_values: [images,3,h,w], or [images,views,3,h,w] if an image is split into views.
+    pixel_values: [images,3,h,w]; [images,views,3,h,w] if an image is split into views; or
+        [patches,C], the patches of all images, with grids.
     image_sizes: [images,2] int64, height and width; only for families whose number of tokens
         depends on the size of the image.
+    grids: [images,3] int64, patches of each image in time, height and width (image_grid_thw).
     """
 
     pixel_values: torch.Tensor
     image_sizes: torch.Tensor | None = None
+    grids: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.pixel_values if self.grids is None else self.grids)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> ImageInputs:
-        """Return the images with pixel_values on a device; image_sizes stay on the host."""
-        return ImageInputs(
-            pixel_values=to_device(self.pixel_values, device).to(dtype),
-            image_sizes=self.image_sizes,
-        )
+        """Return the images with pixel_values on a device; sizes stay on the host."""
+        return replace(self, pixel_values=to_device(self.pixel_values, device).to(dtype))
+
+    def to_meta(self) -> ImageInputs:
+        """Return the images without the values of pixels."""
+        return replace(self, pixel_values=self.pixel_values.to("meta"))
 
     def slice(self, start: int, stop: int | None = None) -> ImageInputs:
         """Return the images from `start` to `stop`."""
-        return ImageInputs(
-            pixel_values=self.pixel_values[start:stop],
-            image_sizes=None if self.image_sizes is None else self.image_sizes[start:stop],
-        )
+        sizes = None if self.image_sizes is None else self.image_sizes[start:stop]
+        if self.grids is None:
+            return ImageInputs(pixel_values=self.pixel_values[start:stop], image_sizes=sizes)
+        ends = [0, *self.grids.prod(dim=1).cumsum(dim=0).tolist()]
+        last = len(self) if stop is None else min(stop, len(self))
+        patches = self.pixel_values[ends[start] : ends[last]]
+        return ImageInputs(pixel_values=patches, image_sizes=sizes, grids=self.grids[start:stop])
 
 
 @dataclass(frozen=True)
@@ -122,12 +167,14 @@ class Sample:
     input_ids: [S] int64, with one id for each image token.
     is_image: [S] bool, True at image tokens.
     images: the images in the order of their tokens; None for text only.
+    positions: [3,S] int64, temporal, height and width, for families with such positions.
     """
 
     id: str
     input_ids: torch.Tensor
     is_image: torch.Tensor
     images: ImageInputs | None
+    positions: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -173,10 +220,12 @@ class ModelFamily:
 
     name: str
     architectures: tuple[str, ...]
-    # prefix of the published decoder names, before `model.` and `lm_head.`
-    decoder_prefix: str
-    trtllm_architecture: Literal["LlamaForCausalLM", "Phi3ForCausalLM"]
-    parameter_map: tuple[ParameterEntry, ...]
+    # prefixes of the published decoder names, in place of `model.` and of `lm_head.`
+    body_prefix: str
+    head_prefix: str
+    # "" if TensorRT-LLM's engines do not know the decoder
+    trtllm_architecture: Literal["LlamaForCausalLM", "Phi3ForCausalLM", ""]
+    parameter_map: Callable[[Decoder], tuple[ParameterEntry, ...]]
     # (pattern, replacement): from the names of other transformers versions to published names
     name_aliases: tuple[tuple[str, str], ...]
     ignored_tensors: tuple[IgnoredTensor, ...]
@@ -188,8 +237,10 @@ class ModelFamily:
     make_preprocessor: Callable[[Path, Config], Preprocess]
     # (config, published ids [S], images not assigned yet) -> placeholders of the next images
     find_placeholders: Callable[[Config, Any, ImageInputs | None], ImagePlaceholders]
-    # model type in TensorRT-LLM's multimodal builder
+    # model type in TensorRT-LLM's multimodal builder; "" if it has none
     trtllm_vision_type: str
+    # (config, is_image [S], images) -> positions [3,S] of a sample's tokens
+    positions: Callable[[Config, torch.Tensor, ImageInputs | None], torch.Tensor] | None = None
     # None if the number of tokens depends on the size of the image
     tokens_per_image: Callable[[Config], int] | None = None
     # sub-folders with a checkpoint each; their tensors are named SUBFOLDER/NAME
@@ -199,10 +250,22 @@ class ModelFamily:
     # config.json of the folder merged with those of its sub-folders; may raise UserError
     complete_config: Callable[[Path, dict[str, Any]], dict[str, Any]] = lambda _, config: config
 
+    def published_name(self, name: str) -> str:
+        """Return the published name of a tensor of transformers' causal language model."""
+        body = name.removeprefix("model.")
+        if body != name:
+            return self.body_prefix + body
+        return self.head_prefix + name.removeprefix("lm_head.")
+
+    @property
+    def decoder_prefix(self) -> str:
+        """Prefix of the published decoder names before `model.` and `lm_head.`."""
+        return self.head_prefix.removesuffix("lm_head.")
+
     @property
     def decoder_subfolder(self) -> str:
         """Sub-folder of the decoder checkpoint, "" for the model folder itself."""
-        return self.decoder_prefix.rpartition("/")[0]
+        return self.head_prefix.rpartition("/")[0]
 
     def vision_shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
         """Return the published name and shape of every tensor of the vision module."""

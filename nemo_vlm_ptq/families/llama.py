@@ -9,7 +9,7 @@ from nemo_vlm_ptq.families.base import Decoder
 from nemo_vlm_ptq.families.config_checks import require_values
 from nemo_vlm_ptq.parameter_map.entries import IgnoredTensor, ParameterEntry
 
-HF_LAYER_PREFIX = "model.layers.{i}."
+HF_LAYER_PREFIX = "layers.{i}."
 MEGATRON_LAYER_PREFIX = "decoder.layers.{i}."
 SPLIT_QKV = tuple(f"self_attn.{part}_proj.weight" for part in "qkv")
 SPLIT_GATE_UP = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
@@ -17,33 +17,63 @@ ROTARY_INV_FREQ = IgnoredTensor(
     pattern=r".*\.rotary_emb\.inv_freq", reason="computed from rope_theta"
 )
 
+TIED_HEAD = IgnoredTensor(
+    pattern=r"lm_head\.weight", reason="the embedding, where tie_word_embeddings is true"
+)
+
 
 def llama_parameter_map(
-    prefix: str, qkv: tuple[str, ...] = SPLIT_QKV, gate_up: tuple[str, ...] = SPLIT_GATE_UP
+    decoder: Decoder,
+    body: str,
+    head: str,
+    qkv: tuple[str, ...] = SPLIT_QKV,
+    gate_up: tuple[str, ...] = SPLIT_GATE_UP,
 ) -> tuple[ParameterEntry, ...]:
     """Return the parameter map of a Llama-like decoder.
 
     Args:
-        prefix: prefix of the Hugging Face names, before `model.` and `lm_head.`.
+        decoder: says which biases and norms there are, and whether the head is tied.
+        body: prefix of the Hugging Face names, in place of `model.`.
+        head: prefix in place of `lm_head.`.
         qkv: names within a layer of q, k and v, or of the one tensor that fuses them.
         gate_up: names within a layer of gate and up, or of the one tensor that fuses them.
     """
-    layer = prefix + HF_LAYER_PREFIX
+    layer, attention = body + HF_LAYER_PREFIX, MEGATRON_LAYER_PREFIX + "self_attention."
+    embedding = body + "embed_tokens.weight"
+    optional = []
+    if decoder.qkv_bias:
+        optional.append(
+            ParameterEntry(
+                megatron_name=attention + "linear_qkv.bias",
+                hf_names=tuple(layer + name.removesuffix("weight") + "bias" for name in qkv),
+                sharding="qkv",
+            )
+        )
+    if decoder.qk_norm:
+        optional += [
+            ParameterEntry(
+                megatron_name=attention + f"{part}_layernorm.weight",
+                hf_names=(layer + f"self_attn.{part}_norm.weight",),
+                sharding="replicate",
+            )
+            for part in "qk"
+        ]
     return (
         ParameterEntry(
             megatron_name="embedding.word_embeddings.weight",
-            hf_names=(prefix + "model.embed_tokens.weight",),
+            hf_names=(embedding,),
             sharding="vocab",
         ),
         ParameterEntry(
             megatron_name="decoder.final_layernorm.weight",
-            hf_names=(prefix + "model.norm.weight",),
+            hf_names=(body + "norm.weight",),
             sharding="replicate",
         ),
         ParameterEntry(
             megatron_name="output_layer.weight",
-            hf_names=(prefix + "lm_head.weight",),
+            hf_names=(embedding if decoder.tied_head else head + "weight",),
             sharding="vocab",
+            is_tied=decoder.tied_head,
         ),
         ParameterEntry(
             megatron_name=MEGATRON_LAYER_PREFIX + "input_layernorm.weight",
@@ -62,6 +92,7 @@ def llama_parameter_map(
             sharding="row",
             is_linear=True,
         ),
+        *optional,
         ParameterEntry(
             megatron_name=MEGATRON_LAYER_PREFIX + "pre_mlp_layernorm.weight",
             hf_names=(layer + "post_attention_layernorm.weight",),

@@ -6,6 +6,7 @@ transformers 4.5x (in memory) and transformers 5 (without `vision_model.`) to th
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, llama_decoder, llama_pa
 from nemo_vlm_ptq.families.towers import select_hidden_states, tower_parameters
 from nemo_vlm_ptq.parameter_map.entries import IgnoredTensor
 
-DECODER_PREFIX = "language_model."
+BODY_PREFIX, HEAD_PREFIX = "language_model.model.", "language_model.lm_head."
 
 NAME_ALIASES = (
     (r"^model\.language_model\.", "language_model.model."),
@@ -172,9 +173,10 @@ def make_preprocessor(folder: Path, config: Config) -> Preprocess:
 FAMILY = ModelFamily(
     name="llava",
     architectures=("LlavaForConditionalGeneration",),
-    decoder_prefix=DECODER_PREFIX,
+    body_prefix=BODY_PREFIX,
+    head_prefix=HEAD_PREFIX,
     trtllm_architecture="LlamaForCausalLM",
-    parameter_map=llama_parameter_map(DECODER_PREFIX),
+    parameter_map=partial(llama_parameter_map, body=BODY_PREFIX, head=HEAD_PREFIX),
     name_aliases=NAME_ALIASES,
     ignored_tensors=IGNORED_TENSORS,
     decoder=decoder,

@@ -6,6 +6,7 @@ llava-v1.6-*-hf checkpoints.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -193,9 +194,10 @@ def make_preprocessor(folder: Path, config: Config) -> Preprocess:
 FAMILY = ModelFamily(
     name="llava_next",
     architectures=("LlavaNextForConditionalGeneration",),
-    decoder_prefix=llava.DECODER_PREFIX,
+    body_prefix=llava.BODY_PREFIX,
+    head_prefix=llava.HEAD_PREFIX,
     trtllm_architecture="LlamaForCausalLM",
-    parameter_map=llama_parameter_map(llava.DECODER_PREFIX),
+    parameter_map=partial(llama_parameter_map, body=llava.BODY_PREFIX, head=llava.HEAD_PREFIX),
     name_aliases=NAME_ALIASES,
     ignored_tensors=llava.IGNORED_TENSORS,
     decoder=decoder,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -257,10 +258,15 @@ def make_preprocessor(folder: Path, config: Config) -> Preprocess:
 FAMILY = ModelFamily(
     name="phi",
     architectures=("Phi3VForCausalLM",),
-    decoder_prefix="",
+    body_prefix="model.",
+    head_prefix="lm_head.",
     trtllm_architecture="Phi3ForCausalLM",
-    parameter_map=llama_parameter_map(
-        "", qkv=("self_attn.qkv_proj.weight",), gate_up=("mlp.gate_up_proj.weight",)
+    parameter_map=partial(
+        llama_parameter_map,
+        body="model.",
+        head="lm_head.",
+        qkv=("self_attn.qkv_proj.weight",),
+        gate_up=("mlp.gate_up_proj.weight",),
     ),
     name_aliases=(),
     ignored_tensors=IGNORED_TENSORS,

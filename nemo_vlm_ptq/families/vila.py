@@ -7,6 +7,7 @@ differ, the sub-folders' take precedence.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from nemo_vlm_ptq.families.towers import merge_patches, select_hidden_states, to
 from nemo_vlm_ptq.parameter_map.entries import IgnoredTensor
 
 SUBFOLDERS = ("llm", "vision_tower", "mm_projector")
-DECODER_PREFIX = "llm/"
+BODY_PREFIX, HEAD_PREFIX = "llm/model.", "llm/lm_head."
 IMAGE_TOKEN_INDEX = -200  # published: one for each image; in a Sample: one for each image token
 TOKEN_ORDERS = ("column", "row")  # of mm_token_order
 DEFAULT_TOKEN_ORDER = "column"  # that of VILA-1.5's training; NVILA has "row"
@@ -265,9 +266,10 @@ def make_preprocessor(folder: Path, config: Config) -> Preprocess:
 FAMILY = ModelFamily(
     name="vila",
     architectures=("LlavaLlamaModel",),
-    decoder_prefix=DECODER_PREFIX,
+    body_prefix=BODY_PREFIX,
+    head_prefix=HEAD_PREFIX,
     trtllm_architecture="LlamaForCausalLM",
-    parameter_map=llama_parameter_map(DECODER_PREFIX),
+    parameter_map=partial(llama_parameter_map, body=BODY_PREFIX, head=HEAD_PREFIX),
     name_aliases=(),
     ignored_tensors=IGNORED_TENSORS,
     decoder=decoder,

@@ -11,10 +11,11 @@ from megatron.core.transformer import TransformerConfig
 from nemo_vlm_ptq.constants import VOCAB_MULTIPLE
 from nemo_vlm_ptq.families.base import Decoder
 from nemo_vlm_ptq.megatron.attention import SdpaCoreAttention
+from nemo_vlm_ptq.megatron.deepstack import add_deepstack
 from nemo_vlm_ptq.megatron.fusion import use_fused_kernels
 from nemo_vlm_ptq.megatron.output_sharded_linear import OutputShardedLinear
 from nemo_vlm_ptq.megatron.parallel_context import ParallelContext
-from nemo_vlm_ptq.megatron.rotary import apply_long_rope
+from nemo_vlm_ptq.megatron.rotary import apply_long_rope, apply_mrope
 
 
 def transformer_config(
@@ -25,7 +26,7 @@ def transformer_config(
     *,
     fused: bool = False,
 ) -> TransformerConfig:
-    """Return the TransformerConfig of a Llama-like decoder.
+    """Return the TransformerConfig of a decoder.
 
     Args:
         decoder: sizes of the decoder.
@@ -46,6 +47,8 @@ def transformer_config(
         activation_func=F.silu,
         gated_linear_unit=True,
         add_bias_linear=False,
+        add_qkv_bias=decoder.qkv_bias,
+        qk_layernorm=decoder.qk_norm,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         bias_activation_fusion=fused,
@@ -86,7 +89,7 @@ def build_decoder(
             last layer, without final norm and output layer, and shards o_proj and down_proj along
             their outputs, so that the inputs of all linears are independent of the TP size.
     """
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=decoder.qk_norm)
     attention, mlp = spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules
     attention.core_attention = SdpaCoreAttention
     if for_calibration:
@@ -115,4 +118,8 @@ def build_decoder(
             block.layer_number = index + 1
     if decoder.long_rope is not None:
         apply_long_rope(model, decoder, decoder.long_rope)
+    if decoder.mrope is not None:
+        apply_mrope(model, decoder, decoder.mrope, parallel.device)
+    if decoder.deepstack_layers and model.pre_process:
+        add_deepstack(model, decoder.deepstack_layers)
     return model.to(parallel.device, dtype).eval().requires_grad_(False)

@@ -18,6 +18,7 @@ from megatron.core.models.gpt import GPTModel
 
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.base import IMAGE, TEXT, ImageInputs, Sample
+from nemo_vlm_ptq.megatron.deepstack import set_deepstack
 from nemo_vlm_ptq.megatron.parallel_context import ParallelContext
 from nemo_vlm_ptq.megatron.rotary import LongRotaryEmbedding
 from nemo_vlm_ptq.utils.pinned_memory import to_device
@@ -34,12 +35,14 @@ class Batch:
         input_ids: [B,S] int64.
         modality: [B,S] int8: 0 padding, TEXT or IMAGE.
         attention_mask: [B,1,S,S] bool, True where masked out (Megatron's convention); None: causal.
+        positions: [3,B,S] int64, 0 at padding; None: tokens count up.
     """
 
     sample_ids: tuple[str, ...]
     input_ids: torch.Tensor
     modality: torch.Tensor
     attention_mask: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
 
 
 def collate(samples: Sequence[Sample], key_mask: torch.Tensor | None = None) -> Batch:
@@ -53,15 +56,21 @@ def collate(samples: Sequence[Sample], key_mask: torch.Tensor | None = None) -> 
     length = max(len(sample.input_ids) for sample in samples)
     input_ids = torch.zeros(len(samples), length, dtype=torch.int64)
     modality = torch.zeros(len(samples), length, dtype=torch.int8)
+    positions = None
+    if samples[0].positions is not None:
+        positions = torch.zeros(3, len(samples), length, dtype=torch.int64)
     for index, sample in enumerate(samples):
         count = len(sample.input_ids)
         input_ids[index, :count] = sample.input_ids
         modality[index, :count] = torch.where(sample.is_image, IMAGE, TEXT).to(torch.int8)
+        if positions is not None and sample.positions is not None:
+            positions[:, index, :count] = sample.positions
     return Batch(
         sample_ids=tuple(sample.id for sample in samples),
         input_ids=input_ids,
         modality=modality,
         attention_mask=None if key_mask is None else _causal_mask(key_mask),
+        positions=positions,
     )
 
 
@@ -77,7 +86,7 @@ def encode_images(
     vision: Any,
     parallel: ParallelContext,
     micro_batches: Sequence[Sequence[Sample]],
-    hidden_size: int,
+    width: int,
 ) -> list[torch.Tensor | None]:
     """Compute the image features of micro-batches (collective over the first stage's TP group).
 
@@ -86,7 +95,8 @@ def encode_images(
     features.
 
     Returns:
-        Per micro-batch [image tokens,H] in sample order; None without images and on later stages.
+        Per micro-batch [image tokens,width] in sample order; None without images and on later
+        stages.
     """
     if not parallel.first_stage:
         return [None] * len(micro_batches)
@@ -102,7 +112,7 @@ def encode_images(
             features.append(torch.cat([vision(inputs) for inputs in _merge(on_device)]))
         else:
             tokens = sum(int(sample.is_image.sum()) for sample in samples)
-            features.append(torch.empty(tokens, hidden_size, dtype=dtype, device=parallel.device))
+            features.append(torch.empty(tokens, width, dtype=dtype, device=parallel.device))
     if T > 1:
         for i, feature in enumerate(features):
             if feature is not None:
@@ -116,8 +126,8 @@ def is_encoding_rank(parallel: ParallelContext, index: int) -> bool:
 
 
 def _merge(images: Sequence[ImageInputs]) -> list[ImageInputs]:
-    """Concatenate the inputs of samples per vision call; inputs with image sizes stay separate."""
-    if any(image.image_sizes is not None for image in images):
+    """Concatenate the inputs of samples per vision call; images of many sizes stay separate."""
+    if any(image.image_sizes is not None or image.grids is not None for image in images):
         return list(images)
     step = MAX_SAMPLES_PER_VISION_CALL
     groups = [images[start : start + step] for start in range(0, len(images), step)]
@@ -130,16 +140,23 @@ def _merge(images: Sequence[ImageInputs]) -> list[ImageInputs]:
 def embed(
     model: GPTModel, batch: Batch, features: torch.Tensor | None, device: torch.device
 ) -> torch.Tensor:
-    """Return token embeddings [S,B,H] with image features at the image placeholder tokens."""
+    """Return token embeddings [S,B,H] with image features at the image placeholder tokens.
+
+    Features are [n,H], or [n,(1+layers)*H] for a model with deepstack, which takes the rest.
+    """
     safe_ids = to_device(batch.input_ids.clamp(min=0), device)  # placeholder ids may be negative
     embedded = model.embedding(safe_ids, None)
     # clone() also normalizes the strides of size-1 dimensions, which contiguous() keeps and which
     # differ between TP sizes.
     embedded = embedded.clone(memory_format=torch.contiguous_format)
+    positions = deeper = None
     if features is not None:
+        features, deeper = features.tensor_split([embedded.shape[-1]], dim=1)
         sample, token = (batch.modality == IMAGE).nonzero(as_tuple=True)
         positions = to_device(token * len(batch.input_ids) + sample, device)
         embedded.flatten(0, 1).index_copy_(0, positions, features.to(embedded.dtype))
+    if hasattr(model, "deepstack"):
+        set_deepstack(model, positions, deeper)
     return embedded
 
 
@@ -181,7 +198,8 @@ def forward(
     mask = batch.attention_mask
     attention_mask = None if mask is None else mask.to(parallel.device)
     input_ids = to_device(batch.input_ids, parallel.device)
-    output: torch.Tensor = model(input_ids, None, attention_mask, decoder_input=decoder_input)
+    positions = None if batch.positions is None else to_device(batch.positions, parallel.device)
+    output: torch.Tensor = model(input_ids, positions, attention_mask, decoder_input=decoder_input)
     if not ends_stage or parallel.last_stage:
         return output
     dist.send(output.contiguous().to(parallel.comm_device), parallel.pipeline_peer(1))

@@ -30,7 +30,7 @@ def _rotate(
 ) -> torch.Tensor:
     """Apply rotary position embeddings; t [S,B,heads,D], freqs [S,1,1,D] float32."""
     fused = t.is_cuda and t.dtype != torch.float32 and cu_seqlens is None
-    if not fused or freqs.shape[-1] != t.shape[-1] or t.stride(-1) != 1:
+    if not fused or freqs.shape[1:] != (1, 1, t.shape[-1]) or t.stride(-1) != 1:
         rotated: torch.Tensor = apply_rotary_pos_emb(
             t, freqs, config=config, cu_seqlens=cu_seqlens, mscale=mscale, cp_group=cp_group
         )

@@ -1,14 +1,15 @@
-"""LongRoPE rotary embedding of Phi-3, which megatron-core does not implement."""
+"""Rotary embeddings as transformers computes them: LongRoPE of Phi-3, and mRoPE of Qwen-VL."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 
-from nemo_vlm_ptq.families.base import Decoder, LongRope
+from nemo_vlm_ptq.families.base import Decoder, LongRope, MRope
 
 
 class LongRotaryEmbedding(RotaryEmbedding):
@@ -50,3 +51,39 @@ def apply_long_rope(model: GPTModel, decoder: Decoder, long_rope: LongRope) -> N
     config.yarn_rotary_scaling_factor = math.exp(10)
     config.yarn_mscale = long_rope.attention_factor - 1
     config.yarn_mscale_all_dim = 0.0
+
+
+class MRotaryEmbedding(torch.nn.Module):
+    """Angles of three positions per token, each of which turns some of the frequencies."""
+
+    def __init__(self, decoder: Decoder, mrope: MRope, device: torch.device) -> None:
+        super().__init__()
+        dim = decoder.head_dim  # operations in transformers' order, for bitwise equal frequencies
+        base = decoder.rope_theta ** (torch.arange(0, dim, 2).float() / dim)
+        # Not a buffer, which would take the model's dtype.
+        self.inverse_frequencies = (1.0 / base).to(device)
+        self.row = _position_rows(mrope).to(device)
+
+    def forward(self, positions: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """Return the angles [S,B,1,head_dim] float32 of positions [3,B,S]."""
+        angles = positions[..., None].float() * self.inverse_frequencies
+        row = self.row[None, None, None].expand(1, *angles.shape[1:])
+        chosen = angles.gather(0, row)[0]
+        return torch.cat((chosen, chosen), dim=-1).transpose(0, 1)[:, :, None].contiguous()
+
+
+def _position_rows(mrope: MRope) -> torch.Tensor:
+    """Return which of the three positions turns each frequency, [head_dim/2] int64."""
+    row = torch.arange(3).repeat_interleave(torch.tensor(mrope.sections))
+    if mrope.interleaved:
+        row = torch.zeros_like(row)
+        for index in (1, 2):
+            row[index : 3 * mrope.sections[index] : 3] = index
+    return row
+
+
+def apply_mrope(model: GPTModel, decoder: Decoder, mrope: MRope, device: torch.device) -> None:
+    """Replace the rotary embedding of a model; its forward pass then needs positions [3,B,S]."""
+    model.rotary_pos_emb = MRotaryEmbedding(decoder, mrope, device)
+    model.position_embedding_type = "mrope"
+    model.mrope_section = list(mrope.sections)

@@ -23,12 +23,14 @@ class ParameterEntry:
         hf_names: published names of its parts, in order; a single name if HF fuses them.
         sharding: how the parameter is sharded over tensor-parallel ranks.
         is_linear: whether decoder formats quantize the parameter.
+        is_tied: whether another entry has the same Hugging Face tensor, which exports hold once.
     """
 
     megatron_name: str
     hf_names: tuple[str, ...]
     sharding: Sharding
     is_linear: bool = False
+    is_tied: bool = False
 
     def for_layer(self, layer: int) -> ParameterEntry:
         """Return the entry with the layer index filled in."""
@@ -45,8 +47,9 @@ class ParameterEntry:
 
     @property
     def module_name(self) -> str:
-        """Last component of the Megatron module, e.g. linear_qkv or word_embeddings."""
-        return self.megatron_name.split(".")[-2]
+        """Last component of the Megatron module, e.g. linear_qkv, linear_qkv.bias for a bias."""
+        *_, module, leaf = self.megatron_name.split(".")
+        return module if leaf == "weight" else f"{module}.{leaf}"
 
     @property
     def per_layer(self) -> bool:

@@ -37,6 +37,7 @@ def check_constraints(plan: Plan) -> None:
         UserError: the first violated constraint, with the values that satisfy it.
     """
     _check_quantize(plan)
+    _check_trtllm(plan)
     _check_nemo(plan)
     for fmt in plan.formats:
         _check_format(plan, fmt)
@@ -72,9 +73,11 @@ def _check_parallel_sizes(plan: Plan) -> None:
         for fmt in plan.formats
         if "trtllm" in plan.targets(fmt) and fmt.grouped
     ]
+    deepest = decoder.deepstack_layers
     stages = _Constraint(
-        accepts=lambda size: decoder.layers % size == 0,
-        problem=f"does not divide {decoder.layers} layers",
+        accepts=lambda size: decoder.layers % size == 0 and decoder.layers // size >= deepest,
+        problem=f"does not divide {decoder.layers} layers"
+        + f" into stages of at least {deepest}" * bool(deepest),
     )
     serving = _Constraint(accepts=can_serve, problem=_indivisible(decoder))
     tensor, pipeline = (1 if n == "auto" else n for n in (parallel.tensor, parallel.pipeline))
@@ -164,6 +167,15 @@ def _check_quantize(plan: Plan) -> None:
         raise UserError(
             f"quantize.image_share={quantize.image_share} needs image tokens, and "
             "calibration.modality=text has none; remove it or set modality=image_text"
+        )
+
+
+def _check_trtllm(plan: Plan) -> None:
+    """Check that TensorRT-LLM's engines know the decoder."""
+    if "trtllm" in plan.recipe.export.targets and not plan.family.trtllm_architecture:
+        raise UserError(
+            f"target trtllm does not support the family {plan.family.name}: TensorRT-LLM builds no "
+            "engines of it; use export.targets=[hf], which its PyTorch backend loads"
         )
 
 

@@ -21,7 +21,7 @@ FLOAT64_BYTES = 8  # per element of a second moment while it is summed
 
 def used_tensor_names(plan: Plan) -> list[str]:
     """List the source tensors in use: decoder, vision tower and projector."""
-    return [*plan.decoder.shapes(plan.family.parameter_map), *plan.vision_names]
+    return [*plan.decoder.shapes(plan.parameter_map), *plan.vision_names]
 
 
 def rank_parameters(plan: Plan, tensor: int, pipeline: int = 1, *, head: bool = True) -> int:
@@ -39,7 +39,7 @@ def rank_parameters(plan: Plan, tensor: int, pipeline: int = 1, *, head: bool = 
     decoder = plan.decoder
     padding = decoder.sizes(VOCAB_MULTIPLE).padded_vocab - decoder.vocab
     layers, embedding, output = 0, 0, 0
-    for entry in plan.family.parameter_map:
+    for entry in plan.parameter_map:
         full = sum(math.prod(shape) for shape in decoder.shapes((entry,)).values())
         if entry.sharding == "vocab":
             full += padding * decoder.hidden
@@ -56,7 +56,7 @@ def rank_parameters(plan: Plan, tensor: int, pipeline: int = 1, *, head: bool = 
 def layer_weight_bytes(plan: Plan, tensor: int) -> int:
     """Return the bytes of one layer's weights on a rank."""
     numel = 0
-    for entry in plan.family.parameter_map:
+    for entry in plan.parameter_map:
         if entry.per_layer:
             shapes = plan.decoder.shapes((entry,)).values()
             full = sum(math.prod(shape) for shape in shapes) // plan.decoder.layers
@@ -112,7 +112,7 @@ def full_model_bytes(plan: Plan, parameter_bytes: int) -> int:
 
 def linear_parameters(plan: Plan) -> int:
     """Return the number of parameters that the formats quantize."""
-    linears = tuple(entry for entry in plan.family.parameter_map if entry.is_linear)
+    linears = tuple(entry for entry in plan.parameter_map if entry.is_linear)
     return sum(math.prod(shape) for shape in plan.decoder.shapes(linears).values())
 
 

@@ -48,7 +48,7 @@ def make_plan(recipe: Recipe) -> Plan:
         tensors = list_tensors(folder, family.name_aliases, family.subfolders)
     else:
         tensors, folder = nemo.tensors, nemo.folder
-    decoder_shapes = decoder.shapes(family.parameter_map)
+    decoder_shapes = decoder.shapes(family.parameter_map(decoder))
     expected = decoder_shapes | vision_shapes
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     check_coverage(shapes, expected, family.ignored_tensors, str(folder))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from nemo_vlm_ptq.checkpoints.huggingface import SourceTensor
 from nemo_vlm_ptq.checkpoints.model_config import with_dtype
 from nemo_vlm_ptq.families import Decoder, ModelFamily
 from nemo_vlm_ptq.formats import QuantFormat, find_format
+from nemo_vlm_ptq.parameter_map.entries import ParameterEntry
 from nemo_vlm_ptq.recipe import Recipe
 from nemo_vlm_ptq.targets.registry import TARGETS, supported_targets, with_sources
 
@@ -33,6 +35,11 @@ class Plan:
     tensors: dict[str, SourceTensor]
     vision_names: tuple[str, ...]
     dtype: str
+
+    @cached_property
+    def parameter_map(self) -> tuple[ParameterEntry, ...]:
+        """Megatron's parameters and the published tensors that they hold."""
+        return self.family.parameter_map(self.decoder)
 
     @property
     def formats(self) -> list[QuantFormat]:

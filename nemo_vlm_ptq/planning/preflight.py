@@ -83,13 +83,9 @@ def _check_first_questions(plan: Plan, data_sets: Sequence[Questions]) -> None:
 
 def _check_image_features(plan: Plan, vision_module: Any, sample: Sample) -> None:
     """Check the number of image features of a sample against its placeholder tokens."""
-    from nemo_vlm_ptq.families.base import ImageInputs
-
     assert sample.images is not None
     try:
-        features = vision_module(
-            ImageInputs(sample.images.pixel_values.to("meta"), sample.images.image_sizes)
-        )
+        features = vision_module(sample.images.to_meta())
     except ValueError as error:  # raised by transformers for images of another size
         raise UserError(
             f"{plan.folder}: the image processor does not match the vision tower: {error}"

@@ -44,26 +44,31 @@ class WindowPlan:
     exports_early: bool = False
 
 
-def stage_windows(layers: int, pipeline: int, stage: int, size: int) -> list[range]:
+def stage_windows(layers: int, pipeline: int, stage: int, size: int, first: int = 0) -> list[range]:
     """Return the windows of a pipeline stage: as few as hold at most `size` layers, evenly filled.
+
+    Every stage has the same number.
 
     Args:
         layers: number of layers of the model, a multiple of `pipeline`.
         pipeline: number of stages.
         stage: index of the stage.
         size: largest window.
+        first: fewest layers of the first window, which may be more than `size`.
     """
     own = split_evenly(range(layers), pipeline, stage)
-    count = -(-len(own) // size)
-    parts = [split_evenly(own, count, index) for index in range(count)]
-    return [range(part[0], part[-1] + 1) for part in parts]
+    head, rest = (own[:first], own[first:]) if first > size else (own[:0], own)
+    count = -(-len(rest) // size)
+    parts = [split_evenly(rest, count, index) for index in range(count)]
+    return [range(part[0], part[-1] + 1) for part in (head, *parts) if len(part)]
 
 
 def window_bytes(plan: Plan, tensor: int, pipeline: int, size: int) -> int:
     """Return the peak memory of a rank that takes `size` layers at a time, in bytes."""
     weights = layer_weight_bytes(plan, tensor)
     held = 1 if size == plan.decoder.layers // pipeline else 2  # the next window is read meanwhile
-    layers = size * (held * weights + layer_statistics_bytes(plan, tensor))
+    layers = max(size, plan.decoder.deepstack_layers)
+    layers *= held * weights + layer_statistics_bytes(plan, tensor)
     return resident_bytes(plan, tensor) + working_bytes(plan, tensor) + layers
 
 
@@ -87,8 +92,8 @@ def plan_windows(plan: Plan, tensor: int, pipeline: int, data: int, memory: int)
     size = fitting if requested == "auto" else requested
     if not size or size > fitting:
         raise UserError(_too_large(plan, tensor, pipeline, memory, max(1, size), fitting))
-    count = -(-own // size)
-    size = -(-own // count)
+    windows = stage_windows(own, 1, 0, size, plan.decoder.deepstack_layers)
+    count, size = len(windows), len(windows[-1])
     need = window_bytes(plan, tensor, pipeline, size)
     samples = -(-plan.recipe.calibration.samples // data)
     width = 4 if plan.dtype == "float32" else 2

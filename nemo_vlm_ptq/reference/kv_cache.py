@@ -1,4 +1,4 @@
-"""Fake-quantized KV cache of the reference model."""
+"""KV cache of the reference model, fake-quantized or not."""
 
 from __future__ import annotations
 
@@ -34,3 +34,8 @@ class FakeQuantizedCache(DynamicCache):
         key = fake_quantize_values(key_states, number_format, self.kv.key_scale[layer_idx])
         value = fake_quantize_values(value_states, number_format, self.kv.value_scale[layer_idx])
         return super().update(key, value, layer_idx, *args, **kwargs)
+
+
+def make_cache(config: Any, kv: ReadKvCache | None) -> DynamicCache:
+    """Create an empty cache for a text config, fake-quantized with scales `kv`."""
+    return DynamicCache(config=config) if kv is None else FakeQuantizedCache(config, kv)

@@ -27,6 +27,7 @@ class FakeQuantizedLinear(nn.Module):
 
     def __init__(self, linear: ReadLinear, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
+        self.bias: nn.Parameter | None = None  # loaded like that of any linear
         weight_OK = linear.dequantize(device).weight.to(dtype)
         self.weight = nn.Parameter(weight_OK, requires_grad=False)
         self.pre_quant_scale = (
@@ -44,11 +45,27 @@ class FakeQuantizedLinear(nn.Module):
         quantized = x
         if self.input_format is not None and self.quantize_input:
             quantized = fake_quantize_values(x, self.input_format, self.input_scale)
-        out = nn.functional.linear(quantized, self.weight)
+        out = nn.functional.linear(quantized, self.weight, self.bias)
         if self.low_rank:
             a_RK, b_OR = self.low_rank
             out = out + nn.functional.linear(nn.functional.linear(x, a_RK), b_OR)
         return out
+
+
+class CausalLM(nn.Module):
+    """transformers' text model and an output layer, under the names of its causal models."""
+
+    def __init__(self, config: Any, dtype: torch.dtype) -> None:
+        from transformers import AutoModel
+
+        super().__init__()
+        self.model = AutoModel.from_config(config, dtype=dtype)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
+
+    def forward(self, *, last_only: bool = False, **inputs: Any) -> torch.Tensor:
+        """Return logits [B,S,V], or [B,1,V] of the last token."""
+        states = self.model(**inputs).last_hidden_state
+        return self.lm_head(states[:, -1:] if last_only else states)
 
 
 class ReferenceModel:
@@ -64,11 +81,12 @@ class ReferenceModel:
         device: torch.device,
     ) -> None:
         self.dtype, self.device = dtype, device
+        self.text_config = family.text_config(config)
         self.decoder = _build_decoder(family, config, checkpoint, dtype, device)
         self.kv = checkpoint.kv and _kv_to_device(checkpoint.kv, device)
         self.quantize_activations = True
         self.vision = family.build_vision(config, vision, device, dtype)
-        eos = self.decoder.generation_config.eos_token_id
+        eos = self.text_config.eos_token_id
         self.eos_token_ids = set(eos if isinstance(eos, list) else [eos])
 
     def set_activation_quantization(self, enabled: bool) -> None:
@@ -82,50 +100,60 @@ class ReferenceModel:
                 module.quantize_input = enabled
 
     def _cache(self) -> Any:
-        """Create an empty fake-quantized KV cache; None selects transformers' default cache."""
-        if self.kv is None or not self.quantize_activations:
-            return None
-        from nemo_vlm_ptq.reference.kv_cache import FakeQuantizedCache
+        """Create an empty KV cache, fake-quantized if the checkpoint has scales for it."""
+        from nemo_vlm_ptq.reference.kv_cache import make_cache
 
-        return FakeQuantizedCache(self.decoder.config, self.kv)
+        return make_cache(self.text_config, self.kv if self.quantize_activations else None)
 
     @torch.no_grad()
     def encode_images(self, images: ImageInputs) -> torch.Tensor:
-        """Encode images to features [image tokens,H]."""
+        """Encode images to features [image tokens,H], or more for deepstack."""
         return self.vision(images.to(self.device, self.dtype))
 
     def _embed(
         self, samples: Sequence[Sample], features: Sequence[torch.Tensor | None]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Merge token embeddings and image features, left-padded.
+    ) -> dict[str, Any]:
+        """Return the text model's inputs, left-padded: embeddings with image features merged in.
 
         Returns:
-            Embeddings [B,S,H] and attention mask [B,S].
+            inputs_embeds [B,S,H], attention_mask [B,S], position_ids [B,S] or [3,B,S]; with
+            deepstack also visual_pos_masks [B,S] and deepstack_visual_embeds, [n,H] per layer.
         """
-        length = max(len(sample.input_ids) for sample in samples)
-        hidden = self.decoder.config.hidden_size
-        embedding = self.decoder.get_input_embeddings()
-        embeds = torch.zeros(len(samples), length, hidden, dtype=self.dtype, device=self.device)
-        mask = torch.zeros(len(samples), length, dtype=torch.int64, device=self.device)
+        length, device = max(len(sample.input_ids) for sample in samples), self.device
+        hidden, count = self.text_config.hidden_size, len(samples)
+        embedding = self.decoder.model.get_input_embeddings()
+        embeds = torch.zeros(count, length, hidden, dtype=self.dtype, device=device)
+        mask = torch.zeros(count, length, dtype=torch.int64, device=device)
+        positions = torch.zeros(3, count, length, dtype=torch.int64, device=device)
+        is_image, deeper = mask.bool(), list[torch.Tensor]()
         for i, (sample, feature) in enumerate(zip(samples, features, strict=True)):
             start = length - len(sample.input_ids)
-            tokens = embedding(sample.input_ids.clamp(min=0).to(self.device))
+            tokens = embedding(sample.input_ids.clamp(min=0).to(device))
+            counted = torch.arange(len(tokens)) if sample.positions is None else sample.positions
+            positions[:, i, start:] = counted.to(device)
             if feature is not None:
-                tokens[sample.is_image.to(self.device)] = feature.to(self.device, self.dtype)
+                plain, rest = feature.to(device, self.dtype).tensor_split([hidden], dim=1)
+                tokens[sample.is_image.to(device)] = plain
+                is_image[i, start:] = sample.is_image.to(device)
+                deeper += [rest] if rest.shape[1] else []
             embeds[i, start:], mask[i, start:] = tokens, 1
-        return embeds, mask
+        inputs = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
+        if samples[0].positions is None:
+            inputs["position_ids"] = positions[0]
+        if not deeper:
+            return inputs
+        layers = torch.cat(deeper).split(hidden, dim=1)
+        return {**inputs, "visual_pos_masks": is_image, "deepstack_visual_embeds": list(layers)}
 
     @torch.no_grad()
     def logits(
         self, sample: Sample, feature: torch.Tensor | None, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Compute logits [S,V] float32 of one sample; `mask` [S] is an attention mask."""
-        embeds, full_mask = self._embed([sample], [feature])
-        attention_mask = full_mask if mask is None else mask[None].to(self.device)
-        out = self.decoder(
-            inputs_embeds=embeds, attention_mask=attention_mask, past_key_values=self._cache()
-        )
-        return out.logits[0].float()
+        inputs = self._embed([sample], [feature])
+        if mask is not None:
+            inputs["attention_mask"] = mask[None].to(self.device)
+        return self.decoder(**inputs, past_key_values=self._cache())[0].float()
 
     @torch.no_grad()
     def generate(
@@ -134,17 +162,29 @@ class ReferenceModel:
         features: Sequence[torch.Tensor | None],
         max_new_tokens: int,
     ) -> list[list[int]]:
-        """Generate new token ids of each sample by greedy decoding, without the end token."""
-        embeds, mask = self._embed(samples, features)
-        tokens = self.decoder.generate(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            past_key_values=self._cache(),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=next(iter(self.eos_token_ids)),
-        )
-        return [_truncate_at_eos(ids, self.eos_token_ids) for ids in tokens.tolist()]
+        """Generate new token ids of each sample by greedy decoding, without the end token.
+
+        transformers' `generate` does not take three positions per token beside embeddings.
+        """
+        inputs, cache = self._embed(samples, features), self._cache()
+        mask, position = inputs["attention_mask"], inputs["position_ids"][..., -1:]
+        embedding = self.decoder.model.get_input_embeddings()
+        chosen: list[torch.Tensor] = []
+        ended = torch.zeros(len(samples), dtype=torch.bool, device=self.device)
+        eos = torch.tensor(sorted(self.eos_token_ids), device=self.device)
+        while len(chosen) < max_new_tokens and not bool(ended.all()):
+            logits = self.decoder(last_only=True, **inputs, past_key_values=cache, use_cache=True)
+            token = logits[:, -1].argmax(dim=-1)
+            chosen.append(token)
+            ended |= torch.isin(token, eos)
+            mask, position = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1), position + 1
+            inputs = {
+                "inputs_embeds": embedding(token)[:, None],
+                "attention_mask": mask,
+                "position_ids": position,
+            }
+        ids = torch.stack(chosen, dim=1).tolist() if chosen else [[] for _ in samples]
+        return [_truncate_at_eos(row, self.eos_token_ids) for row in ids]
 
 
 def _kv_to_device(kv: ReadKvCache, device: torch.device) -> ReadKvCache:
@@ -176,25 +216,26 @@ def _build_decoder(
     Raises:
         VerificationError: a decoder tensor is missing or has another shape.
     """
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(family.text_config(config), dtype=dtype)
-    for name, linear in checkpoint.linears.items():
-        path = name.removeprefix(family.decoder_prefix)
-        parent, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, FakeQuantizedLinear(linear, dtype, device))
+        model = CausalLM(family.text_config(config), dtype)
+    tied = family.decoder(config).tied_head
     for name, parameter in list(model.named_parameters()):
-        if not parameter.is_meta:
+        parent, _, leaf = name.rpartition(".")
+        published = family.published_name(name)
+        if tied and parent == "lm_head":
+            published = family.published_name("model.embed_tokens.weight")
+        linear = checkpoint.linears.get(published.removesuffix(".weight"))
+        if linear is not None and leaf == "weight":
+            outer, _, attribute = parent.rpartition(".")
+            quantized = FakeQuantizedLinear(linear, dtype, device)
+            setattr(model.get_submodule(outer), attribute, quantized)
             continue
-        tensor = checkpoint.plain.get(family.decoder_prefix + name)
+        tensor = checkpoint.plain.get(published)
         if tensor is None or tensor.shape != parameter.shape:
             found = "it is missing" if tensor is None else f"got {tuple(tensor.shape)}"
             raise VerificationError(
-                f"tensor {family.decoder_prefix + name} must have shape "
-                f"{tuple(parameter.shape)}; {found}"
+                f"tensor {published} must have shape {tuple(parameter.shape)}; {found}"
             )
-        parent, _, leaf = name.rpartition(".")
         loaded = nn.Parameter(to_device(tensor, device).to(dtype), requires_grad=False)
         setattr(model.get_submodule(parent), leaf, loaded)
     _rebuild_rotary(model, device)
@@ -204,4 +245,4 @@ def _build_decoder(
 def _rebuild_rotary(model: Any, device: torch.device) -> None:
     """Recompute the rotary frequencies on `device`; they are buffers that no checkpoint stores."""
     inner = model.model
-    inner.rotary_emb = type(inner.rotary_emb)(model.config).to(device)
+    inner.rotary_emb = type(inner.rotary_emb)(inner.config).to(device)

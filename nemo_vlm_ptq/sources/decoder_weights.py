@@ -60,7 +60,7 @@ class DecoderWeights:
     """
 
     def __init__(self, plan: Plan, reader: SourceReader, device: torch.device) -> None:
-        entries = expand_layers(plan.family.parameter_map, range(plan.decoder.layers))
+        entries = expand_layers(plan.parameter_map, range(plan.decoder.layers))
         self._entries = {entry.megatron_name: entry for entry in entries}
         self._sizes = plan.decoder.sizes(VOCAB_MULTIPLE)
         self._dtype: torch.dtype = getattr(torch, plan.dtype)

@@ -20,7 +20,7 @@ from nemo_vlm_ptq.checkpoints.huggingface import SourceTensor
 from nemo_vlm_ptq.checkpoints.torch_dist_index import Index, StoredTensor
 from nemo_vlm_ptq.checkpoints.torch_dist_tensors import read_tensor
 from nemo_vlm_ptq.errors import UserError
-from nemo_vlm_ptq.families import llava
+from nemo_vlm_ptq.families import Decoder, llava
 from nemo_vlm_ptq.parameter_map.entries import ParameterEntry
 from nemo_vlm_ptq.parameter_map.sharding import HeadSizes, unshard_tensor
 
@@ -113,12 +113,12 @@ def list_tensors(folder: Path, index: Index, config: dict[str, Any]) -> dict[str
         UserError: a tensor is missing, unexpected, or of another shape than `config` implies.
     """
     decoder = llava.decoder(config)
-    shapes, sizes = decoder.shapes(llava.FAMILY.parameter_map), decoder.sizes(1)
+    shapes, sizes = decoder.shapes(llava.FAMILY.parameter_map(decoder)), decoder.sizes(1)
     # q, k and v are read one after the other from one stored tensor.
     read_cached = lru_cache(maxsize=1)(_read)
     tensors: dict[str, SourceTensor] = {}
     used: set[str] = set()
-    for pattern, layer in _entries(decoder.layers):
+    for pattern, layer in _entries(decoder):
         locations = _locate(folder, index, pattern, layer)
         entry = pattern if layer is None else pattern.for_layer(layer)
         used |= {stored.name for stored, _ in locations}
@@ -140,13 +140,14 @@ def list_tensors(folder: Path, index: Index, config: dict[str, Any]) -> dict[str
     return tensors
 
 
-def _entries(layers: int) -> list[tuple[ParameterEntry, int | None]]:
+def _entries(decoder: Decoder) -> list[tuple[ParameterEntry, int | None]]:
     """Return the entries of the parameter map with their layer, without the layer filled in."""
-    entries = llava.FAMILY.parameter_map
+    entries = llava.FAMILY.parameter_map(decoder)
     non_layer: list[tuple[ParameterEntry, int | None]] = [
         (entry, None) for entry in entries if not entry.per_layer
     ]
-    return non_layer + [(entry, i) for i in range(layers) for entry in entries if entry.per_layer]
+    per_layer = [entry for entry in entries if entry.per_layer]
+    return non_layer + [(entry, i) for i in range(decoder.layers) for entry in per_layer]
 
 
 def _locate(folder: Path, index: Index, entry: ParameterEntry, layer: int | None) -> list[Location]:

@@ -138,7 +138,7 @@ class LayerSolver:
                 quantize.group_size,
                 sizes,
                 self._options,
-                plan.family.parameter_map,
+                plan.parameter_map,
             )
             folder = self._context.folder(fmt.name, "scales")
             on_cpu = {name: linear.to("cpu") for name, linear in scales.items()}

@@ -14,6 +14,7 @@ from nemo_vlm_ptq.context import RunContext
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.base import ImageInputs, Sample
 from nemo_vlm_ptq.formats import QuantFormat
+from nemo_vlm_ptq.planning.plan import Plan
 from nemo_vlm_ptq.targets.registry import TARGETS
 from nemo_vlm_ptq.targets.trtllm.engine.session import engine_logits
 from nemo_vlm_ptq.verify.model_forms import (
@@ -44,9 +45,9 @@ def write_logits(context: RunContext, options: Mapping[str, str]) -> None:
     """Write logits [B,S',V] of one form for `inputs` into `output` (safetensors).
 
     Inputs: input_ids [B,S] int64, optional attention_mask [B,S], pixel_values and, for families
-    whose images differ in tokens, image_sizes [images,2], as the family's Hugging Face processor
-    returns them, images in the order of the rows. S' counts every image token; shorter rows are
-    padded with zeros.
+    whose images differ in tokens, image_sizes [images,2] or image_grid_thw [images,3], as the
+    family's Hugging Face processor returns them, images in the order of the rows. S' counts every
+    image token; shorter rows are padded with zeros.
 
     Raises:
         UserError: a missing option, an unknown form, or inconsistent inputs.
@@ -110,6 +111,18 @@ def _select_format(context: RunContext, form: str) -> QuantFormat | None:
     return formats[0]
 
 
+def _positions(
+    plan: Plan, is_image: torch.Tensor, images: ImageInputs | None, mask: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Return the positions [3,S] of a row, 0 where it is masked; None for plain positions."""
+    if plan.family.positions is None:
+        return None
+    kept = torch.ones_like(is_image) if mask is None else mask.bool()
+    positions = torch.zeros(3, len(is_image), dtype=torch.int64)
+    positions[:, kept] = plan.family.positions(plan.config, is_image[kept], images)
+    return positions
+
+
 def _make_samples(
     context: RunContext, tensors: Mapping[str, torch.Tensor]
 ) -> tuple[list[Sample], list[torch.Tensor | None]]:
@@ -118,7 +131,8 @@ def _make_samples(
         raise UserError("inputs must have input_ids [B,S]")
     plan, remaining = context.plan, None
     if "pixel_values" in tensors:
-        remaining = ImageInputs(tensors["pixel_values"], tensors.get("image_sizes"))
+        sizes, grids = (tensors.get(key) for key in ("image_sizes", "image_grid_thw"))
+        remaining = ImageInputs(tensors["pixel_values"], sizes, grids)
     masks = tensors.get("attention_mask")
     samples: list[Sample] = []
     expanded_masks: list[torch.Tensor | None] = []
@@ -128,7 +142,7 @@ def _make_samples(
         except UserError as error:
             raise UserError(f"row {row} of input_ids: {error}") from None
         count = placeholders.num_images
-        available = 0 if remaining is None else len(remaining.pixel_values)
+        available = 0 if remaining is None else len(remaining)
         if count > available:
             raise UserError(
                 f"row {row} of input_ids has {count} images, and {available} images remain"
@@ -136,14 +150,16 @@ def _make_samples(
         repeats = torch.where(placeholders.is_image, placeholders.tokens_per_placeholder, 1)
         images = remaining.slice(0, count) if remaining is not None and count else None
         remaining = None if remaining is None else remaining.slice(count)
+        mask = None if masks is None else masks[row].repeat_interleave(repeats)
+        is_image = placeholders.is_image.repeat_interleave(repeats)
         samples.append(
             Sample(
                 id=f"row {row}",
                 input_ids=ids.repeat_interleave(repeats),
-                is_image=placeholders.is_image.repeat_interleave(repeats),
+                is_image=is_image,
                 images=images,
+                positions=_positions(plan, is_image, images, mask),
             )
         )
-        mask = None if masks is None else masks[row].repeat_interleave(repeats)
         expanded_masks.append(mask)
     return samples, expanded_masks

@@ -140,10 +140,14 @@ def _observe(
         setup = ObserveSetup(
             parallel=parallel,
             windows=stage_windows(
-                plan.decoder.layers, layout.pipeline, parallel.pipeline_rank, windows.size
+                plan.decoder.layers,
+                layout.pipeline,
+                parallel.pipeline_rank,
+                windows.size,
+                plan.decoder.deepstack_layers,
             ),
             build_window=build_window,
-            hidden_size=plan.decoder.hidden,
+            feature_width=plan.decoder.feature_width,
             build_vision=build_vision,
             preprocess=preprocess,
         )

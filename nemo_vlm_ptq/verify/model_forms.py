@@ -105,7 +105,8 @@ def _windows(context: RunContext) -> list[range]:
     tensor, pipeline = parallel.layout.tensor, parallel.layout.pipeline
     memory = int(WINDOW_MEMORY_FRACTION * free_memory(parallel.device))
     size = layers_in_memory(plan, tensor, pipeline, min(parallel.all_gather(memory)))
-    return stage_windows(plan.decoder.layers, pipeline, parallel.pipeline_rank, size)
+    first = plan.decoder.deepstack_layers
+    return stage_windows(plan.decoder.layers, pipeline, parallel.pipeline_rank, size, first)
 
 
 def _forward_samples(
@@ -132,9 +133,8 @@ def _forward_samples(
     pairs = list(zip(samples, masks or [None] * len(samples), strict=True))
     own = round_robin(pairs, parallel.layout.data, parallel.data_rank)
     vision = plan.family.build_vision(plan.config, read_vision(plan), parallel.device, dtype)
-    features = [
-        encode_images(vision, parallel, [[sample]], plan.decoder.hidden)[0] for sample, _ in own
-    ]
+    width = plan.decoder.feature_width
+    features = [encode_images(vision, parallel, [[sample]], width)[0] for sample, _ in own]
     del vision
     states: list[list[Any]] = [[None] * len(own) for _ in range(1 + len(changes))]
     for window in windows:

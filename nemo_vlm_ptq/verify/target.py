@@ -99,8 +99,8 @@ class TargetVerifier:
         """Check tensors, scales and logits."""
         plan, fmt = self.plan, self.fmt
         read, vision = read_model_form(self.context, self.target, fmt)
-        names = plan.decoder.shapes(plan.family.parameter_map)
-        entries = tuple(entry for entry in plan.family.parameter_map if entry.is_linear)
+        names = plan.decoder.shapes(plan.parameter_map)
+        entries = tuple(entry for entry in plan.parameter_map if entry.is_linear)
         quantized = plan.decoder.shapes(entries)
         self._add("coverage", checks.check_names(read, names), f"{len(names)} tensors")
         findings = checks.check_quantized_set(read, quantized)
@@ -143,7 +143,7 @@ class TargetVerifier:
             solved = load_scales(self.scales_folder, layer)
             scales = {name: linear.pre_quant_scale for name, linear in solved.items()}
             layers.append({name: scale for name, scale in scales.items() if scale is not None})
-        return find_folds(self.plan.family.parameter_map, self.plan.decoder, layers)
+        return find_folds(self.plan.parameter_map, self.plan.decoder, layers)
 
     def _input_scales(self) -> dict[str, float]:
         """Return Hugging Face linear -> solved scale of its input."""
@@ -151,7 +151,7 @@ class TargetVerifier:
         scales: dict[str, float] = {}
         for layer in range(self.plan.decoder.layers):
             solved = load_scales(self.scales_folder, layer)
-            for entry in self.plan.family.parameter_map:
+            for entry in self.plan.parameter_map:
                 if entry.is_linear:
                     amax = solved[entry.module_name].input_amax
                     assert amax is not None

@@ -27,7 +27,7 @@ INPUT_NORMS = {"linear_qkv": "input_layernorm", "linear_fc1": "pre_mlp_layernorm
 class Folds:
     """Factors of a folded model by Hugging Face name, for linears without `.weight`.
 
-    norms: factor [H] of a norm's weight.
+    norms: factor [H] of a norm's weight, [O] of the bias of v.
     inputs: pre_quant_scale [K] that was folded away in front of a linear.
     outputs: factor [O] of a linear's output channels.
     values: per layer, upper bound of the factor of the largest |value| in the KV cache.
@@ -69,6 +69,8 @@ def find_folds(
         q_and_k = [decoder.heads * head_dim, decoder.kv_heads * head_dim]
         folds.outputs |= _output_factors(names["linear_qkv"], q_and_k, shared.flatten())
         folds.outputs |= _output_factors(names["linear_fc1"], [decoder.ffn], solved["linear_fc2"])
+        if "linear_qkv.bias" in entries:
+            folds.norms[entries["linear_qkv.bias"].hf_names[-1]] = shared.flatten()
         folds.values.append(float(shared.max()))
     return folds
 

@@ -75,7 +75,7 @@ def _preprocess(run: ObserveRun) -> Iterator[torch.Tensor | None]:
 
     The tower is freed at the end.
     """
-    setup, parallel, hidden = run.setup, run.setup.parallel, run.setup.hidden_size
+    setup, parallel, width = run.setup, run.setup.parallel, run.setup.feature_width
     vision = setup.build_vision() if parallel.first_stage else None
     groups = _encoding_groups([batch for batch in run.assigned if batch is not None])
 
@@ -84,7 +84,7 @@ def _preprocess(run: ObserveRun) -> Iterator[torch.Tensor | None]:
 
     index = 0
     for _, encoded in prefetch(groups, preprocess):
-        features = encode_images(vision, parallel, encoded, hidden)
+        features = encode_images(vision, parallel, encoded, width)
         for samples, image_features in zip(encoded, features, strict=True):
             run.batches[index] = index_tokens(
                 collate(samples), parallel.device, sketches="sketch" in run.options.moments

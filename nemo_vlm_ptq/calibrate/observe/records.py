@@ -29,7 +29,7 @@ class ObserveSetup:
     windows: windows of this rank's pipeline stage, in order; every stage has as many.
     build_window: layers -> the window that holds them, without row-parallel linears. Called in a
         thread, one window ahead.
-    hidden_size: of the decoder.
+    feature_width: numbers per image token that the tower gives.
     build_vision: returns the module images -> features; used on the first pipeline stage.
     preprocess: (micro-batch, whether this rank encodes its images) -> samples. Without encoding,
         samples need no pixel values.
@@ -38,7 +38,7 @@ class ObserveSetup:
     parallel: ParallelContext
     windows: Sequence[range]
     build_window: Callable[[range], GPTModel]
-    hidden_size: int
+    feature_width: int
     build_vision: Callable[[], Any]
     preprocess: Callable[[MicroBatch, bool], list[Sample]]
 

@@ -30,7 +30,7 @@ from nemo_vlm_ptq.targets.writing.encode import (
 )
 
 INPUT_NORMS = {"linear_qkv": "input_layernorm", "linear_fc1": "pre_mlp_layernorm"}
-ATTENTION_OUTPUT = "linear_proj"
+ATTENTION_OUTPUT, VALUE_BIAS = "linear_proj", "linear_qkv.bias"
 # Linear -> the linear whose last part (v, up) its input is linear in.
 PRECEDING_LINEARS = {ATTENTION_OUTPUT: "linear_qkv", "linear_fc2": "linear_fc1"}
 
@@ -72,6 +72,12 @@ def fold_layer(
         scale_GO = last.scale.T * factors[linear]  # per output channel: [O]
         parts = (*others, replace(last, scale=scale_GO.T.contiguous()))
         folded[preceding] = replace(folded[preceding], parts=parts)
+    bias = folded.get(VALUE_BIAS)
+    if bias is not None:  # of v, which is added to its scaled channels
+        *others, last = bias.parts
+        assert isinstance(last, torch.Tensor)
+        scaled = (last.float() * factors[ATTENTION_OUTPUT].to(last.device)).to(last.dtype)
+        folded[VALUE_BIAS] = replace(bias, parts=(*others, scaled))  # type: ignore[arg-type]
     for linear in factors:
         parts = tuple(replace(part, pre_quant_scale=None) for part in folded[linear].parts)  # type: ignore[type-var]
         folded[linear] = replace(folded[linear], parts=parts)

@@ -227,10 +227,10 @@ def encode_ends(
     decoder: Decoder,
     shard: tuple[int, int] = (0, 1),
 ) -> EncodedLayer:
-    """Return one shard of embedding, final norm and head, which stay in 16 bit."""
+    """Return one shard of embedding, final norm and own head, which stay in 16 bit."""
     ends: EncodedLayer = {}
     for entry in parameter_map:
-        if not entry.per_layer:
+        if not entry.per_layer and not entry.is_tied:
             (tensor,) = read([entry.megatron_name]).values()
             parts = unshard_tensor(entry.sharding, tensor, decoder.sizes(1), *shard)
             ends[entry.module_name] = EncodedEntry(entry=entry, parts=parts)

@@ -61,7 +61,7 @@ class LayerEncoder:
     ) -> EncodedLayer:
         """Return a shard of a layer; prepared: Megatron name -> whole weight to encode."""
         return encode_layer(
-            self.plan.family.parameter_map,
+            self.plan.parameter_map,
             index,
             lambda names: {name: prepared[name] for name in names},
             scales,
@@ -79,12 +79,12 @@ class LayerEncoder:
 
     def ends(self, shard: tuple[int, int] = (0, 1)) -> EncodedLayer:
         """Return embedding, final norm and head as serving rank t of T holds them."""
-        parameter_map = self.plan.family.parameter_map
+        parameter_map = self.plan.parameter_map
         return encode_ends(parameter_map, self.weights.read, self.plan.decoder, shard)
 
     def _prepare(self, index: int, scales: Mapping[str, LinearScales]) -> dict[str, torch.Tensor]:
         prepared = {}
-        for entry in self.plan.family.parameter_map:
+        for entry in self.plan.parameter_map:
             if not entry.per_layer:
                 continue
             name = entry.for_layer(index).megatron_name

@@ -181,7 +181,7 @@ def unquantized_weights(context: RunContext, names: list[str]) -> tuple[list[str
         names: tensors of the decoder's checkpoint, without its subfolder.
     """
     plan, home = context.plan, context.plan.family.decoder_subfolder
-    entries = tuple(entry for entry in plan.family.parameter_map if entry.is_linear)
+    entries = tuple(entry for entry in plan.parameter_map if entry.is_linear)
     quantized = {name.removeprefix(f"{home}/") for name in plan.decoder.shapes(entries)}
     plain = sorted(name for name in names if name.endswith(".weight") and name not in quantized)
     return plain, quantized

@@ -1,0 +1,198 @@
+"""What the Qwen-VL families share: a tower over patches of images of any size, and the prompt.
+
+Legend: S tokens, H hidden size of the decoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nemo_vlm_ptq.errors import UserError
+from nemo_vlm_ptq.families.base import (
+    Config,
+    Decoder,
+    ImageInputs,
+    ImagePlaceholders,
+    MRope,
+    Preprocess,
+    Sample,
+    expand_placeholders,
+)
+from nemo_vlm_ptq.families.chat import render_question
+from nemo_vlm_ptq.families.config_checks import require_values
+from nemo_vlm_ptq.families.folder_files import load_tokenizer, require_image_processor
+from nemo_vlm_ptq.families.llama import decoder_from_sizes
+from nemo_vlm_ptq.families.mrope import mrope_positions
+
+FullConfig = Callable[[Config], Any]
+
+
+class QwenVision(nn.Module):
+    """Vision tower of a Qwen-VL model, merger included.
+
+    Args:
+        tower: transformers' module.
+        prefix: of its published names.
+        width: numbers per image token, those for deepstack included.
+    """
+
+    def __init__(self, tower: Any, prefix: str, width: int) -> None:
+        super().__init__()
+        self.visual, self._prefix, self._width = tower, prefix, width
+        self._merge: int = tower.spatial_merge_size
+
+    @torch.no_grad()
+    def forward(self, images: ImageInputs) -> torch.Tensor:
+        """Return the features [image tokens,width] of all images, those for deepstack last."""
+        pixels, grids = images.pixel_values, images.grids
+        assert grids is not None
+        if pixels.is_meta:  # the tower computes with the values of grids
+            tokens = int(grids.prod(dim=1).sum()) // self._merge**2
+            return pixels.new_empty(tokens, self._width)
+        encoded = self.visual(pixels, grid_thw=grids.to(pixels.device))
+        deeper = getattr(encoded, "deepstack_features", None) or []
+        return torch.cat([encoded.pooler_output, *deeper], dim=-1)
+
+    def published_parameters(self) -> dict[str, torch.Tensor]:
+        """Return the parameters by published name."""
+        return {self._prefix + name: value for name, value in self.visual.named_parameters()}
+
+
+def qwen_decoder(family: str, full: Any, *, interleaved: bool) -> Decoder:
+    """Return the decoder of a Qwen-VL config, without what only some of them have.
+
+    Args:
+        family: name of the family, for messages.
+        full: transformers' config of the whole model.
+        interleaved: how the family's attention deals frequencies out to the three positions.
+
+    Raises:
+        UserError: the config has a value that the family does not support.
+    """
+    text = full.text_config
+    rope = dict(text.to_dict().get("rope_parameters") or {})
+    sections = tuple(rope.get("mrope_section") or ())
+    decoder = decoder_from_sizes(family, text, rope.get("rope_theta", 10000.0))
+    require_values(
+        family,
+        {
+            "text_config.hidden_act": (text.hidden_act, "silu"),
+            "rope type": (rope.get("rope_type", "default"), "default"),
+            "mrope_interleaved": (bool(rope.get("mrope_interleaved", False)), interleaved),
+            "sum of mrope_section": (sum(sections), decoder.head_dim // 2),
+            "values of mrope_section": (len(sections), 3),
+            "vision_config.out_hidden_size": (_output_size(full.vision_config), decoder.hidden),
+        },
+    )
+    mrope = MRope(sections=(sections[0], sections[1], sections[2]), interleaved=interleaved)
+    return replace(decoder, mrope=mrope, tied_head=bool(full.tie_word_embeddings))
+
+
+def _output_size(vision_config: Any) -> int:
+    size = getattr(vision_config, "out_hidden_size", None)
+    return int(vision_config.hidden_size if size is None else size)
+
+
+def make_placeholder_finder(
+    full_config: FullConfig,
+) -> Callable[[Config, Any, ImageInputs | None], ImagePlaceholders]:
+    """Return the function that finds image tokens, which the published processor has expanded."""
+
+    def find(config: Config, ids: Any, images: ImageInputs | None) -> ImagePlaceholders:
+        full = full_config(config)
+        is_image, count = ids == full.image_token_id, 0
+        counts = [] if images is None else token_counts(images, full)
+        missing = int(is_image.sum())
+        while missing > 0 and count < len(counts):
+            missing, count = missing - counts[count], count + 1
+        if missing:
+            raise UserError(
+                f"{int(is_image.sum())} image tokens, which is not the sum of the next images' "
+                f"{counts[:4]}; image_grid_thw must be that of the ids"
+            )
+        if bool((ids == full.video_token_id).any()):
+            raise UserError("videos are not supported")
+        return ImagePlaceholders(is_image=is_image, tokens_per_placeholder=1, num_images=count)
+
+    return find
+
+
+def make_positions(
+    full_config: FullConfig,
+) -> Callable[[Config, torch.Tensor, ImageInputs | None], torch.Tensor]:
+    """Return the function that computes the positions [3,S] of a sample's tokens."""
+
+    def positions(
+        config: Config, is_image: torch.Tensor, images: ImageInputs | None
+    ) -> torch.Tensor:
+        merge = full_config(config).vision_config.spatial_merge_size
+        return mrope_positions(is_image, None if images is None else images.grids, merge)
+
+    return positions
+
+
+def token_counts(images: ImageInputs, full: Any) -> list[int]:
+    """Return the image tokens of each image.
+
+    Raises:
+        UserError: there is no grid.
+    """
+    if images.grids is None:
+        raise UserError("pixel_values need image_grid_thw [images,3]")
+    merge = full.vision_config.spatial_merge_size
+    return [int(count) for count in images.grids.prod(dim=1) // merge**2]
+
+
+def make_preprocessor_factory(full_config: FullConfig) -> Callable[[Path, Config], Preprocess]:
+    """Return the function that makes a family's `preprocess`."""
+
+    def make_preprocessor(folder: Path, config: Config) -> Preprocess:
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+            Qwen2VLImageProcessorPil,
+        )
+
+        tokenizer, full = load_tokenizer(folder), full_config(config)
+        require_image_processor(folder)
+        processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+        vision = full.vision_config
+        require_values(
+            f"{folder}: image processor",
+            {
+                key: (getattr(processor, key), getattr(vision, of_tower))
+                for key, of_tower in (
+                    ("patch_size", "patch_size"),
+                    ("merge_size", "spatial_merge_size"),
+                    ("temporal_patch_size", "temporal_patch_size"),
+                )
+            },
+        )
+
+        def preprocess(
+            sample_id: str, question: str, image: Any = None, answer: str = ""
+        ) -> Sample:
+            prompt = render_question(folder, tokenizer, question, has_image=image is not None)
+            if image is not None and not isinstance(image, ImageInputs):
+                processed = processor(image.convert("RGB"), return_tensors="pt")
+                image = ImageInputs(processed["pixel_values"], grids=processed["image_grid_thw"])
+            counts = [] if image is None else token_counts(image, full)
+            ids = tokenizer(prompt + answer, add_special_tokens=False)["input_ids"]
+            input_ids, is_image = expand_placeholders(sample_id, ids, full.image_token_id, counts)
+            grids = None if image is None else image.grids
+            positions = mrope_positions(is_image, grids, vision.spatial_merge_size)
+            return Sample(
+                id=sample_id,
+                input_ids=input_ids,
+                is_image=is_image,
+                images=image,
+                positions=positions,
+            )
+
+        return preprocess
+
+    return make_preprocessor

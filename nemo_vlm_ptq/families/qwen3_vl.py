@@ -1,0 +1,85 @@
+"""Qwen3-VL, dense: a tower over patches, deepstack, and a decoder with normalized heads and mRoPE.
+
+Parameters have the names of the published checkpoints, which are those of transformers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from nemo_vlm_ptq.families.base import Config, Decoder, ModelFamily
+from nemo_vlm_ptq.families.config_checks import require_values
+from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, TIED_HEAD, llama_parameter_map
+from nemo_vlm_ptq.families.qwen import (
+    QwenVision,
+    make_placeholder_finder,
+    make_positions,
+    make_preprocessor_factory,
+    qwen_decoder,
+)
+
+BODY_PREFIX, HEAD_PREFIX, TOWER_PREFIX = "model.language_model.", "lm_head.", "model.visual."
+
+
+def full_config(config: Config) -> Any:
+    """Return transformers' Qwen3VLConfig, with the defaults that config.json leaves out."""
+    from transformers import Qwen3VLConfig
+
+    return Qwen3VLConfig.from_dict(dict(config))
+
+
+def text_config(config: Config) -> Any:
+    """Return transformers' Qwen3VLTextConfig of the decoder."""
+    return full_config(config).text_config
+
+
+def decoder(config: Config) -> Decoder:
+    """Return the architecture of the decoder.
+
+    Raises:
+        UserError: the config has a value that the family does not support.
+    """
+    full = full_config(config)
+    text, indexes = full.text_config, full.vision_config.deepstack_visual_indexes
+    require_values(
+        FAMILY.name,
+        {
+            "text_config.attention_bias": (text.attention_bias, False),
+            "layers below vision_config.deepstack_visual_indexes": (
+                [index for index in indexes if not 0 <= index < full.vision_config.depth],
+                [],
+            ),
+        },
+    )
+    plain = qwen_decoder(FAMILY.name, full, interleaved=True)
+    return replace(plain, qk_norm=True, deepstack_layers=len(indexes))
+
+
+def make_vision_module(config: Config) -> QwenVision:
+    """Return the vision module, uninitialized."""
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+
+    full = full_config(config)
+    width = full.text_config.hidden_size * (1 + len(full.vision_config.deepstack_visual_indexes))
+    return QwenVision(Qwen3VLVisionModel(full.vision_config), TOWER_PREFIX, width)
+
+
+FAMILY = ModelFamily(
+    name="qwen3_vl",
+    architectures=("Qwen3VLForConditionalGeneration",),
+    body_prefix=BODY_PREFIX,
+    head_prefix=HEAD_PREFIX,
+    trtllm_architecture="",
+    parameter_map=partial(llama_parameter_map, body=BODY_PREFIX, head=HEAD_PREFIX),
+    name_aliases=(),
+    ignored_tensors=(ROTARY_INV_FREQ, TIED_HEAD),
+    decoder=decoder,
+    text_config=text_config,
+    make_vision_module=make_vision_module,
+    make_preprocessor=make_preprocessor_factory(full_config),
+    find_placeholders=make_placeholder_finder(full_config),
+    positions=make_positions(full_config),
+    trtllm_vision_type="",
+)
