@@ -18,7 +18,7 @@ import torch
 from models import published_name
 
 FOLDER = Path(__file__).resolve().parent / "families"
-LAYER = re.compile(r"\.layers\.(\d+)\.")
+LAYER = re.compile(r"\.(layers|blocks)\.(\d+)\.")
 FLAT_LIST = re.compile(r"\[[^][{}]+\]")
 PATCHES_PER_TOKEN = 4  # of VILA and Phi
 
@@ -92,8 +92,11 @@ QWEN3_2B_TOWER = {
     "spatial_merge_size": 2, "temporal_patch_size": 2,
 }  # fmt: skip
 QWEN3_8B_TOWER = QWEN3_2B_TOWER | {
-    "deepstack_visual_indexes": [8, 16, 24], "depth": 27, "hidden_size": 1152,
-    "intermediate_size": 4304, "out_hidden_size": 4096,
+    "deepstack_visual_indexes": [8, 16, 24],
+    "depth": 27,
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "out_hidden_size": 4096,
 }
 SHEARED_LLAMA = {
     "hidden_size": 2560, "intermediate_size": 6912, "num_attention_heads": 20,
@@ -262,6 +265,39 @@ def phi_tensors(config):
     }
 
 
+def qwen(model, text, vision, *, tied):
+    """Return the config.json of a Qwen-VL; older ones have the decoder's keys on top."""
+    ids = {
+        "image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652,
+        "vision_end_token_id": 151653,
+    }  # fmt: skip
+    common = {
+        "architectures": [f"{model}ForConditionalGeneration"], "tie_word_embeddings": tied, **ids,
+    }  # fmt: skip
+    if model == "Qwen3VL":
+        text = QWEN | {"model_type": "qwen3_vl_text", "rope_theta": 5000000} | text
+        return common | {"model_type": "qwen3_vl", "text_config": text, "vision_config": vision}
+    rope = {"type": "mrope", "mrope_section": [16, 24, 24]}
+    kind = {"Qwen2_5_VL": "qwen2_5_vl", "Qwen2VL": "qwen2_vl"}[model]
+    sliding = {"use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 28}
+    flat = QWEN | {"model_type": kind, "rope_theta": 1000000.0, "rope_scaling": rope} | sliding
+    return flat | common | {"vision_config": vision} | text
+
+
+def qwen_tensors(config):
+    """Return name -> shape of a Qwen-VL under its published names."""
+    model = config["architectures"][0]
+    shapes = meta_shapes(model, model.replace("ForConditionalGeneration", "Config"), config)
+    if config["tie_word_embeddings"]:
+        shapes.pop("lm_head.weight", None)
+    if model.startswith("Qwen3"):
+        return shapes
+    old = (("model.language_model.", "model."), ("model.visual.", "visual."))
+    for prefix, published in old:
+        shapes = {name.replace(prefix, published): shape for name, shape in shapes.items()}
+    return shapes
+
+
 MODELS = {
     "llava": (llava_tensors, {
         "llava-1.5-7b-hf": llava(VICUNA_7B),
@@ -297,47 +333,14 @@ MODELS = {
 }  # fmt: skip
 
 
-def qwen(model, text, vision, *, tied):
-    """Return the config.json of a Qwen-VL; older ones have the decoder's keys on the first level."""
-    ids = {
-        "image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652,
-        "vision_end_token_id": 151653,
-    }  # fmt: skip
-    common = {
-        "architectures": [f"{model}ForConditionalGeneration"], "tie_word_embeddings": tied, **ids,
-    }  # fmt: skip
-    if model == "Qwen3VL":
-        text = QWEN | {"model_type": "qwen3_vl_text", "rope_theta": 5000000} | text
-        return common | {"model_type": "qwen3_vl", "text_config": text, "vision_config": vision}
-    rope = {"type": "mrope", "mrope_section": [16, 24, 24]}
-    kind = {"Qwen2_5_VL": "qwen2_5_vl", "Qwen2VL": "qwen2_vl"}[model]
-    sliding = {"use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 28}
-    flat = QWEN | {"model_type": kind, "rope_theta": 1000000.0, "rope_scaling": rope} | sliding
-    return flat | common | {"vision_config": vision} | text
-
-
-def qwen_tensors(config):
-    """Return name -> shape of a Qwen-VL under its published names."""
-    model = config["architectures"][0]
-    shapes = meta_shapes(model, model.replace("ForConditionalGeneration", "Config"), config)
-    if config["tie_word_embeddings"]:
-        shapes.pop("lm_head.weight", None)
-    if model.startswith("Qwen3"):
-        return shapes
-    old = (("model.language_model.", "model."), ("model.visual.", "visual."))
-    for prefix, published in old:
-        shapes = {name.replace(prefix, published): shape for name, shape in shapes.items()}
-    return shapes
-
-
 def fold(tensors):
-    """Merge the entries of `.layers.0.` to `.layers.31.` into one, `.layers.{0..31}.`."""
+    """Merge the entries of `.layers.0.` to `.layers.31.`, or of blocks, into `.layers.{0..31}.`."""
     shapes, layers = defaultdict(list), defaultdict(list)
     for name, shape in tensors.items():
         match = LAYER.search(name)
-        pattern = LAYER.sub(".layers.{}.", name)
+        pattern = LAYER.sub(r".\1.{}.", name)
         shapes[pattern].append(shape)
-        layers[pattern].append(int(match[1]) if match else 0)
+        layers[pattern].append(int(match[2]) if match else 0)
     for pattern, same in shapes.items():
         assert sorted(layers[pattern]) == list(range(len(same))), pattern
         assert all(shape == same[0] for shape in same), pattern

@@ -84,7 +84,9 @@ def published_tensors(reference: QwenVL) -> dict[str, torch.Tensor]:
     tied = reference.model.config.tie_word_embeddings
     for name, tensor in reference.model.state_dict().items():
         if reference.kind != "qwen3_vl":
-            name = name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+            name = name.replace("model.language_model.", "model.").replace(
+                "model.visual.", "visual."
+            )
         if name != "lm_head.weight" or not tied:
             tensors[name] = tensor
     return tensors

@@ -15,12 +15,16 @@ from nemo_vlm_ptq.calibrate.solve.layer import SolveOptions, solve_layer
 from nemo_vlm_ptq.calibrate.statistics import SUM_UNIT, assemble_layer, layer_file, save_layer
 from nemo_vlm_ptq.constants import SKETCH_ROWS
 from nemo_vlm_ptq.distributed.moment_strips import strips
-from nemo_vlm_ptq.families import FAMILIES
+from nemo_vlm_ptq.families import FAMILIES, Decoder
 from nemo_vlm_ptq.formats import FORMATS
 from nemo_vlm_ptq.parameter_map.sharding import HeadSizes
 
 GROUP_SIZE = 32
 SIZES = HeadSizes(heads=8, kv_heads=4, head_dim=16, vocab=64, padded_vocab=64)
+DECODER = Decoder(
+    hidden=128, ffn=192, layers=1, heads=8, kv_heads=4, head_dim=16, vocab=64,
+    norm_eps=1e-5, rope_theta=1e4, max_positions=64,
+)  # fmt: skip
 SHAPES = {  # Megatron weights at hidden size 128 and MLP size 192
     "linear_qkv": (256, 128),
     "linear_proj": (128, 128),
@@ -103,7 +107,8 @@ def make_weights(dtype=torch.float32):
 
 def layer_entries(family):
     """Return the parameter entries of layer 0."""
-    return [entry.for_layer(0) for entry in FAMILIES[family].parameter_map if entry.per_layer]
+    rows = FAMILIES[family].parameter_map(DECODER)
+    return [entry.for_layer(0) for entry in rows if entry.per_layer]
 
 
 def solve(name, observed_layer, dtype=torch.float32, options=DEFAULT_OPTIONS):

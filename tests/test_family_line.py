@@ -95,7 +95,10 @@ def test_remote_code_of_a_model_folder_is_copied_and_not_run(runs, name, target)
 @pytest.mark.parametrize("name", WRITERS)
 def test_logits_of_every_form_match_the_reference_up_to_rounding(runs, name):
     _, expected = question_and_logits(name)
-    logits = {form: load_file(runs / name / f"{form}.safetensors")["logits"] for form in (*SOURCE_FORMS, *readable(name))}
+    logits = {
+        form: load_file(runs / name / f"{form}.safetensors")["logits"]
+        for form in (*SOURCE_FORMS, *readable(name))
+    }
     assert all(tensor.shape == (1, len(expected), VOCAB) for tensor in logits.values())
     torch.testing.assert_close(logits["hf_source"][0], expected, rtol=0, atol=1e-4)
     assert (logits["megatron"][0] - expected).abs().mean() < BFLOAT16_TOLERANCE
