@@ -201,9 +201,15 @@ def changed_config(name, changes):
     return config
 
 
+def test_every_architecture_has_a_fixture():
+    found = {
+        one["config"]["architectures"][0] for group in FIXTURES.values() for one in group.values()
+    }
+    assert found == {name for family in FAMILIES.values() for name in family.architectures}
+
+
 def test_an_unsupported_architecture_is_rejected():
-    configs = [next(iter(models.values()))["config"] for models in FIXTURES.values()]
-    supported = ", ".join(config["architectures"][0] for config in configs)
+    supported = ", ".join(name for one in FAMILIES.values() for name in one.architectures)
     message = f"architecture 'NewForCausalLM' is not supported; supported: {supported}"
     assert said_by(find_family, {"architectures": ["NewForCausalLM"]}) == message
 
@@ -247,6 +253,26 @@ UNSUPPORTED = {
         ({"rope_scaling": None, "partial_rotary_factor": 0.5},
          "partial_rotary_factor is 0.5; only 1.0 is supported"),
         ({"sliding_window": 2047}, WINDOW.format(2047, 131072)),
+    ],
+    "Qwen2.5-VL-7B-Instruct": [
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "mrope_section": [16, 24, 24]}},
+         ROPE.format("yarn")),
+        ({"rope_scaling.mrope_section": [16, 24, 23]},
+         "sum of mrope_section is 63; only 64 is supported"),
+        ({"rope_scaling.mrope_section": [16, 48]},
+         "numbers in mrope_section is 2; only 3 is supported"),
+        ({"use_sliding_window": True}, WINDOW.format(32768, 128000)),
+        ({"hidden_act": "gelu"}, "text_config.hidden_act is 'gelu'; only 'silu' is supported"),
+    ],
+    "Qwen3-VL-2B-Instruct": [
+        ({"text_config.rope_scaling.mrope_interleaved": False},
+         "mrope_interleaved is False; only True is supported"),
+        ({"text_config.attention_bias": True},
+         "text_config.attention_bias is True; only False is supported"),
+        ({"vision_config.deepstack_visual_indexes": [5, 11, 24]},
+         "deepstack_visual_indexes beyond the tower is [24]; only [] is supported"),
+        ({"vision_config.out_hidden_size": 1024},
+         "vision_config.out_hidden_size is 1024; only 2048 is supported"),
     ],
     "VILA1.5-3b": [
         ({"llm_cfg.tie_word_embeddings": True}, TIED),

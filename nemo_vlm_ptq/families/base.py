@@ -200,6 +200,8 @@ class Preprocess(Protocol):
         question: str,
         image: PIL.Image.Image | ImageInputs | None = None,
         answer: str = "",
+        *,
+        max_pixels: int | None = None,
     ) -> Sample:
         """Return the sample of a question.
 
@@ -208,6 +210,7 @@ class Preprocess(Protocol):
             question: the text of the question.
             image: the image, or the `images` of an earlier sample with the same image.
             answer: appended to the prompt, for calibration.
+            max_pixels: area that the image is resized to at most, where the family takes any size.
         """
 
 
@@ -241,6 +244,8 @@ class ModelFamily:
     trtllm_vision_type: str
     # (config, is_image [S], images) -> positions [3,S] of a sample's tokens
     positions: Callable[[Config, torch.Tensor, ImageInputs | None], torch.Tensor] | None = None
+    # pixels of an image that become one token, for families that take images of any size
+    pixels_per_token: Callable[[Config], int] | None = None
     # None if the number of tokens depends on the size of the image
     tokens_per_image: Callable[[Config], int] | None = None
     # sub-folders with a checkpoint each; their tensors are named SUBFOLDER/NAME

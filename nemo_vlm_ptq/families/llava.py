@@ -155,7 +155,9 @@ def make_preprocessor(folder: Path, config: Config) -> Preprocess:
     processor = CLIPImageProcessorPil.from_pretrained(folder)
     image_token_id, count = full_config(config).image_token_index, tokens_per_image(config)
 
-    def preprocess(sample_id: str, question: str, image: Any = None, answer: str = "") -> Sample:
+    def preprocess(
+        sample_id: str, question: str, image: Any = None, answer: str = "", **_: Any
+    ) -> Sample:
         placeholder = "<image>\n" if image is not None else ""
         prompt = f"USER: {placeholder}{question} ASSISTANT:" + (f" {answer}" if answer else "")
         counts = [] if image is None else [count]

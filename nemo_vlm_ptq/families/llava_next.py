@@ -173,7 +173,9 @@ def make_preprocessor(folder: Path, config: Config) -> Preprocess:
     full = full_config(config)
     template = PROMPTS[full.text_config.model_type]
 
-    def preprocess(sample_id: str, question: str, image: Any = None, answer: str = "") -> Sample:
+    def preprocess(
+        sample_id: str, question: str, image: Any = None, answer: str = "", **_: Any
+    ) -> Sample:
         if image is not None and not isinstance(image, ImageInputs):
             processed = processor(image.convert("RGB"), return_tensors="pt")
             image = ImageInputs(

@@ -237,7 +237,9 @@ def make_preprocessor(folder: Path, config: Config) -> Preprocess:
     crops, side = settings["num_crops"], tower_config(config)["image_size"]
     mean, std = settings["image_mean"], settings["image_std"]
 
-    def preprocess(sample_id: str, question: str, image: Any = None, answer: str = "") -> Sample:
+    def preprocess(
+        sample_id: str, question: str, image: Any = None, answer: str = "", **_: Any
+    ) -> Sample:
         if image is not None and not isinstance(image, ImageInputs):
             views, size = crop_image(image, crops, side, mean, std)
             image = ImageInputs(pixel_values=views[None], image_sizes=torch.tensor([size]))

@@ -85,8 +85,8 @@ def qwen_decoder(family: str, full: Any, *, interleaved: bool) -> Decoder:
             "text_config.hidden_act": (text.hidden_act, "silu"),
             "rope type": (rope.get("rope_type", "default"), "default"),
             "mrope_interleaved": (bool(rope.get("mrope_interleaved", False)), interleaved),
+            "numbers in mrope_section": (len(sections), 3),
             "sum of mrope_section": (sum(sections), decoder.head_dim // 2),
-            "values of mrope_section": (len(sections), 3),
             "vision_config.out_hidden_size": (_output_size(full.vision_config), decoder.hidden),
         },
     )
@@ -149,6 +149,23 @@ def token_counts(images: ImageInputs, full: Any) -> list[int]:
     return [int(count) for count in images.grids.prod(dim=1) // merge**2]
 
 
+def make_pixels_per_token(full_config: FullConfig) -> Callable[[Config], int]:
+    """Return the function that computes the pixels of an image that become one token."""
+
+    def pixels_per_token(config: Config) -> int:
+        vision = full_config(config).vision_config
+        return int((vision.patch_size * vision.spatial_merge_size) ** 2)
+
+    return pixels_per_token
+
+
+def _bounded_size(size: Any, max_pixels: int | None) -> dict[str, int]:
+    """Return the areas that images are resized to at least and at most, in pixels."""
+    least, most = size["shortest_edge"], size["longest_edge"]
+    most = most if max_pixels is None else min(most, max_pixels)
+    return {"shortest_edge": min(least, most), "longest_edge": most}
+
+
 def make_preprocessor_factory(full_config: FullConfig) -> Callable[[Path, Config], Preprocess]:
     """Return the function that makes a family's `preprocess`."""
 
@@ -174,11 +191,17 @@ def make_preprocessor_factory(full_config: FullConfig) -> Callable[[Path, Config
         )
 
         def preprocess(
-            sample_id: str, question: str, image: Any = None, answer: str = ""
+            sample_id: str,
+            question: str,
+            image: Any = None,
+            answer: str = "",
+            *,
+            max_pixels: int | None = None,
         ) -> Sample:
             prompt = render_question(folder, tokenizer, question, has_image=image is not None)
             if image is not None and not isinstance(image, ImageInputs):
-                processed = processor(image.convert("RGB"), return_tensors="pt")
+                size = _bounded_size(processor.size, max_pixels)
+                processed = processor(image.convert("RGB"), size=size, return_tensors="pt")
                 image = ImageInputs(processed["pixel_values"], grids=processed["image_grid_thw"])
             counts = [] if image is None else token_counts(image, full)
             ids = tokenizer(prompt + answer, add_special_tokens=False)["input_ids"]

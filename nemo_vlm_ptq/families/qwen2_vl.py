@@ -14,6 +14,7 @@ from nemo_vlm_ptq.families.base import Config, Decoder, ModelFamily
 from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, TIED_HEAD, llama_parameter_map
 from nemo_vlm_ptq.families.qwen import (
     QwenVision,
+    make_pixels_per_token,
     make_placeholder_finder,
     make_positions,
     make_preprocessor_factory,
@@ -80,4 +81,5 @@ FAMILY = ModelFamily(
     find_placeholders=make_placeholder_finder(full_config),
     positions=make_positions(full_config),
     trtllm_vision_type="",
+    pixels_per_token=make_pixels_per_token(full_config),
 )

@@ -14,6 +14,7 @@ from nemo_vlm_ptq.families.config_checks import require_values
 from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, TIED_HEAD, llama_parameter_map
 from nemo_vlm_ptq.families.qwen import (
     QwenVision,
+    make_pixels_per_token,
     make_placeholder_finder,
     make_positions,
     make_preprocessor_factory,
@@ -47,7 +48,7 @@ def decoder(config: Config) -> Decoder:
         FAMILY.name,
         {
             "text_config.attention_bias": (text.attention_bias, False),
-            "layers below vision_config.deepstack_visual_indexes": (
+            "deepstack_visual_indexes beyond the tower": (
                 [index for index in indexes if not 0 <= index < full.vision_config.depth],
                 [],
             ),
@@ -82,4 +83,5 @@ FAMILY = ModelFamily(
     find_placeholders=make_placeholder_finder(full_config),
     positions=make_positions(full_config),
     trtllm_vision_type="",
+    pixels_per_token=make_pixels_per_token(full_config),
 )

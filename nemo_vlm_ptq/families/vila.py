@@ -242,7 +242,9 @@ def make_preprocessor(folder: Path, config: Config) -> Preprocess:
     def tokenize(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def preprocess(sample_id: str, question: str, image: Any = None, answer: str = "") -> Sample:
+    def preprocess(
+        sample_id: str, question: str, image: Any = None, answer: str = "", **_: Any
+    ) -> Sample:
         if image is not None and not isinstance(image, ImageInputs):
             processed = processor(image.convert("RGB"), return_tensors="pt")
             image = ImageInputs(pixel_values=processed["pixel_values"])

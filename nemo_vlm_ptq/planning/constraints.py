@@ -37,6 +37,7 @@ def check_constraints(plan: Plan) -> None:
         UserError: the first violated constraint, with the values that satisfy it.
     """
     _check_quantize(plan)
+    _check_max_pixels(plan)
     _check_trtllm(plan)
     _check_nemo(plan)
     for fmt in plan.formats:
@@ -167,6 +168,16 @@ def _check_quantize(plan: Plan) -> None:
         raise UserError(
             f"quantize.image_share={quantize.image_share} needs image tokens, and "
             "calibration.modality=text has none; remove it or set modality=image_text"
+        )
+
+
+def _check_max_pixels(plan: Plan) -> None:
+    """Check that the largest image of calibration is at least one token."""
+    pixels, area = plan.recipe.calibration.max_pixels, plan.family.pixels_per_token
+    if area is not None and pixels < area(plan.config):
+        raise UserError(
+            f"calibration.max_pixels={pixels} is less than the {area(plan.config)} pixels of a "
+            "token of this model"
         )
 
 

@@ -73,8 +73,11 @@ def resident_bytes(plan: Plan, tensor: int) -> int:
 
 def sample_tokens(plan: Plan) -> int:
     """Return the tokens of a sample: those of an image, and of a prompt with its answer."""
-    tokens_per_image = plan.family.tokens_per_image
-    image = tokens_per_image(plan.config) if tokens_per_image else MAX_IMAGE_TOKENS
+    family, image = plan.family, MAX_IMAGE_TOKENS
+    if family.tokens_per_image is not None:
+        image = family.tokens_per_image(plan.config)
+    elif family.pixels_per_token is not None:
+        image = plan.recipe.calibration.max_pixels // family.pixels_per_token(plan.config)
     return image + TEXT_TOKENS
 
 

@@ -96,6 +96,7 @@ class Calibration(RecipeSection):
 
     window: layers that a rank takes at a time; auto: all, or as many as fit.
     keep_statistics: write the statistics, so that later formats need no observe.
+    max_pixels: area that images are resized to at most, in families that take any size.
     save_every: micro-batches of a rank between two saves.
     """
 
@@ -106,6 +107,7 @@ class Calibration(RecipeSection):
     modality: Literal["image_text", "text"] = "image_text"
     window: int | Literal["auto"] = "auto"
     keep_statistics: bool = False
+    max_pixels: int = Field(1 << 20, ge=1)
     save_every: int = Field(64, ge=1)
 
     @field_validator("window", mode="before")

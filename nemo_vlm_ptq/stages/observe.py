@@ -57,7 +57,8 @@ def calibration_micro_batches(
             # where the number of image tokens depends on the image, every rank needs it
             needed = encodes_image or plan.family.tokens_per_image is None
             image = questions.load_image(item.image) if needed else EMPTY_IMAGE
-        sample = make_sample(item.id, item.text + PROMPT_SUFFIX, image, item.answer)
+        text, most = item.text + PROMPT_SUFFIX, calibration.max_pixels
+        sample = make_sample(item.id, text, image, item.answer, max_pixels=most)
         if len(sample.input_ids) > max_positions:
             raise UserError(
                 f"question {item.id!r} of {calibration.data} has {len(sample.input_ids)} tokens, "

@@ -77,7 +77,7 @@ def fold_layer(
         *others, last = bias.parts
         assert isinstance(last, torch.Tensor)
         scaled = (last.float() * factors[ATTENTION_OUTPUT].to(last.device)).to(last.dtype)
-        folded[VALUE_BIAS] = replace(bias, parts=(*others, scaled))  # type: ignore[arg-type]
+        folded[VALUE_BIAS] = replace(bias, parts=(*others, scaled))
     for linear in factors:
         parts = tuple(replace(part, pre_quant_scale=None) for part in folded[linear].parts)  # type: ignore[type-var]
         folded[linear] = replace(folded[linear], parts=parts)
