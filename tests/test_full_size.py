@@ -14,7 +14,9 @@ from nemo_vlm_ptq.planning.forecast import rank_parameters
 from nemo_vlm_ptq.planning.make_plan import make_plan
 from nemo_vlm_ptq.recipe import load_recipe
 
-DECODER = re.compile(r"(llm/|language_model\.)?(model\.(embed_tokens|layers|norm)|lm_head)\.")
+DECODER = re.compile(
+    r"(llm/|language_model\.)?(model\.(language_model\.)?(embed_tokens|layers|norm)|lm_head)\."
+)
 VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
 RANK_LINE = re.compile(r"TP (\d+) +([\d,.]+) M parameters per rank")
 
@@ -52,6 +54,8 @@ def write_sparse_model(home, name):
 def plan_of(home, name, *overrides):
     """Return the plan of a published model."""
     recipe = write_recipe(home, write_sparse_model(home, name))
+    if not FAMILIES[NAMES[name]].trtllm_architecture:
+        overrides = ("export.targets=[hf]", *overrides)
     return make_plan(load_recipe(str(recipe), overrides))
 
 

@@ -17,6 +17,9 @@ from nemo_vlm_ptq.formats import FORMATS
 from nemo_vlm_ptq.recipe.schema import Recipe
 from nemo_vlm_ptq.targets.registry import supported_targets
 
+FORMER_MODELS = (
+    "llava15_13b", "llava15_7b", "phi35_vision", "phi3_vision", "vila15_3b", "vila15_8b",
+)  # fmt: skip
 FORMER_TARGETS = ("trtllm", "hf")  # of recipes named MODEL_FORMAT
 YAML_STR, YAML_MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 
@@ -127,7 +130,7 @@ def _resolve_deprecated(name: str) -> tuple[str, list[str]]:
 
 def former_recipe(name: str) -> tuple[str, str] | None:
     """Return (model, format) of MODEL_FORMAT, the name of a former recipe, or None."""
-    shipped = shipped_recipes()
+    shipped = FORMER_MODELS
     for fmt in sorted(FORMATS, key=len, reverse=True):
         model = name.removesuffix(f"_{fmt}")
         if name not in shipped and model != name and model in shipped:
