@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from nemo_vlm_ptq.errors import UserError
@@ -43,3 +44,20 @@ def check_feature_layer(
                 f"{family}: {key} must be in [{-depth - 1}, {depth}] for a vision tower of "
                 f"{depth} layers, got {layer}"
             )
+
+
+def check_not_quantized(folder: Path, config: Mapping[str, Any]) -> None:
+    """Require a model in 16 bit, in the config and in the configs that it holds.
+
+    Raises:
+        UserError: a config describes a quantization.
+    """
+    for key, value in config.items():
+        if key in ("quantization_config", "compression_config") and value:
+            method = value.get("quant_method") if isinstance(value, dict) else None
+            raise UserError(
+                f"{folder}: config.json has a {key} ({method or 'of an unknown method'}): the "
+                "model is already quantized; start from one in 16 bit"
+            )
+        if isinstance(value, dict):
+            check_not_quantized(folder, value)
