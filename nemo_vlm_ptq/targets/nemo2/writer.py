@@ -16,8 +16,8 @@ import torch
 import yaml
 
 from nemo_vlm_ptq.calibrate.solve.layer import load_scales
-from nemo_vlm_ptq.checkpoints.torch_dist_index import Index, read_index, read_object
 from nemo_vlm_ptq.checkpoints.model_folder import PROCESSOR_FILES, TOKENIZER_FILES
+from nemo_vlm_ptq.checkpoints.torch_dist_index import Index, read_index, read_object
 from nemo_vlm_ptq.checkpoints.torch_dist_tensors import read_tensor
 from nemo_vlm_ptq.constants import VOCAB_MULTIPLE
 from nemo_vlm_ptq.context import RunContext, StageOutput

@@ -1,0 +1,153 @@
+"""Image processors of model folders: transformers' own classes, with settings that can work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+
+from nemo_vlm_ptq.checkpoints.huggingface import read_json_object
+from nemo_vlm_ptq.errors import UserError
+from nemo_vlm_ptq.families.folder_files import require_file
+from nemo_vlm_ptq.input_files import one_line
+
+MAX_SIDE = 2048  # pixels of a resized image
+MAX_CROPS = 144
+SIZE_KEYS = ("height", "width", "shortest_edge", "longest_edge", "max_height", "max_width")
+MODULES = {
+    "CLIPImageProcessor": "clip",
+    "LlavaImageProcessor": "llava",
+    "LlavaNextImageProcessor": "llava_next",
+    "SiglipImageProcessor": "siglip",
+}
+
+
+def load_image_processor(folder: Path, supported: tuple[str, ...], side: int) -> Any:
+    """Return the image processor that a folder names, in transformers' PIL variant.
+
+    Args:
+        folder: folder of preprocessor_config.json or processor_config.json.
+        supported: names of classes; the first is that of a folder without a name.
+        side: height and width of the vision tower's images in pixels.
+
+    Raises:
+        UserError: the folder has no settings, settings that cannot work, or another class; or
+            images do not leave the processor in the size that the vision tower takes.
+    """
+    path, settings = read_settings(folder)
+    feature_extractor = str(settings.get("feature_extractor_type") or supported[0])
+    default = feature_extractor.replace("FeatureExtractor", "ImageProcessor")
+    name = str(settings.get("image_processor_type") or default)
+    name = name.removesuffix("Fast").removesuffix("Pil")
+    if name not in supported:
+        raise UserError(
+            f"{path}: image processor {name!r} is not supported for this model; supported: "
+            f"{', '.join(supported)}"
+        )
+    module = f"transformers.models.{MODULES[name]}.image_processing_pil_{MODULES[name]}"
+    processor_class = getattr(import_module(module), f"{name}Pil")
+    try:
+        processor = processor_class.from_pretrained(folder)
+    except Exception as error:  # transformers raises all kinds on invalid settings
+        raise UserError(f"{path} is invalid: {one_line(error)}") from None
+    _check_sizes(folder, path, processor, side)
+    return processor
+
+
+def read_settings(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the file that transformers reads the image processor's settings from, and these.
+
+    Raises:
+        UserError: the folder has no settings, or settings that cannot work.
+    """
+    path = folder / "processor_config.json"
+    settings: Any = read_json_object(path).get("image_processor") if path.exists() else None
+    if settings is None:
+        path = require_file(folder, "preprocessor_config.json")
+        settings = read_json_object(path)
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: image_processor must be an object, got {settings!r}")
+    for key, (accepts, expected) in _CHECKS.items():
+        if settings.get(key) is not None and not accepts(settings[key]):
+            raise UserError(f"{path}: {key} must be {expected}, got {settings[key]!r}")
+    return path, settings
+
+
+def _check_sizes(folder: Path, path: Path, processor: Any, side: int) -> None:
+    """Require that images of different shapes become images of the vision tower's size."""
+    for width, height in ((2 * side, side), (side, 2 * side)):
+        image = PIL.Image.new("RGB", (width, height))
+        try:
+            pixels = processor(image, return_tensors="pt")["pixel_values"]
+        except Exception as error:  # as above
+            raise UserError(f"{path}: the image processor fails: {one_line(error)}") from None
+        found = tuple(pixels.shape[-2:])
+        if found == (side, side):
+            continue
+        hint = ""
+        if side in found:
+            hint = "; set do_center_crop, or a size with height and width"
+        raise UserError(
+            f"{folder}: the image processor does not match the vision tower: an image of "
+            f"{height}*{width} pixels becomes {found[0]}*{found[1]}, expected {side}*{side}{hint}"
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_side(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= MAX_SIDE
+
+
+def _is_size(value: Any) -> bool:
+    if not isinstance(value, Mapping):
+        return _is_side(value)
+    sides = [value[key] for key in value if value[key] is not None]
+    return bool(sides) and set(value) <= set(SIZE_KEYS) and all(map(_is_side, sides))
+
+
+def _is_mean(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(map(_is_number, value))
+
+
+def _is_std(value: Any) -> bool:
+    return _is_mean(value) and min(value) > 0
+
+
+def _is_grid(value: Any) -> bool:
+    pairs = value if isinstance(value, list) and 0 < len(value) <= MAX_CROPS else [None]
+    return all(
+        isinstance(pair, list) and len(pair) == 2 and all(map(_is_grid_side, pair))
+        for pair in pairs
+    )
+
+
+def _is_grid_side(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= 4 * MAX_SIDE
+
+
+_SIZE = f"pixels from 1 to {MAX_SIDE}"
+_FLAG = (lambda value: isinstance(value, bool), "true or false")
+_CHECKS: dict[str, tuple[Any, str]] = {
+    "size": (_is_size, _SIZE),
+    "crop_size": (_is_size, _SIZE),
+    "pad_size": (_is_size, _SIZE),
+    "image_mean": (_is_mean, "three numbers"),
+    "image_std": (_is_std, "three positive numbers"),
+    "rescale_factor": (lambda value: _is_number(value) and value > 0, "a positive number"),
+    "resample": (lambda value: type(value) is int and 0 <= value <= 5, "an integer from 0 to 5"),
+    "image_grid_pinpoints": (_is_grid, f"pairs of pixels up to {4 * MAX_SIDE}"),
+    "num_crops": (
+        lambda value: type(value) is int and 1 <= value <= MAX_CROPS,
+        f"an integer from 1 to {MAX_CROPS}",
+    ),
+} | dict.fromkeys(
+    ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb", "do_pad"),
+    _FLAG,
+)
