@@ -54,6 +54,9 @@ def find_family(config: dict[str, Any], name: str = "auto") -> ModelFamily:
             )
         return FAMILIES[name]
     architectures = config.get("architectures") or ["none"]
+    for key in ("model_type", "torch_dtype", "dtype"):
+        if not isinstance(config.get(key), str | None):
+            raise UserError(f"config.json: {key} must be a string, got {config[key]!r}")
     if not isinstance(architectures, list):
         raise UserError(f"config.json: architectures must be a list, got {architectures!r}")
     architecture = architectures[0]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nemo_vlm_ptq.errors import UserError
+from nemo_vlm_ptq.input_files import shorten
+
+MAX_INTEGER = 2**31
 
 
 def require_values(family: str, values: Mapping[str, tuple[Any, Any]]) -> None:
@@ -44,6 +48,39 @@ def check_feature_layer(
                 f"{family}: {key} must be in [{-depth - 1}, {depth}] for a vision tower of "
                 f"{depth} layers, got {layer}"
             )
+
+
+def require_positive(family: str, values: Mapping[str, Any], kind: type[int] | type[float]) -> None:
+    """Require positive numbers: integers below 2**31, or finite numbers.
+
+    Args:
+        family: name of the family, for the message.
+        values: config key -> value.
+        kind: int, or float for numbers of either kind.
+
+    Raises:
+        UserError: a value is not one; the message is about the first.
+    """
+    for key, value in values.items():
+        is_number = type(value) is int or (kind is float and type(value) is float)
+        if not is_number or not 0 < value < (MAX_INTEGER if kind is int else math.inf):
+            name = "integer" if kind is int else "number"
+            raise UserError(
+                f"{family}: {key} must be a positive {name}, got {shorten(repr(value))}"
+            )
+
+
+def check_image_token(family: str, token: Any, vocab: int) -> None:
+    """Require that the embedding has a row for the image token.
+
+    Raises:
+        UserError: it has not, or the token is no id.
+    """
+    if type(token) is not int or not 0 <= token < vocab:
+        raise UserError(
+            f"{family}: image_token_index must be a row of the embedding, 0 to {vocab - 1}, got "
+            f"{shorten(repr(token))}; resize the model's embedding if the tokenizer has this id"
+        )
 
 
 def check_not_quantized(folder: Path, config: Mapping[str, Any]) -> None:

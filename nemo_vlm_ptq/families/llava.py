@@ -24,7 +24,11 @@ from nemo_vlm_ptq.families.base import (
     expand_placeholders,
 )
 from nemo_vlm_ptq.families.chat_template import prompt_renderer, tokenize_prompt
-from nemo_vlm_ptq.families.config_checks import check_feature_layer, require_values
+from nemo_vlm_ptq.families.config_checks import (
+    check_feature_layer,
+    check_image_token,
+    require_values,
+)
 from nemo_vlm_ptq.families.folder_files import load_tokenizer
 from nemo_vlm_ptq.families.image_processor import load_image_processor
 from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, llama_decoder, llama_parameter_map
@@ -100,6 +104,7 @@ def decoder(config: Config) -> Decoder:
     full = full_config(config)
     check_clip_vision(FAMILY.name, full)
     require_values(FAMILY.name, {"text_config.model_type": (full.text_config.model_type, "llama")})
+    check_image_token(FAMILY.name, full.image_token_index, full.text_config.vocab_size)
     return llama_decoder(FAMILY.name, full.text_config)
 
 
