@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 PROMPT_SUFFIX = "\nAnswer the question using a single word or phrase."
 SCENES_PER_SPLIT = 250  # built-in scenes that questions are drawn from, unless more are needed
 MIN_QUESTIONS_PER_SCENE = 8
+MAX_SCENES = 1250  # drawing more takes minutes
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,9 @@ def load_questions(data: str, split: str, limit: int | None, seed: int = 0) -> Q
         count = SCENES_PER_SPLIT
         if limit is not None:
             count = max(count, -(-limit // MIN_QUESTIONS_PER_SCENE))
+        if count > MAX_SCENES:
+            most = MAX_SCENES * MIN_QUESTIONS_PER_SCENE
+            raise UserError(f"data scenes has {most} questions at most, got {limit}")
         folder, raw = None, scene_questions.questions(split, count)
         load_image: Callable[[str], PIL.Image.Image] = scenes.draw
     else:

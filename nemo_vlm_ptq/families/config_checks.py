@@ -70,17 +70,14 @@ def require_positive(family: str, values: Mapping[str, Any], kind: type[int] | t
             )
 
 
-def check_image_token(family: str, token: Any, vocab: int) -> None:
-    """Require that the embedding has a row for the image token.
+def check_token_id(family: str, key: str, token: Any) -> None:
+    """Require the id of a token. Whether the embedding has it is checked with the data.
 
     Raises:
-        UserError: it has not, or the token is no id.
+        UserError: it is none.
     """
-    if type(token) is not int or not 0 <= token < vocab:
-        raise UserError(
-            f"{family}: image_token_index must be a row of the embedding, 0 to {vocab - 1}, got "
-            f"{shorten(repr(token))}; resize the model's embedding if the tokenizer has this id"
-        )
+    if type(token) is not int or not 0 <= token < MAX_INTEGER:
+        raise UserError(f"{family}: {key} must be the id of a token, got {shorten(repr(token))}")
 
 
 def check_not_quantized(folder: Path, config: Mapping[str, Any]) -> None:

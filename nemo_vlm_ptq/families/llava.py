@@ -26,7 +26,7 @@ from nemo_vlm_ptq.families.base import (
 from nemo_vlm_ptq.families.chat_template import prompt_renderer, tokenize_prompt
 from nemo_vlm_ptq.families.config_checks import (
     check_feature_layer,
-    check_image_token,
+    check_token_id,
     require_values,
 )
 from nemo_vlm_ptq.families.folder_files import load_tokenizer
@@ -104,7 +104,7 @@ def decoder(config: Config) -> Decoder:
     full = full_config(config)
     check_clip_vision(FAMILY.name, full)
     require_values(FAMILY.name, {"text_config.model_type": (full.text_config.model_type, "llama")})
-    check_image_token(FAMILY.name, full.image_token_index, full.text_config.vocab_size)
+    check_token_id(FAMILY.name, "image_token_index", full.image_token_index)
     return llama_decoder(FAMILY.name, full.text_config)
 
 

@@ -26,7 +26,7 @@ from nemo_vlm_ptq.families.base import (
     expand_placeholders,
 )
 from nemo_vlm_ptq.families.chat_template import prompt_renderer, tokenize_prompt
-from nemo_vlm_ptq.families.config_checks import check_image_token
+from nemo_vlm_ptq.families.config_checks import check_token_id
 from nemo_vlm_ptq.families.folder_files import load_tokenizer
 from nemo_vlm_ptq.families.image_processor import load_image_processor
 from nemo_vlm_ptq.families.llama import llama_decoder, llama_parameter_map
@@ -98,7 +98,7 @@ def decoder(config: Config) -> Decoder:
             f"{FAMILY.name}: text_config.model_type is {model_type!r}; "
             f"supported: {', '.join(PROMPTS)}"
         )
-    check_image_token(FAMILY.name, full.image_token_index, full.text_config.vocab_size)
+    check_token_id(FAMILY.name, "image_token_index", full.image_token_index)
     return llama_decoder(FAMILY.name, full.text_config)
 
 
