@@ -4,7 +4,7 @@ import json
 import os
 
 import pytest
-from bad_models import TINY, plan_error, said_by, write_recipe
+from bad_models import TINY, configure, copy_model, plan_error, said_by, write_recipe
 from PIL import Image
 
 from nemo_vlm_ptq.data.questions import evaluation_questions, load_questions
@@ -200,3 +200,109 @@ def test_a_modality_without_tokens_is_rejected():
     said = said_by(_check_modalities, {"text": 9, "image": 0}, "image_text")
     assert said.startswith("calibration.modality=image_text, but the calibration data has no")
     _check_modalities({"text": 9, "image": 0}, "text")
+
+
+def write_image_question(folder, name):
+    """Write a data folder with one question about an image of any name."""
+    write_questions(folder)
+    entry = {"imageId": name, "question": "What?", "answer": "yes"}
+    (folder / "q.json").write_text(json.dumps({"a": entry}))
+    return add_image(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["../../secret", "/{}/secret", "linked", "folder/linked", "../q", "x" * 300, "a\0b"]
+)
+def test_images_outside_the_folder_are_not_read(tmp_path, name):
+    name = name.replace("/{}", str(tmp_path))
+    folder = write_image_question(tmp_path / "data", name)
+    Image.new("RGB", (40, 30)).save(tmp_path / "secret.png")
+    (folder / "images" / "folder").mkdir()
+    for path in (folder / "images" / "linked.png", folder / "images" / "folder" / "linked.png"):
+        path.symlink_to(tmp_path / "secret.png")
+    questions = load_questions(str(folder), "test", None)
+    for action in (questions.check_images, questions.identity):
+        said = said_by(action)
+        assert "leads out of" in said or "images has no " in said
+    said_by(questions.load_image, name)
+
+
+def test_the_folder_of_images_may_be_a_link_and_have_folders(tmp_path):
+    folder = write_image_question(tmp_path / "data", "sub/7")
+    (folder / "images").rename(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "sub").mkdir()
+    (tmp_path / "elsewhere" / "sub" / "7.png").symlink_to("../7.PNG")
+    (folder / "images").symlink_to(tmp_path / "elsewhere")
+    questions = load_questions(str(folder), "test", None)
+    questions.check_images()
+    assert questions.load_image("sub/7").size == (40, 30)
+
+
+@pytest.mark.parametrize(
+    ("mode", "size", "said"),
+    [
+        ("L", (1, 100_000), "one side may be 50 times as long"),
+        ("L", (100_000, 1), "one side may be 50 times as long"),
+        ("1", (9_000, 9_000), "in all; resize it"),
+        ("I;16", (40, 30), "16 or 32 bits a pixel"),
+    ],
+)
+def test_images_that_take_too_much_memory_are_refused_by_the_plan(tmp_path, mode, size, said):
+    folder = write_image_question(tmp_path / "data", "8")
+    Image.new(mode, size).save(folder / "images" / "8.png")
+    words = (f"calibration.data={folder}", "calibration.samples=1")
+    assert said in plan_error(tmp_path, TINY, *words)
+    assert str(folder / "images" / "8.png") in plan_error(tmp_path, TINY, *words)
+
+
+def test_files_that_other_decoders_of_pillow_read_are_no_images(tmp_path):
+    folder = write_image_question(tmp_path / "data", "8")
+    Image.new("RGB", (8, 8)).save(folder / "images" / "8.jpg", format="EPS")
+    assert "is not a readable image" in said_by(
+        load_questions(str(folder), "x", None).load_image, "8"
+    )
+
+
+def test_a_missing_image_of_any_question_is_told_by_the_plan(tmp_path):
+    for key in ("calibration.data", "evaluate.data"):
+        folder = add_image(write_questions(tmp_path / key))
+        questions = json.loads((folder / "q.json").read_text())
+        questions["2"]["imageId"] = "gone"
+        (folder / "q.json").write_text(json.dumps(questions))
+        said = plan_error(tmp_path, TINY, "calibration.samples=3", f"{key}={folder}")
+        assert said == f"{folder}/images has no gone.jpg, .png, .jpeg or .webp"
+
+
+def test_a_fifo_in_place_of_the_questions_is_named(tmp_path):
+    os.mkfifo(tmp_path / "q.json")
+    assert "is a FIFO" in said_by(load_questions, str(tmp_path), "test", None)
+
+
+def test_the_scenes_have_a_limit(tmp_path):
+    said = plan_error(tmp_path, TINY, "calibration.samples=20000")
+    assert said == "data scenes has 10000 questions at most, got 20000"
+
+
+def test_tokens_beyond_the_embedding_are_told_by_the_plan(tmp_path):
+    folder = add_image(write_questions(tmp_path / "data"))
+    questions = json.loads((folder / "q.json").read_text())
+    questions["2"]["question"] = "What is at <loc>?"
+    (folder / "q.json").write_text(json.dumps(questions))
+    model = copy_model(tmp_path / "model")
+    words = (f"calibration.data={folder}", "calibration.samples=3", f"evaluate.data={folder}")
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    vocab, added = tokenizer["model"]["vocab"], tokenizer["added_tokens"]
+    vocab |= {f"<filler{i}>": i for i in set(range(512)) - set(vocab.values())}
+    added.append({**added[3], "id": 512, "content": "<loc>"})
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    said = plan_error(tmp_path, model, *words)
+    assert said.startswith(f"{model}: question '2' has the token 512, and the embedding has 512")
+    questions["2"]["question"] = "What?"
+    questions["2"]["answer"] = "<loc>"
+    (folder / "q.json").write_text(json.dumps(questions))
+    assert "question '2' has the token 512" in plan_error(tmp_path, model, *words)
+    configure(model, {"image_token_index": 512})
+    vocab["<unused3>"] = vocab.pop("<image>")
+    added[3]["content"], added[-1]["content"] = "<unused3>", "<image>"
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "has the image token 512" in plan_error(tmp_path, model, *words)

@@ -52,8 +52,6 @@ def read_safetensors_header(path: Path) -> dict[str, Any]:
             raise UserError(f"{path} is damaged: invalid safetensors header: {error}") from None
         raise UserError(f"{path} is truncated or not a safetensors file") from None
     try:
-        if not content.startswith(b"{"):
-            raise ValueError
         _check_metadata(header.pop("__metadata__", None))
         end = _check_entries(header)
     except (AttributeError, KeyError, TypeError, ValueError):

@@ -5,6 +5,7 @@ Each module of this package that defines FAMILY is a family; the others are help
 
 from __future__ import annotations
 
+import os
 import pkgutil
 from importlib import import_module
 from pathlib import Path
@@ -32,7 +33,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not is_folder(folder):
         raise UserError(f"model folder {folder} does not exist")
     path = folder / "config.json"
-    if not path.exists():
+    if not os.path.lexists(path):
         raise UserError(f"{folder} has no config.json; expected a Hugging Face model folder")
     return read_json_object(path)
 

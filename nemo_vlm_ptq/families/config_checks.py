@@ -70,6 +70,20 @@ def require_positive(family: str, values: Mapping[str, Any], kind: type[int] | t
             )
 
 
+def check_tower_sizes(family: str, tower: Any) -> None:
+    """Require sizes of a vision tower that are positive integers.
+
+    Args:
+        family: name of the family, for the message.
+        tower: transformers' config of the tower.
+
+    Raises:
+        UserError: one is not.
+    """
+    sizes = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    require_positive(family, {f"vision tower's {key}": getattr(tower, key) for key in sizes}, int)
+
+
 def check_token_id(family: str, key: str, token: Any) -> None:
     """Require the id of a token. Whether the embedding has it is checked with the data.
 

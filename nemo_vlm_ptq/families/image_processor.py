@@ -13,7 +13,7 @@ import PIL.Image
 from nemo_vlm_ptq.checkpoints.huggingface import read_json_object
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.folder_files import require_file
-from nemo_vlm_ptq.input_files import one_line
+from nemo_vlm_ptq.input_files import one_line, shorten
 
 MAX_SIDE = 2048  # pixels of a resized image
 MAX_CROPS = 144
@@ -39,14 +39,14 @@ def load_image_processor(folder: Path, supported: tuple[str, ...], side: int) ->
             images do not leave the processor in the size that the vision tower takes.
     """
     path, settings = read_settings(folder)
-    feature_extractor = str(settings.get("feature_extractor_type") or supported[0])
-    default = feature_extractor.replace("FeatureExtractor", "ImageProcessor")
-    name = str(settings.get("image_processor_type") or default)
+    name = settings.get("feature_extractor_type") or supported[0]
+    name = name.replace("FeatureExtractor", "ImageProcessor")
+    name = settings.get("image_processor_type") or name
     name = name.removesuffix("Fast").removesuffix("Pil")
     if name not in supported:
         raise UserError(
-            f"{path}: image processor {name!r} is not supported for this model; supported: "
-            f"{', '.join(supported)}"
+            f"{path}: image processor {shorten(name, 400)!r} is not supported for this model; "
+            f"supported: {', '.join(supported)}"
         )
     module = f"transformers.models.{MODULES[name]}.image_processing_pil_{MODULES[name]}"
     processor_class = getattr(import_module(module), f"{name}Pil")
@@ -73,7 +73,7 @@ def read_settings(folder: Path) -> tuple[Path, dict[str, Any]]:
         raise UserError(f"{path}: image_processor must be an object, got {settings!r}")
     for key, (accepts, expected) in _CHECKS.items():
         if settings.get(key) is not None and not accepts(settings[key]):
-            raise UserError(f"{path}: {key} must be {expected}, got {settings[key]!r}")
+            raise UserError(f"{path}: {key} must be {expected}, got {shorten(repr(settings[key]))}")
     return path, settings
 
 
@@ -134,7 +134,10 @@ def _is_grid_side(value: Any) -> bool:
 
 _SIZE = f"pixels from 1 to {MAX_SIDE}"
 _FLAG = (lambda value: isinstance(value, bool), "true or false")
+_NAME = (lambda value: isinstance(value, str), "the name of a class")
 _CHECKS: dict[str, tuple[Any, str]] = {
+    "image_processor_type": _NAME,
+    "feature_extractor_type": _NAME,
     "size": (_is_size, _SIZE),
     "crop_size": (_is_size, _SIZE),
     "pad_size": (_is_size, _SIZE),

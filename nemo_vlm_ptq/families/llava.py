@@ -27,6 +27,7 @@ from nemo_vlm_ptq.families.chat_template import prompt_renderer, tokenize_prompt
 from nemo_vlm_ptq.families.config_checks import (
     check_feature_layer,
     check_token_id,
+    check_tower_sizes,
     require_values,
 )
 from nemo_vlm_ptq.families.folder_files import load_tokenizer
@@ -122,6 +123,7 @@ def check_clip_vision(family: str, full: Any) -> None:
             "vision_feature_select_strategy": (full.vision_feature_select_strategy, "default"),
         },
     )
+    check_tower_sizes(family, full.vision_config)
     depth = full.vision_config.num_hidden_layers
     check_feature_layer(family, full.vision_feature_layer, depth)
 

@@ -31,7 +31,7 @@ from nemo_vlm_ptq.families.base import (
     check_placeholder_count,
 )
 from nemo_vlm_ptq.families.chat_template import prompt_renderer
-from nemo_vlm_ptq.families.config_checks import require_values
+from nemo_vlm_ptq.families.config_checks import check_tower_sizes, require_values
 from nemo_vlm_ptq.families.folder_files import load_tokenizer
 from nemo_vlm_ptq.families.hd_transform import crop_image, token_count
 from nemo_vlm_ptq.families.image_processor import read_settings
@@ -166,11 +166,14 @@ def decoder(config: Config) -> Decoder:
     Raises:
         UserError: the config has a value that the family does not support.
     """
+    from transformers import CLIPVisionConfig
+
     long_rope = read_long_rope(config)  # before transformers parses it: its messages are unclear
     text = text_config(config)
     embed, images = config.get("embd_layer") or {}, config.get("img_processor") or {}
     layer = images.get("layer_idx", CLIP_FEATURE_LAYER)
-    clip_hidden = tower_config(config)["hidden_size"]
+    tower = CLIPVisionConfig(**tower_config(config))
+    check_tower_sizes("phi", tower)
     require_values(
         "phi",
         {
@@ -184,7 +187,7 @@ def decoder(config: Config) -> Decoder:
             "img_processor.name": (images.get("name"), "clip_vision_model"),
             "img_processor.layer_idx": (layer, CLIP_FEATURE_LAYER),
             "img_processor.type_feature": (images.get("type_feature", "patch"), "patch"),
-            "img_processor.image_dim_out": (images.get("image_dim_out"), clip_hidden),
+            "img_processor.image_dim_out": (images.get("image_dim_out"), tower.hidden_size),
         },
     )
     base = decoder_from_sizes("phi", text, text.rope_parameters.get("rope_theta", 10000.0))

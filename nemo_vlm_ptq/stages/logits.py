@@ -29,6 +29,7 @@ SOURCE_FORMS = ("hf_source", "megatron")  # in 16 bit
 EXPORTS = tuple(name for name, spec in TARGETS.items() if spec.has_reader)
 FORMS = (*SOURCE_FORMS, "quantized", *EXPORTS, "engine")
 DTYPES = ("float32", "bfloat16")
+MAX_NAME_BYTES = 255  # of a file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +98,8 @@ def _parse_options(options: Mapping[str, str]) -> _Options:
     if not is_file(inputs):
         raise UserError(f"inputs={shorten(str(inputs))} is not a file")
     output = Path(options["output"])
-    if is_folder(output) or not is_folder(output.parent):
+    too_long = len(os.fsencode(output.name)) > MAX_NAME_BYTES
+    if too_long or is_folder(output) or not is_folder(output.parent):
         raise UserError(
             f"output={shorten(str(output))} must be a file in a folder that exists; it is of the "
             "format safetensors"
