@@ -15,6 +15,7 @@ IMAGE_SUFFIXES = ("jpg", "png", "jpeg", "webp", "JPG", "PNG", "JPEG", "WEBP")
 # What files with these endings hold in practice; other decoders of Pillow start programs.
 DECODERS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 1 << 26
+MAX_EDGE = 1 << 14  # a processor may pad an image to a square
 MAX_ASPECT = 50  # a processor that resizes the shorter side multiplies the longer one
 UNREADABLE = (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError)
 
@@ -67,9 +68,10 @@ def _open(path: Path, file: IO[bytes]) -> PIL.Image.Image:
     """Open an image without decoding it, and check size and mode."""
     image = PIL.Image.open(file, formats=DECODERS)
     width, height = image.size
-    if width * height > MAX_PIXELS:
+    if width * height > MAX_PIXELS or max(width, height) > MAX_EDGE:
         raise UserError(
-            f"{path} has {width} x {height} pixels; supported: {MAX_PIXELS:,} in all; resize it"
+            f"{path} has {width} x {height} pixels; supported: {MAX_EDGE:,} a side and "
+            f"{MAX_PIXELS:,} in all; resize it"
         )
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise UserError(
