@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from bad_models import TINY, WEIGHTS, copy_model, plan_error, said_by
+from bad_models import WEIGHTS, copy_model, plan_error, said_by, write_recipe
 from PIL import Image
 from processors import write_llava_next_processor, write_phi
 from reference_llava_next import CLIP, GRIDS, IMAGE_TOKEN, TEXTS
@@ -247,4 +247,17 @@ def test_the_weights_are_those_that_transformers_reads(tmp_path, model):
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     found = list_tensors(model, llava.FAMILY.name_aliases)
     assert {tensor.file.name for tensor in found.values()} == {WEIGHTS}
-    assert TINY.is_dir()
+
+
+def test_what_was_made_with_another_template_or_processor_is_told_apart(tmp_path, model):
+    from nemo_vlm_ptq.planning.make_plan import make_plan
+    from nemo_vlm_ptq.recipe import load_recipe
+    from nemo_vlm_ptq.stages.settings import source_identity
+
+    plan = make_plan(load_recipe(str(write_recipe(tmp_path, model))))
+    found = [source_identity(plan)]
+    write_template(model, "chat_template.jinja", CHATML)
+    found.append(source_identity(plan))
+    change_json(model / "preprocessor_config.json", do_pad=True)
+    found += [source_identity(plan), source_identity(plan)]
+    assert len(set(found)) == 3 and found[2] == found[3]
