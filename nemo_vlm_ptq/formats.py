@@ -230,27 +230,53 @@ KV_CACHES: dict[str, KvCacheFormat] = {
     )
 }
 
-# modelopt's names of the same formats.
+# Names of the same formats in modelopt, TensorRT-LLM and compressed-tensors.
 FORMAT_ALIASES = {
     "int8_smoothquant": "int8_sq",
+    "w8a8_sq_per_channel": "int8_sq",
     "w4a8_awq_beta": "w4a8_awq",
+    "w4a16_awq": "int4_awq",
     "fp8_default": "fp8",
+    "fp8_dynamic": "fp8_pc_pt",
+    "fp8_per_channel_per_token": "fp8_pc_pt",
     "nvfp4_default": "nvfp4",
     "nvfp4_awq_lite": "nvfp4_awq",
+    "nvfp4_svd": "nvfp4_svdquant",
     "nvfp4_svdquant_default": "nvfp4_svdquant",
-    "fp8_per_channel_per_token": "fp8_pc_pt",
     "int8_weight_only": "int8_wo",
+    "w8a16": "int8_wo",
     "int4_blockwise_weight_only": "int4_wo",
 }
+# Names of something else, or of several formats -> the formats that come nearest.
+RELATED_FORMATS = {
+    ("w4a16", "w4a16_asym", "int4", "w4", "gptq"): "int4_awq (searched scales) or int4_wo",
+    ("awq",): "int4_awq, w4a8_awq or nvfp4_awq",
+    ("w8a8", "int8", "smoothquant", "sq", "w8"): "int8_sq (activations too) or int8_wo",
+    ("w4a8", "w4afp8", "w4a8_fp8"): "w4a8_awq (int4 weights, e4m3 activations)",
+    ("fp8_block", "fp8_pb_wo", "w8a8_fp8", "e4m3", "mxfp8", "float8"): "fp8 or fp8_pc_pt",
+    ("nvfp4a16", "mxfp4", "mxfp4a16", "fp4", "w4a4"): "nvfp4",
+    ("svdquant",): "nvfp4_svdquant",
+    ("bnb", "bitsandbytes", "bnb_4bit", "qlora"): "nf4",
+}
+SIXTEEN_BIT = ("none", "fp16", "bf16", "float16", "bfloat16", "half", "unquantized", "16bit")
 
 
 def find_format(name: str) -> QuantFormat:
-    """Return the row of a format by its name or alias.
+    """Return the row of a format by its name or alias, in any case.
 
     Raises:
-        UserError: the name is unknown; lists the supported names.
+        UserError: the name is unknown; says which formats come near, or lists all.
     """
-    fmt = FORMATS.get(FORMAT_ALIASES.get(name, name))
-    if fmt is None:
-        raise UserError(f"unknown format {name!r}; supported: {', '.join(FORMATS)}")
-    return fmt
+    word = name.strip().lower().replace("-", "_").removesuffix("_cfg")
+    fmt = FORMATS.get(FORMAT_ALIASES.get(word, word))
+    if fmt is not None:
+        return fmt
+    if word in SIXTEEN_BIT:
+        raise UserError(
+            f"format {name!r} is that of the model itself, which is not quantized; supported: "
+            f"{', '.join(FORMATS)}"
+        )
+    for words, formats in RELATED_FORMATS.items():
+        if word in words:
+            raise UserError(f"format {name!r} is not supported as such; use {formats}")
+    raise UserError(f"unknown format {name!r}; supported: {', '.join(FORMATS)}")

@@ -4,7 +4,7 @@ import json
 import os
 
 import pytest
-from bad_models import TINY, plan_error, said_by, write_recipe
+from bad_models import TINY, configure, copy_model, plan_error, said_by, write_recipe
 from PIL import Image
 
 from nemo_vlm_ptq.data.questions import evaluation_questions, load_questions
@@ -200,3 +200,38 @@ def test_a_modality_without_tokens_is_rejected():
     said = said_by(_check_modalities, {"text": 9, "image": 0}, "image_text")
     assert said.startswith("calibration.modality=image_text, but the calibration data has no")
     _check_modalities({"text": 9, "image": 0}, "text")
+
+
+def test_a_fifo_in_place_of_the_questions_is_named(tmp_path):
+    os.mkfifo(tmp_path / "q.json")
+    assert "is a FIFO" in said_by(load_questions, str(tmp_path), "test", None)
+
+
+def test_the_scenes_have_a_limit(tmp_path):
+    said = plan_error(tmp_path, TINY, "calibration.samples=20000")
+    assert said == "data scenes has 10000 questions at most, got 20000"
+
+
+def test_tokens_beyond_the_embedding_are_told_by_the_plan(tmp_path):
+    folder = add_image(write_questions(tmp_path / "data"))
+    questions = json.loads((folder / "q.json").read_text())
+    questions["2"]["question"] = "What is at <loc>?"
+    (folder / "q.json").write_text(json.dumps(questions))
+    model = copy_model(tmp_path / "model")
+    words = (f"calibration.data={folder}", "calibration.samples=3", f"evaluate.data={folder}")
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    vocab, added = tokenizer["model"]["vocab"], tokenizer["added_tokens"]
+    vocab |= {f"<filler{i}>": i for i in set(range(512)) - set(vocab.values())}
+    added.append({**added[3], "id": 512, "content": "<loc>"})
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    said = plan_error(tmp_path, model, *words)
+    assert said.startswith(f"{model}: question '2' has the token 512, and the embedding has 512")
+    questions["2"]["question"] = "What?"
+    questions["2"]["answer"] = "<loc>"
+    (folder / "q.json").write_text(json.dumps(questions))
+    assert "question '2' has the token 512" in plan_error(tmp_path, model, *words)
+    configure(model, {"image_token_index": 512})
+    vocab["<unused3>"] = vocab.pop("<image>")
+    added[3]["content"], added[-1]["content"] = "<unused3>", "<image>"
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "has the image token 512" in plan_error(tmp_path, model, *words)

@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import shutil
 from pathlib import Path
 
 import models
@@ -31,6 +32,7 @@ from nemo_vlm_ptq.stages.import_model import import_model
 
 DOWN = "language_model.model.layers.2.mlp.down_proj.weight"
 NORM = "language_model.model.norm.weight"
+SHARD = "model-00001-of-00001.safetensors"
 TOWER = "vision_tower.vision_model.post_layernorm.weight"
 
 
@@ -148,34 +150,45 @@ def test_a_header_of_another_kind_is_named(tmp_path, model, text):
     assert plan_error(tmp_path, model).startswith(f"{path} is ")
 
 
+@pytest.fixture
+def sharded(model):
+    """A model folder whose only weight file needs an index."""
+    (model / WEIGHTS).rename(model / SHARD)
+    return model
+
+
 @pytest.mark.parametrize("name", ["../x.safetensors", "/etc/x.safetensors", "sub/x.safetensors"])
-def test_an_index_that_points_out_of_the_folder_is_rejected(tmp_path, model, name):
-    (tmp_path / "x.safetensors").write_bytes((model / WEIGHTS).read_bytes())
+def test_an_index_that_points_out_of_the_folder_is_rejected(tmp_path, sharded, name):
+    model = sharded
+    (tmp_path / "x.safetensors").write_bytes((model / SHARD).read_bytes())
     (model / INDEX).write_text(json.dumps({"weight_map": {NORM: name}}))
     said = plan_error(tmp_path, model)
     assert said == f"{model / INDEX} names {name!r}, a file outside the folder"
 
 
-@pytest.mark.parametrize("name", ["model-00002-of-00002.safetensors", "..", "."])
-def test_an_index_that_names_a_file_that_is_not_there_is_rejected(tmp_path, model, name):
-    (model / INDEX).write_text(json.dumps({"weight_map": {"a": WEIGHTS, NORM: name}}))
+@pytest.mark.parametrize("name", ["model-00002-of-00002.safetensors", "..", ".", "x" * 300])
+def test_an_index_that_names_a_file_that_is_not_there_is_rejected(tmp_path, sharded, name):
+    model = sharded
+    (model / INDEX).write_text(json.dumps({"weight_map": {"a": SHARD, NORM: name}}))
     said = plan_error(tmp_path, model)
-    assert said.startswith(f"{model / INDEX} names {name!r}, ")
+    assert said.startswith(f"{model / INDEX} names '{name[:9]}")
 
 
 @pytest.mark.parametrize(
     "text", ["{", "{}", "[]", '{"weight_map": []}', '{"weight_map": {"a": 3}}']
 )
-def test_an_index_that_is_none_is_named(tmp_path, model, text):
-    (model / INDEX).write_text(text)
-    assert str(model / INDEX) in plan_error(tmp_path, model)
+def test_an_index_that_is_none_is_named(tmp_path, sharded, text):
+    (sharded / INDEX).write_text(text)
+    assert str(sharded / INDEX) in plan_error(tmp_path, sharded)
 
 
 def test_files_may_be_links_as_in_the_cache_of_the_hub(tmp_path):
-    folder = tmp_path / "snapshot"
-    folder.mkdir()
+    repo = tmp_path / "models--a--b"
+    folder = repo / "snapshots" / "0a"
+    folder.mkdir(parents=True)
+    shutil.copytree(TINY, repo / "blobs")
     for path in TINY.iterdir():
-        (folder / path.name).symlink_to(path)
+        (folder / path.name).symlink_to(f"../../blobs/{path.name}")
     (folder / INDEX).write_text(json.dumps({"weight_map": {NORM: WEIGHTS}}))
     plan = make_plan(load_recipe(str(write_recipe(tmp_path, folder))))
     assert {tensor.file for tensor in plan.tensors.values()} == {folder / WEIGHTS}

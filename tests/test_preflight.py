@@ -56,7 +56,7 @@ def test_data_is_read_before_anything_runs(tmp_path):
     folder.mkdir()
     (folder / "q.json").write_text("{")
     message = plan_error(tmp_path, TINY, f"calibration.data={folder}")
-    assert message.startswith(f"{folder}/q.json is not JSON: ")
+    assert message.startswith(f"{folder}/q.json is not valid JSON: ")
     (folder / "q.json").write_text("{}")
     message = plan_error(tmp_path, TINY, f"evaluate.data={folder}")
     assert message == f"data '{folder}' holds no questions"

@@ -6,7 +6,6 @@ are validated first, so that a damaged checkpoint is reported before any weight 
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,12 +15,16 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from nemo_vlm_ptq.checkpoints.model_folder import is_weight_file
+from nemo_vlm_ptq.checkpoints.safetensors_header import DTYPE_BITS, read_safetensors_header
 from nemo_vlm_ptq.errors import UserError
+from nemo_vlm_ptq.input_files import is_file, is_folder, one_line, read_json, shorten
 from nemo_vlm_ptq.parameter_map.entries import published_name
 
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-DOWNLOAD_PATTERNS = ("*.safetensors", "*.json", "*.model", "*.txt")  # nothing that can run code
-DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
+# Nothing that can run code.
+DOWNLOAD_PATTERNS = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -45,19 +48,20 @@ def resolve_model_folder(model: str) -> Path:
         UserError: `model` is neither a folder nor downloadable.
     """
     folder = Path(model)
-    if folder.is_dir():
+    if is_folder(folder):
         return folder
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise UserError(f"model folder {model} does not exist")
+        raise UserError(f"model folder {shorten(model)} does not exist")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(model, allow_patterns=list(DOWNLOAD_PATTERNS)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = one_line(error)
         raise UserError(
-            f"model {model} is not a folder and could not be downloaded from the Hub: {reason}"
+            f"model {shorten(model)} is not a folder and could not be downloaded from the Hub: "
+            f"{reason}"
         ) from None
 
 
@@ -67,56 +71,27 @@ def read_json_object(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is not valid JSON, or holds another type.
     """
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:  # includes UnicodeDecodeError and JSONDecodeError
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+    config = read_json(path)
     if not isinstance(config, dict):
         found = type(config).__name__
         raise UserError(f"{path} is not valid JSON: expected an object, got {found}")
     return config
 
 
-def read_safetensors_header(path: Path) -> dict[str, Any]:
-    """Read the JSON header of a safetensors file and validate the file's size against it.
-
-    Raises:
-        UserError: the file is truncated, damaged or of another format.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise UserError(f"{path} is truncated or not a safetensors file")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError:
-            raise UserError(f"{path} is truncated or not a safetensors file") from None
-    try:
-        header.pop("__metadata__", None)
-        ends = [8 + length]
-        for entry in header.values():
-            start, end = entry["data_offsets"]
-            element_size = DTYPE_BYTES.get(entry["dtype"])
-            if element_size and end - start != math.prod(entry["shape"]) * element_size:
-                raise ValueError
-            ends.append(8 + length + end)
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise UserError(f"{path} is damaged: invalid safetensors header") from None
-    if max(ends) != size:
-        problem = "truncated" if max(ends) > size else "damaged"
-        raise UserError(f"{path} is {problem}: {size} bytes, its header expects {max(ends)}")
-    return header
-
-
 def _safetensors_files(folder: Path) -> list[Path]:
-    """List the safetensors files of a folder, from its index if it has one."""
-    if not folder.is_dir():
+    """List the safetensors files of a folder in the order of transformers.
+
+    model.safetensors comes first, then the files of the index. Without either, all are taken but
+    those that readers ignore.
+    """
+    if not is_folder(folder):
         raise UserError(f"model folder {folder} does not exist")
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    if is_file(folder / SINGLE_FILE):
+        return [folder / SINGLE_FILE]
+    index = folder / INDEX_FILE
+    if index.exists():
         return _indexed_files(index)
-    files = sorted(folder.glob("*.safetensors"))
+    files = [path for path in sorted(folder.glob("*.safetensors")) if is_weight_file(path)]
     if not files:
         pickles = [path.name for pattern in PICKLE_PATTERNS for path in folder.glob(pattern)]
         if pickles:
@@ -131,18 +106,18 @@ def _safetensors_files(folder: Path) -> list[Path]:
 def _indexed_files(index: Path) -> list[Path]:
     """List the files named by an index, all of which must exist in its folder."""
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(read_json_object(index)["weight_map"].values()))
         outside = [name for name in names if Path(name).name != name]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError):
         raise UserError(
             f"{index} is not a checkpoint index: weight_map, tensor name -> file name, "
             "is missing or invalid"
         ) from None
     for name in names:
         if name in outside:
-            raise UserError(f"{index} names {name!r}, a file outside the folder")
-        if not (index.parent / name).is_file():
-            raise UserError(f"{index} names {name!r}, which does not exist")
+            raise UserError(f"{index} names {shorten(name)!r}, a file outside the folder")
+        if not is_file(index.parent / name):
+            raise UserError(f"{index} names {shorten(name)!r}, which does not exist")
     return [index.parent / name for name in names]
 
 
@@ -264,4 +239,4 @@ def cast_checked(tensor: Any, name: str, dtype: Any) -> Any:
 
 def total_bytes(tensors: Mapping[str, SourceTensor]) -> int:
     """Return the number of bytes of the tensors on disk."""
-    return sum(math.prod(t.shape) * DTYPE_BYTES.get(t.dtype, 4) for t in tensors.values())
+    return sum(math.prod(t.shape) * DTYPE_BITS.get(t.dtype, 32) // 8 for t in tensors.values())

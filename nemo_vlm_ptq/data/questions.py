@@ -13,16 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import PIL.Image
 
+from nemo_vlm_ptq.data.images import check_image, image_file, open_image
 from nemo_vlm_ptq.errors import UserError
+from nemo_vlm_ptq.input_files import is_folder, read_json, shorten
 
 if TYPE_CHECKING:
     from nemo_vlm_ptq.recipe import Calibration
 
 # The instruction of LLaVA and VILA for GQA.
 PROMPT_SUFFIX = "\nAnswer the question using a single word or phrase."
-IMAGE_SUFFIXES = ("jpg", "png", "jpeg", "webp", "JPG", "PNG", "JPEG", "WEBP")
 SCENES_PER_SPLIT = 250  # built-in scenes that questions are drawn from, unless more are needed
 MIN_QUESTIONS_PER_SCENE = 8
+MAX_SCENES = 1250  # drawing more takes minutes
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,24 @@ class Questions:
         """
         digest = hashlib.sha256(json.dumps([item.record() for item in self.items]).encode())
         if self.folder is not None:
-            for name in sorted({item.image for item in self.items if item.image}):
-                status = _image_file(self.folder, name).stat()
+            for name in self.image_names():
+                status = image_file(self.folder, name).stat()
                 digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode())
         return digest.hexdigest()
+
+    def image_names(self) -> list[str]:
+        """Return the ids of all images, each once."""
+        return sorted({item.image for item in self.items if item.image})
+
+    def check_images(self) -> None:
+        """Check the headers of all image files.
+
+        Raises:
+            UserError: an image does not exist, or cannot be used.
+        """
+        if self.folder is not None:
+            for name in self.image_names():
+                check_image(image_file(self.folder, name))
 
     def require_images(self, remedy: str) -> Questions:
         """Return the questions; every one must have the id of an image.
@@ -148,7 +164,7 @@ def load_questions(data: str, split: str, limit: int | None, seed: int = 0) -> Q
 
     Args:
         data: "scenes", or a folder with one .json file of questions in GQA's format and the images
-            images/ID.jpg (or another suffix of IMAGE_SUFFIXES).
+            images/ID.jpg (or another suffix of image_file).
         split: "calibration" or "test"; ignored for a folder.
         limit: the largest number of questions, sampled from all; None for all.
         seed: seed of the sampling.
@@ -163,11 +179,14 @@ def load_questions(data: str, split: str, limit: int | None, seed: int = 0) -> Q
         count = SCENES_PER_SPLIT
         if limit is not None:
             count = max(count, -(-limit // MIN_QUESTIONS_PER_SCENE))
+        if count > MAX_SCENES:
+            most = MAX_SCENES * MIN_QUESTIONS_PER_SCENE
+            raise UserError(f"data scenes has {most} questions at most, got {limit}")
         folder, raw = None, scene_questions.questions(split, count)
         load_image: Callable[[str], PIL.Image.Image] = scenes.draw
     else:
         folder = Path(data)
-        raw, load_image = _read_questions(folder), partial(_open_image, folder)
+        raw, load_image = _read_questions(folder), partial(open_image, folder)
     parsed = (_parse_question(data, name, entry) for name, entry in raw.items())
     items = [item for item in parsed if item is not None]
     if limit is not None and limit < len(items):
@@ -212,8 +231,10 @@ def questions_file(folder: Path) -> Path:
     Raises:
         UserError: the folder does not exist, or does not have exactly one .json file.
     """
-    if not folder.is_dir():
-        raise UserError(f"data must be 'scenes' or an existing folder, got {str(folder)!r}")
+    if not is_folder(folder):
+        raise UserError(
+            f"data must be 'scenes' or an existing folder, got {shorten(str(folder))!r}"
+        )
     files = sorted(folder.glob("*.json"))
     if len(files) != 1:
         raise UserError(f"{folder} must hold exactly one .json file of questions, got {len(files)}")
@@ -222,29 +243,10 @@ def questions_file(folder: Path) -> Path:
 
 def _read_questions(folder: Path) -> dict[str, Any]:
     path = questions_file(folder)
-    try:
-        raw = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
+    raw = read_json(path)
     if not isinstance(raw, dict):
         raise UserError(
             f"{path} is not in GQA's format: expected an object with question ids as keys, got "
             f"{type(raw).__name__}"
         )
     return raw
-
-
-def _image_file(folder: Path, name: str) -> Path:
-    for suffix in IMAGE_SUFFIXES:
-        path = folder / "images" / f"{name}.{suffix}"
-        if path.is_file():
-            return path
-    raise UserError(f"{folder}/images has no {name}.jpg, .png, .jpeg or .webp")
-
-
-def _open_image(folder: Path, name: str) -> PIL.Image.Image:
-    path = _image_file(folder, name)
-    try:
-        return PIL.Image.open(path).convert("RGB")
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        raise UserError(f"{path} is not a readable image: {error}") from None

@@ -5,6 +5,7 @@ Each module of this package that defines FAMILY is a family; the others are help
 
 from __future__ import annotations
 
+import os
 import pkgutil
 from importlib import import_module
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 from nemo_vlm_ptq.checkpoints.huggingface import read_json_object
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.base import Decoder, ModelFamily
+from nemo_vlm_ptq.input_files import is_folder
 
 __all__ = ["FAMILIES", "Decoder", "ModelFamily", "find_family", "read_config"]
 
@@ -28,10 +30,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: the folder or its config.json does not exist, or is not JSON.
     """
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise UserError(f"model folder {folder} does not exist")
     path = folder / "config.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise UserError(f"{folder} has no config.json; expected a Hugging Face model folder")
     return read_json_object(path)
 
@@ -52,7 +54,13 @@ def find_family(config: dict[str, Any], name: str = "auto") -> ModelFamily:
                 f"family {name!r} is not supported; supported: auto, {', '.join(FAMILIES)}"
             )
         return FAMILIES[name]
-    architecture = (config.get("architectures") or ["none"])[0]
+    architectures = config.get("architectures") or ["none"]
+    for key in ("model_type", "torch_dtype", "dtype"):
+        if not isinstance(config.get(key), str | None):
+            raise UserError(f"config.json: {key} must be a string, got {config[key]!r}")
+    if not isinstance(architectures, list):
+        raise UserError(f"config.json: architectures must be a list, got {architectures!r}")
+    architecture = architectures[0]
     for family in FAMILIES.values():
         if architecture in family.architectures:
             return family

@@ -6,38 +6,38 @@ from pathlib import Path
 from typing import Any
 
 from nemo_vlm_ptq.checkpoints.huggingface import read_json_object
+from nemo_vlm_ptq.checkpoints.model_folder import TOKENIZER_FILES
 from nemo_vlm_ptq.errors import UserError
+from nemo_vlm_ptq.input_files import one_line, open_file
 
 
 def load_tokenizer(folder: Path) -> Any:
     """Load the tokenizer of a folder, without remote code. Several threads may call it.
 
     Raises:
-        UserError: the folder has no tokenizer.
+        UserError: the folder has no tokenizer, or one that cannot be loaded.
     """
     from transformers import AutoTokenizer
 
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
         raise UserError(
             f"{folder} has no tokenizer.json or tokenizer.model; one is required to preprocess "
             "questions"
         )
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    # The first call changes the truncation and padding state of the tokenizer, which is not safe
-    # while other threads call it.
-    tokenizer("")
+    for name in TOKENIZER_FILES:
+        path = folder / name
+        if path.exists():
+            read_json_object(path) if path.suffix == ".json" else open_file(path).close()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        # The first call changes the truncation and padding state of the tokenizer, which is not
+        # safe while other threads call it.
+        tokenizer("")
+    except BaseException as error:  # the library is in Rust, whose panics are no Exceptions
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise UserError(f"{folder}: the tokenizer cannot be loaded: {one_line(error)}") from None
     return tokenizer
-
-
-def require_image_processor(folder: Path) -> None:
-    """Require image processor settings in either of the files that transformers reads.
-
-    Raises:
-        UserError: the folder has no settings.
-    """
-    path = folder / "processor_config.json"
-    if not (path.is_file() and "image_processor" in read_json_object(path)):
-        require_file(folder, "preprocessor_config.json")
 
 
 def require_file(folder: Path, name: str) -> Path:
@@ -46,6 +46,6 @@ def require_file(folder: Path, name: str) -> Path:
     Raises:
         UserError: the file does not exist.
     """
-    if not (folder / name).is_file():
+    if not (folder / name).exists():
         raise UserError(f"{folder} has no {name}; it is required to preprocess questions")
     return folder / name

@@ -6,7 +6,7 @@ from typing import Any
 
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.base import Decoder
-from nemo_vlm_ptq.families.config_checks import require_values
+from nemo_vlm_ptq.families.config_checks import require_positive, require_values
 from nemo_vlm_ptq.parameter_map.entries import IgnoredTensor, ParameterEntry
 
 HF_LAYER_PREFIX = "layers.{i}."
@@ -138,19 +138,28 @@ def llama_decoder(family: str, text_config: Any, key: str = "text_config") -> De
     return decoder_from_sizes(family, text_config, rope.get("rope_theta", 10000.0))
 
 
-def decoder_from_sizes(family: str, text_config: Any, rope_theta: float) -> Decoder:
+def decoder_from_sizes(family: str, text_config: Any, rope_theta: Any) -> Decoder:
     """Return the decoder with the sizes of a transformers config, which must be consistent.
 
     Raises:
-        UserError: heads do not divide evenly, or attention is limited to a sliding window.
+        UserError: a size is no positive number, heads do not divide evenly, or attention is
+            limited to a sliding window.
     """
     heads, kv_heads = text_config.num_attention_heads, text_config.num_key_value_heads
+    head_dim = getattr(text_config, "head_dim", None)
+    sizes = [
+        *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        *("num_key_value_heads", "max_position_embeddings", "vocab_size"),
+    ]
+    integers = {key: getattr(text_config, key) for key in sizes}
+    require_positive(family, integers | ({} if head_dim is None else {"head_dim": head_dim}), int)
+    numbers = {"rms_norm_eps": text_config.rms_norm_eps, "rope_theta": rope_theta}
+    require_positive(family, numbers, float)
     if heads % kv_heads:
         raise UserError(
             f"{family}: num_attention_heads must be a multiple of num_key_value_heads {kv_heads}, "
             f"got {heads}"
         )
-    head_dim = getattr(text_config, "head_dim", None)
     if text_config.hidden_size % heads and not head_dim:
         raise UserError(
             f"{family}: hidden_size must be a multiple of num_attention_heads {heads}, got "

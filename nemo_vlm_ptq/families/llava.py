@@ -24,13 +24,22 @@ from nemo_vlm_ptq.families.base import (
     Sample,
     expand_placeholders,
 )
-from nemo_vlm_ptq.families.config_checks import check_feature_layer, require_values
-from nemo_vlm_ptq.families.folder_files import load_tokenizer, require_image_processor
+from nemo_vlm_ptq.families.chat_template import prompt_renderer, tokenize_prompt
+from nemo_vlm_ptq.families.config_checks import (
+    check_feature_layer,
+    check_token_id,
+    check_tower_sizes,
+    require_values,
+)
+from nemo_vlm_ptq.families.folder_files import load_tokenizer
+from nemo_vlm_ptq.families.image_processor import load_image_processor
 from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, llama_decoder, llama_parameter_map
 from nemo_vlm_ptq.families.towers import select_hidden_states, tower_parameters
 from nemo_vlm_ptq.parameter_map.entries import IgnoredTensor
 
 BODY_PREFIX, HEAD_PREFIX = "language_model.model.", "language_model.lm_head."
+PROMPT = "USER: {image}{question} ASSISTANT:"
+IMAGE_PROCESSORS = ("LlavaImageProcessor", "CLIPImageProcessor")
 
 NAME_ALIASES = (
     (r"^model\.language_model\.", "language_model.model."),
@@ -97,6 +106,7 @@ def decoder(config: Config) -> Decoder:
     full = full_config(config)
     check_clip_vision(FAMILY.name, full)
     require_values(FAMILY.name, {"text_config.model_type": (full.text_config.model_type, "llama")})
+    check_token_id(FAMILY.name, "image_token_index", full.image_token_index)
     return llama_decoder(FAMILY.name, full.text_config)
 
 
@@ -114,6 +124,7 @@ def check_clip_vision(family: str, full: Any) -> None:
             "vision_feature_select_strategy": (full.vision_feature_select_strategy, "default"),
         },
     )
+    check_tower_sizes(family, full.vision_config)
     depth = full.vision_config.num_hidden_layers
     check_feature_layer(family, full.vision_feature_layer, depth)
 
@@ -147,23 +158,18 @@ def find_placeholders(config: Config, ids: Any, images: ImageInputs | None) -> I
 
 
 def make_preprocessor(folder: Path, config: Config) -> Preprocess:
-    """Return the function that builds samples in the prompt format of LLaVA-1.5."""
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
+    """Return the function that builds samples, in the prompt of LLaVA-1.5 by default."""
     tokenizer = load_tokenizer(folder)
-    require_image_processor(folder)
-    processor = CLIPImageProcessorPil.from_pretrained(folder)
-    image_token_id, count = full_config(config).image_token_index, tokens_per_image(config)
+    full, count = full_config(config), tokens_per_image(config)
+    processor = load_image_processor(folder, IMAGE_PROCESSORS, full.vision_config.image_size)
+    render = prompt_renderer(folder, tokenizer, PROMPT, "<image>")
 
     def preprocess(
         sample_id: str, question: str, image: Any = None, answer: str = "", **_: Any
     ) -> Sample:
-        placeholder = "<image>\n" if image is not None else ""
-        prompt = f"USER: {placeholder}{question} ASSISTANT:" + (f" {answer}" if answer else "")
+        ids = tokenize_prompt(tokenizer, render(question, image is not None, answer))
         counts = [] if image is None else [count]
-        input_ids, is_image = expand_placeholders(
-            sample_id, tokenizer(prompt)["input_ids"], image_token_id, counts
-        )
+        input_ids, is_image = expand_placeholders(sample_id, ids, full.image_token_index, counts)
         if image is not None and not isinstance(image, ImageInputs):
             processed = processor(image.convert("RGB"), return_tensors="pt")
             image = ImageInputs(pixel_values=processed["pixel_values"])

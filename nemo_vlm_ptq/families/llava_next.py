@@ -26,10 +26,14 @@ from nemo_vlm_ptq.families.base import (
     Sample,
     expand_placeholders,
 )
-from nemo_vlm_ptq.families.folder_files import load_tokenizer, require_image_processor
+from nemo_vlm_ptq.families.chat_template import prompt_renderer, tokenize_prompt
+from nemo_vlm_ptq.families.config_checks import check_token_id
+from nemo_vlm_ptq.families.folder_files import load_tokenizer
+from nemo_vlm_ptq.families.image_processor import load_image_processor
 from nemo_vlm_ptq.families.llama import llama_decoder, llama_parameter_map
 
 NAME_ALIASES = (*llava.NAME_ALIASES, (r"^model\.image_newline$", "image_newline"))
+IMAGE_PROCESSORS = ("LlavaNextImageProcessor",)
 PROMPTS = {  # model_type of the decoder -> prompt
     "llama": "A chat between a curious human and an artificial intelligence assistant. The "
     "assistant gives helpful, detailed, and polite answers to the human's questions. "
@@ -95,6 +99,7 @@ def decoder(config: Config) -> Decoder:
             f"{FAMILY.name}: text_config.model_type is {model_type!r}; "
             f"supported: {', '.join(PROMPTS)}"
         )
+    check_token_id(FAMILY.name, "image_token_index", full.image_token_index)
     return llama_decoder(FAMILY.name, full.text_config)
 
 
@@ -162,16 +167,17 @@ def find_placeholders(config: Config, ids: Any, images: ImageInputs | None) -> I
 
 
 def make_preprocessor(folder: Path, config: Config) -> Preprocess:
-    """Return the function that builds samples in the prompt format of the decoder."""
-    from transformers.models.llava_next.image_processing_pil_llava_next import (
-        LlavaNextImageProcessorPil,
-    )
-
+    """Return the function that builds samples, in the prompt of the decoder by default."""
     tokenizer = load_tokenizer(folder)
-    require_image_processor(folder)
-    processor = LlavaNextImageProcessorPil.from_pretrained(folder)
     full = full_config(config)
-    template = PROMPTS[full.text_config.model_type]
+    processor = load_image_processor(folder, IMAGE_PROCESSORS, full.vision_config.image_size)
+    if processor.image_grid_pinpoints != full.image_grid_pinpoints:
+        raise UserError(
+            f"{folder}: image_grid_pinpoints of the image processor are not those of config.json: "
+            f"{processor.image_grid_pinpoints} and {full.image_grid_pinpoints}"
+        )
+    default = PROMPTS[full.text_config.model_type]
+    render = prompt_renderer(folder, tokenizer, default, "<image>")
 
     def preprocess(
         sample_id: str, question: str, image: Any = None, answer: str = "", **_: Any
@@ -181,13 +187,9 @@ def make_preprocessor(folder: Path, config: Config) -> Preprocess:
             image = ImageInputs(
                 pixel_values=processed["pixel_values"], image_sizes=processed["image_sizes"]
             )
-        placeholder = "<image>\n" if image is not None else ""
-        prompt = template.format(image=placeholder, question=question)
-        prompt += f" {answer}" if answer else ""
+        ids = tokenize_prompt(tokenizer, render(question, image is not None, answer))
         counts = [] if image is None else token_counts(config, image.image_sizes)
-        input_ids, is_image = expand_placeholders(
-            sample_id, tokenizer(prompt)["input_ids"], full.image_token_index, counts
-        )
+        input_ids, is_image = expand_placeholders(sample_id, ids, full.image_token_index, counts)
         return Sample(id=sample_id, input_ids=input_ids, is_image=is_image, images=image)
 
     return preprocess

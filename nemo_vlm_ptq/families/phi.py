@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from nemo_vlm_ptq.checkpoints.huggingface import read_json_object
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.base import (
     Config,
@@ -32,9 +31,11 @@ from nemo_vlm_ptq.families.base import (
     Sample,
     check_placeholder_count,
 )
-from nemo_vlm_ptq.families.config_checks import require_values
-from nemo_vlm_ptq.families.folder_files import load_tokenizer, require_file
+from nemo_vlm_ptq.families.chat_template import prompt_renderer
+from nemo_vlm_ptq.families.config_checks import check_tower_sizes, require_values
+from nemo_vlm_ptq.families.folder_files import load_tokenizer
 from nemo_vlm_ptq.families.hd_transform import crop_image, token_count
+from nemo_vlm_ptq.families.image_processor import read_settings
 from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, decoder_from_sizes, llama_parameter_map
 from nemo_vlm_ptq.families.long_rope import read_long_rope, to_transformers_5
 from nemo_vlm_ptq.families.towers import merge_patches, select_hidden_states, tower_parameters
@@ -53,6 +54,7 @@ CLIP_FEATURE_LAYER = -2  # index of the hidden state that the features are read 
 EMBED_PREFIX = "model.vision_embed_tokens."
 STOP_TOKEN_IDS = (32000, 32001, 32007)  # <|endoftext|>, <|assistant|>, <|end|> as published
 PUBLISHED_VOCAB = 32064
+PROMPT = "<|user|>\n{image}{question}<|end|>\n<|assistant|>\n"
 PLACEHOLDER = re.compile(r"<\|image_\d+\|>")
 IGNORED_TENSORS = (
     ROTARY_INV_FREQ,
@@ -165,11 +167,14 @@ def decoder(config: Config) -> Decoder:
     Raises:
         UserError: the config has a value that the family does not support.
     """
+    from transformers import CLIPVisionConfig
+
     long_rope = read_long_rope(config)  # before transformers parses it: its messages are unclear
     text = text_config(config)
     embed, images = config.get("embd_layer") or {}, config.get("img_processor") or {}
     layer = images.get("layer_idx", CLIP_FEATURE_LAYER)
-    clip_hidden = tower_config(config)["hidden_size"]
+    tower = CLIPVisionConfig(**tower_config(config))
+    check_tower_sizes("phi", tower)
     require_values(
         "phi",
         {
@@ -183,7 +188,7 @@ def decoder(config: Config) -> Decoder:
             "img_processor.name": (images.get("name"), "clip_vision_model"),
             "img_processor.layer_idx": (layer, CLIP_FEATURE_LAYER),
             "img_processor.type_feature": (images.get("type_feature", "patch"), "patch"),
-            "img_processor.image_dim_out": (images.get("image_dim_out"), clip_hidden),
+            "img_processor.image_dim_out": (images.get("image_dim_out"), tower.hidden_size),
         },
     )
     base = decoder_from_sizes("phi", text, text.rope_parameters.get("rope_theta", 10000.0))
@@ -227,15 +232,19 @@ def find_placeholders(config: Config, ids: Any, images: ImageInputs | None) -> I
 
 
 def make_preprocessor(folder: Path, config: Config) -> Preprocess:
-    """Return the function that builds samples in the prompt format of Phi-3-vision.
+    """Return the function that builds samples, in the prompt of Phi-3-vision by default.
 
     The texts before and after an image are tokenized separately, each with <s>, as in the
     published processor.
     """
     tokenizer = load_tokenizer(folder)
-    settings = read_json_object(require_file(folder, "preprocessor_config.json"))
+    path, settings = read_settings(folder)
+    for key in ("num_crops", "image_mean", "image_std"):
+        if settings.get(key) is None:
+            raise UserError(f"{path} has no {key}; it is required to preprocess images")
     crops, side = settings["num_crops"], tower_config(config)["image_size"]
     mean, std = settings["image_mean"], settings["image_std"]
+    render = prompt_renderer(folder, tokenizer, PROMPT, "<|image_1|>")
 
     def preprocess(
         sample_id: str, question: str, image: Any = None, answer: str = "", **_: Any
@@ -243,8 +252,7 @@ def make_preprocessor(folder: Path, config: Config) -> Preprocess:
         if image is not None and not isinstance(image, ImageInputs):
             views, size = crop_image(image, crops, side, mean, std)
             image = ImageInputs(pixel_values=views[None], image_sizes=torch.tensor([size]))
-        placeholder = "<|image_1|>\n" if image is not None else ""
-        prompt = f"<|user|>\n{placeholder}{question}<|end|>\n<|assistant|>\n{answer}"
+        prompt = render(question, image is not None, answer)
         counts = [] if image is None else token_counts(config, image.image_sizes)
         first, *rest = PLACEHOLDER.split(prompt)
         check_placeholder_count(sample_id, len(rest), len(counts))

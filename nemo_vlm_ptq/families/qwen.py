@@ -24,12 +24,14 @@ from nemo_vlm_ptq.families.base import (
     Sample,
     expand_placeholders,
 )
-from nemo_vlm_ptq.families.chat import render_question
+from nemo_vlm_ptq.families.chat_template import prompt_renderer, tokenize_prompt
 from nemo_vlm_ptq.families.config_checks import require_values
-from nemo_vlm_ptq.families.folder_files import load_tokenizer, require_image_processor
+from nemo_vlm_ptq.families.folder_files import load_tokenizer
+from nemo_vlm_ptq.families.image_processor import load_patch_processor
 from nemo_vlm_ptq.families.llama import decoder_from_sizes
 from nemo_vlm_ptq.families.mrope import mrope_positions
 
+IMAGE_PROCESSORS = ("Qwen2VLImageProcessor",)
 FullConfig = Callable[[Config], Any]
 
 
@@ -170,25 +172,15 @@ def make_preprocessor_factory(full_config: FullConfig) -> Callable[[Path, Config
     """Return the function that makes a family's `preprocess`."""
 
     def make_preprocessor(folder: Path, config: Config) -> Preprocess:
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
-            Qwen2VLImageProcessorPil,
-        )
-
         tokenizer, full = load_tokenizer(folder), full_config(config)
-        require_image_processor(folder)
-        processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
         vision = full.vision_config
-        require_values(
-            f"{folder}: image processor",
-            {
-                key: (getattr(processor, key), getattr(vision, of_tower))
-                for key, of_tower in (
-                    ("patch_size", "patch_size"),
-                    ("merge_size", "spatial_merge_size"),
-                    ("temporal_patch_size", "temporal_patch_size"),
-                )
-            },
-        )
+        processor = load_patch_processor(folder, IMAGE_PROCESSORS, vision)
+        image_token = tokenizer.convert_ids_to_tokens(full.image_token_id)
+        if image_token is None:
+            raise UserError(
+                f"{folder}: the tokenizer has no token with image_token_id {full.image_token_id}"
+            )
+        render = prompt_renderer(folder, tokenizer, None, image_token)
 
         def preprocess(
             sample_id: str,
@@ -198,13 +190,12 @@ def make_preprocessor_factory(full_config: FullConfig) -> Callable[[Path, Config
             *,
             max_pixels: int | None = None,
         ) -> Sample:
-            prompt = render_question(folder, tokenizer, question, has_image=image is not None)
+            ids = tokenize_prompt(tokenizer, render(question, image is not None, answer))
             if image is not None and not isinstance(image, ImageInputs):
                 size = _bounded_size(processor.size, max_pixels)
                 processed = processor(image.convert("RGB"), size=size, return_tensors="pt")
                 image = ImageInputs(processed["pixel_values"], grids=processed["image_grid_thw"])
             counts = [] if image is None else token_counts(image, full)
-            ids = tokenizer(prompt + answer, add_special_tokens=False)["input_ids"]
             input_ids, is_image = expand_placeholders(sample_id, ids, full.image_token_id, counts)
             grids = None if image is None else image.grids
             positions = mrope_positions(is_image, grids, vision.spatial_merge_size)

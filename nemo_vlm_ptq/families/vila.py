@@ -28,8 +28,13 @@ from nemo_vlm_ptq.families.base import (
     check_placeholder_count,
     expand_placeholders,
 )
-from nemo_vlm_ptq.families.config_checks import check_feature_layer, require_values
-from nemo_vlm_ptq.families.folder_files import load_tokenizer, require_file
+from nemo_vlm_ptq.families.config_checks import (
+    check_feature_layer,
+    check_tower_sizes,
+    require_values,
+)
+from nemo_vlm_ptq.families.folder_files import load_tokenizer
+from nemo_vlm_ptq.families.image_processor import load_image_processor
 from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, llama_decoder, llama_parameter_map
 from nemo_vlm_ptq.families.towers import merge_patches, select_hidden_states, tower_parameters
 from nemo_vlm_ptq.parameter_map.entries import IgnoredTensor
@@ -160,6 +165,8 @@ def decoder(config: Config) -> Decoder:
     Raises:
         UserError: the config has a value that the family does not support.
     """
+    from transformers import SiglipVisionConfig
+
     tower, projector = config["vision_tower_cfg"], config["mm_projector_cfg"]
     token_order = config.get("mm_token_order", DEFAULT_TOKEN_ORDER)
     if token_order not in TOKEN_ORDERS:
@@ -182,7 +189,9 @@ def decoder(config: Config) -> Decoder:
             "mm_use_im_patch_token": (bool(config.get("mm_use_im_patch_token")), False),
         },
     )
-    depth = tower.get("num_hidden_layers", 12)
+    full_tower: Any = SiglipVisionConfig(**tower)
+    check_tower_sizes("vila", full_tower)
+    depth = full_tower.num_hidden_layers
     check_feature_layer("vila", feature_layer(config), depth, "mm_vision_select_layer")
     return llama_decoder("vila", text_config(config), "llm_cfg")
 
@@ -226,11 +235,9 @@ def make_preprocessor(folder: Path, config: Config) -> Preprocess:
 
     The text before and the text after the image are tokenized separately, as in VILA.
     """
-    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
-
     tokenizer = load_tokenizer(folder / "llm")
-    require_file(folder / "vision_tower", "preprocessor_config.json")
-    processor = SiglipImageProcessorPil.from_pretrained(folder / "vision_tower")
+    side = int(config["vision_tower_cfg"].get("image_size", 224))  # transformers' default
+    processor = load_image_processor(folder / "vision_tower", ("SiglipImageProcessor",), side)
     header_id = tokenizer.convert_tokens_to_ids("<|start_header_id|>")
     is_llama_3 = header_id not in (None, tokenizer.unk_token_id)
     template = LLAMA_3_PROMPT if is_llama_3 else VICUNA_PROMPT

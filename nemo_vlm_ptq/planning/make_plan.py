@@ -15,9 +15,12 @@ from nemo_vlm_ptq.checkpoints.huggingface import (
     resolve_model_folder,
 )
 from nemo_vlm_ptq.checkpoints.model_config import merge_config
+from nemo_vlm_ptq.checkpoints.model_folder import check_model_folder
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families import Decoder, ModelFamily, find_family, read_config
+from nemo_vlm_ptq.families.config_checks import check_not_quantized
 from nemo_vlm_ptq.families.transformers_import import import_transformers
+from nemo_vlm_ptq.input_files import one_line
 from nemo_vlm_ptq.parameter_map.entries import check_coverage, passthrough_names
 from nemo_vlm_ptq.planning.constraints import check_constraints
 from nemo_vlm_ptq.planning.plan import Plan
@@ -42,7 +45,10 @@ def make_plan(recipe: Recipe) -> Plan:
         nemo = open_nemo(folder)
     config = merge_config(read_config(folder) if nemo is None else nemo.config, recipe.config)
     family = find_family(config, recipe.family)
+    if nemo is None:
+        check_model_folder(folder, family.subfolders)
     config = merge_config(family.complete_config(folder, config), recipe.config)
+    check_not_quantized(folder, config)
     decoder, vision_shapes = _parse_config(folder, family, config)
     if nemo is None:
         tensors = list_tensors(folder, family.name_aliases, family.subfolders)
@@ -80,9 +86,7 @@ def _parse_config(
     except UserError:
         raise
     except Exception as error:  # transformers' config classes raise all kinds on invalid values
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = " ".join(lines) or type(error).__name__
-        raise UserError(f"{folder}/config.json is invalid: {reason}") from error
+        raise UserError(f"{folder}/config.json is invalid: {one_line(error)}") from error
 
 
 def _check_dtypes(folder: Path, tensors: dict[str, SourceTensor], names: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Preflight check: preprocess one question and check that the workdir is writable.
+"""Preflight check: look at the data, preprocess one question, see that the workdir is writable.
 
 It runs in seconds and without weights, before ranks are started, so that a mismatch between data,
 image processor and vision tower is not reported after hours of work.
@@ -18,6 +18,8 @@ from nemo_vlm_ptq.data.questions import (
     evaluation_questions,
 )
 from nemo_vlm_ptq.errors import UserError
+from nemo_vlm_ptq.families.folder_files import load_tokenizer
+from nemo_vlm_ptq.input_files import reason_of, shorten
 from nemo_vlm_ptq.planning.plan import Plan
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ def run_preflight(plan: Plan, stages: Iterable[str]) -> None:
 
 
 def check_questions(plan: Plan, stages: Iterable[str]) -> None:
-    """Check that the stages' data exists and that its first question can be preprocessed.
+    """Check the stages' data: its images, its token ids, and that its first question works.
 
     Raises:
         UserError: data is missing or empty, or a file of the model folder that preprocessing needs
@@ -49,8 +51,12 @@ def check_questions(plan: Plan, stages: Iterable[str]) -> None:
     elif "verify" in stages:
         limit = recipe.evaluate.limit
         data_sets.append(evaluation_questions(recipe.verification_data, limit))
+    for questions in data_sets:
+        if not questions.items:
+            raise UserError(f"data {questions.name!r} holds no questions")
+        questions.check_images()
     if data_sets:
-        _check_first_questions(plan, data_sets)
+        _check_samples(plan, data_sets)
 
 
 def check_workdir_writable(work: Path) -> None:
@@ -59,26 +65,52 @@ def check_workdir_writable(work: Path) -> None:
     Raises:
         UserError: the workdir, or its nearest existing parent, is not writable.
     """
-    existing = next(path for path in (work, *work.absolute().parents) if path.exists())
+    try:
+        existing = next(path for path in (work, *work.absolute().parents) if os.path.lexists(path))
+        work.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # a name that no folder can have
+        raise UserError(f"workdir {shorten(str(work))}: {reason_of(error)}") from None
+    if not existing.is_dir():
+        raise UserError(f"workdir {work}: {existing} is not a folder; choose another workdir")
     if not os.access(existing, os.W_OK):
         raise UserError(f"workdir {work}: {existing} is not writable; choose another workdir")
 
 
-def _check_first_questions(plan: Plan, data_sets: Sequence[Questions]) -> None:
-    """Preprocess the first question of each data set and encode its image on the meta device."""
+def _check_samples(plan: Plan, data_sets: Sequence[Questions]) -> None:
+    """Preprocess the first question of each data set and encode its image on the meta device.
+
+    The others are tokenized only if the tokenizer has ids that the model has not.
+    """
     import torch
 
     preprocess = plan.family.make_preprocessor(plan.folder, plan.config)
+    tokenizer = load_tokenizer(plan.folder / plan.family.decoder_subfolder)
+    matches = max(tokenizer.get_vocab().values(), default=0) < plan.decoder.vocab
     with torch.device("meta"):
         vision_module = plan.family.make_vision_module(plan.config)
     for questions in data_sets:
-        if not questions.items:
-            raise UserError(f"data {questions.name!r} holds no questions")
         item = questions.items[0]
         image = questions.load_image(item.image) if item.image else None
         sample = preprocess(item.id, item.text + PROMPT_SUFFIX, image)
+        _check_ids(plan, sample)
         if sample.images is not None:
             _check_image_features(plan, vision_module, sample)
+        for other in () if matches else questions.items:
+            text, images = other.text + PROMPT_SUFFIX, sample.images if other.image else None
+            _check_ids(plan, preprocess(other.id, text, images, other.answer))
+
+
+def _check_ids(plan: Plan, sample: Sample) -> None:
+    """Check that the embedding has a row for every token of a sample."""
+    largest, rows = int(sample.input_ids.max()), plan.decoder.vocab
+    if largest >= rows:
+        what = "image token" if sample.is_image[sample.input_ids.argmax()] else "token"
+        raise UserError(
+            f"{plan.folder}: question {sample.id!r} has the {what} {largest}, and the embedding "
+            f"has {rows} rows; tokenizer and model must match: resize the model's embedding"
+        )
 
 
 def _check_image_features(plan: Plan, vision_module: Any, sample: Sample) -> None:

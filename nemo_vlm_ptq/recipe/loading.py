@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,7 +15,9 @@ from pydantic import BaseModel, ValidationError
 
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.formats import FORMATS
+from nemo_vlm_ptq.input_files import is_file, one_line, open_file, shorten
 from nemo_vlm_ptq.recipe.schema import Recipe
+from nemo_vlm_ptq.recipe.words import explain_key
 from nemo_vlm_ptq.targets.registry import supported_targets
 
 FORMER_MODELS = (
@@ -53,15 +56,13 @@ def _explain(error: ValidationError) -> str:
     parts = [str(part) for part in problem["loc"] if not isinstance(part, int)]
     key = ".".join(parts)
     if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"unknown recipe key {key!r}{hint}"
+        return f"unknown recipe key {shorten(key)!r}{explain_key(key, known)}"
     if key not in known and ".".join(parts[:-1]) in known:
         key = ".".join(parts[:-1])  # pydantic appends the type that it tried
     if problem["type"] == "missing":
         return f"recipe key {key!r} is missing"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"recipe key {key!r}: {message} (got {problem['input']!r})"
+    return f"recipe key {key!r}: {message} (got {shorten(repr(problem['input']))})"
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -78,13 +79,13 @@ def recipe_file(name: str) -> Path:
         UserError: neither; lists the shipped names, or those that are similar.
     """
     path, shipped = Path(name), shipped_recipes()
-    if path.is_file():
+    if is_file(path):
         return path
     if name in shipped:
         return shipped[name]
     near = sorted(difflib.get_close_matches(name, shipped, n=3))
     known = ", ".join([*near, "..."] if near else sorted(shipped))
-    raise UserError(f"recipe {name!r} is not a file; shipped recipes: {known}")
+    raise UserError(f"recipe {shorten(name)!r} is not a file; shipped recipes: {known}")
 
 
 def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
@@ -96,20 +97,24 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
     """
     name, implied = _resolve_deprecated(name)
     path = recipe_file(name)
+    with open_file(path) as file:
+        content = file.read()
     try:
-        tree = yaml.load(path.read_text(), _Loader) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
+        tree = yaml.load(content.decode(), _Loader) or {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not YAML: {one_line(error)}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} must be a mapping of recipe keys")
     for word in [*implied, *overrides]:
         key, equals, text = word.partition("=")
         if not equals:
-            raise UserError(f"{word!r} is not an override; expected key=value")
+            raise UserError(f"{shorten(word)!r} is not an override; expected key=value")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UserError(f"{word!r} is not an override: {text!r} is not YAML") from None
+            value = yaml.load(text, _Loader)
+        except (yaml.YAMLError, ValueError, RecursionError):
+            raise UserError(
+                f"{shorten(word)!r} is not an override: {shorten(text)!r} is not YAML"
+            ) from None
         _assign(tree, key, value)
     return make_recipe(tree)
 
@@ -117,7 +122,7 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
 def _resolve_deprecated(name: str) -> tuple[str, list[str]]:
     """Map the name of a former recipe to the recipe of its model, and overrides."""
     former = former_recipe(name)
-    if former is None or Path(name).is_file():
+    if former is None or is_file(Path(name)):
         return name, []
     model, fmt = former
     targets = [name for name in FORMER_TARGETS if name in supported_targets(FORMATS[fmt])]
@@ -151,6 +156,14 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.YAMLError(f"line {line}: key {key.value!r} is not unique")
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 takes numbers such as 5e5 and 1.0e5, without a point or a sign, for text.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
 
 
 def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:

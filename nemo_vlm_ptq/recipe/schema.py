@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationInfo,
@@ -18,7 +19,12 @@ from pydantic import (
 from nemo_vlm_ptq.constants import DEFAULT_STAGES, STAGE_GROUPS, STAGES
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.formats import find_format
+from nemo_vlm_ptq.recipe.words import canonical, explain_target
 from nemo_vlm_ptq.targets.registry import TARGETS
+
+MAX_SAMPLES = 1_000_000
+MAX_SIZE = 1 << 16  # of groups, batches and ranks
+MAX_INTEGER = 2**31 - 1
 
 
 def _expand(path: str) -> str:
@@ -30,6 +36,9 @@ def _expand(path: str) -> str:
 
 
 ExpandedPath = Annotated[str, AfterValidator(_expand)]
+
+
+Word = BeforeValidator(canonical)  # in any case, under any of its names
 
 
 class RecipeSection(BaseModel):
@@ -60,7 +69,7 @@ class Parallel(RecipeSection):
     @field_validator("tensor", "pipeline", "data", mode="before")
     @classmethod
     def _positive(cls, value: Any) -> Any:
-        if value != "auto" and not (type(value) is int and value >= 1):
+        if value != "auto" and not (type(value) is int and 1 <= value <= MAX_SIZE):
             raise ValueError("Input should be a positive number of ranks or 'auto'")
         return value
 
@@ -74,8 +83,8 @@ class Quantize(RecipeSection):
     """
 
     format: tuple[str, ...] = Field(("fp8",), min_length=1)
-    kv_cache: Literal["none", "fp8", "int8", "nvfp4"] = "none"
-    group_size: int = Field(128, ge=16)
+    kv_cache: Annotated[Literal["none", "fp8", "int8", "nvfp4"], Word] = "none"
+    group_size: int = Field(128, ge=16, le=MAX_SIZE)
     smoothquant_alpha: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = 1.0
     image_share: Annotated[float, Field(ge=0, le=1)] | Literal["search"] | None = None
 
@@ -101,14 +110,14 @@ class Calibration(RecipeSection):
     """
 
     data: ExpandedPath | None = None
-    samples: int = Field(512, ge=1)
-    micro_batch: int = Field(8, ge=1)
-    seed: int = 0
-    modality: Literal["image_text", "text"] = "image_text"
+    samples: int = Field(512, ge=1, le=MAX_SAMPLES)
+    micro_batch: int = Field(8, ge=1, le=MAX_SIZE)
+    seed: int = Field(0, ge=-MAX_INTEGER, le=MAX_INTEGER)
+    modality: Annotated[Literal["image_text", "text"], Word] = "image_text"
     window: int | Literal["auto"] = "auto"
     keep_statistics: bool = False
-    max_pixels: int = Field(1 << 20, ge=1)
-    save_every: int = Field(64, ge=1)
+    max_pixels: int = Field(1 << 20, ge=1, le=MAX_INTEGER)
+    save_every: int = Field(64, ge=1, le=MAX_INTEGER)
 
     @field_validator("window", mode="before")
     @classmethod
@@ -122,17 +131,22 @@ class Export(RecipeSection):
     """Exported checkpoints: targets, dtype, and the serving layout of the TensorRT-LLM target."""
 
     targets: tuple[str, ...] = Field(("compressed_tensors",), min_length=1)
-    tensor: int = Field(1, ge=1)
-    pipeline: int = Field(1, ge=1)
-    dtype: Literal["auto", "bfloat16", "float16"] = "auto"  # auto: that of the source
+    tensor: int = Field(1, ge=1, le=MAX_SIZE)
+    pipeline: int = Field(1, ge=1, le=MAX_SIZE)
+    # auto: that of the source
+    dtype: Annotated[Literal["auto", "bfloat16", "float16"], Word] = "auto"
 
     @field_validator("targets", mode="after")
     @classmethod
     def _known_targets(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for name in value:
+        names = tuple(dict.fromkeys(str(canonical(name)) for name in value))
+        for name in names:
             if name not in TARGETS:
-                raise ValueError(f"unknown target {name!r}; supported: {', '.join(TARGETS)}")
-        return value
+                raise ValueError(
+                    f"unknown target {name!r}; supported: {', '.join(TARGETS)}"
+                    f"{explain_target(name)}"
+                )
+        return names
 
 
 class Engine(RecipeSection):
@@ -142,9 +156,9 @@ class Engine(RecipeSection):
     prompt token, as `logits from=engine` needs. vila_path: a clone of VILA, for its vision tower.
     """
 
-    max_batch_size: int = Field(8, ge=1)
-    max_input_len: int = Field(4096, ge=1)
-    max_seq_len: int = Field(4608, ge=2)
+    max_batch_size: int = Field(8, ge=1, le=MAX_SIZE)
+    max_input_len: int = Field(4096, ge=1, le=MAX_INTEGER)
+    max_seq_len: int = Field(4608, ge=2, le=MAX_INTEGER)
     kv_cache_free_gpu_memory_fraction: float = Field(0.8, gt=0, lt=1)
     context_logits: bool = False
     vila_path: ExpandedPath | None = None
@@ -162,8 +176,8 @@ class Evaluate(RecipeSection):
     form: Literal["export", "engine"] = Field("export", alias="from")
     tasks: tuple[Literal["gqa", "sight"], ...] = ("gqa", "sight")
     data: ExpandedPath | None = None
-    limit: int | None = Field(None, ge=1)
-    batch: int = Field(64, ge=1)
+    limit: int | None = Field(None, ge=1, le=MAX_SAMPLES)
+    batch: int = Field(64, ge=1, le=MAX_SIZE)
     gate: Gate = Gate()
 
 

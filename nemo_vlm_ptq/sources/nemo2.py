@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_vlm_ptq.checkpoints.huggingface import SourceTensor, read_json_object
+from nemo_vlm_ptq.checkpoints.model_folder import check_file, check_model_folder
 from nemo_vlm_ptq.checkpoints.torch_dist_index import Index, read_index
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.config_checks import require_values
@@ -62,6 +63,7 @@ def open_nemo(folder: Path) -> NemoSource:
     Raises:
         UserError: the model is not a Llava, is quantized, or has unsupported settings.
     """
+    check_file(folder / "context" / "io.json", folder)
     model = read_context(folder)
     name = _class_name(model)
     if name != MODEL_CLASS:
@@ -70,11 +72,15 @@ def open_nemo(folder: Path) -> NemoSource:
             f"{MODEL_CLASS}"
         )
     config = model.get("config") or {}
+    for path in sorted((folder / "weights").glob("*")):
+        if path.suffix == ".distcp" or path.name == ".metadata":
+            check_file(path, folder)
     index = read_index(folder / "weights")
     quantized = [stored for stored in index.tensors if "_quantizer." in stored]
     if quantized or (folder / "weights" / "modelopt_state").exists():
         raise UserError(f"{folder} is already quantized; the source model must be in 16 bit")
     tokenizer_folder = _tokenizer_folder(folder, model)
+    check_model_folder(folder, (str(tokenizer_folder.relative_to(folder)),))
     text = _text_config(folder, config, index)
     vision = _vision_config(folder, config, index)
     require_values(

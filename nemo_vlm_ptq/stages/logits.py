@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 
 from nemo_vlm_ptq.context import RunContext
 from nemo_vlm_ptq.errors import UserError
-from nemo_vlm_ptq.families.base import ImageInputs, Sample
 from nemo_vlm_ptq.formats import QuantFormat
-from nemo_vlm_ptq.planning.plan import Plan
+from nemo_vlm_ptq.input_files import is_file, is_folder, shorten
+from nemo_vlm_ptq.stages.logits_inputs import read_inputs
 from nemo_vlm_ptq.targets.registry import TARGETS
 from nemo_vlm_ptq.targets.trtllm.engine.session import engine_logits
 from nemo_vlm_ptq.verify.model_forms import (
@@ -29,6 +29,7 @@ SOURCE_FORMS = ("hf_source", "megatron")  # in 16 bit
 EXPORTS = tuple(name for name, spec in TARGETS.items() if spec.has_reader)
 FORMS = (*SOURCE_FORMS, "quantized", *EXPORTS, "engine")
 DTYPES = ("float32", "bfloat16")
+MAX_NAME_BYTES = 255  # of a file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ def write_logits(context: RunContext, options: Mapping[str, str]) -> None:
     """
     parsed = _parse_options(options)
     fmt = _select_format(context, parsed.form)
-    samples, masks = _make_samples(context, load_file(parsed.inputs))
+    samples, masks = read_inputs(context.plan, parsed.inputs)
     on_rank_zero = context.parallel.rank == 0
     if parsed.form in ("megatron", "quantized"):
         _require_checkpoint(context, fmt)
@@ -94,9 +95,17 @@ def _parse_options(options: Mapping[str, str]) -> _Options:
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype={dtype}; supported: {', '.join(DTYPES)}")
     inputs = Path(options["inputs"])
-    if not inputs.is_file():
-        raise UserError(f"inputs={inputs} is not a file")
+    if not is_file(inputs):
+        raise UserError(f"inputs={shorten(str(inputs))} is not a file")
     output = Path(options["output"])
+    too_long = len(os.fsencode(output.name)) > MAX_NAME_BYTES
+    if too_long or is_folder(output) or not is_folder(output.parent):
+        raise UserError(
+            f"output={shorten(str(output))} must be a file in a folder that exists; it is of the "
+            "format safetensors"
+        )
+    if not os.access(output.parent, os.W_OK):
+        raise UserError(f"output={output}: {output.parent} is not writable")
     return _Options(form=form, inputs=inputs, output=output, dtype=getattr(torch, dtype))
 
 
@@ -109,57 +118,3 @@ def _select_format(context: RunContext, form: str) -> QuantFormat | None:
         names = ", ".join(fmt.name for fmt in formats)
         raise UserError(f"from={form} needs one format; set quantize.format= to one of {names}")
     return formats[0]
-
-
-def _positions(
-    plan: Plan, is_image: torch.Tensor, images: ImageInputs | None, mask: torch.Tensor | None
-) -> torch.Tensor | None:
-    """Return the positions [3,S] of a row, 0 where it is masked; None for plain positions."""
-    if plan.family.positions is None:
-        return None
-    kept = torch.ones_like(is_image) if mask is None else mask.bool()
-    positions = torch.zeros(3, len(is_image), dtype=torch.int64)
-    positions[:, kept] = plan.family.positions(plan.config, is_image[kept], images)
-    return positions
-
-
-def _make_samples(
-    context: RunContext, tensors: Mapping[str, torch.Tensor]
-) -> tuple[list[Sample], list[torch.Tensor | None]]:
-    """Return each row as a sample with its images, and the attention masks."""
-    if "input_ids" not in tensors:
-        raise UserError("inputs must have input_ids [B,S]")
-    plan, remaining = context.plan, None
-    if "pixel_values" in tensors:
-        sizes, grids = (tensors.get(key) for key in ("image_sizes", "image_grid_thw"))
-        remaining = ImageInputs(tensors["pixel_values"], sizes, grids)
-    masks = tensors.get("attention_mask")
-    samples: list[Sample] = []
-    expanded_masks: list[torch.Tensor | None] = []
-    for row, ids in enumerate(tensors["input_ids"]):
-        try:
-            placeholders = plan.family.find_placeholders(plan.config, ids, remaining)
-        except UserError as error:
-            raise UserError(f"row {row} of input_ids: {error}") from None
-        count = placeholders.num_images
-        available = 0 if remaining is None else len(remaining)
-        if count > available:
-            raise UserError(
-                f"row {row} of input_ids has {count} images, and {available} images remain"
-            )
-        repeats = torch.where(placeholders.is_image, placeholders.tokens_per_placeholder, 1)
-        images = remaining.slice(0, count) if remaining is not None and count else None
-        remaining = None if remaining is None else remaining.slice(count)
-        mask = None if masks is None else masks[row].repeat_interleave(repeats)
-        is_image = placeholders.is_image.repeat_interleave(repeats)
-        samples.append(
-            Sample(
-                id=f"row {row}",
-                input_ids=ids.repeat_interleave(repeats),
-                is_image=is_image,
-                images=images,
-                positions=_positions(plan, is_image, images, mask),
-            )
-        )
-        expanded_masks.append(mask)
-    return samples, expanded_masks

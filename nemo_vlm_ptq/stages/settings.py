@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_vlm_ptq.checkpoints.model_folder import PROCESSOR_FILES, TOKENIZER_FILES
 from nemo_vlm_ptq.data.questions import calibration_questions
 from nemo_vlm_ptq.formats import QuantFormat
 from nemo_vlm_ptq.planning.plan import Plan
@@ -19,11 +20,19 @@ RESOURCE_KEYS = {"window", "keep_statistics", "save_every"}  # of calibration: w
 
 
 def source_identity(plan: Plan) -> str:
-    """Return the sha256 over the config and over name, size and time of every weight file."""
+    """Return the sha256 over the config, the weights and what makes prompts and pixels.
+
+    Weight files count by name, size and time, the files of tokenizer and processor by content.
+    """
     digest = hashlib.sha256(json.dumps(plan.config, sort_keys=True).encode())
     for path in sorted({tensor.file for tensor in plan.tensors.values()}):
         name, status = os.path.relpath(path, plan.folder), path.stat()
         digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    for subfolder in sorted({"", *plan.family.subfolders}):
+        for name in sorted({*TOKENIZER_FILES, *PROCESSOR_FILES}):
+            path = plan.folder / subfolder / name
+            if path.is_file():
+                digest.update(f"{subfolder}/{name}\n".encode() + path.read_bytes())
     return digest.hexdigest()
 
 

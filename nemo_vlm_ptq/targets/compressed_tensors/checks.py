@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_vlm_ptq.checkpoints.huggingface import read_safetensors_header
+from nemo_vlm_ptq.checkpoints.safetensors_header import read_safetensors_header
 from nemo_vlm_ptq.targets.checking import (
     Check,
     ExpectedQuantization,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_vlm_ptq.checkpoints.huggingface import read_safetensors_header
+from nemo_vlm_ptq.checkpoints.safetensors_header import read_safetensors_header
 from nemo_vlm_ptq.targets.checking import (
     Check,
     ExpectedQuantization,

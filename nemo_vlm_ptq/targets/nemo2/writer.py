@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from nemo_vlm_ptq.calibrate.solve.layer import load_scales
+from nemo_vlm_ptq.checkpoints.model_folder import PROCESSOR_FILES, TOKENIZER_FILES
 from nemo_vlm_ptq.checkpoints.torch_dist_index import Index, read_index, read_object
 from nemo_vlm_ptq.checkpoints.torch_dist_tensors import read_tensor
 from nemo_vlm_ptq.constants import VOCAB_MULTIPLE
@@ -27,14 +28,13 @@ from nemo_vlm_ptq.megatron.stacked_checkpoint import StackedEntry, save_stacked
 from nemo_vlm_ptq.sources.decoder_weights import read_vision
 from nemo_vlm_ptq.targets.nemo2 import context as nemo
 from nemo_vlm_ptq.targets.nemo2.fiddle import to_json, to_tree
-from nemo_vlm_ptq.targets.writing.published import SIDECAR_SUFFIXES, copy_missing
+from nemo_vlm_ptq.targets.writing.published import copy_missing
 from nemo_vlm_ptq.workdir import store
 from nemo_vlm_ptq.workdir.files import rank_files
 
 WEIGHTS, CONTEXT, STATE = "weights", "context", "modelopt_state"
 OBJECT_SUFFIX = "/shard_0_1"
 QUANTIZER_STATE = "modelopt_quantizer_state"
-EXCLUDED_SIDECARS = ("config.json", "generation_config.json", "model.safetensors.index.json")
 
 
 def write(context: RunContext, fmt: QuantFormat | None, folder: Path) -> StageOutput:
@@ -139,7 +139,7 @@ def _write_context(context: RunContext, folder: Path) -> list[str]:
     (home / "model.yaml").write_text(text)
 
     def is_sidecar(path: Path) -> bool:
-        return path.suffix in SIDECAR_SUFFIXES and path.name not in EXCLUDED_SIDECARS
+        return path.name in (*TOKENIZER_FILES, *PROCESSOR_FILES)
 
     copied = copy_missing(plan.folder, home / nemo.TOKENIZER_FOLDER, "", is_sidecar)
     names = ["io.json", "model.yaml", *(f"{nemo.TOKENIZER_FOLDER}/{name}" for name in copied)]

@@ -15,7 +15,8 @@ from typing import Any
 
 from safetensors import safe_open
 
-from nemo_vlm_ptq.checkpoints.huggingface import read_json_object, read_safetensors_header
+from nemo_vlm_ptq.checkpoints.huggingface import read_json_object
+from nemo_vlm_ptq.checkpoints.safetensors_header import read_safetensors_header
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.targets.checking import Check
 from nemo_vlm_ptq.targets.trtllm.contract_config import check_config, get_quantization

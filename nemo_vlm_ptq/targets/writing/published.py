@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from nemo_vlm_ptq.checkpoints.model_folder import check_file, is_sidecar
 from nemo_vlm_ptq.checkpoints.streaming_writer import AddTensors, open_streaming_writer
 from nemo_vlm_ptq.context import RunContext, StageOutput
 from nemo_vlm_ptq.distributed.layout import round_robin, split_evenly
@@ -31,7 +32,6 @@ from nemo_vlm_ptq.utils.pinned_memory import to_host
 from nemo_vlm_ptq.utils.prefetch import prefetch
 from nemo_vlm_ptq.workdir import store
 
-SIDECAR_SUFFIXES = (".json", ".model", ".txt")  # tokenizers, processors, configs
 INDEX_FILE = "model.safetensors.index.json"
 MAX_LAYER_TENSORS = 64
 FILE_BYTES = 2 << 30  # 16 bit weights per file; files are written and hashed in parallel
@@ -162,11 +162,16 @@ def fuse_parts(parts: list[EncodedLinear]) -> EncodedLinear:
 def copy_missing(
     source: Path, folder: Path, subfolder: str, accept: Callable[[Path], bool]
 ) -> list[str]:
-    """Copy accepted files of a subfolder that do not exist yet; return names below `folder`."""
+    """Copy accepted files of a subfolder that do not exist yet; return names below `folder`.
+
+    Raises:
+        UserError: a file is a link out of the source.
+    """
     names = []
     for path in sorted((source / subfolder).iterdir()):
         target = folder / subfolder / path.name
-        if path.is_file() and accept(path) and not target.exists():
+        if accept(path) and path.is_file() and not target.exists():
+            check_file(path, source)
             target.parent.mkdir(exist_ok=True)
             shutil.copy(path, target)
             names.append(str(target.relative_to(folder)))
@@ -270,10 +275,6 @@ def _write_sidecars(
     for name, content in ({"config.json": plan.export_config} | contents).items():
         store.write_json(folder / name, content)
     names = sorted({"config.json", *contents})
-
-    def is_sidecar(path: Path) -> bool:  # code is copied for the server, and never run here
-        return path.suffix in (*SIDECAR_SUFFIXES, ".py") and path.name != INDEX_FILE
-
     for subfolder in {"", *plan.family.subfolders}:
         names += copy_missing(plan.folder, folder, subfolder, is_sidecar)
     return names

@@ -1,0 +1,126 @@
+"""Prompts in the words of a model folder's own chat template, which its servers use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nemo_vlm_ptq.checkpoints.huggingface import read_json_object
+from nemo_vlm_ptq.errors import UserError
+from nemo_vlm_ptq.input_files import one_line, read_text
+
+# (question, whether it has an image, answer or "") -> prompt, followed by the answer
+Render = Callable[[str, bool, str], str]
+
+PROBE = "QUESTION"
+
+
+def prompt_renderer(folder: Path, tokenizer: Any, default: str | None, image: str) -> Render:
+    """Return the function that renders the prompt of a question.
+
+    Args:
+        folder: the model folder.
+        tokenizer: its tokenizer.
+        default: prompt with {image} and {question}, for folders without a chat template; None if
+            there must be one.
+        image: placeholder of the image.
+
+    Raises:
+        UserError: the folder's chat template is missing, or does not render a question about an
+            image.
+    """
+    name, template = _find_template(folder, tokenizer)
+    if template is None and default is None:
+        raise UserError(
+            f"{folder} has no chat template; add the published chat_template.jinja or "
+            "chat_template.json, or the key chat_template of tokenizer_config.json"
+        )
+
+    def render(question: str, has_image: bool, answer: str) -> str:
+        if template is None:
+            placeholder = f"{image}\n" if has_image else ""
+            text = str(default).format(image=placeholder, question=question)
+        else:
+            text = _apply(tokenizer, template, style(question, image, has_image))
+        if not answer:
+            return text
+        return text + answer if text[-1:].isspace() else f"{text} {answer}"
+
+    if template is not None:
+        style = _find_style(f"{folder}/{name}", tokenizer, template, image)
+    return render
+
+
+def tokenize_prompt(tokenizer: Any, text: str) -> list[int]:
+    """Return the ids of a prompt, with the beginning of sequence once, as transformers adds it."""
+    bos = tokenizer.bos_token
+    begins = bool(bos) and text.startswith(bos)
+    return tokenizer(text, add_special_tokens=not begins)["input_ids"]
+
+
+def _find_template(folder: Path, tokenizer: Any) -> tuple[str, str | None]:
+    """Return the file and the text of the chat template, in the order of transformers."""
+    template = None
+    for name in ("processor_config.json", "chat_template.json"):
+        if template is None and (folder / name).exists():
+            template, source = read_json_object(folder / name).get("chat_template"), name
+    if template is None and (folder / "chat_template.jinja").exists():
+        template, source = read_text(folder / "chat_template.jinja"), "chat_template.jinja"
+    if template is None:
+        template, source = tokenizer.chat_template, "tokenizer_config.json"
+    if isinstance(template, dict):
+        template = template.get("default", template)
+    if template is not None and not isinstance(template, str):
+        raise UserError(
+            f"{folder}/{source}: chat_template must be one template, or have one named default"
+        )
+    return source, template
+
+
+def _find_style(where: str, tokenizer: Any, template: str, image: str) -> Callable[..., Any]:
+    """Return the form of a message's content that a template expects.
+
+    Raises:
+        UserError: with none the rendered text has the image and the question once.
+    """
+    reason = f"a question about an image has not {image} and the question once"
+    for style in (_parts, _text_with_image, _text):
+        try:
+            text = _apply(tokenizer, template, style(PROBE, image, True))
+        except UserError as error:
+            reason = str(error)
+            continue
+        if text.count(PROBE) == 1 and text.count(image) == 1 and "'type'" not in text:
+            return style
+    raise UserError(f"{where}: the chat template cannot be used: {reason}")
+
+
+def _apply(tokenizer: Any, template: str, content: Any) -> str:
+    """Render a conversation of one message, up to the answer; models that may think do not."""
+    messages = [{"role": "user", "content": content}]
+    try:
+        return tokenizer.apply_chat_template(
+            messages,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,
+        )
+    except Exception as error:  # whatever a template raises
+        raise UserError(f"the chat template fails: {one_line(error)}") from None
+
+
+def _parts(question: str, image: str, has_image: bool) -> list[dict[str, str]]:
+    """Return a list of an image and a text; the template writes the placeholder."""
+    text = {"type": "text", "text": question}
+    return [{"type": "image"}, text] if has_image else [text]
+
+
+def _text_with_image(question: str, image: str, has_image: bool) -> str:
+    return f"{image}\n{question}" if has_image else question
+
+
+def _text(question: str, image: str, has_image: bool) -> str:
+    """Return the question; the template writes the placeholder for every message."""
+    return question
