@@ -17,7 +17,7 @@ from nemo_vlm_ptq.calibrate.solve.layer import load_kv_amax, load_scales
 from nemo_vlm_ptq.checkpoints.huggingface import open_source
 from nemo_vlm_ptq.context import RunContext
 from nemo_vlm_ptq.families.base import Sample
-from nemo_vlm_ptq.formats import KV_CACHES, QuantFormat
+from nemo_vlm_ptq.formats import KV_CACHES, MIN_AMAX, QuantFormat
 from nemo_vlm_ptq.reference.model import ReferenceModel
 from nemo_vlm_ptq.targets.checking import Check, ExpectedQuantization
 from nemo_vlm_ptq.targets.registry import TARGETS, load_module
@@ -155,7 +155,7 @@ class TargetVerifier:
                 if entry.is_linear:
                     amax = solved[entry.module_name].input_amax
                     assert amax is not None
-                    scale = float(amax) / INPUT_SCALE_DIVISOR[self.fmt.activation]
+                    scale = _effective(amax) / INPUT_SCALE_DIVISOR[self.fmt.activation]
                     names = entry.for_layer(layer).hf_names
                     scales |= {name.removesuffix(".weight"): scale for name in names}
         return scales
@@ -165,7 +165,7 @@ class TargetVerifier:
         divisor = KV_SCALE_DIVISOR[self.plan.recipe.quantize.kv_cache]
         pairs = []
         for layer in range(self.plan.decoder.layers):
-            solved = [float(amax) / divisor for amax in load_kv_amax(self.scales_folder, layer)]
+            solved = [_effective(one) / divisor for one in load_kv_amax(self.scales_folder, layer)]
             key, value = [max(solved)] * 2 if self.spec.shares_kv_scale else solved
             pairs.append((key, value * (folds.values[layer] if folds.values else 1.0)))
         return pairs
@@ -207,6 +207,11 @@ class TargetVerifier:
         findings = [] if rounded["mean"] <= limit else [line]
         self._add("logits, activations quantized", findings, line)
         self.logits |= {"mean_rounded": rounded["mean"], "mean_quantization": noise["mean"]}
+
+
+def _effective(amax: torch.Tensor) -> float:
+    """Return the amax that a scale stands for: 1 where the calibration saw zeros alone."""
+    return float(amax) if float(amax) > MIN_AMAX else 1.0
 
 
 def check_files(folder: Path) -> list[str]:
