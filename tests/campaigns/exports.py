@@ -72,14 +72,14 @@ def run_campaign(
     context = RunContext(plan=make_plan(make_recipe(work, formats)), parallel=parallel)
     pairs = [(fmt, target) for fmt in context.plan.formats for target in context.plan.targets(fmt)]
     rng, counts = random.Random(seed), Counter()
-    with mock.patch.multiple(verify_target, expected_published=_remember(verify_target.expected_published)), \
-            mock.patch.multiple(trtllm_writer, expected=_remember(trtllm_writer.expected)):  # fmt: skip
+    published, legacy = map(_remember, (verify_target.expected_published, trtllm_writer.expected))
+    with (
+        mock.patch.object(verify_target, "expected_published", published),
+        mock.patch.object(trtllm_writer, "expected", legacy),
+    ):
         for fmt, target in pairs:
             assert (finding := first_finding(context, fmt, target)) is None, finding
-        while (
-            sum(counts[key, found] for key in ("stale", "signed") for found in (True, False))
-            < count
-        ):
+        while counts["tried"] < count:
             fmt, target = rng.choice(pairs)
             damage, signed = rng.choice(DAMAGES), rng.random() < 0.7
             _try(context, (fmt, target), damage, rng, signed, counts)
@@ -97,6 +97,7 @@ def _try(context, pair, damage, rng, signed, counts) -> None:
         if signed:
             sign(folder)
         finding = first_finding(context, *pair)
+        counts["tried"] += 1
         counts["signed" if signed else "stale", finding is not None] += 1
         where = f"{pair[0].name} {pair[1]} {damage.__name__}: {done}"
         if finding is None:

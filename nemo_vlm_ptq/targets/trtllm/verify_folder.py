@@ -5,10 +5,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from nemo_vlm_ptq.checkpoints.huggingface import read_json_object
+from safetensors import safe_open
+
+from nemo_vlm_ptq.checkpoints.huggingface import (
+    all_finite,
+    read_json_object,
+    read_safetensors_header,
+)
 from nemo_vlm_ptq.errors import UserError, VerificationError
 from nemo_vlm_ptq.targets.checking import Check
 from nemo_vlm_ptq.targets.trtllm.contract import run_contract_checks
+from nemo_vlm_ptq.targets.trtllm.contract_config import infinite_keys
+from nemo_vlm_ptq.verify.files import check_files
+from nemo_vlm_ptq.workdir.store import MANIFEST
 
 MAX_PRINTED_FINDINGS = 10  # per check; --json prints all
 
@@ -36,7 +45,7 @@ def verify_folder(folder: Path, *, as_json: bool) -> None:
             "architecture, or rank0.safetensors, in it or in its llm/; verify other exports with "
             "`verify RECIPE`"
         )
-    checks = run_contract_checks(checkpoint)
+    checks = [*run_contract_checks(checkpoint), *_check_beside(folder)]
     print(_format_json(checkpoint, checks) if as_json else _format_text(checks))
     failed = [check for check in checks if check.findings]
     if failed:
@@ -47,8 +56,50 @@ def verify_folder(folder: Path, *, as_json: bool) -> None:
         )
 
 
+def _check_beside(folder: Path) -> list[Check]:
+    """Check what lies beside llm/: vision/, and the manifest of an export of this package."""
+    checks = []
+    if (folder / "vision").is_dir():
+        findings = _check_vision(folder / "vision")
+        about = "tower and projector can be read and are finite"
+        checks.append(Check(name="vision", findings=findings, about=about))
+    if (folder / MANIFEST).is_file():
+        findings = check_files(folder)
+        about = "names and sha256 of every file as written"
+        checks.append(Check(name="manifest", findings=findings, about=about))
+    return checks
+
+
+def _check_vision(folder: Path) -> list[str]:
+    """Return the findings about config.json and the tensors from which the engine is built."""
+    findings = []
+    try:
+        if keys := infinite_keys(read_json_object(folder / "config.json")):
+            findings.append(f"vision/config.json: {keys[0]} must be finite")
+    except (OSError, UserError) as error:
+        findings.append(f"vision/config.json cannot be read: {error}")
+    path = folder / "model.safetensors"
+    try:
+        if not path.is_file():
+            raise UserError("it is missing or no file")
+        read_safetensors_header(path)
+        with safe_open(path, framework="pt") as file:
+            names = sorted(file.keys())
+            for name in names:
+                tensor = file.get_tensor(name)
+                if not tensor.is_floating_point() or not all_finite(tensor):
+                    findings.append(f"vision/model.safetensors: {name} must hold finite numbers")
+        if not names:
+            findings.append("vision/model.safetensors holds no tensors")
+    except Exception as error:  # any damage of the file is a finding
+        findings.append(f"vision/model.safetensors cannot be read: {error}")
+    return findings
+
+
 def _is_trtllm_config(path: Path) -> bool:
     """Return whether a config.json is TensorRT-LLM's; transformers' has `architectures`."""
+    if not path.is_file():
+        return False
     try:
         return "architecture" in read_json_object(path)
     except (OSError, UserError):
