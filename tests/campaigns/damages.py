@@ -161,7 +161,7 @@ def change_metadata(rng: random.Random, folder: Path) -> str | None:
         return None
     metadata = rng.choice(({"format": "tf"}, None, {"format": "pt", "more": "x"}))
     save_file(load_file(path), path, metadata)
-    return f"{path.name}: metadata {metadata}"
+    return f"{path.relative_to(folder)}: metadata {metadata}"
 
 
 def exchange_files(rng: random.Random, folder: Path) -> str | None:
@@ -171,7 +171,7 @@ def exchange_files(rng: random.Random, folder: Path) -> str | None:
     content = first.read_bytes()
     first.write_bytes(second.read_bytes())
     second.write_bytes(content)
-    return f"{first.name} and {second.name} exchanged"
+    return f"{first.relative_to(folder)} and {second.relative_to(folder)} exchanged"
 
 
 def truncate_file(rng: random.Random, folder: Path) -> str | None:
@@ -180,14 +180,14 @@ def truncate_file(rng: random.Random, folder: Path) -> str | None:
     size = path.stat().st_size
     keep = rng.choice((0, 1, size // 2, size - 1, max(0, size - 20)))
     path.write_bytes(path.read_bytes()[:keep])
-    return f"{path.name} truncated from {size} to {keep}"
+    return f"{path.relative_to(folder)} truncated from {size} to {keep}"
 
 
 def append_to_file(rng: random.Random, folder: Path) -> str | None:
     path = pick_file(rng, folder, "*.*")
     assert path is not None
     path.write_bytes(path.read_bytes() + rng.choice((b"\n", b" ", b"\0" * 8, b"{}")))
-    return f"{path.name} lengthened"
+    return f"{path.relative_to(folder)} lengthened"
 
 
 def remove_file(rng: random.Random, folder: Path) -> str | None:

@@ -7,6 +7,8 @@ so that only the content tells. Damage that verify accepts is printed; the exit 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import random
 import shutil
 import sys
@@ -23,12 +25,13 @@ import models
 from campaigns.damages import DAMAGES, undamaged_bytes
 
 from nemo_vlm_ptq.context import RunContext
+from nemo_vlm_ptq.errors import UserError, VerificationError
 from nemo_vlm_ptq.formats import FORMATS
 from nemo_vlm_ptq.planning.make_plan import make_plan
 from nemo_vlm_ptq.recipe import Recipe
 from nemo_vlm_ptq.stages import run_stages
 from nemo_vlm_ptq.targets.trtllm import writer as trtllm_writer
-from nemo_vlm_ptq.targets.trtllm.contract import check_contract
+from nemo_vlm_ptq.targets.trtllm.verify_folder import verify_folder
 from nemo_vlm_ptq.verify import target as verify_target
 from nemo_vlm_ptq.verify.files import list_files
 from nemo_vlm_ptq.workdir import store
@@ -67,7 +70,7 @@ def run_campaign(
     """Damage the exports in a work folder, and restore them; return counts of the outcomes.
 
     Keys are (how the manifest is, whether verify found the damage); ("folder", ...) counts what
-    `verify DIR` finds of damages to TensorRT-LLM checkpoints.
+    `verify DIR` finds of damages to TensorRT-LLM checkpoints whose manifest was signed again.
     """
     context = RunContext(plan=make_plan(make_recipe(work, formats)), parallel=parallel)
     pairs = [(fmt, target) for fmt in context.plan.formats for target in context.plan.targets(fmt)]
@@ -102,8 +105,8 @@ def _try(context, pair, damage, rng, signed, counts) -> None:
         where = f"{pair[0].name} {pair[1]} {damage.__name__}: {done}"
         if finding is None:
             print(f"ACCEPTED{' signed' * signed}: {where}", flush=True)
-        if pair[1] == "trtllm" and "vision/" not in done and not list_files(folder)[1]:
-            found = bool(check_contract(folder / "llm"))
+        if pair[1] == "trtllm" and signed:
+            found = folder_form_finds(folder)
             counts["folder", found] += 1
             if not found:
                 print(f"folder form accepts: {where}", flush=True)
@@ -112,6 +115,16 @@ def _try(context, pair, damage, rng, signed, counts) -> None:
         kept.rename(folder)
         aside = folder.with_name(f"{folder.name}.aside")
         aside.unlink(missing_ok=True)
+
+
+def folder_form_finds(folder: Path) -> bool:
+    """Return whether `verify DIR` finds damage."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            verify_folder(folder, as_json=True)
+    except (VerificationError, UserError):
+        return True
+    return False
 
 
 def sign(folder: Path) -> None:

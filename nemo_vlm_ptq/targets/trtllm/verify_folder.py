@@ -71,13 +71,16 @@ def _check_beside(folder: Path) -> list[Check]:
 
 
 def _check_vision(folder: Path) -> list[str]:
-    """Return the findings about config.json and the tensors from which the engine is built."""
+    """Return the findings about the JSON files and tensors from which the engine is built."""
     findings = []
-    try:
-        if keys := infinite_keys(read_json_object(folder / "config.json")):
-            findings.append(f"vision/config.json: {keys[0]} must be finite")
-    except (OSError, UserError) as error:
-        findings.append(f"vision/config.json cannot be read: {error}")
+    for name in sorted({"config.json", *(path.name for path in folder.glob("*.json"))}):
+        try:
+            if not (folder / name).is_file():
+                raise UserError("it is missing or no file")
+            if keys := infinite_keys(read_json_object(folder / name)):
+                findings.append(f"vision/{name}: {keys[0]} must be finite")
+        except (OSError, UserError) as error:
+            findings.append(f"vision/{name} cannot be read: {error}")
     path = folder / "model.safetensors"
     try:
         if not path.is_file():
