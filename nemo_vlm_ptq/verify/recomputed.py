@@ -78,7 +78,9 @@ def _difference(found: torch.Tensor, expected: torch.Tensor) -> str:
 def _full_names(index: Mapping[str, set[str]]) -> dict[str, str]:
     """Return tensor with the subfolder of its file -> file."""
     return {
-        str(Path(file).with_name(name)): file for file, names in index.items() for name in names
+        "/".join(filter(None, (file.rpartition("/")[0], name))): file
+        for file, names in index.items()
+        for name in names
     }
 
 
