@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import models
 import pytest
 import torch
 from encoded_models import random_model, write_trtllm
@@ -440,3 +441,45 @@ def test_a_bit_of_an_export_that_was_changed_is_found_by_its_manifest(whole, cap
     path.write_bytes(content)
     code, _, err = call(capsys, "verify", whole)
     assert code == 3 and "llm/rank1.safetensors was changed after it was written" in err
+
+
+@pytest.fixture
+def tower(checkpoint):
+    """The folder of an export whose vision/ is that of the tiny LLaVA, and its tensors."""
+    folder = checkpoint.parent / "vision"
+    folder.mkdir()
+    shutil.copy(models.TINY_LLAVA / "config.json", folder)
+    tensors = load_file(models.TINY_LLAVA / models.WEIGHTS)
+    tensors = {name: one for name, one in tensors.items() if not name.startswith("language_model")}
+    save_file(tensors, folder / models.WEIGHTS)
+    return checkpoint.parent, tensors
+
+
+NORM = "vision_tower.vision_model.pre_layrnorm.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda tensors: tensors.pop(NORM), f"{NORM} is missing"),
+        (lambda tensors: tensors.update(more=torch.ones(2)), "more is unexpected"),
+        (
+            lambda tensors: tensors.update({NORM: tensors[NORM][None].clone()}),
+            f"{NORM} must have shape [128], got [1, 128]",
+        ),
+    ],
+)
+def test_the_tower_has_the_tensors_of_its_config(tower, capsys, change, expected):
+    folder, tensors = tower
+    assert call(capsys, "verify", folder)[0] == 0
+    change(tensors)
+    save_file(tensors, folder / "vision" / models.WEIGHTS)
+    code, _, err = call(capsys, "verify", folder)
+    assert code == 3 and f"vision: vision/model.safetensors: {expected}" in err
+
+
+@pytest.mark.parametrize("layers", [10**12, -1, True, "5", None, 4])
+def test_a_tower_of_another_depth_is_found_at_once(tower, capsys, layers):
+    folder, _ = tower
+    edit_config(folder / "vision", lambda c: c["vision_config"].update(num_hidden_layers=layers))
+    assert call(capsys, "verify", folder)[0] == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 
@@ -13,6 +14,8 @@ from nemo_vlm_ptq.checkpoints.huggingface import (
     read_safetensors_header,
 )
 from nemo_vlm_ptq.errors import UserError, VerificationError
+from nemo_vlm_ptq.families import find_family
+from nemo_vlm_ptq.parameter_map.entries import passthrough_names
 from nemo_vlm_ptq.targets.checking import Check
 from nemo_vlm_ptq.targets.trtllm.contract import run_contract_checks
 from nemo_vlm_ptq.targets.trtllm.contract_config import infinite_keys
@@ -61,7 +64,7 @@ def _check_beside(folder: Path) -> list[Check]:
     checks = []
     if (folder / "vision").is_dir():
         findings = _check_vision(folder / "vision")
-        about = "tower and projector can be read and are finite"
+        about = "tower and projector as config.json describes them, finite"
         checks.append(Check(name="vision", findings=findings, about=about))
     if (folder / MANIFEST).is_file():
         findings = check_files(folder)
@@ -81,22 +84,54 @@ def _check_vision(folder: Path) -> list[str]:
                 findings.append(f"vision/{name}: {keys[0]} must be finite")
         except (OSError, UserError) as error:
             findings.append(f"vision/{name} cannot be read: {error}")
-    path = folder / "model.safetensors"
+    return findings or _check_vision_tensors(folder)
+
+
+def _check_vision_tensors(folder: Path) -> list[str]:
+    findings, path = [], folder / "model.safetensors"
     try:
         if not path.is_file():
             raise UserError("it is missing or no file")
         read_safetensors_header(path)
         with safe_open(path, framework="pt") as file:
-            names = sorted(file.keys())
-            for name in names:
+            shapes = {}
+            for name in sorted(file.keys()):
                 tensor = file.get_tensor(name)
+                shapes[name] = tuple(tensor.shape)
                 if not tensor.is_floating_point() or not all_finite(tensor):
                     findings.append(f"vision/model.safetensors: {name} must hold finite numbers")
-        if not names:
+        if not shapes:
             findings.append("vision/model.safetensors holds no tensors")
+        elif not findings:
+            findings += _check_shapes(read_json_object(folder / "config.json"), shapes)
     except Exception as error:  # any damage of the file is a finding
         findings.append(f"vision/model.safetensors cannot be read: {error}")
     return findings
+
+
+def _check_shapes(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """Compare tensors with the tower and projector of config.json, if the package knows them."""
+    try:
+        family = find_family(config)
+    except UserError:
+        return []
+    towers = [one for key, one in config.items() if "vision" in key and isinstance(one, dict)]
+    for layers in (tower.get("num_hidden_layers", 1) for tower in towers):
+        if type(layers) is not int or not 0 < layers <= len(shapes):
+            return [f"vision/config.json: num_hidden_layers is {layers!r} of {len(shapes)} tensors"]
+    try:
+        expected = family.vision_shapes(config)
+    except Exception as error:  # transformers raises its own exception types
+        return [f"vision/config.json describes no tower: {str(error).splitlines()[0]}"]
+    extra = set(shapes) - set(expected) - set(passthrough_names(shapes, family.ignored_tensors))
+    missing = sorted(set(expected) - set(shapes))
+    findings = [f"vision/model.safetensors: {name} is missing" for name in missing]
+    findings += [f"vision/model.safetensors: {name} is unexpected" for name in sorted(extra)]
+    return findings + [
+        f"vision/model.safetensors: {name} must have shape {list(shape)}, got {list(shapes[name])}"
+        for name, shape in expected.items()
+        if name in shapes and shapes[name] != shape
+    ]
 
 
 def _is_trtllm_config(path: Path) -> bool:
