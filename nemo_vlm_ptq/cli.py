@@ -28,6 +28,7 @@ nemo-vlm-ptq build     RECIPE --dry-run         print TensorRT-LLM's build comma
 nemo-vlm-ptq logits    RECIPE from=FORM inputs=FILE output=FILE [key=value ...]
                                                 FORM: hf_source megatron quantized hf
                                                 compressed_tensors trtllm nemo engine
+nemo-vlm-ptq verify    RECIPE --again           verify exports that have passed before, too
 nemo-vlm-ptq verify    DIR [--json]             check a TensorRT-LLM checkpoint of any writer
 nemo-vlm-ptq families | formats [--json]        the support matrix
 
@@ -103,6 +104,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--debug", action="store_true")
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--again", action="store_true")
     return parser.parse_intermixed_args(words)
 
 
@@ -119,6 +121,8 @@ def _run(arguments: argparse.Namespace) -> int:
     command = arguments.command
     if arguments.dry_run and command != "build":
         raise UserError("--dry-run is an option of build: build RECIPE --dry-run")
+    if arguments.again and command != "verify":
+        raise UserError("--again is an option of verify: verify RECIPE --again")
     if command in ("families", "formats"):
         from nemo_vlm_ptq.support_matrix import show_matrix
 
@@ -147,6 +151,7 @@ def _run(arguments: argparse.Namespace) -> int:
         arguments.overrides,
         dry_run=arguments.dry_run,
         as_json=arguments.json and command == "plan",
+        again=arguments.again,
     )
 
 

@@ -31,6 +31,7 @@ def run_command(
     *,
     dry_run: bool = False,
     as_json: bool = False,
+    again: bool = False,
 ) -> int:
     """Plan a recipe and run a command of it.
 
@@ -40,6 +41,7 @@ def run_command(
         overrides: KEY=VALUE words, options of the logits command among them.
         dry_run: print what `build` would run.
         as_json: `plan` prints facts for other programs, and does not inspect this machine.
+        again: `verify` forgets what has passed before.
 
     Returns:
         The exit code.
@@ -63,6 +65,9 @@ def run_command(
         if command == "plan" or dry_run:
             return _print_plan(command, plan, as_json=as_json)
         plan, _ = _resolve_layout(command, plan)
+        if again and not launcher.started_by_us():
+            for fmt in plan.formats:
+                Path(plan.recipe.workdir, fmt.name, "verify.json").unlink(missing_ok=True)
         if inside:
             return _run_rank(command, plan, logits_options)
     ranks = _rank_count(plan.recipe.parallel)

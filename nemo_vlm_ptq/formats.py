@@ -23,6 +23,8 @@ Algorithm = Literal["max", "smoothquant", "awq"]
 MAX_CODE: dict[str, float] = {"fp8": 448.0, "int8": 127.0, "int4": 7.0, "nvfp4": 6.0, "nf4": 1.0}
 MIN_CODE: dict[str, float] = {"fp8": -448.0, "int8": -128.0, "int4": -8.0}
 NVFP4_BLOCK, NF4_BLOCK = 16, 64  # inputs that share a scale
+# Up to this an amax counts as zero, as in modelopt: codes and scales of smaller ones overflow.
+MIN_AMAX = 2.0**-24
 
 
 @dataclass(frozen=True, kw_only=True)

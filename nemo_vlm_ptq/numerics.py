@@ -14,7 +14,14 @@ from __future__ import annotations
 
 import torch
 
-from nemo_vlm_ptq.formats import MAX_CODE, MIN_CODE, NVFP4_BLOCK, Granularity, NumberFormat
+from nemo_vlm_ptq.formats import (
+    MAX_CODE,
+    MIN_AMAX,
+    MIN_CODE,
+    NVFP4_BLOCK,
+    Granularity,
+    NumberFormat,
+)
 
 TIE_MARGIN = 2.0**-20  # relative; some float32 roundings, far below the spacing of 16-bit weights
 TIE_NUDGE = 2.0**-10  # fraction of the distance to its code that a float32 weight moves off a tie
@@ -50,7 +57,7 @@ def weight_amax(weight_OK: torch.Tensor, granularity: Granularity, group: int) -
 
 
 def scale_from_amax(amax: torch.Tensor, number_format: NumberFormat) -> torch.Tensor:
-    """Return the scale of an amax; an amax of zero counts as one.
+    """Return the scale of an amax; an amax up to MIN_AMAX counts as one.
 
     For nvfp4 return the global scale [], which multiplies the e4m3 scales of the blocks.
     """
@@ -63,12 +70,7 @@ def scale_from_amax(amax: torch.Tensor, number_format: NumberFormat) -> torch.Te
 
 
 def expand_scale(scale: torch.Tensor, columns: int) -> torch.Tensor:
-    """Expand a scale [], [O] or [O,G] to a shape that broadcasts with a weight [O,K].
-
-    Args:
-        scale: the scale.
-        columns: K.
-    """
+    """Expand a scale [], [O] or [O,G] to a shape that broadcasts with a weight of K columns."""
     if scale.dim() == 2:
         return scale.repeat_interleave(columns // scale.shape[1], dim=1)
     return scale[:, None] if scale.dim() == 1 else scale
@@ -79,11 +81,10 @@ def encode(
 ) -> torch.Tensor:
     """Encode a weight to codes [O,K]: float8_e4m3fn for fp8, int8 for int8 and int4, else uint8.
 
-    Multiply by (largest code / amax), as modelopt's fake quantization does: dividing by the scale
-    would round ties to other codes, and bf16 weights hold many ties. The quotient is computed
-    between tensors, because torch divides a Python number by a tensor through the reciprocal.
-    nvfp4 divides by the scales, as modelopt 0.47's NVFP4QTensor does; nf4 multiplies by the
-    reciprocal, as bitsandbytes 0.50 does.
+    Multiply by (largest code / amax), as modelopt does: dividing by the scale would round ties to
+    other codes. The quotient is computed between tensors, because torch divides a Python number by
+    a tensor through the reciprocal. nvfp4 divides by the scales, as modelopt 0.47's NVFP4QTensor
+    does; nf4 multiplies by the reciprocal, as bitsandbytes 0.50 does.
 
     Args:
         weight_OK: the weight.
@@ -113,9 +114,9 @@ def decode(
     """Decode codes to values [O,K] float32.
 
     Args:
-        codes_OK: the codes.
+        codes_OK: the codes, of this number format.
         scale: [], [O] or [O,G]; for nvfp4 [O,K/16], the block scales times the global scale.
-        number_format: number format of the codes.
+        number_format: of the codes.
     """
     if number_format == "nvfp4":
         magnitudes = E2M1_MAGNITUDES
@@ -146,7 +147,7 @@ def nvfp4_block_scales(weight_OK: torch.Tensor, amax: torch.Tensor) -> torch.Ten
 
     Args:
         weight_OK: the weight.
-        amax: [], from which `scale_from_amax` derives the global scale.
+        amax: [], of the global scale.
     """
     block_amax = weight_OK.float().unflatten(1, (-1, NVFP4_BLOCK)).abs().amax(dim=2)
     scales = block_amax / (MAX_CODE["nvfp4"] * scale_from_amax(amax, "nvfp4"))
@@ -184,8 +185,7 @@ def quantize_nf4_absmax(absmax_n: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
     Returns:
         codes uint8 [n], indices into bitsandbytes' 256 dynamic values; their nested scales float32
-        [ceil(n/256)]; and the offset float32 [], the mean, which is summed in float64 to be the
-        same on every machine.
+        [ceil(n/256)]; the offset float32 [], the mean, summed in float64 for equal bits anywhere.
     """
     offset = absmax_n.double().mean().float()
     centred_n = absmax_n.float() - offset
@@ -296,5 +296,5 @@ def _expand_nested(nested_m: torch.Tensor, length: int) -> torch.Tensor:
 
 
 def _positive_amax(amax: torch.Tensor) -> torch.Tensor:
-    """Return the amax as float32, with zeros replaced by ones."""
-    return torch.where(amax > 0, amax.float(), torch.ones_like(amax, dtype=torch.float32))
+    """Return the amax as float32, with ones in place of those up to MIN_AMAX."""
+    return torch.where(amax > MIN_AMAX, amax.float(), torch.ones_like(amax, dtype=torch.float32))

@@ -133,7 +133,7 @@ class Export:
 
     def changed(self):
         """Files that are not as the manifest says."""
-        from nemo_vlm_ptq.verify.target import check_files
+        from nemo_vlm_ptq.verify.files import check_files
 
         return check_files(self.folder)
 

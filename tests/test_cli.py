@@ -133,6 +133,21 @@ def test_a_failed_verification_ends_with_3_and_a_bug_with_its_traceback(monkeypa
         cli.main()
 
 
+def test_again_makes_verify_forget_what_has_passed(tmp_path, monkeypatch, capsys):
+    work = tmp_path / "work"
+    for name in ("fp8", "int8_sq", "nf4"):
+        (work / name).mkdir(parents=True)
+        (work / name / "verify.json").write_text("{}")
+    monkeypatch.setattr(commands, "_run_here", lambda *_: 0)
+    words = ("quickstart", f"workdir={work}", "quantize.format=[fp8, int8_sq]", "parallel.tensor=1")
+    assert call(capsys, "verify", *words)[0] == 0
+    assert len(list(work.glob("*/verify.json"))) == 3
+    assert call(capsys, "verify", *words, "--again")[0] == 0
+    assert [path.parent.name for path in work.glob("*/verify.json")] == ["nf4"]
+    code, _, err = call(capsys, "run", *words, "--again")
+    assert code == 2 and "--again is an option of verify: verify RECIPE --again" in err
+
+
 @pytest.mark.parametrize("word", ["from", "inputs", "dtype"])
 def test_an_option_of_logits_without_a_value_is_rejected(tmp_path, word):
     recipe = write_recipe(tmp_path)

@@ -154,7 +154,7 @@ TENSOR_CASES = {
     ),
     "codes of zero": (
         "int4_awq", replace(f"{FC}weight", torch.zeros_like),
-        f"{FC}weight must hold a nonzero value, got only zeros",
+        f"{FC}weight must hold a nonzero value, got only zeros with the scales of other values",
     ),
     "different norm": ("fp8", fill(NORM, 3.0), f"{NORM} {REPLICATED}"),
     "different input scale": (

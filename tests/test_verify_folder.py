@@ -1,8 +1,10 @@
 """Contract checks of a whole checkpoint folder, and the command `verify DIR`."""
 
 import json
+import re
 import shutil
 
+import models
 import pytest
 import torch
 from encoded_models import random_model, write_trtllm
@@ -14,6 +16,8 @@ from test_contract_damage import KV_SCALE, LAYER, QKV, assert_findings, edit_ran
 from nemo_vlm_ptq import commands
 from nemo_vlm_ptq.formats import FORMATS
 from nemo_vlm_ptq.targets.trtllm.contract import check_contract
+from nemo_vlm_ptq.verify.files import list_files
+from nemo_vlm_ptq.workdir import store
 
 CHECKS = ("config", "files", "names", "shapes", "values", "ranks", "padding")
 LINEARS = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.gate", "mlp.proj")
@@ -285,3 +289,197 @@ def test_recipe_name_takes_precedence_over_a_folder(checkpoint, monkeypatch, cap
     assert call(capsys, "verify", "quickstart") == expected
     code, _, err = call(capsys, "verify", "./quickstart")
     assert code == 2 and "holds no TensorRT-LLM checkpoint" in err
+
+
+INFINITE = float("inf")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000, a rank file holds *"),
+        ({"num_hidden_layers": 10**30}, "num_hidden_layers must be at most *"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers must be a positive integer, got -1"),
+        ({"num_hidden_layers": True}, "num_hidden_layers must be a positive integer, got True"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers must be a positive integer, got '2'"),
+        ({"num_hidden_layers": 2.0}, "num_hidden_layers must be a positive integer, got 2.0"),
+        ({"hidden_size": 10**15}, "hidden_size must be at most *"),
+        ({"vocab_size": 10**300}, "vocab_size must be at most *"),
+        ({"head_size": 0}, "head_size must be a positive integer, got 0"),
+        (
+            {"mapping": {"world_size": 10**12, "tp_size": 10**12, "pp_size": 1}},
+            "mapping.world_size must be at most 1024, *",
+        ),
+        ({"rotary_base": INFINITE}, "rotary_base must be finite"),
+        ({"rotary_base": float("nan")}, "rotary_base must be finite"),
+        ({"rotary_base": "10000"}, "rotary_base must be greater than 1, got '10000'"),
+        ({"rotary_base": True}, "rotary_base must be greater than 1, got True"),
+        ({"rotary_base": None}, "rotary_base must be greater than 1, got None"),
+        ({"rotary_pct": 0}, "rotary_pct must be above 0 and at most 1, got 0"),
+        ({"rotary_scaling": ["type"]}, "rotary_scaling must have the key type or rope_type"),
+        (
+            {"rotary_scaling": {"type": "linear", "factor": [1.0, -INFINITE]}},
+            "rotary_scaling.factor.1 must be finite",
+        ),
+        ({"norm_epsilon": INFINITE}, "norm_epsilon must be finite"),
+        ({"norm_epsilon": "1e-5"}, "norm_epsilon must be between 0 and 1, got '1e-5'"),
+        ({"more": {"deep": [{"x": INFINITE}]}}, "more.deep.0.x must be finite"),
+    ],
+)
+def test_sizes_and_numbers_of_no_model_are_findings_at_once(checkpoint, changes, expected):
+    edit_config(checkpoint, lambda config: config.update(changes))
+    found = check_contract(checkpoint)
+    pattern = re.escape(f"config.json: {expected}").replace(r"\*", ".*")
+    assert re.fullmatch(pattern, found[0]), found
+
+
+@pytest.mark.parametrize("size", [10**15, -128, True, "128", 0])
+def test_a_group_size_of_no_kernel_is_a_finding(tmp_path, size):
+    write_trtllm(tmp_path / "llm", encoded_model("int4_awq"), (1, 1))
+    edit_config(tmp_path / "llm", lambda config: config["quantization"].update(group_size=size))
+    expected = f"config.json: group_size of W4A16_AWQ must be 64 or 128, got {size}"
+    assert check_contract(tmp_path / "llm") == [expected]
+
+
+def test_an_exponent_beyond_float_is_a_finding(checkpoint):
+    text = (checkpoint / "config.json").read_text()
+    text = re.sub(r'"rotary_base": [0-9.]+', '"rotary_base": 1e999', text)
+    (checkpoint / "config.json").write_text(text)
+    assert check_contract(checkpoint) == ["config.json: rotary_base must be finite"]
+
+
+def test_a_folder_without_rank_files_is_not_searched_for_the_tensors_of_its_config(checkpoint):
+    for path in checkpoint.glob("rank*"):
+        path.unlink()
+    edit_config(checkpoint, lambda config: config.update(num_hidden_layers=10**9))
+    expected = "config.json: num_hidden_layers is 1000000000, a rank file holds 0 tensors"
+    assert check_contract(checkpoint) == [expected]
+
+
+def test_pruned_linears_pass(tmp_path):
+    write_trtllm(tmp_path / "llm", encoded_model("int4_awq"), (2, 1))
+    key = f"{LAYER}mlp.fc."
+
+    def prune(tensors):
+        tensors[f"{key}weight"].zero_()
+        tensors[f"{key}weights_scaling_factor"].fill_(1 / 7)
+
+    for rank in range(2):
+        edit_rank(tmp_path / "llm", rank, prune)
+    assert check_contract(tmp_path / "llm") == []
+
+
+@pytest.fixture
+def whole(checkpoint):
+    """The folder of an export: llm/, vision/ and a manifest."""
+    folder = checkpoint.parent
+    (folder / "vision").mkdir()
+    save_file({"tower.weight": torch.ones(2, 2)}, folder / "vision" / "model.safetensors")
+    (folder / "vision" / "config.json").write_text('{"vision_config": {"patch_size": 14}}')
+    files = store.hash_files(folder, list_files(folder)[0])
+    store.write_json(folder / "manifest.json", {"stage": "export", "settings": {}, "files": files})
+    return folder
+
+
+def lose_vision_tensors(folder):
+    save_file({}, folder / "vision" / "model.safetensors")
+
+
+def spoil_vision(folder):
+    save_file({"tower.weight": torch.full((2, 2), INFINITE)}, folder / "vision/model.safetensors")
+
+
+def truncate_vision(folder):
+    path = folder / "vision" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def lose_vision(folder):
+    (folder / "vision" / "model.safetensors").unlink()
+
+
+def spoil_vision_config(folder):
+    (folder / "vision" / "config.json").write_text('{"vision_config": {"patch_size": Infinity}}')
+
+
+def lose_vision_config(folder):
+    (folder / "vision" / "config.json").unlink()
+
+
+VISION_DAMAGES = {
+    lose_vision_tensors: "vision/model.safetensors holds no tensors",
+    spoil_vision: "vision/model.safetensors: tower.weight must hold finite numbers",
+    truncate_vision: "vision/model.safetensors cannot be read: ",
+    lose_vision: "vision/model.safetensors cannot be read: it is missing or no file",
+    spoil_vision_config: "vision/config.json: vision_config.patch_size must be finite",
+    lose_vision_config: "vision/config.json cannot be read: ",
+}
+
+
+@pytest.mark.parametrize("damage", VISION_DAMAGES)
+def test_damage_to_the_tower_is_found(whole, capsys, damage):
+    (whole / "manifest.json").unlink()
+    assert call(capsys, "verify", whole)[0] == 0
+    damage(whole)
+    code, out, err = call(capsys, "verify", whole)
+    assert code == 3 and "vision  FAILED" in out and VISION_DAMAGES[damage] in err
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "llm/chat_template.jinja", "vision/x.bin"])
+def test_a_file_that_an_export_does_not_list_is_found(whole, capsys, name):
+    assert call(capsys, "verify", whole)[0] == 0
+    (whole / name).write_text("{}")
+    code, out, err = call(capsys, "verify", whole)
+    assert code == 3 and "manifestFAILED" in out.replace(" ", "")
+    assert f"manifest: {name} does not belong to the export; remove it" in err
+
+
+def test_a_bit_of_an_export_that_was_changed_is_found_by_its_manifest(whole, capsys):
+    path = rank_file(whole / "llm", 1)
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(content)
+    code, _, err = call(capsys, "verify", whole)
+    assert code == 3 and "llm/rank1.safetensors was changed after it was written" in err
+
+
+@pytest.fixture
+def tower(checkpoint):
+    """The folder of an export whose vision/ is that of the tiny LLaVA, and its tensors."""
+    folder = checkpoint.parent / "vision"
+    folder.mkdir()
+    shutil.copy(models.TINY_LLAVA / "config.json", folder)
+    tensors = load_file(models.TINY_LLAVA / models.WEIGHTS)
+    tensors = {name: one for name, one in tensors.items() if not name.startswith("language_model")}
+    save_file(tensors, folder / models.WEIGHTS)
+    return checkpoint.parent, tensors
+
+
+NORM = "vision_tower.vision_model.pre_layrnorm.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda tensors: tensors.pop(NORM), f"{NORM} is missing"),
+        (lambda tensors: tensors.update(more=torch.ones(2)), "more is unexpected"),
+        (
+            lambda tensors: tensors.update({NORM: tensors[NORM][None].clone()}),
+            f"{NORM} must have shape [128], got [1, 128]",
+        ),
+    ],
+)
+def test_the_tower_has_the_tensors_of_its_config(tower, capsys, change, expected):
+    folder, tensors = tower
+    assert call(capsys, "verify", folder)[0] == 0
+    change(tensors)
+    save_file(tensors, folder / "vision" / models.WEIGHTS)
+    code, _, err = call(capsys, "verify", folder)
+    assert code == 3 and f"vision: vision/model.safetensors: {expected}" in err
+
+
+@pytest.mark.parametrize("layers", [10**12, -1, True, "5", None, 4])
+def test_a_tower_of_another_depth_is_found_at_once(tower, capsys, layers):
+    folder, _ = tower
+    edit_config(folder / "vision", lambda c: c["vision_config"].update(num_hidden_layers=layers))
+    assert call(capsys, "verify", folder)[0] == 3

@@ -18,7 +18,9 @@ import torch
 
 from nemo_vlm_ptq.errors import VerificationError
 from nemo_vlm_ptq.reference.number_formats import (
+    FP8_HALF_SUBNORMAL,
     ActivationFormat,
+    nvfp4_underflow,
     round_to_fp8,
     unpack_e2m1,
     unpack_int4,
@@ -37,11 +39,14 @@ class Dequantized:
     step: factor between a code and its value, broadcastable to [O,K].
     step_error: upper bound of the error of `step` if the checkpoint stores it rounded (nf4, packed
         integers), else None.
+    underflow: upper bound of the error [], or broadcastable to [O,K], that values and scales below
+        the normal numbers of fp8 add to the half step (nvfp4, W4A8), else None.
     """
 
     weight: torch.Tensor
     step: torch.Tensor
     step_error: torch.Tensor | None = None
+    underflow: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -224,13 +229,15 @@ def _decode(number_format: str, two_level: bool, tensors: StoredTensors) -> Dequ
     """Decode a weight; `two_level` rounds it to fp8 in units of scale_2 as well (W4A8)."""
     unpack = UNPACK.get(number_format)
     codes_OK = tensors["weight"].float() if unpack is None else unpack(tensors["weight"])
-    step = _expand_scale(tensors["scale"].float(), codes_OK.shape[1])
+    step, underflow = _expand_scale(tensors["scale"].float(), codes_OK.shape[1]), None
     if "scale_2" in tensors and not two_level:
+        underflow = nvfp4_underflow(step, tensors["scale_2"])
         step = step * tensors["scale_2"]
     weight_OK = codes_OK * step
     if two_level:
         weight_OK = round_to_fp8(weight_OK / tensors["scale_2"]) * tensors["scale_2"]
-    return Dequantized(weight=weight_OK, step=step)
+        underflow = FP8_HALF_SUBNORMAL * tensors["scale_2"]
+    return Dequantized(weight=weight_OK, step=step, underflow=underflow)
 
 
 def _expand_scale(scale: torch.Tensor, columns: int) -> torch.Tensor:

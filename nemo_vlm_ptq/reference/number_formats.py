@@ -16,6 +16,7 @@ import torch
 ActivationFormat = Literal["fp8", "int8", "fp8_token", "nvfp4"]
 
 FP8_MAX, INT8_MIN, INT8_MAX, E2M1_MAX = 448.0, -128.0, 127.0, 6.0
+FP8_MIN_NORMAL, FP8_HALF_SUBNORMAL = 2.0**-6, 2.0**-10  # half the distance below the first
 NVFP4_BLOCK, NF4_BLOCK = 16, 64  # values that share a scale
 E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # magnitudes by code
 # Quantiles of the normal distribution (Dettmers et al. 2023, appendix E).
@@ -69,6 +70,17 @@ def round_to_e2m1(x: torch.Tensor) -> torch.Tensor:
     magnitude = x.abs()
     step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
     return ((magnitude / step).round() * step).clamp(max=E2M1_MAX) * x.sign()
+
+
+def nvfp4_underflow(block_scale: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
+    """Return the error that rounding a small block scale may add to the largest value of its block.
+
+    Args:
+        block_scale: e4m3 numbers in float32, of any shape.
+        global_scale: broadcastable to it.
+    """
+    added = E2M1_MAX * FP8_HALF_SUBNORMAL * global_scale
+    return torch.where(block_scale < FP8_MIN_NORMAL, added, torch.zeros_like(added))
 
 
 def _fake_quantize_nvfp4(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

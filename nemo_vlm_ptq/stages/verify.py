@@ -15,9 +15,10 @@ from nemo_vlm_ptq.distributed.layout import round_robin
 from nemo_vlm_ptq.errors import VerificationError
 from nemo_vlm_ptq.families.base import Sample
 from nemo_vlm_ptq.formats import QuantFormat
+from nemo_vlm_ptq.verify.files import is_unchanged
 from nemo_vlm_ptq.verify.megatron import verify_megatron
 from nemo_vlm_ptq.verify.model_forms import quantized_logits, source_logits
-from nemo_vlm_ptq.verify.target import ExpectedLogits, TargetVerifier, check_files
+from nemo_vlm_ptq.verify.target import ExpectedLogits, TargetVerifier
 from nemo_vlm_ptq.workdir import store
 
 SAMPLE_COUNT = 8
@@ -71,7 +72,12 @@ def _verify_format(context: RunContext, fmt: QuantFormat, logits: MegatronLogits
     for folder in folders.values():
         store.require_manifest(folder, "export")
     settings = {target: store.hash_manifest(folder) for target, folder in folders.items()}
-    if on_rank_zero(parallel, lambda: _is_verified(path, settings, list(folders.values()))):
+    if on_rank_zero(parallel, lambda: is_unchanged(folders.values(), _read(path), settings)):
+        if parallel.rank == 0:
+            parallel.log(
+                f"verify {fmt.name}: skipped, it passed before and no file has changed since; "
+                "`verify RECIPE --again` repeats it"
+            )
         return
     expected = logits.of_format(fmt)
     own: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {}
@@ -99,9 +105,9 @@ def _verify_format(context: RunContext, fmt: QuantFormat, logits: MegatronLogits
         raise VerificationError(f"verify {fmt.name}: {failed[0]['name']}: {failed[0]['detail']}")
 
 
-def _is_verified(path: Path, settings: dict[str, Any], folders: list[Path]) -> bool:
-    """Whether these exports passed before and no file has changed since."""
-    before = store.read_json(path) if path.is_file() else {}
-    if not before.get("passed") or before["settings"] != settings:
-        return False
-    return not any(check_files(folder) for folder in folders)
+def _read(path: Path) -> Any:
+    """Return the record of an earlier verification, None if there is none."""
+    try:
+        return store.read_json(path)
+    except (OSError, ValueError):
+        return None

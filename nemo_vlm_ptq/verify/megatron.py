@@ -10,8 +10,9 @@ from typing import Any
 
 from nemo_vlm_ptq.context import RunContext, on_rank_zero
 from nemo_vlm_ptq.formats import QuantFormat
+from nemo_vlm_ptq.verify.files import check_files
 from nemo_vlm_ptq.verify.model_forms import stored_logits
-from nemo_vlm_ptq.verify.target import TOLERANCE, ExpectedLogits, check_files, distance
+from nemo_vlm_ptq.verify.target import TOLERANCE, ExpectedLogits, distance
 
 TARGET = "megatron"
 

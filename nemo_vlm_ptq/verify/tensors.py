@@ -148,6 +148,8 @@ def half_step_excess(
         slack = (
             slack + (found.abs() + allowed) * BF16_HALF_ULP
         )  # products or scales rounded to 16 bit
+    if values.underflow is not None:
+        allowed = allowed + values.underflow
     if linear.number_format == "int4":
         top, below = 7 * step, 1 - FP8_HALF_STEP * linear.fp8_roundings
         beyond = (exact.abs() >= found.abs()) & (found.abs() >= top * below * 0.999)

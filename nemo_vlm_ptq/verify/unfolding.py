@@ -105,4 +105,7 @@ def unfold(linears: Mapping[str, ReadLinear], folds: Folds) -> dict[str, ReadLin
 
 def _decode(decode: Callable[[StoredTensors], Dequantized], stored: StoredTensors) -> Dequantized:
     folded, factor = decode(stored), stored[OUTPUT_FACTORS][:, None]
-    return replace(folded, weight=folded.weight / factor, step=folded.step / factor)
+    step_error, underflow = (
+        None if bound is None else bound / factor for bound in (folded.step_error, folded.underflow)
+    )
+    return Dequantized(folded.weight / factor, folded.step / factor, step_error, underflow)

@@ -32,7 +32,7 @@ from nemo_vlm_ptq.calibrate.solve.search import (
 )
 from nemo_vlm_ptq.calibrate.solve.svdquant import low_rank_factors, singular_vector_solver
 from nemo_vlm_ptq.calibrate.statistics import InputStatistics
-from nemo_vlm_ptq.formats import QuantFormat
+from nemo_vlm_ptq.formats import MIN_AMAX, QuantFormat
 from nemo_vlm_ptq.parameter_map.sharding import HeadSizes
 
 CLIPPED_SAMPLE_ROWS = 512  # rows that a search evaluates if it also clips
@@ -158,12 +158,15 @@ def candidate_scales(
     if shared_heads is not None:
         act_K = _mean_per_kv_head(act_K, shared_heads)
         weight_K = _mean_per_kv_head(weight_K, shared_heads)
+    is_dead_K = (act_K < 2 * TINY) | (weight_K <= MIN_AMAX)  # without effect: not scaled
 
     def compute_scales(alphas: Sequence[float]) -> torch.Tensor:
         alpha_C1 = torch.tensor(alphas, device=act_K.device)[:, None]
         scale_CK = (act_K.pow(alpha_C1) / (weight_K.pow(1 - alpha_C1) + TINY)).clamp(1e-4, 1e4)
-        extremes_C1 = scale_CK.amax(1, keepdim=True) * scale_CK.amin(1, keepdim=True)
-        scale_CK = scale_CK / extremes_C1.sqrt()
+        largest_C1 = scale_CK.masked_fill(is_dead_K, 0.0).amax(1, keepdim=True)
+        least_C1 = scale_CK.masked_fill(is_dead_K, torch.inf).amin(1, keepdim=True)
+        scale_CK = scale_CK / (largest_C1 * least_C1).sqrt()
+        scale_CK = scale_CK.masked_fill(is_dead_K, 1.0)
         return (1.0 / scale_CK).to(weight_OK.dtype).float()
 
     return compute_scales

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from nemo_vlm_ptq.formats import MAX_CODE, MIN_CODE, NumberFormat, QuantFormat
+from nemo_vlm_ptq.formats import MAX_CODE, MIN_AMAX, MIN_CODE, NumberFormat, QuantFormat
 from nemo_vlm_ptq.numerics import fake_quantize
 
 
@@ -39,7 +39,7 @@ def _fake_quantize_once(
     if number_format in ("nvfp4", "nf4"):
         return fake_quantize(weight_OK, amax, number_format)
     min_code, max_code = MIN_CODE[number_format], MAX_CODE[number_format]
-    safe = torch.where(amax > 0, amax.float(), 1.0)
+    safe = torch.where(amax > MIN_AMAX, amax.float(), 1.0)
     safe_OG = safe.reshape(-1, 1) if safe.dim() < 2 else safe
     # A tensor, because PyTorch divides a Python number by a tensor through the reciprocal.
     max_code_OG = torch.full_like(safe_OG, max_code)

@@ -17,10 +17,11 @@ import torch
 import triton
 import triton.language as tl
 
-from nemo_vlm_ptq.formats import MAX_CODE, MIN_CODE, NumberFormat
+from nemo_vlm_ptq.formats import MAX_CODE, MIN_AMAX, MIN_CODE, NumberFormat
 
 NO_FMA: dict[str, Any] = {"enable_fp_fusion": False}  # round products as eager PyTorch does
 ROUND_32 = tl.constexpr(1.5 * 2.0**23)  # adding and subtracting it rounds float32, halves to even
+LEAST_AMAX = tl.constexpr(MIN_AMAX)
 
 
 def clip_candidates(
@@ -123,7 +124,7 @@ def _clip_candidates_kernel(
     best_amax = plain_amax
     for step in range(num_ratios):
         amax = (plain_amax * tl.load(ratios_ptr + step)).to(weight.dtype).to(tl.float32)
-        safe = tl.where(amax > 0, amax, 1.0)
+        safe = tl.where(amax > LEAST_AMAX, amax, 1.0)
         factor = tl.div_rn(tl.zeros_like(safe) + MAX, safe)
         codes = ((smooth * factor[:, None]) + ROUND_32) - ROUND_32
         codes = tl.minimum(tl.maximum(codes, MIN), MAX)
@@ -153,7 +154,7 @@ def _round_to_e4m3(value):
 @triton.jit
 def _fake_quantize(value, amax, MIN, MAX, FP8: tl.constexpr):
     """Quantize and dequantize."""
-    safe = tl.where(amax > 0, amax, 1.0)
+    safe = tl.where(amax > LEAST_AMAX, amax, 1.0)
     code = value * tl.div_rn(tl.zeros_like(safe) + MAX, safe)
     if FP8:
         code = _round_to_e4m3(tl.minimum(tl.maximum(code, MIN), MAX))

@@ -18,7 +18,7 @@ import torch
 from nemo_vlm_ptq.calibrate.losses import group_amax, row_chunks
 from nemo_vlm_ptq.calibrate.solve.fake_quantize import fake_quantize_weight
 from nemo_vlm_ptq.calibrate.statistics import ROW_PARALLEL, InputStatistics
-from nemo_vlm_ptq.formats import QuantFormat
+from nemo_vlm_ptq.formats import MIN_AMAX, QuantFormat
 from nemo_vlm_ptq.numerics import nudge_off_ties
 
 TENSOR_FIELDS = (
@@ -47,7 +47,8 @@ class LinearScales:
         branch b a, subtracted from the weight after its division by pre_quant_scale.
     alpha: exponent of the pre_quant_scale, or None.
     image_share: weight of image tokens in the search, or None.
-    error: relative error of the output caused by weight quantization, over all tokens:
+    error: relative error of the output caused by weight quantization, over all tokens, 0 if the
+        output is zero:
         sqrt(tr(dW E[x x^T] dW^T) / tr(W E[x x^T] W^T)), as a sketch estimates it; None without
         second moments.
     error_text, error_image: the same over the tokens of one modality.
@@ -149,8 +150,11 @@ def make_scales(
             amax_K = amax_K * pre_quant_scale_K
         input_amax = round_amax(amax_K.amax(), weight_OK.dtype)
     a_RK, b_OR = branch or (None, None)
+    amax = plain_amax if amax is None else amax
+    if fmt.weight != "nf4":  # zeros take the tensor's amax, so that no scale stands out
+        amax = torch.where(amax > MIN_AMAX, amax, tensor_amax.to(amax))
     scales = LinearScales(
-        weight_amax=plain_amax if amax is None else amax,
+        weight_amax=amax,
         weight_amax_2=None if fmt.second_weight is None else tensor_amax,
         input_amax=input_amax,
         pre_quant_scale=pre_quant_scale_K,
@@ -260,7 +264,8 @@ def with_errors(
             error_power[modality] += moment.row_losses(delta_NK).sum()
     powers = {"all": _weighted(error_power, shares), **error_power}
     outputs = {"all": _weighted(output_power, shares), **output_power}
-    ratios = torch.stack([powers[key] / outputs[key] for key in powers])
+    losses, totals = torch.stack([*powers.values()]), torch.stack([outputs[key] for key in powers])
+    ratios = torch.where(totals > 0, losses / totals, 0.0)  # a linear without output has no error
     errors = dict(zip(powers, ratios.clamp(min=0).sqrt().tolist(), strict=True))
     return replace(
         scales,

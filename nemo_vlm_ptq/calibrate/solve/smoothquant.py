@@ -22,7 +22,7 @@ from nemo_vlm_ptq.calibrate.solve.scales import (
 )
 from nemo_vlm_ptq.calibrate.solve.search import RowSample, candidate_loss, sample_rows, search_alpha
 from nemo_vlm_ptq.calibrate.statistics import InputStatistics
-from nemo_vlm_ptq.formats import MAX_CODE, QuantFormat
+from nemo_vlm_ptq.formats import MAX_CODE, MIN_AMAX, QuantFormat
 
 MIN_INPUT_AMAX = 2.0**-31  # input channels up to this amax are not scaled
 
@@ -32,6 +32,8 @@ def smoothing_scale(
 ) -> torch.Tensor:
     """Return the pre_quant_scale [K] of an exponent, as modelopt 0.47 computes it.
 
+    A pruned channel, whose weights are zero, is at most scaled down to the others' largest input.
+
     Args:
         weight_amax_K: largest |w| of each input channel.
         input_amax_K: largest |x| of each input channel.
@@ -39,7 +41,14 @@ def smoothing_scale(
     """
     scale = weight_amax_K.pow(1 - alpha) / input_amax_K.pow(alpha)
     scale = torch.where(input_amax_K <= MIN_INPUT_AMAX, torch.ones_like(scale), scale)
-    return scale.clamp(1e-4, 1e4)
+    scale = scale.clamp(1e-4, 1e4)
+    # A channel of zeros has no weight to roughen; it must not widen the input, nor shrink the scale
+    # that folding shares among query heads.
+    is_pruned_K = weight_amax_K <= MIN_AMAX
+    widest = (input_amax_K * scale).masked_fill(is_pruned_K, 0.0).amax()
+    return torch.where(
+        is_pruned_K, (widest / input_amax_K.clamp(min=MIN_INPUT_AMAX)).clamp(1e-4, 1.0), scale
+    )
 
 
 def smoothquant(

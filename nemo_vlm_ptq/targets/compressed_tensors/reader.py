@@ -29,8 +29,11 @@ from nemo_vlm_ptq.reference.checkpoint import (
 )
 from nemo_vlm_ptq.reference.files import read_files
 from nemo_vlm_ptq.reference.number_formats import (
+    FP8_HALF_SUBNORMAL,
     FP8_MAX,
+    NVFP4_BLOCK,
     ActivationFormat,
+    nvfp4_underflow,
     round_to_fp8,
     unpack_e2m1,
     unpack_int32,
@@ -180,14 +183,17 @@ def _pop_linear(tensors: dict[str, torch.Tensor], name: str, scheme: Scheme) -> 
 
 
 def _decode(number_format: str, w4a8: bool, stored: StoredTensors) -> Dequantized:
-    codes_OK, scale = _unpack_codes(stored, number_format), stored[SCALE].float()
+    codes_OK, scale, underflow = _unpack_codes(stored, number_format), stored[SCALE].float(), None
     if "weight_global_scale" in stored:
+        small = nvfp4_underflow(scale, 1 / stored["weight_global_scale"])
+        underflow = small.repeat_interleave(NVFP4_BLOCK, dim=1)
         scale = scale / stored["weight_global_scale"]
-    dequantize = _dequantize_w4a8 if w4a8 else _dequantize
-    weight_OK, step = dequantize(codes_OK, scale)
+    weight_OK, step = _dequantize(codes_OK, scale)
+    if w4a8:
+        weight_OK, underflow = _dequantize_w4a8(codes_OK, scale)
     half_ulp = HALF_ULP.get(stored[SCALE].dtype)
     step_error = None if half_ulp is None else step * half_ulp
-    return Dequantized(weight=weight_OK, step=step, step_error=step_error)
+    return Dequantized(weight=weight_OK, step=step, step_error=step_error, underflow=underflow)
 
 
 def _unpack_codes(stored: StoredTensors, number_format: str) -> torch.Tensor:
@@ -232,7 +238,7 @@ def _dequantize(codes_OK: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tens
 def _dequantize_w4a8(
     codes_OK: torch.Tensor, scale_OG: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the weight [O,K] and its step as vLLM's W4A8 kernel computes them.
+    """Return the weight [O,K] as vLLM's W4A8 kernel computes it, and its error by underflow [O,1].
 
     The kernel rounds group scales to e4m3 in units of one scale per output channel, and the product
     of code and group scale to e4m3 again. It stores an eighth of the group scale, which is exact
@@ -242,7 +248,9 @@ def _dequantize_w4a8(
     group_OG = round_to_fp8(round_to_fp8(scale_OG / channel_O1) / 8)
     group_OK = group_OG.repeat_interleave(codes_OK.shape[1] // scale_OG.shape[1], dim=1)
     weight_OK = round_to_fp8(codes_OK * group_OK) * (channel_O1 * 8)
-    return weight_OK, _dequantize(codes_OK, scale_OG)[1]
+    # Codes up to 8 times the scale in units of the channel's, then of 8 times it; then the value.
+    underflow_O1 = (8 * (1 + 8) + 8) * FP8_HALF_SUBNORMAL * channel_O1
+    return weight_OK, underflow_O1
 
 
 def _pop_kv_cache(

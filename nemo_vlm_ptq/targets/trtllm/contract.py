@@ -23,6 +23,8 @@ from nemo_vlm_ptq.targets.trtllm.contract_config import check_config, get_quanti
 from nemo_vlm_ptq.targets.trtllm.contract_tensors import ExpectedTensor, expected_tensors
 from nemo_vlm_ptq.targets.trtllm.contract_values import VALUE_CHECKS, check_pipeline_stage
 
+USUAL_LAYERS = 1000  # of which tensors are listed; more only if the files hold as many
+
 
 def check_contract(folder: Path) -> list[str]:
     """Return all findings for a checkpoint folder, one line each; empty if it is correct."""
@@ -36,6 +38,8 @@ def run_contract_checks(folder: Path) -> list[Check]:
         folder: with config.json and rank{r}.safetensors.
     """
     try:
+        if not (folder / "config.json").is_file():
+            raise UserError("it is no file")
         config = read_json_object(folder / "config.json")
     except (OSError, UserError) as error:
         finding = f"config.json cannot be read: {error}"
@@ -44,6 +48,11 @@ def run_contract_checks(folder: Path) -> list[Check]:
         return [Check(name="config", findings=problems, about="")]
     world_size, tp = config["mapping"]["world_size"], config["mapping"]["tp_size"]
     headers, files = _read_headers(folder, world_size)
+    most = max((len(header) for header in headers.values()), default=0)
+    layers = config["num_hidden_layers"]
+    if layers > max(USUAL_LAYERS, most * config["mapping"]["pp_size"]):
+        finding = f"config.json: num_hidden_layers is {layers}, a rank file holds {most} tensors"
+        return [Check(name="config", findings=[finding], about="")]
     found: dict[str, list[str]] = {name: [] for name in ("names", "shapes", *VALUE_CHECKS)}
     for first in range(0, world_size, tp):  # first rank of a pipeline stage
         stage = {rank: headers[rank] for rank in range(first, first + tp) if rank in headers}

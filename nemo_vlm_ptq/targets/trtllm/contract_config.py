@@ -5,6 +5,7 @@ Source: TensorRT-LLM 1.2 (models/modeling_utils, models/llama, models/phi3, quan
 
 from __future__ import annotations
 
+import math
 import reprlib
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
@@ -56,6 +57,7 @@ COMMON_VALUES = {
 # Options that require tensors which the contract does not list.
 UNSUPPORTED_OPTIONS = ("attn_bias", "mlp_bias", "bias", "lm_head_bias", "residual_mlp",
                        "remove_duplicated_kv_heads")  # fmt: skip
+MAX_SIZE, MAX_WORLD_SIZE = 1 << 40, 1024  # no model or server comes near; bounds what is printed
 LONG_ROPE = ("longrope_scaling_short_factors", "longrope_scaling_long_factors")
 
 
@@ -67,11 +69,24 @@ def get_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
 def check_config(config: Mapping[str, Any]) -> list[str]:
     """Return the findings about keys and values, one line each."""
     try:
-        found = _check_keys(config) or _check_values(config)
+        found = [f"{key} must be finite" for key in infinite_keys(config)]
+        found = found or _check_keys(config) or _check_values(config)
         found = found or [*_check_sizes(config), *_check_quantization(config), *_check_rope(config)]
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         found = [f"a value has the wrong type: {error}"]
     return [f"config.json: {problem}" for problem in found]
+
+
+def infinite_keys(value: Any, key: str = "") -> list[str]:
+    """Return the keys of NaN and of infinite numbers, which JSON's 1e999 is, too."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return [key]
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict):
+        return []
+    pairs = [(f"{key}.{name}".lstrip("."), one) for name, one in value.items()]
+    return [found for name, one in pairs for found in infinite_keys(one, name)]
 
 
 def _check_keys(config: Mapping[str, Any]) -> list[str]:
@@ -85,8 +100,11 @@ def _check_keys(config: Mapping[str, Any]) -> list[str]:
         problems.append(f"mapping.{key} {reason}")
     numbers |= {f"mapping.{key}": value for key, value in config["mapping"].items()}
     for key, value in numbers.items():
+        limit = MAX_WORLD_SIZE if key.startswith("mapping") else MAX_SIZE
         if type(value) is not int or value < 1:
             problems.append(f"{key} must be a positive integer, got {reprlib.repr(value)}")
+        elif value > limit:
+            problems.append(f"{key} must be at most {limit}, got {reprlib.repr(value)}")
     for key in sorted(set(get_quantization(config)) - QUANTIZATION_KEYS):
         problems.append(f"TensorRT-LLM rejects the key quantization.{key}; remove it")
     return problems
@@ -139,8 +157,8 @@ def _check_sizes(config: Mapping[str, Any]) -> list[str]:
         problems.append(
             f"num_hidden_layers {config['num_hidden_layers']} must be divisible by pp_size {pp}"
         )
-    if not 0 < config["norm_epsilon"] < 1:
-        problems.append(f"norm_epsilon must be between 0 and 1, got {config['norm_epsilon']}")
+    if not is_number(config["norm_epsilon"]) or not 0 < config["norm_epsilon"] < 1:
+        problems.append(f"norm_epsilon must be between 0 and 1, got {config['norm_epsilon']!r}")
     if config["embedding_sharding_dim"] == 1 and config["hidden_size"] % tp:
         problems.append(
             f"hidden_size {config['hidden_size']} must be divisible by tp_size {tp} "
@@ -206,14 +224,27 @@ def _check_groups(config: Mapping[str, Any], algorithm: str, group_size: int) ->
     ]
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_factor(value: Any) -> bool:
+    return is_number(value) and value > 0
+
+
 def _check_rope(config: Mapping[str, Any]) -> list[str]:
     """Find wrong rotary embedding settings."""
     problems = []
     base, scaling = config.get("rotary_base", 10000.0), config.get("rotary_scaling")
-    if not base > 1:
-        problems.append(f"rotary_base must be greater than 1, got {base}")
-    if scaling is not None and not {"type", "rope_type"} & set(scaling):
+    if not is_number(base) or base <= 1:
+        problems.append(f"rotary_base must be greater than 1, got {base!r}")
+    is_scaling = isinstance(scaling, dict) and bool({"type", "rope_type"} & set(scaling))
+    if scaling is not None and not is_scaling:
         problems.append("rotary_scaling must have the key type or rope_type")
+    fraction = config.get("rotary_pct", 1.0)
+    if not is_number(fraction) or not 0 < fraction <= 1:
+        problems.append(f"rotary_pct must be above 0 and at most 1, got {fraction!r}")
     if config["architecture"] != "Phi3ForCausalLM":
         return problems
     if "rotary_pct" not in config:
@@ -226,7 +257,7 @@ def _check_rope(config: Mapping[str, Any]) -> list[str]:
             problems.append(
                 f"{key} {'is missing' if is_long else 'requires position_embedding_type long_rope'}"
             )
-        elif is_long and (len(config[key]) != half or not all(one > 0 for one in config[key])):
+        elif is_long and (len(config[key]) != half or not all(map(_is_factor, config[key]))):
             problems.append(f"{key} must hold {half} positive factors, got {len(config[key])}")
     original = config.get("original_max_position_embeddings")
     longest = config["max_position_embeddings"]

@@ -5,7 +5,7 @@ Tensors are read one at a time, from all tensor-parallel ranks of a pipeline sta
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from nemo_vlm_ptq.utils.progress import progress_bar
 
 VALUE_CHECKS = ("values", "ranks", "padding")
 FP8_NAN = 0x7F  # without the sign bit
+LEAST_BLOCK_SCALE = 2.0**-9  # of nvfp4; values far below those of the tensor become zeros
 
 Problems = Iterator[tuple[int, str]]  # (tensor-parallel rank, message)
 
@@ -41,8 +42,13 @@ def check_pipeline_stage(
         files = [stack.enter_context(safe_open(path, framework="pt")) for path in paths]
         for name in progress_bar("verify contract", "tensor", 0, sorted(expected)):
             shards = [file.get_tensor(name) for file in files]
-            for check, problems in _check_tensor(shards, expected[name], config).items():
-                found[check] += [f"{paths[t].name}: {name} {message}" for t, message in problems]
+            problems = _check_tensor(shards, expected[name], config)
+            scale = name.removesuffix("weight") + "weights_scaling_factor"
+            if expected[name].role == "weight" and scale in expected:
+                scales = [file.get_tensor(scale) for file in files]
+                problems.append(("values", _check_zeros(shards, scales)))
+            for check, messages in problems:
+                found[check] += [f"{paths[t].name}: {name} {message}" for t, message in messages]
         for name in sorted(name for name in expected if name.endswith("k_cache_scaling_factor")):
             names = [name.replace("k_cache", f"{part}_cache") for part in ("k", "v", "kv")]
             scales = [float(files[0].get_tensor(key)) for key in names if key in expected]
@@ -55,21 +61,20 @@ def check_pipeline_stage(
 
 def _check_tensor(
     shards: Sequence[torch.Tensor], expected: ExpectedTensor, config: Mapping[str, Any]
-) -> dict[str, Iterable[tuple[int, str]]]:
+) -> list[tuple[str, Problems]]:
     """Check one tensor; `shards` are its shards or replicas in tensor-parallel order."""
     kv_heads = config["num_key_value_heads"]
-    found: dict[str, Iterable[tuple[int, str]]] = {"values": _check_values(shards, expected)}
-    found["ranks"] = _check_ranks(shards, expected)
+    found = [("values", _check_values(shards, expected)), ("ranks", _check_ranks(shards, expected))]
     if expected.fused_qkv and len(shards) > kv_heads:
         queries = config["num_attention_heads"] // len(shards)
-        found["ranks"] = [*found["ranks"], *_check_kv_replicas(shards, queries, kv_heads)]
+        found.append(("ranks", _check_kv_replicas(shards, queries, kv_heads)))
     if expected.role == "vocab":
-        found["padding"] = _check_padding(shards, config["vocab_size"])
+        found.append(("padding", _check_padding(shards, config["vocab_size"])))
     return found
 
 
 def _check_values(shards: Sequence[torch.Tensor], expected: ExpectedTensor) -> Problems:
-    """Find NaN, Inf, scales that are not positive, and weights that are all zero."""
+    """Find NaN, Inf, and scales that are not positive."""
     for t, tensor in enumerate(shards):
         if tensor.dtype == torch.float8_e4m3fn:
             if bool(((_bytes(tensor) & FP8_NAN) == FP8_NAN).any()):
@@ -81,8 +86,16 @@ def _check_values(shards: Sequence[torch.Tensor], expected: ExpectedTensor) -> P
             continue
         if expected.role == "scale" and float(tensor.amin()) <= 0:
             yield t, f"must hold positive scales, got {float(tensor.amin()):g}"
-        if expected.role == "weight" and not bool(_bytes(tensor).any()):
-            yield t, "must hold a nonzero value, got only zeros"
+
+
+def _check_zeros(shards: Sequence[torch.Tensor], scales: Sequence[torch.Tensor]) -> Problems:
+    """Find weights of zeros whose scales are those of other weights; pruned ones are right."""
+    for t, (shard, scale) in enumerate(zip(shards, scales, strict=True)):
+        if bool(_bytes(shard).any()):
+            continue
+        values = scale.float().unique()
+        if int((values > LEAST_BLOCK_SCALE).sum()) > 1:
+            yield t, "must hold a nonzero value, got only zeros with the scales of other values"
 
 
 def _check_ranks(shards: Sequence[torch.Tensor], expected: ExpectedTensor) -> Problems:
@@ -93,6 +106,7 @@ def _check_ranks(shards: Sequence[torch.Tensor], expected: ExpectedTensor) -> Pr
         if (
             expected.sharded
             and expected.role == "weight"
+            and bool(_bytes(tensor).any())
             and torch.equal(_bytes(tensor), _bytes(shards[t - 1]))
         ):
             yield t, "is sharded and must differ from that of the previous tensor-parallel rank"

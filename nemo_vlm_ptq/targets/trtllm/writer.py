@@ -6,9 +6,11 @@ process writes each rank file, layer by layer.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +21,7 @@ from nemo_vlm_ptq.formats import KV_CACHES, QuantFormat
 from nemo_vlm_ptq.sources.decoder_weights import open_weights, read_vision
 from nemo_vlm_ptq.targets.trtllm import tensors as trtllm
 from nemo_vlm_ptq.targets.trtllm.config import checkpoint_config
+from nemo_vlm_ptq.targets.writing.expected import ExpectedExport, FileTensors, copies
 from nemo_vlm_ptq.targets.writing.layer_encoder import PREFETCH_LAYERS, LayerEncoder
 from nemo_vlm_ptq.targets.writing.published import copy_missing
 from nemo_vlm_ptq.utils.pinned_memory import to_host
@@ -41,10 +44,52 @@ def write(context: RunContext, fmt: QuantFormat, folder: Path) -> StageOutput:
         return StageOutput([*files, *_write_config(context, fmt, folder), *vision.result()])
 
 
-def _write_config(context: RunContext, fmt: QuantFormat, folder: Path) -> list[str]:
+def expected(context: RunContext, fmt: QuantFormat) -> ExpectedExport:
+    """Return what llm/ and vision/ of a format must hold."""
+    plan = context.plan
+    copied = copies(context, _vision_subfolders(context), _is_vision_sidecar)
+    return ExpectedExport(
+        tensors=_expected_tensors(context, fmt),
+        make_json=lambda _: {
+            "llm/config.json": _config(context, fmt),
+            "vision/config.json": plan.export_config,
+        },
+        copied={f"vision/{name}": path for name, path in copied.items() if name != "config.json"},
+    )
+
+
+def _expected_tensors(context: RunContext, fmt: QuantFormat) -> Iterator[FileTensors]:
+    plan = context.plan
+    T, P = plan.recipe.export.tensor, plan.recipe.export.pipeline
+    with open_weights(plan, context.parallel.device) as weights:
+        encoder = LayerEncoder(context, fmt, weights)
+        for p in range(P):
+            files = {t: f"llm/rank{p * T + t}.safetensors" for t in range(T)}
+            for t, file in files.items():
+                yield file, _end_tensors(context, encoder, (p, t))
+            layers = trtllm.layers_of(plan.decoder, p, P)
+            for index in layers:
+                prefix = f"transformer.layers.{index - layers[0]}."
+                for t, tensors in _layer_tensors(context, encoder, index, (list(files), T)).items():
+                    yield files[t], {prefix + key: value for key, value in tensors.items()}
+    yield "vision/model.safetensors", read_vision(plan)
+
+
+def _end_tensors(
+    context: RunContext, encoder: LayerEncoder, rank: tuple[int, int]
+) -> dict[str, torch.Tensor]:
+    """Return embedding, final norm and head of serving rank (p, t)."""
+    plan, (p, t) = context.plan, rank
+    T, P = plan.recipe.export.tensor, plan.recipe.export.pipeline
+    with encoder.stream():
+        architecture, ends = plan.family.trtllm_architecture, encoder.ends((t, T))
+        return to_host(trtllm.end_tensors(ends, architecture, (p, P), context.dtype))
+
+
+def _config(context: RunContext, fmt: QuantFormat) -> dict[str, Any]:
     plan = context.plan
     export, quantize = plan.recipe.export, plan.recipe.quantize
-    config = checkpoint_config(
+    return checkpoint_config(
         plan.family.trtllm_architecture,
         plan.decoder,
         fmt,
@@ -53,7 +98,10 @@ def _write_config(context: RunContext, fmt: QuantFormat, folder: Path) -> list[s
         (export.tensor, export.pipeline),
         KV_CACHES.get(quantize.kv_cache),
     )
-    store.write_json(folder / "llm" / "config.json", config)
+
+
+def _write_config(context: RunContext, fmt: QuantFormat, folder: Path) -> list[str]:
+    store.write_json(folder / "llm" / "config.json", _config(context, fmt))
     return ["llm/config.json"]
 
 
@@ -90,10 +138,7 @@ def _write_stage(
         for t, name in files.items():  # embedding and head are written while layers are encoded
             count = trtllm.MAX_LAYER_TENSORS * len(layers) + len(trtllm.ENDS)
             add[t] = opened.enter_context(open_streaming_writer(folder / name, count))
-            with encoder.stream():
-                architecture, ends = plan.family.trtllm_architecture, encoder.ends((t, T))
-                tensors = to_host(trtllm.end_tensors(ends, architecture, (p, P), context.dtype))
-            add[t](tensors)
+            add[t](_end_tensors(context, encoder, (p, t)))
         for index, by_rank in encoded:
             prefix = f"transformer.layers.{index - layers[0]}."
             for t, tensors in by_rank.items():
@@ -122,10 +167,16 @@ def _copy_vision(context: RunContext, folder: Path) -> list[str]:
     store.save_tensors(read_vision(plan), folder / "model.safetensors")
     store.write_json(folder / "config.json", plan.export_config)
     names = ["model.safetensors", "config.json"]
-    for subfolder in ("", *plan.family.subfolders):
-        if subfolder and subfolder == plan.family.decoder_subfolder:
-            continue
-        names += copy_missing(
-            plan.folder, folder, subfolder, lambda path: path.name in VISION_SIDECARS
-        )
+    for subfolder in _vision_subfolders(context):
+        names += copy_missing(plan.folder, folder, subfolder, _is_vision_sidecar)
     return [f"vision/{name}" for name in names]
+
+
+def _vision_subfolders(context: RunContext) -> list[str]:
+    family = context.plan.family
+    others = {one for one in family.subfolders if one != family.decoder_subfolder}
+    return sorted({"", *others})
+
+
+def _is_vision_sidecar(path: Path) -> bool:
+    return path.name in VISION_SIDECARS

@@ -84,7 +84,7 @@ class PublishedFiles:
         device = context.parallel.device
         self._weights = self._opened.enter_context(open_weights(context.plan, device))
         self._threads = ThreadPoolExecutor(min(threads, cores_per_rank()))
-        self._count = _count_files(context)
+        self._count = count_files(context)
         layout, rank = context.parallel.layout, context.parallel.rank
         files = [(position, n) for n in range(self._count) for position in range(len(exports))]
         self._waiting = list(round_robin(files, layout.world_size, rank))
@@ -206,9 +206,9 @@ def _write_file(
         (folder / subfolder).mkdir(exist_ok=True)
     encoder = published.encoder(context, export.fmt, weights)
     layers = split_evenly(range(plan.decoder.layers), count, number)
-    encode = partial(_layer_tensors, context, encoder, published)
+    encode = partial(layer_tensors, context, encoder, published)
     encoded = prefetch(layers, encode)
-    last = _end_tensors(context, encoder, published) if number == count - 1 else ()
+    last = end_tensors(context, encoder, published) if number == count - 1 else ()
     index: dict[str, str] = {}
     with ExitStack() as opened:
         add: dict[str, AddTensors] = {}
@@ -228,7 +228,7 @@ def _write_file(
     return index
 
 
-def _end_tensors(
+def end_tensors(
     context: RunContext, encoder: LayerEncoder, published: PublishedFormat
 ) -> Iterator[Tensors]:
     """Yield embedding, final norm, head, then tower and projector."""
@@ -239,7 +239,7 @@ def _end_tensors(
     yield read_vision(context.plan)
 
 
-def _layer_tensors(
+def layer_tensors(
     context: RunContext, encoder: LayerEncoder, published: PublishedFormat, index: int
 ) -> Tensors:
     """Return the tensors of one layer under published names, in host memory."""
@@ -251,17 +251,16 @@ def _layer_tensors(
         return to_host(tensors)
 
 
-def _count_files(context: RunContext) -> int:
+def count_files(context: RunContext) -> int:
     decoder = context.plan.decoder
     width = decoder.hidden * (4 * decoder.hidden + 3 * decoder.ffn)
     return max(1, -(-2 * decoder.layers * width // FILE_BYTES))
 
 
-def _write_sidecars(
-    context: RunContext, export: PublishedExport, index: Mapping[str, str]
-) -> list[str]:
-    """Write configs and index, and copy the source's tokenizer, processor and code files."""
-    folder = export.folder
+def json_contents(
+    context: RunContext, fmt: QuantFormat, published: PublishedFormat, index: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return the content of the JSON files that are made for an export; index: tensor -> file."""
     plan, home = context.plan, context.plan.family.decoder_subfolder
     prefix = f"{home}/" if home else ""
     weight_map = {
@@ -269,12 +268,21 @@ def _write_sidecars(
         for name, file in sorted(index.items())
         if name.startswith(prefix)
     }
-    described = export.published.describe(context, export.fmt, list(weight_map))
+    described = published.describe(context, fmt, list(weight_map))
     contents: dict[str, Any] = {prefix + name: content for name, content in described.items()}
     contents[prefix + INDEX_FILE] = {"metadata": {}, "weight_map": weight_map}
-    for name, content in ({"config.json": plan.export_config} | contents).items():
+    return {"config.json": plan.export_config} | contents
+
+
+def _write_sidecars(
+    context: RunContext, export: PublishedExport, index: Mapping[str, str]
+) -> list[str]:
+    """Write configs and index, and copy the source's tokenizer, processor and code files."""
+    plan, folder = context.plan, export.folder
+    contents = json_contents(context, export.fmt, export.published, index)
+    for name, content in contents.items():
         store.write_json(folder / name, content)
-    names = sorted({"config.json", *contents})
+    names = sorted(contents)
     for subfolder in {"", *plan.family.subfolders}:
         names += copy_missing(plan.folder, folder, subfolder, is_sidecar)
     return names
