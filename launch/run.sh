@@ -18,9 +18,10 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 check_counts
 if ((nodes > 1)); then
     place=${NODE_RANK:-${SLURM_NODEID:-}}
-    if [[ ! $place =~ ^(0|[1-9][0-9]*)$ ]] || ((place >= nodes)); then
-        fail "NODE_RANK must be 0 to $((nodes - 1)) with NNODES=$nodes, got '$place'"
+    if [[ ! $place =~ ^(0|[1-9][0-9]{0,8})$ ]] || ((place >= nodes)); then
+        fail "NODE_RANK must be 0 to $((nodes - 1)) with NNODES=$nodes, got ${place@Q}"
     fi
+    require_number MASTER_PORT "${MASTER_PORT:-29500}" 1
     [[ -n ${MASTER_ADDR:-} ]] ||
         fail "MASTER_ADDR must be set to the address of machine 0 with NNODES=$nodes"
 fi

@@ -15,7 +15,7 @@ import warnings
 from pathlib import Path
 
 from nemo_vlm_ptq.constants import STAGE_GROUPS, STAGES
-from nemo_vlm_ptq.errors import UserError, VerificationError
+from nemo_vlm_ptq.errors import UserError, VerificationError, has_control_characters
 
 USAGE = """\
 nemo-vlm-ptq run       RECIPE [key=value ...]   all stages of the recipe; finished ones are skipped
@@ -117,6 +117,9 @@ def _report(error: UserError | VerificationError) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
     command = arguments.command
+    for word in (arguments.recipe or "", *arguments.overrides):
+        if has_control_characters(word):
+            raise UserError(f"{word!r} has control characters, such as line ends; remove them")
     if arguments.dry_run and command != "build":
         raise UserError("--dry-run is an option of build: build RECIPE --dry-run")
     if command in ("families", "formats"):

@@ -1,10 +1,12 @@
-"""The two expected failures of a run: an error the user can fix, and a failed verification."""
+"""The expected failures of a run: an error the user can fix, and a failed verification."""
 
 import errno
 import os
 import shutil
+import unicodedata
 from pathlib import Path
 
+CONTROL_CATEGORIES = ("Cc", "Cs", "Zl", "Zp")  # line ends, NUL, bytes that are not UTF-8
 DISK_FULL_BYTES = 1 << 20  # a disk with fewer free bytes counts as full
 
 
@@ -18,6 +20,14 @@ class UserError(Exception):
 
 class VerificationError(Exception):
     """A written checkpoint failed verification, or a quality gate was missed; exit code 3."""
+
+
+def has_control_characters(text: str) -> bool:
+    """Return whether a text has characters that no path or name of a run may have.
+
+    They would break lines of messages, logs and what shell scripts read.
+    """
+    return any(unicodedata.category(character) in CONTROL_CATEGORIES for character in text)
 
 
 def disk_write_error(error: BaseException | None, folder: Path) -> str | None:
