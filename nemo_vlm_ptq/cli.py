@@ -35,6 +35,8 @@ RECIPE is a YAML file or the name of a shipped recipe. Exit codes: 0 done, 1 a b
 you can fix, 3 verification or a quality gate failed. --debug prints the traceback.
 """
 
+LAUNCHED = {"TORCHELASTIC_RUN_ID", "OMPI_COMM_WORLD_SIZE"}  # torchrun, ours too, or mpirun
+
 
 def entry() -> None:
     """Run `main` and end the process at once: destructors of a run take seconds."""
@@ -49,6 +51,10 @@ def entry() -> None:
 
 def main() -> None:
     """Run the command line of `nemo-vlm-ptq` and `python -m nemo_vlm_ptq`."""
+    if LAUNCHED & set(os.environ):
+        from nemo_vlm_ptq.distributed.launcher import follow_launcher
+
+        follow_launcher()
     _silence_packages()
     gc.disable()  # until the stages run: collections take a fifth of the import time of packages
     words = sys.argv[1:]

@@ -10,13 +10,14 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_vlm_ptq.constants import LOGITS_OPTIONS, STAGES
 from nemo_vlm_ptq.distributed import launcher, mpi
 from nemo_vlm_ptq.errors import UserError
+from nemo_vlm_ptq.workdir.lock import lock_workdir, locked_formats
 from nemo_vlm_ptq.workdir.status import record_failure
 
 if TYPE_CHECKING:
@@ -63,10 +64,25 @@ def run_command(
         if command == "plan" or dry_run:
             return _print_plan(command, plan, as_json=as_json)
         plan, _ = _resolve_layout(command, plan)
+    with _owned_workdir(command, plan):
         if inside:
-            return _run_rank(command, plan, logits_options)
-    ranks = _rank_count(plan.recipe.parallel)
-    return _start_ranks(plan, ranks) if ranks > 1 else _run_here(command, plan, logits_options)
+            with _failures_recorded(command, recipe):
+                return _run_rank(command, plan, logits_options)
+        ranks = _rank_count(plan.recipe.parallel)
+        return _start_ranks(plan, ranks) if ranks > 1 else _run_here(command, plan, logits_options)
+
+
+def _owned_workdir(command: str, plan: Plan) -> AbstractContextManager[None]:
+    """Return a context in which the run owns what it writes of the workdir.
+
+    The command that starts ranks owns it, or rank 0 of another launcher's. logits writes nothing
+    there.
+    """
+    follows = launcher.started_by_us() or os.environ.get("RANK", "0") != "0"
+    if command == "logits" or (launcher.inside_ranks() and follows):
+        return nullcontext()
+    formats = locked_formats(plan.recipe.stages_of(command), [fmt.name for fmt in plan.formats])
+    return lock_workdir(Path(plan.recipe.workdir), command, formats)
 
 
 def _prepare(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
@@ -21,7 +22,9 @@ from nemo_vlm_ptq.workdir.store import in_progress_marker
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-PARENT_VARIABLE = "NEMO_VLM_PTQ_PARENT"  # set for ranks that this package's command started
+PARENT_VARIABLE = "NEMO_VLM_PTQ_PARENT"  # pid of this package's command, for ranks that it started
+LIBC = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 
 
@@ -41,6 +44,18 @@ def inside_ranks() -> bool:
 def started_by_us() -> bool:
     """Return whether the command of this package started this rank."""
     return PARENT_VARIABLE in os.environ
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it ends, however it ends."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def follow_launcher() -> None:
+    """End this rank with the process that started it, which may have ended already."""
+    die_with_parent()
+    if started_by_us() and os.environ[PARENT_VARIABLE] != str(os.getppid()):
+        os._exit(128 + signal.SIGKILL)
 
 
 def start_ranks(count: int, arguments: Sequence[str], workdir: Path) -> int:
@@ -64,11 +79,8 @@ def start_ranks(count: int, arguments: Sequence[str], workdir: Path) -> int:
 
     # torchrun's own report of a failure is suppressed; explain_failure prints one line
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    defaults = {
-        PARENT_VARIABLE: "1",
-        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // count)),
-    }
-    os.environ.update({key: os.environ.get(key, value) for key, value in defaults.items()})
+    os.environ[PARENT_VARIABLE] = str(os.getpid())
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
     before = folders_in_progress(workdir)
     with tempfile.TemporaryDirectory(prefix="nemo-vlm-ptq-") as logs:
         config = LaunchConfig(

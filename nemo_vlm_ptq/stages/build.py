@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_vlm_ptq.context import RunContext, StageOutput, on_rank_zero, run_stage
+from nemo_vlm_ptq.distributed.launcher import die_with_parent
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.formats import QuantFormat
 from nemo_vlm_ptq.targets.trtllm.engine.commands import Command, engine_commands, engine_files
@@ -79,7 +80,11 @@ def _run(context: RunContext, label: str, command: Command, log: Path) -> None:
             file.write(shlex.join(command.args) + "\n")
             file.flush()
             process = subprocess.Popen(
-                command.args, env=clean_environment(), stdout=file, stderr=subprocess.STDOUT
+                command.args,
+                env=clean_environment(),
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                preexec_fn=die_with_parent,
             )
     try:
         while (code := parallel.all_gather(_poll(process))[0]) is None:

@@ -12,6 +12,7 @@ import json
 import mmap
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -44,11 +45,24 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         manifest = json.loads(path.read_text())
-    except ValueError:
+    except (OSError, ValueError, RecursionError):
         manifest = None
-    if not isinstance(manifest, dict) or not {"stage", "settings", "files"} <= set(manifest):
-        raise UserError(f"{path} is not a manifest written by nemo-vlm-ptq; choose another workdir")
+    if not _is_manifest(manifest):
+        raise UserError(
+            f"{path} is not a manifest written by nemo-vlm-ptq; choose another workdir, or, if "
+            f"nothing in {folder} is yours: rm -r {shlex.quote(str(folder))}"
+        )
     return manifest
+
+
+def _is_manifest(value: Any) -> bool:
+    """Return whether a value has the keys of a manifest, with their types."""
+    types = {"stage": str, "settings": dict, "files": dict, "facts": dict}
+    if not isinstance(value, dict):
+        return False
+    if not all(isinstance(value.get(key), kind) for key, kind in types.items()):
+        return False
+    return all(isinstance(file, dict) and "sha256" in file for file in value["files"].values())
 
 
 def require_manifest(folder: Path, stage: str) -> dict[str, Any]:
@@ -76,16 +90,29 @@ def is_finished(folder: Path, settings: Mapping[str, Any]) -> bool:
     manifest = read_manifest(folder)
     if manifest is not None:
         _require_settings(folder, manifest["settings"], json.loads(json.dumps(dict(settings))))
+        for name in manifest["files"]:
+            if not (folder / name).is_file():
+                stage = manifest["stage"]
+                raise UserError(f"{folder / name} is missing; {how_to_remake(folder, stage)}")
         return True
     for path in (folder, *folder.parents):
         if path.exists() and not path.is_dir():
             raise UserError(f"{path} is a file, expected a folder; choose another workdir")
     if folder.is_dir() and any(folder.iterdir()) and not in_progress_marker(folder).exists():
         raise UserError(
-            f"output folder {folder} exists and was not written by nemo-vlm-ptq; "
-            "choose another workdir"
+            f"output folder {folder} exists and was not finished by nemo-vlm-ptq; choose another "
+            f"workdir, or, if nothing in it is yours: rm -r {shlex.quote(str(folder))}"
         )
     return False
+
+
+def how_to_remake(folder: Path, stage: str) -> str:
+    """Return the command that makes a stage folder again; `stage` is that of its manifest."""
+    command = {"solve": "calibrate"}.get(name := stage.split()[0], name)
+    start = (
+        "python -m nemo_vlm_ptq.nemo.checkpoint" if name == "nemo" else f"nemo-vlm-ptq {command}"
+    )
+    return f"to make it again: rm -r {shlex.quote(str(folder))} && {start} RECIPE"
 
 
 def _require_settings(folder: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
@@ -98,8 +125,8 @@ def _require_settings(folder: Path, saved: dict[str, Any], current: dict[str, An
     if _is_hash(current.get(key)):
         difference = f"different {key}"
     raise UserError(
-        f"{folder} exists and was made with {difference}; "
-        "remove the folder or choose another workdir"
+        f"{folder} exists and was made with {difference}; choose another workdir, or "
+        f"remove it: rm -r {shlex.quote(str(folder))}"
     )
 
 
@@ -117,6 +144,13 @@ def begin_stage(folder: Path, settings: Mapping[str, Any]) -> None:
     if folder.exists() and read_progress(folder, settings) is None:
         shutil.rmtree(folder)
     folder.mkdir(exist_ok=True)
+
+
+def discard_stage(folder: Path) -> None:
+    """Remove a finished stage folder, such that an interruption leaves an unfinished one."""
+    in_progress_marker(folder).touch()
+    (folder / MANIFEST).unlink()
+    shutil.rmtree(folder)
 
 
 def read_progress(folder: Path, settings: Mapping[str, Any]) -> Any:
@@ -168,18 +202,22 @@ def hash_files(
         folder: the stage folder.
         names: relative file names.
         known: sha256 of files that were hashed while they were written.
+
+    Raises:
+        UserError: a file is not there any more.
     """
 
-    def sha256(name: str) -> str:
-        return known.get(name) or hash_file(folder / name)
+    def describe(name: str) -> dict[str, Any]:
+        path = folder / name
+        try:
+            return {"bytes": path.stat().st_size, "sha256": known.get(name) or hash_file(path)}
+        except FileNotFoundError:
+            line = f"{path} was removed after it was written; run the same command again"
+            raise UserError(line) from None
 
     ordered = sorted(names)
     with ThreadPoolExecutor(HASH_THREADS) as executor:  # hashing releases the interpreter lock
-        digests = list(executor.map(sha256, ordered))
-    return {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": digest}
-        for name, digest in zip(ordered, digests, strict=True)
-    }
+        return dict(zip(ordered, executor.map(describe, ordered), strict=True))
 
 
 def finish_stage(
@@ -198,6 +236,9 @@ def finish_stage(
         settings: recipe values and input hashes that it was made with.
         files: from `hash_files`, of all ranks.
         facts: values that later stages and the report read.
+
+    Raises:
+        UserError: a file is not there any more.
     """
     manifest = {
         "stage": stage,
@@ -207,8 +248,14 @@ def finish_stage(
         "facts": dict(facts),
         "files": dict(sorted(files.items())),
     }
+    for name, file in files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != file["bytes"]:
+            raise UserError(
+                f"{path} was removed or changed while {stage!r} ran; run the same command again"
+            )
     write_json(folder / MANIFEST, manifest)
-    in_progress_marker(folder).unlink()
+    in_progress_marker(folder).unlink(missing_ok=True)
     (folder / PROGRESS).unlink(missing_ok=True)
 
 
