@@ -23,6 +23,7 @@ from nemo_vlm_ptq.targets.trtllm.engine.installation import (
     gpu_name,
 )
 from nemo_vlm_ptq.workdir import store
+from nemo_vlm_ptq.workdir.checked_files import check_folder
 
 POLL_SECONDS = 30.0  # between two polls of a program; other ranks wait in a collective meanwhile
 LOG_TAIL_LINES = 3  # lines of a log quoted in an error message
@@ -52,6 +53,8 @@ def build(context: RunContext) -> None:
 def _build(
     context: RunContext, fmt: QuantFormat, folder: Path, installation: Installation
 ) -> StageOutput:
+    checkpoint = context.folder(fmt.name, "trtllm")
+    on_rank_zero(context.parallel, partial(check_folder, checkpoint, "export"))
     commands = engine_commands(context.plan, fmt, installation.path, installation.python)
     for command in commands:
         _run(context, f"build {fmt.name}", command, folder / f"{command.name}.log")

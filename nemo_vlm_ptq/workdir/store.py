@@ -155,16 +155,36 @@ def discard_stage(folder: Path) -> None:
 
 def read_progress(folder: Path, settings: Mapping[str, Any]) -> Any:
     """Read the progress record of an unfinished stage with the same settings, or return None."""
-    path = folder / PROGRESS
-    if not path.is_file():
-        return None
-    saved = read_json(path)
-    return saved["record"] if saved["settings"] == json.loads(json.dumps(settings)) else None
+    saved = read_progress_file(folder / PROGRESS)
+    is_same = saved.get("settings") == json.loads(json.dumps(settings))
+    return saved.get("record") if is_same else None
 
 
-def write_progress(folder: Path, settings: Mapping[str, Any], record: Any) -> None:
-    """Write the progress record of an unfinished stage; `finish_stage` removes it."""
-    write_json(folder / PROGRESS, {"settings": dict(settings), "record": record})
+def read_progress_file(path: Path) -> dict[str, Any]:
+    """Return what `write_progress` wrote; empty if there is nothing, or something else."""
+    try:
+        saved = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return saved if isinstance(saved, dict) and isinstance(saved.get("sha256"), dict) else {}
+
+
+def write_progress(
+    folder: Path,
+    settings: Mapping[str, Any],
+    record: Any,
+    sha256: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Write the progress record of an unfinished stage; `finish_stage` removes it.
+
+    Args:
+        folder: the stage folder.
+        settings: what the stage depends on.
+        record: what is done.
+        sha256: of the files that it is about, by relative name.
+    """
+    saved = {"settings": dict(settings), "record": record, "sha256": dict(sha256)}
+    write_json(folder / PROGRESS, saved)
 
 
 def hash_file(path: Path) -> str:
