@@ -13,6 +13,7 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
+from typing import Any
 
 from nemo_vlm_ptq.constants import STAGE_GROUPS, STAGES
 from nemo_vlm_ptq.errors import UserError, VerificationError, has_control_characters
@@ -35,11 +36,21 @@ RECIPE is a YAML file or the name of a shipped recipe. Exit codes: 0 done, 1 a b
 you can fix, 3 verification or a quality gate failed. --debug prints the traceback.
 """
 
-LAUNCHED = {"TORCHELASTIC_RUN_ID", "OMPI_COMM_WORLD_SIZE"}  # torchrun, ours too, or mpirun
+LAUNCHED = {"NEMO_VLM_PTQ_PARENT", "TORCHELASTIC_RUN_ID", "OMPI_COMM_WORLD_SIZE"}  # marks of ranks
 
 
 def entry() -> None:
     """Run `main` and end the process at once: destructors of a run take seconds."""
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # while these are imported: no traceback
+        from nemo_vlm_ptq.distributed.launcher import report_stop, started_by_us
+        from nemo_vlm_ptq.workdir.lock import release_locks
+
+        def stop_at_once(number: int, _: Any) -> None:  # an exception may get lost in imports
+            release_locks()
+            os._exit(128 + number if started_by_us() else report_stop(number))
+
+        signal.signal(signal.SIGINT, stop_at_once)
     try:
         main()
     except SystemExit as stop:

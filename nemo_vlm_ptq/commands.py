@@ -78,7 +78,7 @@ def _owned_workdir(command: str, plan: Plan) -> AbstractContextManager[None]:
     The command that starts ranks owns it, or rank 0 of another launcher's. logits writes nothing
     there.
     """
-    follows = launcher.started_by_us() or os.environ.get("RANK", "0") != "0"
+    follows = launcher.planned_by_parent() or os.environ.get("RANK", "0") != "0"
     if command == "logits" or (launcher.inside_ranks() and follows):
         return nullcontext()
     formats = locked_formats(plan.recipe.stages_of(command), [fmt.name for fmt in plan.formats])
@@ -95,7 +95,7 @@ def _prepare(
     from nemo_vlm_ptq.targets.trtllm.engine.installation import find_installation
 
     plan, stages = make_plan(recipe), recipe.stages_of(command)
-    if not launcher.started_by_us():  # the parent process has done it
+    if not launcher.planned_by_parent():
         run_preflight(plan, stages)
     asks_engine = "evaluate" in stages and recipe.evaluate.form == "engine"
     if "build" in stages or asks_engine or logits_options.get("from") == "engine":

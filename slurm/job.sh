@@ -40,7 +40,7 @@ on_ranks() {
     [[ -z $IMAGE || -z $MOUNTS ]] || options+=(--container-mounts="$MOUNTS")
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)
     export MASTER_ADDR MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000)) NNODES=$SLURM_NNODES
-    export GPUS_PER_NODE=$ranks PET_SHUTDOWN_TIMEOUT=75 # seconds for the ranks to save
+    export GPUS_PER_NODE=$ranks
     echo "== job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST:" \
         "$stages, $(date '+%F %T')"
     srun "${options[@]}" "$root/launch/run.sh" run "$recipe" "stages=[$stages]" "$@" &

@@ -35,6 +35,7 @@ GUARD = "guard"  # what flock is taken of
 TOUCH_SECONDS = 5.0
 STALE_SECONDS = 60.0  # also longer than file systems of networks keep attributes
 OWNER_KEYS = {"host", "boot", "pids", "pid", "start", "command", "formats", "time", "job"}
+OWNED: list[Path] = []  # lock files of this process
 FORMAT_STAGES = {"solve", "export", "verify", "build"}  # write folders of their formats alone
 
 
@@ -57,6 +58,7 @@ def lock_workdir(work: Path, command: str, formats: Sequence[str] = ()) -> Itera
         _take(path, owner)
     except OSError as error:
         raise UserError(f"workdir {work} cannot be written: {error.strerror or error}") from None
+    OWNED.append(path)
     released = threading.Event()
     toucher = threading.Thread(target=_keep_touching, args=(path, released), daemon=True)
     toucher.start()
@@ -65,8 +67,14 @@ def lock_workdir(work: Path, command: str, formats: Sequence[str] = ()) -> Itera
     finally:
         released.set()
         toucher.join(TOUCH_SECONDS)
+        release_locks()
+
+
+def release_locks() -> None:
+    """Release what this process owns."""
+    while OWNED:
         with contextlib.suppress(OSError):  # the workdir may be gone
-            path.unlink()
+            OWNED.pop().unlink()
 
 
 def _take(path: Path, owner: dict[str, Any]) -> None:

@@ -53,7 +53,8 @@ def record_failure(work: Path, command: str, rank: str, error: Exception) -> Non
         "rank": int(rank),
         "node": socket.gethostname(),
         "job": os.environ.get("SLURM_JOB_ID")
-        or os.environ.get("TORCHELASTIC_RUN_ID")
+        or os.environ.get("TORCHELASTIC_RUN_ID")  # of torchrun
+        or os.environ.get("NEMO_VLM_PTQ_PARENT")
         or f"process {os.getpid()}",
         "message": first if expected else f"{type(error).__name__}: {first}",
     }
