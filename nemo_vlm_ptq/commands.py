@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_vlm_ptq.constants import LOGITS_OPTIONS, STAGES
 from nemo_vlm_ptq.distributed import launcher, mpi
+from nemo_vlm_ptq.distributed.layout import data_parallel_size
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.workdir.lock import lock_workdir, locked_formats
 from nemo_vlm_ptq.workdir.status import record_failure
@@ -64,6 +65,11 @@ def run_command(
         if command == "plan" or dry_run:
             return _print_plan(command, plan, as_json=as_json)
         plan, _ = _resolve_layout(command, plan)
+        if inside:  # before the workdir is created
+            sizes = plan.recipe.parallel
+            data = None if sizes.data == "auto" else sizes.data
+            world = int(os.environ["WORLD_SIZE"])
+            data_parallel_size(int(sizes.tensor), int(sizes.pipeline), world, data)
     with _owned_workdir(command, plan):
         if inside:
             with _failures_recorded(command, recipe):

@@ -1,5 +1,6 @@
 """The expected failures of a run: an error the user can fix, and a failed verification."""
 
+import contextlib
 import errno
 import os
 import shutil
@@ -35,11 +36,24 @@ def disk_write_error(error: BaseException | None, folder: Path) -> str | None:
 
     Some of torch's writers raise unrelated errors on a full disk, so free space is checked first.
     """
-    if folder.is_dir() and shutil.disk_usage(folder).free < DISK_FULL_BYTES:
-        return os.strerror(errno.ENOSPC)
+    with contextlib.suppress(OSError):  # the folder may be gone
+        if shutil.disk_usage(folder).free < DISK_FULL_BYTES:
+            return os.strerror(errno.ENOSPC)
     while error is not None:
         for reason in map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EROFS)):
             if reason in str(error):
                 return reason
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def removed_path(error: BaseException | None, workdir: Path) -> Path | None:
+    """Return the workdir, or what was in it, if an exception tells that somebody removed it."""
+    if not workdir.is_dir():
+        return workdir
+    while error is not None:
+        name = getattr(error, "filename", None) if isinstance(error, FileNotFoundError) else None
+        if isinstance(name, str) and Path(name).absolute().is_relative_to(workdir.absolute()):
+            return Path(name)
         error = error.__cause__ or error.__context__
     return None

@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -157,10 +157,12 @@ def folders_in_progress(workdir: Path) -> dict[Path, int]:
     """Return the unfinished stage folders with the time at which each was started, in ns."""
     name = in_progress_marker(workdir / "*").name
     prefix, suffix = name.split("*")
-    return {
-        path.with_name(path.name.removeprefix(prefix).removesuffix(suffix)): path.stat().st_mtime_ns
-        for path in (*workdir.glob(name), *workdir.glob(f"*/{name}"))
-    }
+    found = {}
+    with suppress(OSError):  # the workdir may be gone
+        for path in (*workdir.glob(name), *workdir.glob(f"*/{name}")):
+            folder = path.with_name(path.name.removeprefix(prefix).removesuffix(suffix))
+            found[folder] = path.stat().st_mtime_ns
+    return found
 
 
 def explain_failure(failures: Mapping[int, ProcessFailure], folder: Path | None) -> int:

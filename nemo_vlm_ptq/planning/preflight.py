@@ -57,10 +57,18 @@ def check_workdir_writable(work: Path) -> None:
     """Check that the workdir can be created or written to.
 
     Raises:
-        UserError: the workdir, or its nearest existing parent, is not writable.
+        UserError: the workdir, or its nearest existing parent, is not a folder that is writable.
     """
-    existing = next(path for path in (work, *work.absolute().parents) if path.exists())
-    if not os.access(existing, os.W_OK):
+    try:
+        parents = (work, *work.absolute().parents)
+        existing = next(path for path in parents if os.path.lexists(path))
+        work.exists()  # raises if the name is too long
+    except OSError as error:
+        line = f"workdir {work} cannot be created: {error.strerror}; choose another workdir"
+        raise UserError(line) from None
+    if not existing.is_dir():
+        raise UserError(f"workdir {work}: {existing} is not a folder; choose another workdir")
+    if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"workdir {work}: {existing} is not writable; choose another workdir")
 
 

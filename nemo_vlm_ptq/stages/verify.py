@@ -102,6 +102,6 @@ def _verify_format(context: RunContext, fmt: QuantFormat, logits: MegatronLogits
 def _is_verified(path: Path, settings: dict[str, Any], folders: list[Path]) -> bool:
     """Whether these exports passed before and no file has changed since."""
     before = store.read_json(path) if path.is_file() else {}
-    if not before.get("passed") or before["settings"] != settings:
+    if before.get("passed") is not True or before.get("settings") != settings:
         return False
     return not any(check_files(folder) for folder in folders)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.workdir import store
+from nemo_vlm_ptq.workdir.records import how_to_remake, read_progress_file
 
 STAGES = {"scales": "solve", "statistics": "observe"}  # of unfinished folders with a record
 Version = tuple[int, int, int]  # of a file: inode, size, time in ns
@@ -36,7 +37,7 @@ def checked_file(folder: Path, name: str) -> Path:
         manifest = store.read_manifest(folder)
         stage = STAGES.get(folder.name, "export") if manifest is None else manifest["stage"]
         what = "is missing" if version is None else "was changed after it was written"
-        raise UserError(f"{path} {what}; {store.how_to_remake(folder, stage)}")
+        raise UserError(f"{path} {what}; {how_to_remake(folder, stage)}")
     return path
 
 
@@ -74,7 +75,7 @@ def _read_hashes(path: Path, version: Version) -> dict[str, str]:
     if path.name == store.MANIFEST:
         manifest = store.read_manifest(path.parent)
         return {} if manifest is None else {k: f["sha256"] for k, f in manifest["files"].items()}
-    hashes: dict[str, str] = store.read_progress_file(path).get("sha256", {})
+    hashes: dict[str, str] = read_progress_file(path).get("sha256", {})
     return hashes
 
 

@@ -22,6 +22,7 @@ from types import MappingProxyType
 from typing import Any
 
 from nemo_vlm_ptq.errors import UserError
+from nemo_vlm_ptq.workdir.records import how_to_remake, is_manifest, read_progress_file
 
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
@@ -47,22 +48,12 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         manifest = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
         manifest = None
-    if not _is_manifest(manifest):
+    if not is_manifest(manifest):
         raise UserError(
             f"{path} is not a manifest written by nemo-vlm-ptq; choose another workdir, or, if "
             f"nothing in {folder} is yours: rm -r {shlex.quote(str(folder))}"
         )
     return manifest
-
-
-def _is_manifest(value: Any) -> bool:
-    """Return whether a value has the keys of a manifest, with their types."""
-    types = {"stage": str, "settings": dict, "files": dict, "facts": dict}
-    if not isinstance(value, dict):
-        return False
-    if not all(isinstance(value.get(key), kind) for key, kind in types.items()):
-        return False
-    return all(isinstance(file, dict) and "sha256" in file for file in value["files"].values())
 
 
 def require_manifest(folder: Path, stage: str) -> dict[str, Any]:
@@ -104,15 +95,6 @@ def is_finished(folder: Path, settings: Mapping[str, Any]) -> bool:
             f"workdir, or, if nothing in it is yours: rm -r {shlex.quote(str(folder))}"
         )
     return False
-
-
-def how_to_remake(folder: Path, stage: str) -> str:
-    """Return the command that makes a stage folder again; `stage` is that of its manifest."""
-    command = {"solve": "calibrate"}.get(name := stage.split()[0], name)
-    start = (
-        "python -m nemo_vlm_ptq.nemo.checkpoint" if name == "nemo" else f"nemo-vlm-ptq {command}"
-    )
-    return f"to make it again: rm -r {shlex.quote(str(folder))} && {start} RECIPE"
 
 
 def _require_settings(folder: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
@@ -158,15 +140,6 @@ def read_progress(folder: Path, settings: Mapping[str, Any]) -> Any:
     saved = read_progress_file(folder / PROGRESS)
     is_same = saved.get("settings") == json.loads(json.dumps(settings))
     return saved.get("record") if is_same else None
-
-
-def read_progress_file(path: Path) -> dict[str, Any]:
-    """Return what `write_progress` wrote; empty if there is nothing, or something else."""
-    try:
-        saved = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return saved if isinstance(saved, dict) and isinstance(saved.get("sha256"), dict) else {}
 
 
 def write_progress(
@@ -298,8 +271,18 @@ def save_tensors(tensors: Mapping[str, Any], path: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file."""
-    return json.loads(path.read_text())
+    """Read a JSON file of the workdir, a mapping.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged; remove it and run the same command again")
+    return value
 
 
 def write_json(path: Path, value: Any) -> None:
