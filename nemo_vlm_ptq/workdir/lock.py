@@ -217,8 +217,9 @@ def _describe(work: Path, holder: dict[str, Any]) -> str:
     """Return who owns a workdir, or formats in it."""
     what = f"{work} ({', '.join(holder['formats'])})" if holder["formats"] else str(work)
     job = f", Slurm job {holder['job'][0]}" if holder["job"][0] else ""
-    process = f"process {holder['pid']} on {holder['host']}{job}"
-    return f"workdir {what} is in use by {process}: {holder['command']}, since {holder['time']}"
+    place = f"{holder['pid']} on {holder['host']}{job}"
+    since = f"{holder['command']}, since {holder['time']}"
+    return f"workdir {what} is in use by process {place}: {since}"
 
 
 def _refusal(work: Path, holder: dict[str, Any], path: Path) -> str:
