@@ -56,7 +56,7 @@ def test_machine_zero_listens_on_the_address_that_the_user_names():
         assert listener.getsockname() == ("127.0.0.2", port)
         said = said_by(spawn.open_listener, "127.0.0.2", port)
     assert said.startswith(f"MASTER_ADDR=127.0.0.2 MASTER_PORT={port}: this machine cannot listen")
-    for address in ("192.0.2.1", "no-such-host.invalid"):  # an address of another machine
+    for address in ("203.0.113.1", "no-such-host.invalid"):  # an address of another machine
         assert f"MASTER_ADDR={address} " in said_by(spawn.open_listener, address, port)
     with socket.socket() as probe:
         probe.bind(("127.0.0.2", port))  # released
