@@ -105,7 +105,7 @@ if [[ ,${given[tasks]}, == *,gqa,* ]]; then
         "testdev_balanced_questions.json and images/"
 fi
 
-name=$(basename "${given[model]}" | sed 's/[^0-9a-zA-Z-]/_/g')
+name=$(basename -- "${given[model]}" | sed 's/[^0-9a-zA-Z-]/_/g')
 save=saved_models_${name}_dense_${given[quant]}_tp${given[tp]}_pp${given[pp]}
 [[ $target != hf ]] || save+=_hf
 words=("workdir=${ROOT_SAVE_PATH:-$PWD}/$save" "stages=[$stages, report]"

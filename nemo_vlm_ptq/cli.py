@@ -44,10 +44,10 @@ def entry() -> None:
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # while these are imported: no traceback
         from nemo_vlm_ptq.distributed.launcher import report_stop, started_by_us
-        from nemo_vlm_ptq.workdir.lock import release_locks
+        from nemo_vlm_ptq.utils.own_files import remove_own_files
 
         def stop_at_once(number: int, _: Any) -> None:  # an exception may get lost in imports
-            release_locks()
+            remove_own_files()
             os._exit(128 + number if started_by_us() else report_stop(number))
 
         signal.signal(signal.SIGINT, stop_at_once)

@@ -17,6 +17,7 @@ from bad_models import error_message, running, said_by, write_recipe
 
 from nemo_vlm_ptq import cli
 from nemo_vlm_ptq.distributed import launcher
+from nemo_vlm_ptq.utils import own_files
 from nemo_vlm_ptq.workdir import lock
 from nemo_vlm_ptq.workdir.lock import LOCK_FOLDER, lock_workdir, locked_formats
 
@@ -274,3 +275,15 @@ def test_a_workdir_that_is_no_folder_is_rejected_in_a_line(tmp_path):
     assert said_by(take, Path("/dev/null/x")).startswith("workdir /dev/null/x cannot be written")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "else")
     said_by(take, tmp_path / "link")
+
+
+def test_files_of_a_process_are_removed_once_wherever_they_are(tmp_path):
+    (tmp_path / "a").touch()
+    own_files.own(tmp_path / "a")
+    own_files.own(tmp_path / "gone" / "b")
+    with lock_workdir(tmp_path, "run"):
+        own_files.remove_own_files()  # Ctrl-C
+        assert lock_files(tmp_path) == [] and not (tmp_path / "a").exists()
+    (tmp_path / "a").touch()
+    own_files.remove_own_files()
+    assert (tmp_path / "a").exists()

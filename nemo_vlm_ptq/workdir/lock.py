@@ -29,13 +29,13 @@ from pathlib import Path
 from typing import Any
 
 from nemo_vlm_ptq.errors import UserError
+from nemo_vlm_ptq.utils.own_files import own, remove_own
 
 LOCK_FOLDER = ".lock"
 GUARD = "guard"  # what flock is taken of
 TOUCH_SECONDS = 5.0
 STALE_SECONDS = 60.0  # also longer than file systems of networks keep attributes
 OWNER_KEYS = {"host", "boot", "pids", "pid", "start", "command", "formats", "time", "job"}
-OWNED: list[Path] = []  # lock files of this process
 FORMAT_STAGES = {"solve", "export", "verify", "build"}  # write folders of their formats alone
 
 
@@ -58,7 +58,7 @@ def lock_workdir(work: Path, command: str, formats: Sequence[str] = ()) -> Itera
         _take(path, owner)
     except OSError as error:
         raise UserError(f"workdir {work} cannot be written: {error.strerror or error}") from None
-    OWNED.append(path)
+    own(path)
     released = threading.Event()
     toucher = threading.Thread(target=_keep_touching, args=(path, released), daemon=True)
     toucher.start()
@@ -67,14 +67,7 @@ def lock_workdir(work: Path, command: str, formats: Sequence[str] = ()) -> Itera
     finally:
         released.set()
         toucher.join(TOUCH_SECONDS)
-        release_locks()
-
-
-def release_locks() -> None:
-    """Release what this process owns."""
-    while OWNED:
-        with contextlib.suppress(OSError):  # the workdir may be gone
-            OWNED.pop().unlink()
+        remove_own(path)
 
 
 def _take(path: Path, owner: dict[str, Any]) -> None:
