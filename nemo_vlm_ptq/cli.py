@@ -41,14 +41,20 @@ LAUNCHED = {"NEMO_VLM_PTQ_PARENT", "TORCHELASTIC_RUN_ID", "OMPI_COMM_WORLD_SIZE"
 
 def entry() -> None:
     """Run `main` and end the process at once: destructors of a run take seconds."""
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    interruptible = signal.getsignal(signal.SIGINT) != signal.SIG_IGN
+    if interruptible:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # while these are imported: no traceback
-        from nemo_vlm_ptq.distributed.launcher import report_stop, started_by_us
-        from nemo_vlm_ptq.utils.own_files import remove_own_files
+    from nemo_vlm_ptq.distributed.launcher import report_stop, started_by_us, take_forks_along
+    from nemo_vlm_ptq.utils.own_files import remove_own_files
+
+    take_forks_along()
+    if interruptible:
+        own_pid = os.getpid()
 
         def stop_at_once(number: int, _: Any) -> None:  # an exception may get lost in imports
+            is_told = started_by_us() or os.getpid() != own_pid  # by the parent
             remove_own_files()
-            os._exit(128 + number if started_by_us() else report_stop(number))
+            os._exit(128 + number if is_told else report_stop(number))
 
         signal.signal(signal.SIGINT, stop_at_once)
     try:

@@ -287,3 +287,19 @@ def test_files_of_a_process_are_removed_once_wherever_they_are(tmp_path):
     (tmp_path / "a").touch()
     own_files.remove_own_files()
     assert (tmp_path / "a").exists()
+
+
+def test_what_a_killed_process_has_forked_ends_with_it():
+    script = (
+        "import multiprocessing, os, time\n"
+        "from nemo_vlm_ptq.distributed.launcher import take_forks_along\n"
+        "take_forks_along()\n"
+        "writer = multiprocessing.get_context('fork').Process(target=time.sleep, args=(600,))\n"
+        "writer.start(); print(writer.pid, flush=True); time.sleep(600)\n"
+    )
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        writer = psutil.Process(int(process.stdout.readline()))
+        time.sleep(0.5)
+        process.kill()
+        wait_for(lambda: not alive([writer]), 10)

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -49,6 +50,17 @@ def started_by_us() -> bool:
 def die_with_parent() -> None:
     """Have the kernel kill this process when the one that started it ends, however it ends."""
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def take_forks_along() -> None:
+    """Have what the main thread forks from now on, such as megatron-core's writers, die with it."""
+    main = threading.get_ident()
+
+    def follow() -> None:
+        if threading.get_ident() == main:  # the end of another thread would kill it, too
+            die_with_parent()
+
+    os.register_at_fork(after_in_child=follow)
 
 
 def follow_launcher() -> None:

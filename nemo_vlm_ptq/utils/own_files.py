@@ -1,9 +1,11 @@
 """Files that end with this process, also if Ctrl-C ends it at once."""
 
 import contextlib
+import os
 from pathlib import Path
 
 _files: set[Path] = set()
+os.register_at_fork(after_in_child=_files.clear)
 
 
 def own(path: Path) -> None:
