@@ -53,12 +53,13 @@ def lock_workdir(work: Path, command: str, formats: Sequence[str] = ()) -> Itera
     """
     owner = _describe_self(command, formats)
     path = work / LOCK_FOLDER / f"{uuid.uuid4().hex}.json"
+    own(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _take(path, owner)
     except OSError as error:
+        remove_own(path)  # what a full disk left of it
         raise UserError(f"workdir {work} cannot be written: {error.strerror or error}") from None
-    own(path)
     released = threading.Event()
     toucher = threading.Thread(target=_keep_touching, args=(path, released), daemon=True)
     toucher.start()
