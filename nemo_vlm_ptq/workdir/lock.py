@@ -26,7 +26,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.utils.own_files import own, remove_own
@@ -55,7 +55,6 @@ def lock_workdir(work: Path, command: str, formats: Sequence[str] = ()) -> Itera
     path = work / LOCK_FOLDER / f"{uuid.uuid4().hex}.json"
     own(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         _take(path, owner)
     except OSError as error:
         remove_own(path)  # what a full disk left of it
@@ -69,6 +68,10 @@ def lock_workdir(work: Path, command: str, formats: Sequence[str] = ()) -> Itera
         released.set()
         toucher.join(TOUCH_SECONDS)
         remove_own(path)
+        with contextlib.suppress(OSError):  # the workdir may be gone
+            if path.parent.is_dir():
+                with _guarded(path.parent):
+                    pass  # removes the folder after the last run
 
 
 def _take(path: Path, owner: dict[str, Any]) -> None:
@@ -100,11 +103,31 @@ def _take(path: Path, owner: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _guarded(folder: Path) -> Iterator[None]:
-    """Let one process at a time compare and write the files of a folder."""
-    with (folder / GUARD).open("a") as guard:
-        with contextlib.suppress(OSError):  # a file system without flock
-            fcntl.flock(guard, fcntl.LOCK_EX)
+    """Create a folder, and let one process at a time compare and write the locks in it.
+
+    In the end the folder is removed if it has none.
+    """
+    guard = _open_guard(folder)
+    try:
         yield
+        if not any(folder.glob("*.json")):
+            (folder / GUARD).unlink()
+            folder.rmdir()
+    finally:
+        guard.close()
+
+
+def _open_guard(folder: Path) -> IO[str]:
+    """Open the guard, alone as far as the file system has flock; it is not a removed one."""
+    path = folder / GUARD
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # the folder was removed since
+            guard = path.open("a")
+            with contextlib.suppress(OSError):
+                fcntl.flock(guard, fcntl.LOCK_EX)
+            if os.path.samestat(path.stat(), os.fstat(guard.fileno())):
+                return guard
 
 
 def _describe_self(command: str, formats: Sequence[str]) -> dict[str, Any]:
