@@ -4,6 +4,7 @@
 #
 #   set_up [EXTRA]   create the environment and install this repository into it, editable, with the
 #                    versions of constraints.txt; a no-op if the installation is up to date
+#   require_number NAME VALUE LEAST   fail unless the value is an integer from LEAST, 0 or 1, on
 #   check_counts     set $nodes from NNODES; fail if NNODES or GPUS_PER_NODE is not a positive integer
 #   count_ranks      set $ranks, the ranks per machine, from GPUS_PER_NODE; divide the CPU cores
 #                    among them with OMP_NUM_THREADS
@@ -11,6 +12,9 @@
 # Sets $root to the repository and $venv to the environment. NEMO_VLM_PTQ_VENV selects another folder
 # than .venv; pip's PIP_* variables select the package index. With NNODES > 1 nothing is installed,
 # because machines that share the folder would install into it at the same time.
+#
+# Bash evaluates what stands in arithmetic, in [[ -v ]] and in the index of an array, commands in it
+# included. Values of others pass require_number, or a pattern, before they stand there.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${NEMO_VLM_PTQ_VENV:-$root/.venv}
@@ -19,6 +23,14 @@ venv=${NEMO_VLM_PTQ_VENV:-$root/.venv}
 fail() {
     echo "error: $*" >&2
     exit 1
+}
+
+require_number() {
+    local kind="an integer from $3"
+    ((!$3)) || kind="a positive integer"
+    if [[ ! $2 =~ ^(0|[1-9][0-9]{0,8})$ ]] || (($2 < $3)); then
+        fail "$1 must be $kind, got ${2@Q}"
+    fi
 }
 
 # Return true if an interpreter has a supported version and can import the named modules.
@@ -58,6 +70,7 @@ _fingerprint() {
 }
 
 set_up() {
+    require_number NNODES "${NNODES:-1}" 1
     local extra=${1:-} python fingerprint stamp=$venv/.nemo-vlm-ptq # lines "hash extra"
     fingerprint=$(_fingerprint)
     if grep -qsx "$fingerprint ${extra:-base}" "$stamp"; then
@@ -88,14 +101,16 @@ set_up() {
 
 check_counts() {
     nodes=${NNODES:-1}
-    [[ $nodes =~ ^[1-9][0-9]*$ ]] || fail "NNODES must be a positive integer, got $nodes"
-    [[ ${GPUS_PER_NODE:-1} =~ ^[1-9][0-9]*$ ]] ||
-        fail "GPUS_PER_NODE must be a positive integer, got $GPUS_PER_NODE"
+    require_number NNODES "$nodes" 1
+    require_number GPUS_PER_NODE "${GPUS_PER_NODE:-1}" 1
 }
 
 count_ranks() {
     local share gpus='import torch; print(max(1, torch.cuda.device_count()))'
     ranks=${GPUS_PER_NODE:-$("$venv/bin/python" -c "$gpus")}
-    share=$(($(nproc) / ranks))
+    require_number "the number of GPUs" "$ranks" 1
+    share=$(nproc)
+    require_number "what nproc prints" "$share" 1
+    share=$((share / ranks))
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((share > 0 ? share : 1))}
 }

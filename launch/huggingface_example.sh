@@ -45,8 +45,10 @@ while (($#)); do
     fi
     name=${word#--}
     if [[ $word != --* ]]; then
-        [[ $word == ?*=* ]] || fail "unexpected argument $word; expected an option or key=value"
+        [[ $word == ?*=* ]] || fail "unexpected argument ${word@Q}; expected an option or key=value"
         overrides+=("$word")
+    elif [[ ! $name =~ ^[a-z][a-z_-]*$ ]]; then # [[ -v ]] would evaluate it
+        fail "unknown option ${word@Q}"
     elif [[ -v flags[$name] ]]; then
         echo "--$name is ignored: ${flags[$name]}" >&2
     elif [[ -v gone[$name] ]]; then
@@ -66,11 +68,11 @@ for name in model type quant; do
     [[ -n ${given[$name]:-} ]] || fail "required option --$name is missing"
 done
 [[ ${given[sparsity]:-dense} == dense ]] ||
-    fail "--sparsity must be dense, got ${given[sparsity]}; weights are not pruned"
+    fail "--sparsity must be dense, got ${given[sparsity]@Q}; weights are not pruned"
 case ${given[export_fmt]:=tensorrt_llm} in
     tensorrt_llm) target=trtllm tasks=build ;;
     hf) target=hf tasks=quant ;;
-    *) fail "--export_fmt must be tensorrt_llm or hf, got ${given[export_fmt]}" ;;
+    *) fail "--export_fmt must be tensorrt_llm or hf, got ${given[export_fmt]@Q}" ;;
 esac
 case ${given[type]} in # families with many or with few tokens per image
     phi | llava_next) input=4096 batch=4 ;;
@@ -84,12 +86,12 @@ esac
 : "${given[input]:=$input}" "${given[batch]:=$batch}" "${given[kv_cache_quant]:=$cache}"
 : "${given[tp]:=1}" "${given[pp]:=1}" "${given[output]:=512}" "${given[tasks]:=$tasks}"
 for name in input output; do
-    [[ ${given[$name]} =~ ^[1-9][0-9]*$ ]] || fail "--$name must be a positive integer, got ${given[$name]}"
+    require_number "--$name" "${given[$name]}" 1
 done
 
 stages="observe, solve, export, verify" form=export data=
 for task in ${given[tasks]//,/ }; do
-    [[ $task =~ ^(quant|build|gqa)$ ]] || fail "--tasks must be a list of quant, build, gqa, got $task: $lm"
+    [[ $task =~ ^(quant|build|gqa)$ ]] || fail "--tasks must be a list of quant, build, gqa, got ${task@Q}: $lm"
 done
 if [[ ,${given[tasks]}, == *,build,* ]]; then
     stages+=", build" form=engine
@@ -103,7 +105,7 @@ if [[ ,${given[tasks]}, == *,gqa,* ]]; then
         "testdev_balanced_questions.json and images/"
 fi
 
-name=$(basename "${given[model]}" | sed 's/[^0-9a-zA-Z-]/_/g')
+name=$(basename -- "${given[model]}" | sed 's/[^0-9a-zA-Z-]/_/g')
 save=saved_models_${name}_dense_${given[quant]}_tp${given[tp]}_pp${given[pp]}
 [[ $target != hf ]] || save+=_hf
 words=("workdir=${ROOT_SAVE_PATH:-$PWD}/$save" "stages=[$stages, report]"

@@ -21,5 +21,6 @@ count_ranks
 options=(-n $((nodes * ranks)) --map-by "ppr:$ranks:node:OVERSUBSCRIBE" --bind-to none
     -x OMP_NUM_THREADS)
 [[ -z ${HOSTFILE:-} ]] || options+=(--hostfile "$HOSTFILE")
+((nodes > 1)) || options+=(--mca btl ^tcp) # its sockets would listen on all addresses
 ((UID)) || options+=(--allow-run-as-root)
 exec mpirun "${options[@]}" "$venv/bin/python" -m nemo_vlm_ptq "$@"

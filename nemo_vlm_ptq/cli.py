@@ -13,9 +13,10 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
+from typing import Any
 
 from nemo_vlm_ptq.constants import STAGE_GROUPS, STAGES
-from nemo_vlm_ptq.errors import UserError, VerificationError
+from nemo_vlm_ptq.errors import UserError, VerificationError, has_control_characters
 
 USAGE = """\
 nemo-vlm-ptq run       RECIPE [key=value ...]   all stages of the recipe; finished ones are skipped
@@ -36,9 +37,27 @@ RECIPE is a YAML file or the name of a shipped recipe. Exit codes: 0 done, 1 a b
 you can fix, 3 verification or a quality gate failed. --debug prints the traceback.
 """
 
+LAUNCHED = {"NEMO_VLM_PTQ_PARENT", "TORCHELASTIC_RUN_ID", "OMPI_COMM_WORLD_SIZE"}  # marks of ranks
+
 
 def entry() -> None:
     """Run `main` and end the process at once: destructors of a run take seconds."""
+    interruptible = signal.getsignal(signal.SIGINT) != signal.SIG_IGN
+    if interruptible:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # while these are imported: no traceback
+    from nemo_vlm_ptq.distributed.launcher import report_stop, started_by_us, take_forks_along
+    from nemo_vlm_ptq.utils.own_files import remove_own_files
+
+    take_forks_along()
+    if interruptible:
+        own_pid = os.getpid()
+
+        def stop_at_once(number: int, _: Any) -> None:  # an exception may get lost in imports
+            is_told = started_by_us() or os.getpid() != own_pid  # by the parent
+            remove_own_files()
+            os._exit(128 + number if is_told else report_stop(number))
+
+        signal.signal(signal.SIGINT, stop_at_once)
     try:
         main()
     except SystemExit as stop:
@@ -50,6 +69,10 @@ def entry() -> None:
 
 def main() -> None:
     """Run the command line of `nemo-vlm-ptq` and `python -m nemo_vlm_ptq`."""
+    if LAUNCHED & set(os.environ):
+        from nemo_vlm_ptq.distributed.launcher import follow_launcher
+
+        follow_launcher()
     _silence_packages()
     gc.disable()  # until the stages run: collections take a fifth of the import time of packages
     words = sys.argv[1:]
@@ -119,6 +142,9 @@ def _report(error: UserError | VerificationError) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
     command = arguments.command
+    for word in (arguments.recipe or "", *arguments.overrides):
+        if has_control_characters(word):
+            raise UserError(f"{word!r} has control characters, such as line ends; remove them")
     if arguments.dry_run and command != "build":
         raise UserError("--dry-run is an option of build: build RECIPE --dry-run")
     if arguments.again and command != "verify":

@@ -10,13 +10,15 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_vlm_ptq.constants import LOGITS_OPTIONS, STAGES
 from nemo_vlm_ptq.distributed import launcher, mpi
+from nemo_vlm_ptq.distributed.layout import data_parallel_size
 from nemo_vlm_ptq.errors import UserError
+from nemo_vlm_ptq.workdir.lock import lock_workdir, locked_formats
 from nemo_vlm_ptq.workdir.status import record_failure
 
 if TYPE_CHECKING:
@@ -65,13 +67,33 @@ def run_command(
         if command == "plan" or dry_run:
             return _print_plan(command, plan, as_json=as_json)
         plan, _ = _resolve_layout(command, plan)
+        if inside:  # before the workdir is created
+            sizes = plan.recipe.parallel
+            data = None if sizes.data == "auto" else sizes.data
+            world = int(os.environ["WORLD_SIZE"])
+            data_parallel_size(int(sizes.tensor), int(sizes.pipeline), world, data)
+    with _owned_workdir(command, plan):
         if again and not launcher.started_by_us():
             for fmt in plan.formats:
                 Path(plan.recipe.workdir, fmt.name, "verify.json").unlink(missing_ok=True)
         if inside:
-            return _run_rank(command, plan, logits_options)
-    ranks = _rank_count(plan.recipe.parallel)
-    return _start_ranks(plan, ranks) if ranks > 1 else _run_here(command, plan, logits_options)
+            with _failures_recorded(command, recipe):
+                return _run_rank(command, plan, logits_options)
+        ranks = _rank_count(plan.recipe.parallel)
+        return _start_ranks(plan, ranks) if ranks > 1 else _run_here(command, plan, logits_options)
+
+
+def _owned_workdir(command: str, plan: Plan) -> AbstractContextManager[None]:
+    """Return a context in which the run owns what it writes of the workdir.
+
+    The command that starts ranks owns it, or rank 0 of another launcher's. logits writes nothing
+    there.
+    """
+    follows = launcher.planned_by_parent() or os.environ.get("RANK", "0") != "0"
+    if command == "logits" or (launcher.inside_ranks() and follows):
+        return nullcontext()
+    formats = locked_formats(plan.recipe.stages_of(command), [fmt.name for fmt in plan.formats])
+    return lock_workdir(Path(plan.recipe.workdir), command, formats)
 
 
 def _prepare(
@@ -84,7 +106,7 @@ def _prepare(
     from nemo_vlm_ptq.targets.trtllm.engine.installation import find_installation
 
     plan, stages = make_plan(recipe), recipe.stages_of(command)
-    if not launcher.started_by_us():  # the parent process has done it
+    if not launcher.planned_by_parent():
         run_preflight(plan, stages)
     asks_engine = "evaluate" in stages and recipe.evaluate.form == "engine"
     if "build" in stages or asks_engine or logits_options.get("from") == "engine":

@@ -1,10 +1,13 @@
-"""The two expected failures of a run: an error the user can fix, and a failed verification."""
+"""The expected failures of a run: an error the user can fix, and a failed verification."""
 
+import contextlib
 import errno
 import os
 import shutil
+import unicodedata
 from pathlib import Path
 
+CONTROL_CATEGORIES = ("Cc", "Cs", "Zl", "Zp")  # line ends, NUL, bytes that are not UTF-8
 DISK_FULL_BYTES = 1 << 20  # a disk with fewer free bytes counts as full
 
 
@@ -20,16 +23,37 @@ class VerificationError(Exception):
     """A written checkpoint failed verification, or a quality gate was missed; exit code 3."""
 
 
+def has_control_characters(text: str) -> bool:
+    """Return whether a text has characters that no path or name of a run may have.
+
+    They would break lines of messages, logs and what shell scripts read.
+    """
+    return any(unicodedata.category(character) in CONTROL_CATEGORIES for character in text)
+
+
 def disk_write_error(error: BaseException | None, folder: Path) -> str | None:
     """Return the disk error behind an exception, such as "No space left on device", or None.
 
     Some of torch's writers raise unrelated errors on a full disk, so free space is checked first.
     """
-    if folder.is_dir() and shutil.disk_usage(folder).free < DISK_FULL_BYTES:
-        return os.strerror(errno.ENOSPC)
+    with contextlib.suppress(OSError):  # the folder may be gone
+        if shutil.disk_usage(folder).free < DISK_FULL_BYTES:
+            return os.strerror(errno.ENOSPC)
     while error is not None:
         for reason in map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EROFS)):
             if reason in str(error):
                 return reason
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def removed_path(error: BaseException | None, workdir: Path) -> Path | None:
+    """Return the workdir, or what was in it, if an exception tells that somebody removed it."""
+    if not workdir.is_dir():
+        return workdir
+    while error is not None:
+        name = getattr(error, "filename", None) if isinstance(error, FileNotFoundError) else None
+        if isinstance(name, str) and Path(name).absolute().is_relative_to(workdir.absolute()):
+            return Path(name)
         error = error.__cause__ or error.__context__
     return None

@@ -19,6 +19,7 @@ reject() {
     echo "error: $*" >&2
     exit 2
 }
+fail() { reject "$@"; } # also in launch/common.sh: invalid input has code 2
 
 dry=
 words=()
@@ -37,8 +38,12 @@ ACCOUNT='' PARTITION='' NODES='' GPUS_PER_NODE='' GPU_TYPE='' OPTIONS=()
 TIME_OBSERVE='' TIME_SOLVE='' TIME_BUILD='' TIME_EVALUATE='' TIME_REPORT='' # also declares them for shellcheck
 # shellcheck source=/dev/null
 source "$site" || reject "$site cannot be sourced by bash"
-[[ $NODES =~ ^[1-9][0-9]*$ ]] || reject "NODES in $site must be a positive integer, got '$NODES'"
-[[ $GPUS_PER_NODE =~ ^[0-9]+$ ]] || reject "GPUS_PER_NODE in $site must be an integer from 0, got '$GPUS_PER_NODE'"
+require_number "NODES in $site" "$NODES" 1
+require_number "GPUS_PER_NODE in $site" "$GPUS_PER_NODE" 0
+declare -A capability=([a100]=80 [l4]=89 [l40]=89 [l40s]=89 [h100]=90 [h200]=90 [gh200]=90
+    [b100]=100 [b200]=100 [gb200]=100 [b300]=103 [gb300]=103)
+[[ -z $GPU_TYPE || " ${!capability[*]} " == *" $GPU_TYPE "* ]] ||
+    reject "GPU_TYPE in $site must be empty or one of ${!capability[*]}, got ${GPU_TYPE@Q}"
 if [[ -z $dry ]]; then
     command -v sbatch >/dev/null ||
         reject "sbatch is not on PATH; submit from a node of the cluster or add --dry-run"
@@ -51,36 +56,41 @@ fi
 # Settings of the recipe, validated by the package.
 set_up
 facts=$("$venv/bin/nemo-vlm-ptq" plan "${words[@]}" --json) || exit $?
-mapfile -t lines < <("$venv/bin/python" -c '
-import json, sys
+mapfile -td '' values < <("$venv/bin/python" -c '
+import json, os, sys
 facts = json.load(sys.stdin)
 tensor, pipeline, data = (0 if n == "auto" else n for n in facts["parallel"].values())
-print(facts["workdir"], " ".join(facts["stages"]), max(1, tensor) * max(1, pipeline), data, sep="\n")
+logs = os.path.join(os.path.realpath(facts["workdir"]), "slurm")
+values = [logs, " ".join(facts["stages"]), max(1, tensor) * max(1, pipeline), data]
 for name, info in facts["formats"].items():
     major, minor = info["engine_capability"]
-    print(name, 10 * major + minor)
+    values += [name, 10 * major + minor]
+sys.stdout.write("".join(f"{value}\0" for value in values))
 ' <<<"$facts")
-logs=$(realpath -m -- "${lines[0]}")/slurm
-read -ra stages <<<"${lines[1]}"
-model=${lines[2]} data=${lines[3]}
+((${#values[@]} > 5)) || reject "nemo-vlm-ptq plan printed no facts of the recipe"
+logs=${values[0]} model=${values[2]} data=${values[3]}
+read -ra stages <<<"${values[1]}"
+require_number "tensor x pipeline" "$model" 1
+require_number "parallel.data" "$data" 0
 
 ranks=$((GPUS_PER_NODE > 0 ? GPUS_PER_NODE : 1))
 ((NODES * ranks % model == 0 && (data == 0 || NODES * ranks == model * data))) ||
     reject "parallel: tensor x pipeline is $model$( ((data)) && echo " and data is $data"), but" \
         "NODES=$NODES and GPUS_PER_NODE=$GPUS_PER_NODE in $site give $((NODES * ranks)) ranks"
 
-declare -A capability=([a100]=80 [l4]=89 [l40]=89 [l40s]=89 [h100]=90 [h200]=90 [gh200]=90
-    [b100]=100 [b200]=100 [gb200]=100 [b300]=103 [gb300]=103)
-[[ -z $GPU_TYPE || -v capability[$GPU_TYPE] ]] ||
-    reject "GPU_TYPE in $site must be empty or one of ${!capability[*]}, got $GPU_TYPE"
-formats=
-for line in "${lines[@]:4}"; do
-    read -r format need <<<"$line"
-    formats+=${formats:+,}$format
-    if [[ " ${stages[*]} " == *" build "* && -n $GPU_TYPE ]] && ((need > capability[$GPU_TYPE])); then
-        reject "format $format: engines require compute capability $need, but $GPU_TYPE has" \
-            "${capability[$GPU_TYPE]}; remove the format, or remove build from stages"
+available=999 # compute capability times ten
+[[ -z $GPU_TYPE ]] || available=${capability[$GPU_TYPE]}
+formats='' tasks=0
+set -- "${values[@]:4}"
+while (($#)); do
+    [[ $1 =~ ^[a-z0-9_]+$ ]] || reject "format ${1@Q} has no valid name"
+    require_number "the capability that format $1 needs" "$2" 0
+    formats+=${formats:+,}$1 tasks=$((tasks + 1))
+    if [[ " ${stages[*]} " == *" build "* ]] && (($2 > available)); then
+        reject "format $1: engines require compute capability $2, but $GPU_TYPE has $available;" \
+            "remove the format, or remove build from stages"
     fi
+    shift 2
 done
 
 if [[ -z $dry ]]; then
@@ -138,17 +148,18 @@ queue() {
     echo "$last $name" | tee -a "$logs/jobs.new"
 }
 
-node=(--output="$logs/%x_%j.log")
-tasks=(--output="$logs/%x_%A_%a.log")
-count=0-$((${#lines[@]} - 5))
+pattern=${logs//%/%%} # sbatch takes % for itself
+node=(--output="$pattern/%x_%j.log")
+array=(--output="$pattern/%x_%A_%a.log")
+count=0-$((tasks - 1))
 gpus=()
 ((!GPUS_PER_NODE)) || gpus=(--gpus-per-node="$GPUS_PER_NODE")
 all=(--nodes="$NODES" "${gpus[@]}")
 
 rm -f "$logs/jobs.new"
 queue observe "" "import observe" --time="$TIME_OBSERVE" "${all[@]}" "${node[@]}"
-queue solve_export afterok "solve export verify" --time="$TIME_SOLVE" "${all[@]}" "${tasks[@]}" --array="$count"
-queue build aftercorr build --time="$TIME_BUILD" --nodes=1 "${gpus[@]}" "${tasks[@]}" --array="$count%1"
+queue solve_export afterok "solve export verify" --time="$TIME_SOLVE" "${all[@]}" "${array[@]}" --array="$count"
+queue build aftercorr build --time="$TIME_BUILD" --nodes=1 "${gpus[@]}" "${array[@]}" --array="$count%1"
 queue evaluate afterok evaluate --time="$TIME_EVALUATE" "${all[@]}" "${node[@]}"
 queue report afterany report --time="$TIME_REPORT" --nodes=1 "${node[@]}"
 [[ -z $dry ]] || exit 0

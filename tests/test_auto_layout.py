@@ -261,10 +261,11 @@ def test_evaluate_is_rejected_early_if_the_model_does_not_fit_on_one_gpu(
 def test_ranks_are_started_with_the_chosen_layout(tmp_path, models, set_gpus, monkeypatch):
     started = {}
 
-    def elastic_launch(config, program):
-        return lambda *words: started.update(count=config.nproc_per_node, words=words)
+    def run_ranks(words, count):
+        started.update(count=count, words=words)
+        return {}
 
-    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", elastic_launch)
+    monkeypatch.setattr("nemo_vlm_ptq.distributed.spawn.run_ranks", run_ranks)
     monkeypatch.setattr("sys.argv", ["nemo-vlm-ptq", "observe", "recipe", "workdir=x"])
     for name in CHANGED_VARIABLES:
         monkeypatch.setenv(name, "1")  # restored when the test ends
@@ -274,8 +275,7 @@ def test_ranks_are_started_with_the_chosen_layout(tmp_path, models, set_gpus, mo
     assert commands.run_command("observe", str(recipe), []) == 0
     assert started == {
         "count": 4,
-        "words": ("-m", "nemo_vlm_ptq", "observe", "recipe", "workdir=x", "parallel.tensor=4",
-                  "parallel.pipeline=1"),
+        "words": ["observe", "recipe", "workdir=x", "parallel.tensor=4", "parallel.pipeline=1"],
     }  # fmt: skip
 
 

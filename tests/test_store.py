@@ -86,8 +86,8 @@ def test_a_folder_made_with_other_settings_is_rejected_with_key_and_both_values(
 ):
     folder = finish(tmp_path / "megatron")
     assert error_message(store.is_finished, folder, SETTINGS | change) == (
-        f"{folder} exists and was made with {difference}; "
-        "remove the folder or choose another workdir"
+        f"{folder} exists and was made with {difference}; choose another workdir, or "
+        f"remove it: rm -r {folder}"
     )
     assert (folder / "part").read_text() == "complete"
 
@@ -98,7 +98,8 @@ def test_a_folder_with_files_of_the_user_is_rejected_and_unchanged(tmp_path):
     assert not store.is_finished(folder, SETTINGS)
     (folder / "thesis.tex").write_text("text")
     assert error_message(store.is_finished, folder, SETTINGS) == (
-        f"output folder {folder} exists and was not written by nemo-vlm-ptq; choose another workdir"
+        f"output folder {folder} exists and was not finished by nemo-vlm-ptq; choose another "
+        f"workdir, or, if nothing in it is yours: rm -r {folder}"
     )
     assert (folder / "thesis.tex").read_text() == "text"
 
@@ -109,7 +110,8 @@ def test_a_manifest_of_another_tool_or_truncated_is_rejected(tmp_path, text):
     folder.mkdir()
     (folder / "manifest.json").write_text(text)
     assert error_message(store.is_finished, folder, SETTINGS) == (
-        f"{folder}/manifest.json is not a manifest written by nemo-vlm-ptq; choose another workdir"
+        f"{folder}/manifest.json is not a manifest written by nemo-vlm-ptq; choose another "
+        f"workdir, or, if nothing in {folder} is yours: rm -r {folder}"
     )
     assert (folder / "manifest.json").read_text() == text
 

@@ -1,17 +1,17 @@
-"""Start ranks on this machine with torchrun's launcher, or run one here; report why one failed."""
+"""Start ranks on this machine, or run one here; report why one failed."""
 
 from __future__ import annotations
 
+import ctypes
 import json
-import logging
 import os
 import signal
 import sys
-import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -19,9 +19,13 @@ from nemo_vlm_ptq.errors import UserError, VerificationError
 from nemo_vlm_ptq.workdir.store import in_progress_marker
 
 if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-PARENT_VARIABLE = "NEMO_VLM_PTQ_PARENT"  # set for ranks that this package's command started
+STORE_VARIABLE = "NEMO_VLM_PTQ_STORE"  # file descriptor that rank 0 listens on; empty: none
+PLANNED_VARIABLE = "NEMO_VLM_PTQ_PLANNED"  # set for ranks of a command that has planned the run
+PARENT_VARIABLE = "NEMO_VLM_PTQ_PARENT"  # pid of this package's process that started a rank
+LIBC = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 
 
@@ -39,8 +43,36 @@ def inside_ranks() -> bool:
 
 
 def started_by_us() -> bool:
-    """Return whether the command of this package started this rank."""
+    """Return whether a process of this package started this rank, and reports its failure."""
     return PARENT_VARIABLE in os.environ
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it ends, however it ends."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def take_forks_along() -> None:
+    """Have what the main thread forks from now on, such as megatron-core's writers, die with it."""
+    main = threading.get_ident()
+
+    def follow() -> None:
+        if threading.get_ident() == main:  # the end of another thread would kill it, too
+            die_with_parent()
+
+    os.register_at_fork(after_in_child=follow)
+
+
+def follow_launcher() -> None:
+    """End this rank with the process that started it, which may have ended already."""
+    die_with_parent()
+    if started_by_us() and os.environ[PARENT_VARIABLE] != str(os.getppid()):
+        os._exit(128 + signal.SIGKILL)
+
+
+def planned_by_parent() -> bool:
+    """Return whether a command has planned this run, owns the workdir, and started this rank."""
+    return PLANNED_VARIABLE in os.environ
 
 
 def start_ranks(count: int, arguments: Sequence[str], workdir: Path) -> int:
@@ -58,37 +90,19 @@ def start_ranks(count: int, arguments: Sequence[str], workdir: Path) -> int:
         UserError: a rank ended with exit code 2.
         VerificationError: a rank ended with exit code 3.
     """
-    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from nemo_vlm_ptq.distributed.spawn import run_ranks
 
-    # torchrun's own report of a failure is suppressed; explain_failure prints one line
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    defaults = {
-        PARENT_VARIABLE: "1",
-        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // count)),
-    }
-    os.environ.update({key: os.environ.get(key, value) for key, value in defaults.items()})
+    os.environ[PLANNED_VARIABLE] = "1"
     before = folders_in_progress(workdir)
-    with tempfile.TemporaryDirectory(prefix="nemo-vlm-ptq-") as logs:
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=count,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            run_id=f"nemo-vlm-ptq-{os.getpid()}",
-            max_restarts=0,
-            monitor_interval=0.2,
-            logs_specs=DefaultLogsSpecs(log_dir=logs),
-        )
-        try:
-            elastic_launch(config, sys.executable)("-m", "nemo_vlm_ptq", *arguments)
-        except ChildFailedError as error:
-            return explain_failure(error, _folder_in_progress(workdir, before))
-        except SignalException as stop:
-            return report_stop(stop.sigval)
-    return 0
+    try:
+        failures = run_ranks(arguments, count)
+    except Stopped as stop:
+        return report_stop(stop.number)
+    finally:
+        del os.environ[PLANNED_VARIABLE]
+    if not failures:
+        return 0
+    return explain_failure(failures, _folder_in_progress(workdir, before))
 
 
 def run_here(work: Callable[[], int], workdir: Path) -> int:
@@ -155,20 +169,22 @@ def folders_in_progress(workdir: Path) -> dict[Path, int]:
     """Return the unfinished stage folders with the time at which each was started, in ns."""
     name = in_progress_marker(workdir / "*").name
     prefix, suffix = name.split("*")
-    return {
-        path.with_name(path.name.removeprefix(prefix).removesuffix(suffix)): path.stat().st_mtime_ns
-        for path in (*workdir.glob(name), *workdir.glob(f"*/{name}"))
-    }
+    found = {}
+    with suppress(OSError):  # the workdir may be gone
+        for path in (*workdir.glob(name), *workdir.glob(f"*/{name}")):
+            folder = path.with_name(path.name.removeprefix(prefix).removesuffix(suffix))
+            found[folder] = path.stat().st_mtime_ns
+    return found
 
 
-def explain_failure(error: ChildFailedError, folder: Path | None) -> int:
+def explain_failure(failures: Mapping[int, ProcessFailure], folder: Path | None) -> int:
     """Report the most informative failure of a rank as this command's own.
 
     Ranks that lost a peer may fail within the same second as the peer. SIGTERM is least
     informative: the launcher sends it to the remaining ranks.
     """
-    rank, failure = error.get_first_failure()
-    for other, candidate in sorted(error.failures.items()):
+    rank, failure = min(failures.items(), key=lambda item: (item[1].timestamp, item[0]))
+    for other, candidate in sorted(failures.items()):
         if _informativeness(candidate) > _informativeness(failure) and (
             candidate.exitcode in (2, 3) or candidate.timestamp == failure.timestamp
         ):

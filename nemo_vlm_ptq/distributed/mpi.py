@@ -10,6 +10,8 @@ import os
 import socket
 from typing import Any
 
+from nemo_vlm_ptq.distributed.launcher import STORE_VARIABLE
+from nemo_vlm_ptq.distributed.spawn import LOOPBACK, open_listener
 from nemo_vlm_ptq.errors import UserError
 
 WORLD_SIZE_VARIABLE = "OMPI_COMM_WORLD_SIZE"  # set by Open MPI's mpirun
@@ -32,7 +34,9 @@ def set_env_from_mpi() -> None:
     node = world.Split_type(mpi.COMM_TYPE_SHARED)
     rank, world_size, local_rank, local_world_size = world.rank, world.size, node.rank, node.size
     single_node = local_world_size == world_size
-    address, port = world.bcast(_rendezvous(single_node) if rank == 0 else None)
+    listener = _listen(single_node) if rank == 0 else None
+    place = None if listener is None else (_address(single_node), listener.getsockname()[1])
+    address, port = world.bcast(place)
     node.Free()
     mpi.Finalize()
     started = os.environ[WORLD_SIZE_VARIABLE]
@@ -50,7 +54,11 @@ def set_env_from_mpi() -> None:
         "LOCAL_WORLD_SIZE": local_world_size,
     }
     os.environ.update({key: str(value) for key, value in numbers.items()})
-    os.environ.update({"MASTER_ADDR": address, "MASTER_PORT": port})
+    os.environ.update({"MASTER_ADDR": address, "MASTER_PORT": str(port)})
+    os.environ[STORE_VARIABLE] = "" if listener is None else str(listener.detach())
+    if single_node:
+        for key in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ[key] = "lo"
 
 
 def _import_mpi() -> Any:
@@ -69,9 +77,11 @@ def _import_mpi() -> Any:
     return MPI
 
 
-def _rendezvous(single_node: bool) -> tuple[str, str]:
-    """Return the (address, port) of the rendezvous: the user's, or this host and a free port."""
-    address = os.environ.get("MASTER_ADDR", "localhost" if single_node else socket.gethostname())
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return address, os.environ.get("MASTER_PORT", str(probe.getsockname()[1]))
+def _address(single_node: bool) -> str:
+    """Return the address that rank 0 listens on: the user's, loopback, or that of its name."""
+    return os.environ.get("MASTER_ADDR", LOOPBACK if single_node else socket.gethostname())
+
+
+def _listen(single_node: bool) -> socket.socket:
+    """Return the socket on which rank 0 waits for the others."""
+    return open_listener(_address(single_node), int(os.environ.get("MASTER_PORT", "0")))

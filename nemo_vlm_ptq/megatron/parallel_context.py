@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from nemo_vlm_ptq.distributed.launcher import STORE_VARIABLE
 from nemo_vlm_ptq.distributed.layout import Layout, data_parallel_size
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
@@ -105,12 +106,20 @@ def _select_devices(local_rank: int) -> tuple[torch.device, torch.device]:
 
 
 def _init_process_group(rank: int, world_size: int, backend: str) -> None:
-    if world_size > 1:
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
-    else:
-        dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT
-        )
+    """Initialize torch.distributed; its store listens where the launcher has chosen.
+
+    Only ranks of torchrun or of a launcher of the user take torch's own choice, all addresses.
+    """
+    descriptor = os.environ.get(STORE_VARIABLE)
+    store: dist.Store | None = None
+    if world_size == 1:
+        store = dist.HashStore()
+    elif descriptor is not None:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        own: dict[str, Any] = {"master_listen_fd": int(descriptor)} if descriptor else {}
+        store = dist.TCPStore(address, port, world_size, rank == 0, COLLECTIVE_TIMEOUT, **own)
+    numbers = (-1, -1) if store is None else (world_size, rank)  # else of the environment
+    dist.init_process_group(backend, None, COLLECTIVE_TIMEOUT, *numbers, store)
 
 
 @contextmanager

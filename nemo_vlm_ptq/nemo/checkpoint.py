@@ -7,8 +7,10 @@ Runs in one process, or on the ranks that torchrun started.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from nemo_vlm_ptq.errors import UserError
@@ -27,11 +29,16 @@ def write_checkpoint(recipe_name: str, overrides: Sequence[str]) -> None:
     from nemo_vlm_ptq.stages.import_model import import_model
     from nemo_vlm_ptq.targets.nemo2.writer import write
     from nemo_vlm_ptq.workdir import store
+    from nemo_vlm_ptq.workdir.lock import lock_workdir
 
     fixed = ["export.targets=[nemo]", "quantize.format=fp8", "quantize.kv_cache=none"]
     plan = make_plan(load_recipe(recipe_name, [*overrides, *fixed]))
     sizes = {"tensor": 1, "pipeline": 1, "data": "auto"}  # every layout writes the same files
-    with parallel_context(sizes) as parallel:
+    is_first = os.environ.get("RANK", "0") == "0"
+    owned = (
+        lock_workdir(Path(plan.recipe.workdir), "nemo.checkpoint") if is_first else nullcontext()
+    )
+    with owned, parallel_context(sizes) as parallel:
         context, target = (
             RunContext(plan=plan, parallel=parallel),
             Path(plan.recipe.workdir) / "nemo",

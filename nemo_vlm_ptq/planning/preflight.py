@@ -63,7 +63,7 @@ def check_workdir_writable(work: Path) -> None:
     """Check that the workdir can be created or written to.
 
     Raises:
-        UserError: the workdir, or its nearest existing parent, is not writable.
+        UserError: the workdir, or its nearest existing parent, is not a folder that is writable.
     """
     try:
         existing = next(path for path in (work, *work.absolute().parents) if os.path.lexists(path))
@@ -74,7 +74,7 @@ def check_workdir_writable(work: Path) -> None:
         raise UserError(f"workdir {shorten(str(work))}: {reason_of(error)}") from None
     if not existing.is_dir():
         raise UserError(f"workdir {work}: {existing} is not a folder; choose another workdir")
-    if not os.access(existing, os.W_OK):
+    if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"workdir {work}: {existing} is not writable; choose another workdir")
 
 

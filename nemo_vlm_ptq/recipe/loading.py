@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from nemo_vlm_ptq.errors import UserError
+from nemo_vlm_ptq.errors import UserError, has_control_characters
 from nemo_vlm_ptq.formats import FORMATS
 from nemo_vlm_ptq.input_files import is_file, one_line, open_file, shorten
 from nemo_vlm_ptq.recipe.schema import Recipe
@@ -109,6 +109,8 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
         key, equals, text = word.partition("=")
         if not equals:
             raise UserError(f"{shorten(word)!r} is not an override; expected key=value")
+        if has_control_characters(word):  # YAML would take a line end for a space
+            raise UserError(f"{shorten(word)!r} has control characters; remove them")
         try:
             value = yaml.load(text, _Loader)
         except (yaml.YAMLError, ValueError, RecursionError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -17,7 +18,7 @@ from pydantic import (
 )
 
 from nemo_vlm_ptq.constants import DEFAULT_STAGES, STAGE_GROUPS, STAGES
-from nemo_vlm_ptq.errors import UserError
+from nemo_vlm_ptq.errors import UserError, has_control_characters
 from nemo_vlm_ptq.formats import find_format
 from nemo_vlm_ptq.recipe.words import canonical, explain_target
 from nemo_vlm_ptq.targets.registry import TARGETS
@@ -32,7 +33,20 @@ def _expand(path: str) -> str:
     expanded = os.path.expandvars(os.path.expanduser(path))
     if "$" in expanded:
         raise ValueError("an environment variable in it is not set")
+    _reject_control_characters(expanded)
     return expanded
+
+
+def _reject_control_characters(value: Any) -> None:
+    """Reject control characters in strings, also in lists and in keys and values of mappings."""
+    waiting, seen = [value], set()
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, str) and has_control_characters(part):
+            raise ValueError("Input should have no control characters, such as line ends")
+        if isinstance(part, Mapping | list | tuple) and id(part) not in seen:
+            seen.add(id(part))  # an alias of YAML may repeat a part, or hold itself
+            waiting += [*part, *(part.values() if isinstance(part, Mapping) else ())]
 
 
 ExpandedPath = Annotated[str, AfterValidator(_expand)]
@@ -48,8 +62,9 @@ class RecipeSection(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _reject_booleans(cls, value: Any, info: ValidationInfo) -> Any:
-        """Reject YAML's yes and no where a number or a string is expected."""
+    def _reject_unsuitable(cls, value: Any, info: ValidationInfo) -> Any:
+        """Reject control characters, and YAML's yes and no for a number or a string."""
+        _reject_control_characters(value)
         field = cls.model_fields[info.field_name or ""]
         if isinstance(value, bool) and field.annotation is not bool:
             raise ValueError(f"Input should not be {str(value).lower()}")

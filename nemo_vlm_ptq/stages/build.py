@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_vlm_ptq.context import RunContext, StageOutput, on_rank_zero, run_stage
+from nemo_vlm_ptq.distributed.launcher import die_with_parent
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.formats import QuantFormat
 from nemo_vlm_ptq.targets.trtllm.engine.commands import Command, engine_commands, engine_files
@@ -22,6 +23,7 @@ from nemo_vlm_ptq.targets.trtllm.engine.installation import (
     gpu_name,
 )
 from nemo_vlm_ptq.workdir import store
+from nemo_vlm_ptq.workdir.checked_files import check_folder
 
 POLL_SECONDS = 30.0  # between two polls of a program; other ranks wait in a collective meanwhile
 LOG_TAIL_LINES = 3  # lines of a log quoted in an error message
@@ -51,6 +53,8 @@ def build(context: RunContext) -> None:
 def _build(
     context: RunContext, fmt: QuantFormat, folder: Path, installation: Installation
 ) -> StageOutput:
+    checkpoint = context.folder(fmt.name, "trtllm")
+    on_rank_zero(context.parallel, partial(check_folder, checkpoint, "export"))
     commands = engine_commands(context.plan, fmt, installation.path, installation.python)
     for command in commands:
         _run(context, f"build {fmt.name}", command, folder / f"{command.name}.log")
@@ -79,7 +83,11 @@ def _run(context: RunContext, label: str, command: Command, log: Path) -> None:
             file.write(shlex.join(command.args) + "\n")
             file.flush()
             process = subprocess.Popen(
-                command.args, env=clean_environment(), stdout=file, stderr=subprocess.STDOUT
+                command.args,
+                env=clean_environment(),
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                preexec_fn=die_with_parent,
             )
     try:
         while (code := parallel.all_gather(_poll(process))[0]) is None:

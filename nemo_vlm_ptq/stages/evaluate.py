@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_vlm_ptq.constants import BASELINE
-from nemo_vlm_ptq.context import RunContext, StageOutput, run_stage
+from nemo_vlm_ptq.context import RunContext, StageOutput, on_rank_zero, run_stage
 from nemo_vlm_ptq.data.questions import Questions, evaluation_questions
 from nemo_vlm_ptq.distributed.layout import split_evenly
 from nemo_vlm_ptq.errors import UserError, VerificationError
@@ -28,6 +28,7 @@ from nemo_vlm_ptq.targets.trtllm.engine.session import open_engine
 from nemo_vlm_ptq.utils.progress import progress_bar
 from nemo_vlm_ptq.verify.model_forms import fits_on_device, load_reference_model
 from nemo_vlm_ptq.workdir import store
+from nemo_vlm_ptq.workdir.checked_files import check_folder, checked_file
 
 
 def evaluate(context: RunContext) -> None:
@@ -48,7 +49,7 @@ def evaluate(context: RunContext) -> None:
 def read_result(folder: Path) -> dict[str, Any]:
     """Return gqa.json of a finished evaluation; empty if the stage has not run."""
     path = folder / "gqa.json"
-    return store.read_json(path) if path.is_file() else {}
+    return store.read_json(checked_file(folder, path.name)) if path.is_file() else {}
 
 
 def _settings(context: RunContext, fmt: QuantFormat | None) -> dict[str, Any]:
@@ -59,14 +60,10 @@ def _settings(context: RunContext, fmt: QuantFormat | None) -> dict[str, Any]:
     if fmt is None:
         questions = evaluation_questions(evaluate.data, evaluate.limit).identity()
         return settings | {"source": source_identity(plan), "questions": questions}
-    target = _target(context, fmt)
-    is_engine = target == "engine"
-    folder = (
-        context.folder(fmt.name, target) if is_engine else context.plan.export_folder(fmt, target)
-    )
-    store.require_manifest(folder, "build" if is_engine else "export")
+    folder, stage = _scored_folder(context, fmt)
+    store.require_manifest(folder, stage)
     return settings | {
-        "target": target,
+        "target": _target(context, fmt),
         "input": store.hash_manifest(folder),
         "baseline": store.hash_manifest(context.folder(BASELINE, "evaluate")),
     }
@@ -78,12 +75,23 @@ def _target(context: RunContext, fmt: QuantFormat) -> str:
     return "engine" if engine else context.plan.readable_targets(fmt)[0]
 
 
+def _scored_folder(context: RunContext, fmt: QuantFormat) -> tuple[Path, str]:
+    """Return the folder that is scored of a format, and the stage that writes it."""
+    target = _target(context, fmt)
+    if target == "engine":
+        return context.folder(fmt.name, target), "build"
+    return context.plan.export_folder(fmt, target), "export"
+
+
 def _score(context: RunContext, fmt: QuantFormat | None, folder: Path) -> StageOutput:
     """Answer all questions, and again with swapped images for the sight test."""
     evaluate, name = context.plan.recipe.evaluate, BASELINE if fmt is None else fmt.name
     questions = evaluation_questions(evaluate.data, evaluate.limit)
     result: dict[str, Any] = {}
     swapped_answers: dict[str, str] = {}
+    if fmt is not None:
+        folder_read, stage = _scored_folder(context, fmt)
+        on_rank_zero(context.parallel, partial(check_folder, folder_read, stage))
     with _open_model(context, fmt) as model:
         answers = _answer(context, model, questions, None, name)
         result["accuracy"] = asdict(gqa.score(questions, answers))
@@ -168,7 +176,7 @@ def _compare(
 ) -> dict[str, Any]:
     """Return the paired comparison with the 16 bit model, and the result of the sight test."""
     folder = context.folder(BASELINE, "evaluate")
-    baseline_answers = store.read_json(folder / "answers.json")["own"]
+    baseline_answers = store.read_json(checked_file(folder, "answers.json"))["own"]
     before = gqa.match_answers(questions, baseline_answers)
     paired = asdict(comparison.compare(before, gqa.match_answers(questions, answers)))
     limit = context.plan.recipe.evaluate.gate.gqa_drop
@@ -177,7 +185,7 @@ def _compare(
         paired["gate"] = {"limit": limit, "passed": passed}
     compared: dict[str, Any] = {"comparison": paired}
     if "swapped" in result:
-        baseline = store.read_json(folder / "gqa.json")
+        baseline = read_result(folder)
         accuracies = [
             scores[key]["accuracy"]
             for scores in (result, baseline)

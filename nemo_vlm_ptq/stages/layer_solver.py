@@ -26,6 +26,7 @@ from nemo_vlm_ptq.formats import QuantFormat
 from nemo_vlm_ptq.sources.decoder_weights import DecoderWeights
 from nemo_vlm_ptq.stages.settings import solve_settings
 from nemo_vlm_ptq.workdir import store
+from nemo_vlm_ptq.workdir.checked_files import read_hashes
 
 Metrics = dict[str, list[dict[str, Any]]]  # layer -> one entry per linear
 
@@ -82,6 +83,7 @@ class LayerSolver:
             fmt.name: solve_settings(context.plan, context.workdir, fmt) for fmt in formats
         }
         self._new: dict[str, Metrics] = {fmt.name: {} for fmt in formats}
+        self._hashes: dict[str, dict[str, str]] = {fmt.name: {} for fmt in formats}
         self.solved = on_rank_zero(context.parallel, self._begin)
 
     def _begin(self) -> set[int]:
@@ -142,7 +144,8 @@ class LayerSolver:
             )
             folder = self._context.folder(fmt.name, "scales")
             on_cpu = {name: linear.to("cpu") for name, linear in scales.items()}
-            save_scales(folder, layer, on_cpu, kv)
+            file = save_scales(folder, layer, on_cpu, kv)
+            self._hashes[fmt.name][file] = store.hash_file(folder / file)
             self._new[fmt.name][str(layer)] = [
                 {"layer": layer, "linear": name, **linear.metrics()}
                 for name, linear in on_cpu.items()
@@ -154,17 +157,19 @@ class LayerSolver:
 
     def commit(self) -> None:
         """Record the layers that the ranks have solved since the last call (collective)."""
-        gathered = self._context.parallel.all_gather(self._new)
+        gathered = self._context.parallel.all_gather((self._new, self._hashes))
         self._new = {name: {} for name in self._settings}
+        self._hashes = {name: {} for name in self._settings}
 
         def record() -> set[int]:
             records = []
             for name, settings in self._settings.items():
                 folder = self._context.folder(name, "scales")
-                layers = store.read_progress(folder, settings) or {}
-                for part in gathered:
-                    layers |= part[name]
-                store.write_progress(folder, settings, layers)
+                layers, hashes = store.read_progress(folder, settings) or {}, read_hashes(folder)
+                for metrics, sha256 in gathered:
+                    layers |= metrics[name]
+                    hashes = hashes | sha256[name]
+                store.write_progress(folder, settings, layers, hashes)
                 records.append(layers)
             return _in_all(records)
 

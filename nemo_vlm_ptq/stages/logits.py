@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from nemo_vlm_ptq.context import RunContext
+from nemo_vlm_ptq.context import RunContext, on_rank_zero
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.formats import QuantFormat
 from nemo_vlm_ptq.input_files import is_file, is_folder, shorten
@@ -24,6 +24,7 @@ from nemo_vlm_ptq.verify.model_forms import (
     stored_logits,
 )
 from nemo_vlm_ptq.workdir import store
+from nemo_vlm_ptq.workdir.checked_files import check_folder
 
 SOURCE_FORMS = ("hf_source", "megatron")  # in 16 bit
 EXPORTS = tuple(name for name, spec in TARGETS.items() if spec.has_reader)
@@ -56,33 +57,40 @@ def write_logits(context: RunContext, options: Mapping[str, str]) -> None:
     parsed = _parse_options(options)
     fmt = _select_format(context, parsed.form)
     samples, masks = read_inputs(context.plan, parsed.inputs)
-    on_rank_zero = context.parallel.rank == 0
+    is_rank_zero = context.parallel.rank == 0
+    on_rank_zero(context.parallel, lambda: _check_form(context, parsed.form, fmt))
     if parsed.form in ("megatron", "quantized"):
-        _require_checkpoint(context, fmt)
         logits = stored_logits(context, fmt, samples, parsed.dtype, masks)
-    elif on_rank_zero and parsed.form == "engine" and fmt is not None:
+    elif is_rank_zero and parsed.form == "engine" and fmt is not None:
         logits = engine_logits(context, fmt, samples, masks)
-    elif on_rank_zero:
+    elif is_rank_zero:
         device = reference_device(context, parsed.dtype)
         model = load_reference_model(context, parsed.form, fmt, parsed.dtype, device)
         logits = reference_logits(model, samples, masks)
-    if on_rank_zero:
+    if is_rank_zero:
         store.save_tensors({"logits": pad_sequence(logits, batch_first=True)}, parsed.output)
     context.parallel.barrier()
 
 
-def _require_checkpoint(context: RunContext, fmt: QuantFormat | None) -> None:
-    """Check that the Megatron checkpoint was written.
+def _check_form(context: RunContext, form: str, fmt: QuantFormat | None) -> None:
+    """Check that what is read of the workdir was written, and is as it was written.
 
     Raises:
-        UserError: it was not; says how it is.
+        UserError: it was not, or was changed; says how it is.
     """
-    folder = (
-        context.folder("megatron") if fmt is None else context.plan.export_folder(fmt, "megatron")
-    )
+    if form == "hf_source":
+        return
+    if fmt is None:
+        folder, stage, how = context.folder("megatron"), "import", "import"
+    elif form == "engine":
+        folder, stage, how = context.folder(fmt.name, "engine"), "build", "the stage 'build'"
+    else:
+        target = "megatron" if form == "quantized" else form
+        folder, stage = context.plan.export_folder(fmt, target), "export"
+        how = f"export with {target} in export.targets"
     if store.read_manifest(folder) is None:
-        how = "import" if fmt is None else "export with megatron in export.targets"
         raise UserError(f"{folder} is not finished; run {how} first")
+    check_folder(folder, stage)
 
 
 def _parse_options(options: Mapping[str, str]) -> _Options:

@@ -30,6 +30,7 @@ from nemo_vlm_ptq.sources.decoder_weights import open_weights, read_vision
 from nemo_vlm_ptq.stages.export import start_exports
 from nemo_vlm_ptq.stages.layer_solver import LayerSolver, unsolved_formats
 from nemo_vlm_ptq.stages.settings import observation, observed_settings, solve_settings
+from nemo_vlm_ptq.workdir import store
 
 MAX_IMAGE_THREADS = 8  # threads that preprocess images
 EMPTY_IMAGE = ImageInputs(torch.empty(0))  # in place of an image that another rank encodes
@@ -89,7 +90,7 @@ def observe(context: RunContext) -> None:
         if before is not None and _suffices(plan, before, keep, formats):
             return before
         if before is not None:  # of the same values, but they do not lie there
-            shutil.rmtree(folder)
+            store.discard_stage(folder)
         moments = {*plan.moments, *(before["moments"] if before is not None and keep else ())}
         solved = {fmt.name: solve_settings(plan, context.workdir, fmt) for fmt in formats}
         return observation(plan) | {"moments": sorted(moments), "kept": keep, "solved": solved}

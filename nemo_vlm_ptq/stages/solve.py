@@ -19,6 +19,7 @@ from nemo_vlm_ptq.utils.pinned_memory import to_device
 from nemo_vlm_ptq.utils.prefetch import prefetch_to_device
 from nemo_vlm_ptq.utils.progress import progress_bar
 from nemo_vlm_ptq.workdir import store
+from nemo_vlm_ptq.workdir.checked_files import checked_file, read_hashes
 
 MOMENT_NAMES = {"sketch": "sketches", "whole": "whole second moments"}
 
@@ -46,7 +47,8 @@ def _finish(context: RunContext, fmt: QuantFormat) -> StageOutput:
     solved = solved_layers(context, fmt)
     layers = range(context.plan.decoder.layers)
     entries = [entry for layer in layers for entry in solved[str(layer)]]
-    return StageOutput([layer_file(layer) for layer in layers], {"layers": entries})
+    sha256 = read_hashes(context.folder(fmt.name, "scales"))
+    return StageOutput([layer_file(layer) for layer in layers], {"layers": entries}, sha256)
 
 
 def _require_statistics(context: RunContext, formats: list[QuantFormat]) -> None:
@@ -77,7 +79,8 @@ def _solve_from_files(context: RunContext, formats: list[QuantFormat]) -> None:
     parallel, folder = context.parallel, context.folder("statistics")
 
     def read(layer: int) -> dict[str, torch.Tensor]:
-        stored = load_file(folder / layer_file(layer))  # to a GPU directly is a pageable copy
+        path = checked_file(folder, layer_file(layer))
+        stored = load_file(path)  # to a GPU directly is a pageable copy
         return {name: to_device(tensor, parallel.device) for name, tensor in stored.items()}
 
     layers = range(context.plan.decoder.layers)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nemo_vlm_ptq.context import RunContext
 from nemo_vlm_ptq.distributed.launcher import first_line, lost_peer, write_error_file
-from nemo_vlm_ptq.errors import UserError, VerificationError, disk_write_error
+from nemo_vlm_ptq.errors import UserError, VerificationError, disk_write_error, removed_path
 from nemo_vlm_ptq.megatron.parallel_context import parallel_context
 from nemo_vlm_ptq.planning.plan import Plan
 from nemo_vlm_ptq.stages import run_stages
@@ -46,6 +46,9 @@ def run_worker(command: str, plan: Plan, options: Mapping[str, str]) -> int:
 
 def _explain_bug(error: Exception, workdir: Path) -> None:
     """Turn disk errors into a UserError, and leave any other bug's first line to the launcher."""
+    if (removed := removed_path(error, workdir)) is not None:
+        line = f"{removed} was removed while it was in use; run the same command again"
+        raise UserError(line) from error
     if (reason := disk_write_error(error, workdir)) is not None:
         raise UserError(f"{workdir} cannot be written: {reason}") from error
     if not lost_peer(error):

@@ -15,5 +15,5 @@ def rank_files(folder: Path, rank: int) -> list[str]:
     shards = [path.name for path in folder.glob(f"__{rank}_*.distcp")]
     if rank:
         return shards
-    common = [".metadata", "common.pt", "metadata.json", VISION_FILE]
-    return shards + [name for name in common if (folder / name).is_file()]
+    vision = [VISION_FILE] if (folder / VISION_FILE).is_file() else []
+    return [*shards, ".metadata", "common.pt", "metadata.json", *vision]

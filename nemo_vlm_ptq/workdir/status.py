@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -24,11 +25,13 @@ from nemo_vlm_ptq.formats import FORMATS
 from nemo_vlm_ptq.targets.registry import TARGETS
 from nemo_vlm_ptq.workdir import store
 
+FAILURE_KEYS = {"time", "command", "rank", "node", "job", "message"}
 FAILURES_FILE = "failures.jsonl"
 RECIPE_FACTS_FILE = Path("slurm", "recipe.json")  # written by slurm/submit.sh
 JOBS_FILE = Path("slurm", "jobs")  # written by slurm/submit.sh
 SHARED_STAGE_FOLDERS = {"import": "megatron", "observe": "statistics", "report": "report"}
 FINISHED, IN_PROGRESS, MISSING, FAILED = "finished", "in progress", "missing", "failed"
+DAMAGED = "damaged"  # its record cannot be read
 HEALTHY_JOB_STATES = (
     "COMPLETED", "COMPLETING", "RUNNING", "PENDING", "CONFIGURING", "REQUEUED",
 )  # fmt: skip
@@ -53,7 +56,8 @@ def record_failure(work: Path, command: str, rank: str, error: Exception) -> Non
         "rank": int(rank),
         "node": socket.gethostname(),
         "job": os.environ.get("SLURM_JOB_ID")
-        or os.environ.get("TORCHELASTIC_RUN_ID")
+        or os.environ.get("TORCHELASTIC_RUN_ID")  # of torchrun
+        or os.environ.get("NEMO_VLM_PTQ_PARENT")
         or f"process {os.getpid()}",
         "message": first if expected else f"{type(error).__name__}: {first}",
     }
@@ -66,7 +70,7 @@ def format_status(work: Path, *, as_json: bool) -> str:
     """Return the status of a workdir as text or JSON.
 
     Raises:
-        UserError: the folder does not exist.
+        UserError: the folder does not exist, or a record of submit.sh is damaged.
     """
     if not work.is_dir():
         raise UserError(f"{work} is not a folder; expected the workdir of a recipe")
@@ -107,8 +111,10 @@ def read_status(work: Path) -> dict[str, Any]:
 
 def _recipe_facts(work: Path) -> dict[str, Any]:
     """Return the stages and formats that submit.sh wrote, else those found in the workdir."""
-    if (work / RECIPE_FACTS_FILE).is_file():
-        facts: dict[str, Any] = store.read_json(work / RECIPE_FACTS_FILE)
+    if (path := work / RECIPE_FACTS_FILE).is_file():
+        facts = _read_record(path)
+        if not _are_facts(facts):
+            raise UserError(f"{path} is damaged; run slurm/submit.sh again, or remove it")
         return facts
     formats = {
         name: {
@@ -125,9 +131,31 @@ def _recipe_facts(work: Path) -> dict[str, Any]:
     return {"stages": [*DEFAULT_STAGES, *(["build"] if built else [])], "formats": formats}
 
 
+def _read_record(path: Path) -> dict[str, Any]:
+    """Read a JSON file; empty if it is damaged."""
+    try:
+        return store.read_json(path)
+    except (UserError, OSError):
+        return {}
+
+
+def _are_facts(facts: Mapping[str, Any]) -> bool:
+    """Return whether what submit.sh wrote of a recipe has its types and known names."""
+    stages, formats = facts.get("stages"), facts.get("formats")
+    if not isinstance(stages, list) or not isinstance(formats, dict):
+        return False
+    entries = [entry.get("targets") for entry in formats.values() if isinstance(entry, dict)]
+    known = [isinstance(one, list) and all(name in [*TARGETS] for name in one) for one in entries]
+    return len(entries) == len(formats) and all(known) and set(formats) <= set(FORMATS)
+
+
 def _state(folder: Path) -> str:
     """Return the state of one stage folder."""
     if (folder / store.MANIFEST).is_file():
+        try:
+            store.read_manifest(folder)
+        except UserError:
+            return DAMAGED
         return FINISHED
     return IN_PROGRESS if store.in_progress_marker(folder).exists() else MISSING
 
@@ -136,6 +164,8 @@ def _combine_states(states: Sequence[str]) -> str:
     """Return the state of a stage that writes several folders."""
     if not states or set(states) == {MISSING}:
         return MISSING
+    if DAMAGED in states:
+        return DAMAGED
     return FINISHED if set(states) == {FINISHED} else IN_PROGRESS
 
 
@@ -146,24 +176,26 @@ def _shared_stage_state(work: Path, stage: str) -> str:
         return FINISHED if (folder / "index.html").is_file() else MISSING
     state = _state(folder)
     if stage == "observe" and state == IN_PROGRESS and (folder / store.PROGRESS).is_file():
-        record = store.read_json(folder / store.PROGRESS)["record"]
-        samples = min((len(held["ids"]) for held in record["held"].values()), default=0)
-        state += (
-            f", {len(record['finished'])} layers finished, "
-            f"{samples} samples of the other layers saved"
-        )
+        record: Any = _read_record(folder / store.PROGRESS).get("record")
+        with contextlib.suppress(TypeError, KeyError, AttributeError):  # damaged: it is not used
+            samples = min((len(held["ids"]) for held in record["held"].values()), default=0)
+            finished = len(record["finished"])
+            state += f", {finished} layers finished, {samples} samples of the other layers saved"
     return state
 
 
 def _format_states(folder: Path, targets: Iterable[str]) -> dict[str, str]:
     """Return the state of each stage that runs per format."""
     verify = folder / "verify.json"
-    passed = store.read_json(verify)["passed"] if verify.is_file() else None
+    verified = MISSING
+    if verify.is_file():
+        passed = _read_record(verify).get("passed")
+        verified = {True: FINISHED, False: FAILED}[passed] if type(passed) is bool else DAMAGED
     exports = [_state(folder / TARGETS[target].folder) for target in targets]
     return {
         "solve": _state(folder / "scales"),
         "export": _combine_states(exports),
-        "verify": {None: MISSING, True: FINISHED, False: FAILED}[passed],
+        "verify": verified,
         "build": _state(folder / "engine"),
         "evaluate": _state(folder / "evaluate"),
     }
@@ -174,9 +206,13 @@ def _last_failure(work: Path) -> dict[str, Any] | None:
     path = work / FAILURES_FILE
     if not path.is_file():
         return None
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    first: dict[str, Any] = next(r for r in records if r["job"] == records[-1]["job"])
-    return first
+    records = []
+    with contextlib.suppress(OSError):
+        for line in path.read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError, RecursionError):  # a line that was cut
+                records.append(json.loads(line))
+    records = [r for r in records if isinstance(r, dict) and set(r) >= FAILURE_KEYS]
+    return next((r for r in records if r["job"] == records[-1]["job"]), None)
 
 
 def _jobs(work: Path) -> list[dict[str, str]]:
@@ -184,7 +220,10 @@ def _jobs(work: Path) -> list[dict[str, str]]:
     path = work / JOBS_FILE
     if not path.is_file():
         return []
-    names = dict(line.split() for line in path.read_text().splitlines())
+    lines = path.read_bytes().decode(errors="replace").splitlines()
+    if not all(re.fullmatch(r"\d+ \w+", line, re.ASCII) for line in lines):
+        raise UserError(f"{path} is damaged; expected lines 'JOB NAME'; remove it")
+    names = dict(line.split() for line in lines)
     known = _query_squeue(names)
     jobs = []
     for number, name in names.items():
@@ -203,7 +242,8 @@ def _query_squeue(names: Mapping[str, str]) -> list[dict[str, str]]:
     command = ["squeue", "-h", "-t", "all", "-j", ",".join(names), "-o", "%i|%j|%T|%R"]
     lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
     keys = ("id", "name", "state", "where")
-    jobs = [dict(zip(keys, line.split("|", 3), strict=True)) for line in lines]
+    rows = [line.split("|", 3) for line in lines if line.count("|") >= 3]
+    jobs = [dict(zip(keys, row, strict=True)) for row in rows]
     return sorted(jobs, key=lambda job: job["id"])
 
 

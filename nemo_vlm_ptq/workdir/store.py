@@ -12,6 +12,7 @@ import json
 import mmap
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from types import MappingProxyType
 from typing import Any
 
 from nemo_vlm_ptq.errors import UserError
+from nemo_vlm_ptq.workdir.records import how_to_remake, is_manifest, read_progress_file
 
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
@@ -44,10 +46,13 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         manifest = json.loads(path.read_text())
-    except ValueError:
+    except (OSError, ValueError, RecursionError):
         manifest = None
-    if not isinstance(manifest, dict) or not {"stage", "settings", "files"} <= set(manifest):
-        raise UserError(f"{path} is not a manifest written by nemo-vlm-ptq; choose another workdir")
+    if not is_manifest(manifest):
+        raise UserError(
+            f"{path} is not a manifest written by nemo-vlm-ptq; choose another workdir, or, if "
+            f"nothing in {folder} is yours: rm -r {shlex.quote(str(folder))}"
+        )
     return manifest
 
 
@@ -76,14 +81,18 @@ def is_finished(folder: Path, settings: Mapping[str, Any]) -> bool:
     manifest = read_manifest(folder)
     if manifest is not None:
         _require_settings(folder, manifest["settings"], json.loads(json.dumps(dict(settings))))
+        for name in manifest["files"]:
+            if not (folder / name).is_file():
+                stage = manifest["stage"]
+                raise UserError(f"{folder / name} is missing; {how_to_remake(folder, stage)}")
         return True
     for path in (folder, *folder.parents):
         if path.exists() and not path.is_dir():
             raise UserError(f"{path} is a file, expected a folder; choose another workdir")
     if folder.is_dir() and any(folder.iterdir()) and not in_progress_marker(folder).exists():
         raise UserError(
-            f"output folder {folder} exists and was not written by nemo-vlm-ptq; "
-            "choose another workdir"
+            f"output folder {folder} exists and was not finished by nemo-vlm-ptq; choose another "
+            f"workdir, or, if nothing in it is yours: rm -r {shlex.quote(str(folder))}"
         )
     return False
 
@@ -98,8 +107,8 @@ def _require_settings(folder: Path, saved: dict[str, Any], current: dict[str, An
     if _is_hash(current.get(key)):
         difference = f"different {key}"
     raise UserError(
-        f"{folder} exists and was made with {difference}; "
-        "remove the folder or choose another workdir"
+        f"{folder} exists and was made with {difference}; choose another workdir, or "
+        f"remove it: rm -r {shlex.quote(str(folder))}"
     )
 
 
@@ -119,18 +128,36 @@ def begin_stage(folder: Path, settings: Mapping[str, Any]) -> None:
     folder.mkdir(exist_ok=True)
 
 
+def discard_stage(folder: Path) -> None:
+    """Remove a finished stage folder, such that an interruption leaves an unfinished one."""
+    in_progress_marker(folder).touch()
+    (folder / MANIFEST).unlink()
+    shutil.rmtree(folder)
+
+
 def read_progress(folder: Path, settings: Mapping[str, Any]) -> Any:
     """Read the progress record of an unfinished stage with the same settings, or return None."""
-    path = folder / PROGRESS
-    if not path.is_file():
-        return None
-    saved = read_json(path)
-    return saved["record"] if saved["settings"] == json.loads(json.dumps(settings)) else None
+    saved = read_progress_file(folder / PROGRESS)
+    is_same = saved.get("settings") == json.loads(json.dumps(settings))
+    return saved.get("record") if is_same else None
 
 
-def write_progress(folder: Path, settings: Mapping[str, Any], record: Any) -> None:
-    """Write the progress record of an unfinished stage; `finish_stage` removes it."""
-    write_json(folder / PROGRESS, {"settings": dict(settings), "record": record})
+def write_progress(
+    folder: Path,
+    settings: Mapping[str, Any],
+    record: Any,
+    sha256: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Write the progress record of an unfinished stage; `finish_stage` removes it.
+
+    Args:
+        folder: the stage folder.
+        settings: what the stage depends on.
+        record: what is done.
+        sha256: of the files that it is about, by relative name.
+    """
+    saved = {"settings": dict(settings), "record": record, "sha256": dict(sha256)}
+    write_json(folder / PROGRESS, saved)
 
 
 def hash_file(path: Path) -> str:
@@ -168,18 +195,22 @@ def hash_files(
         folder: the stage folder.
         names: relative file names.
         known: sha256 of files that were hashed while they were written.
+
+    Raises:
+        UserError: a file is not there any more.
     """
 
-    def sha256(name: str) -> str:
-        return known.get(name) or hash_file(folder / name)
+    def describe(name: str) -> dict[str, Any]:
+        path = folder / name
+        try:
+            return {"bytes": path.stat().st_size, "sha256": known.get(name) or hash_file(path)}
+        except FileNotFoundError:
+            line = f"{path} was removed after it was written; run the same command again"
+            raise UserError(line) from None
 
     ordered = sorted(names)
     with ThreadPoolExecutor(HASH_THREADS) as executor:  # hashing releases the interpreter lock
-        digests = list(executor.map(sha256, ordered))
-    return {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": digest}
-        for name, digest in zip(ordered, digests, strict=True)
-    }
+        return dict(zip(ordered, executor.map(describe, ordered), strict=True))
 
 
 def finish_stage(
@@ -198,6 +229,9 @@ def finish_stage(
         settings: recipe values and input hashes that it was made with.
         files: from `hash_files`, of all ranks.
         facts: values that later stages and the report read.
+
+    Raises:
+        UserError: a file is not there any more.
     """
     manifest = {
         "stage": stage,
@@ -207,8 +241,14 @@ def finish_stage(
         "facts": dict(facts),
         "files": dict(sorted(files.items())),
     }
+    for name, file in files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != file["bytes"]:
+            raise UserError(
+                f"{path} was removed or changed while {stage!r} ran; run the same command again"
+            )
     write_json(folder / MANIFEST, manifest)
-    in_progress_marker(folder).unlink()
+    in_progress_marker(folder).unlink(missing_ok=True)
     (folder / PROGRESS).unlink(missing_ok=True)
 
 
@@ -231,8 +271,18 @@ def save_tensors(tensors: Mapping[str, Any], path: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file."""
-    return json.loads(path.read_text())
+    """Read a JSON file of the workdir, a mapping.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged; remove it and run the same command again")
+    return value
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from nemo_vlm_ptq.utils.own_files import own, remove_own
 from nemo_vlm_ptq.utils.pinned_memory import to_device
 
 HOST_RESERVE_BYTES = 4 << 30  # of host memory that stays free for everything else
@@ -77,6 +78,7 @@ class HiddenStates:
 
     def _write(self, offset: int, states: torch.Tensor) -> None:
         if self._descriptor is None:
+            own(self._path)
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         host = states.detach().contiguous().cpu()
         buffer = _bytes_of(host)
@@ -89,7 +91,7 @@ class HiddenStates:
         self._in_memory.clear()
         if self._descriptor is not None:
             os.close(self._descriptor)
-            self._path.unlink(missing_ok=True)
+            remove_own(self._path)
             self._descriptor = None
 
 

@@ -73,6 +73,7 @@ def observe(
     progress = read_progress(folder, settings)
     if parallel.rank == 0 and options.keep:
         result.files += [layer_file(layer) for layer in progress.finished]
+        result.sha256 |= progress.sha256
     own = [layer for window in setup.windows for layer in window]
     layers = [layer for part in parallel.all_gather(own) for layer in part]
     lacking = {id(m): _last_layer(m, layers, progress) for m in micro_batches}
@@ -158,9 +159,10 @@ def _finish_window(
     parallel.barrier()
     if options.commit is not None:
         options.commit()
-    counted = (part for part in parallel.all_gather(reduced.tokens) if part)
+    gathered = parallel.all_gather((reduced.tokens, reduced.sha256))
+    counted = (tokens for tokens, _ in gathered if tokens)
     tokens = next(counted, run.progress.tokens)  # none where all layers were finished before
-    run.progress = run.progress.with_finished(layers, tokens)
+    run.progress = run.progress.with_finished(layers, tokens, _merged(gathered))
     _commit(run)
 
 
@@ -171,10 +173,16 @@ def _save(run: ObserveRun, observer: Observer, layers: Sequence[int], done: Sequ
         shutil.rmtree(run.folder / name, ignore_errors=True)  # of an interrupted save
         (run.folder / name).mkdir()
     parallel.barrier()
-    reduce_layers(observer, parallel, run.folder / name, exact=True)
-    sample_ids = frozenset(sample_id for part in parallel.all_gather(done) for sample_id in part)
-    run.progress = run.progress.with_saved(layers, name, sample_ids)
+    reduced = reduce_layers(observer, parallel, run.folder / name, exact=True)
+    gathered = parallel.all_gather((done, reduced.sha256))
+    sample_ids = frozenset(sample_id for part, _ in gathered for sample_id in part)
+    run.progress = run.progress.with_saved(layers, name, sample_ids, _merged(gathered))
     _commit(run)
+
+
+def _merged(gathered: Iterable[tuple[Any, Mapping[str, str]]]) -> dict[str, str]:
+    """Return the sha256 of the files of all ranks."""
+    return {name: sha256 for _, hashes in gathered for name, sha256 in hashes.items()}
 
 
 def _exit_saved(run: ObserveRun, layers: Sequence[int]) -> NoReturn:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_vlm_ptq.workdir import store
+from nemo_vlm_ptq.workdir.checked_files import read_hashes
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # sent by launchers, and by Slurm if told to
 
@@ -44,6 +45,7 @@ class ObserveProgress:
     saved: layer -> saved sums, of layers that are not finished.
     num_saves: how often sums were saved.
     tokens: numbers of text and image tokens of the finished layers; empty if there are none.
+    sha256: of the files of statistics and of saved sums, by name in the stage's folder.
     """
 
     settings: Mapping[str, Any]
@@ -51,6 +53,7 @@ class ObserveProgress:
     saved: Mapping[int, SavedSums] = field(default_factory=dict)
     num_saves: int = 0
     tokens: tuple[int, ...] = ()
+    sha256: Mapping[str, str] = field(default_factory=dict)
 
     def lacks(self, layer: int, sample_ids: frozenset[str]) -> bool:
         """Return whether a layer's statistics do not include all of the samples."""
@@ -61,20 +64,32 @@ class ObserveProgress:
         return self.saved[layer].sample_ids if layer in self.saved else frozenset()
 
     def with_saved(
-        self, layers: Iterable[int], folder: str, sample_ids: frozenset[str]
+        self,
+        layers: Iterable[int],
+        folder: str,
+        sample_ids: frozenset[str],
+        sha256: Mapping[str, str],
     ) -> ObserveProgress:
-        """Return the progress after sums of `layers`, with more samples, were saved in `folder`."""
+        """Return the progress after sums of `layers`, with more samples, were saved in `folder`.
+
+        sha256: of the files in that folder, by name there.
+        """
+        hashes = {**self.sha256, **{f"{folder}/{name}": one for name, one in sha256.items()}}
         updated = {
             layer: SavedSums(folder=folder, sample_ids=self.sample_ids(layer) | sample_ids)
             for layer in layers
         }
-        return replace(self, saved={**self.saved, **updated}, num_saves=self.num_saves + 1)
+        number = self.num_saves + 1
+        return replace(self, saved={**self.saved, **updated}, num_saves=number, sha256=hashes)
 
-    def with_finished(self, layers: Iterable[int], tokens: Sequence[int]) -> ObserveProgress:
+    def with_finished(
+        self, layers: Iterable[int], tokens: Sequence[int], sha256: Mapping[str, str]
+    ) -> ObserveProgress:
         """Return the progress after the statistics of `layers` were completed."""
         finished = self.finished | frozenset(layers)
         saved = {layer: sums for layer, sums in self.saved.items() if layer not in finished}
-        return replace(self, finished=finished, saved=saved, tokens=tuple(tokens))
+        hashes = {**self.sha256, **sha256}
+        return replace(self, finished=finished, saved=saved, tokens=tuple(tokens), sha256=hashes)
 
 
 def read_progress(folder: Path, settings: Mapping[str, Any]) -> ObserveProgress:
@@ -92,6 +107,7 @@ def read_progress(folder: Path, settings: Mapping[str, Any]) -> ObserveProgress:
         saved=saved,
         num_saves=record["saves"],
         tokens=tuple(record["tokens"]),
+        sha256=read_hashes(folder),
     )
 
 
@@ -107,8 +123,13 @@ def write_progress(folder: Path, progress: ObserveProgress) -> None:
         "saves": progress.num_saves,
         "tokens": progress.tokens,
     }
-    store.write_progress(folder, progress.settings, record)
     referenced = {sums.folder for sums in progress.saved.values()}
+    hashes = {  # without those of saves that are removed below
+        name: sha256
+        for name, sha256 in progress.sha256.items()
+        if "/" not in name or name.partition("/")[0] in referenced
+    }
+    store.write_progress(folder, progress.settings, record, hashes)
     for path in folder.iterdir():
         if path.is_dir() and path.name not in referenced:
             shutil.rmtree(path)

@@ -25,6 +25,7 @@ from nemo_vlm_ptq.constants import SKETCH_ROWS
 from nemo_vlm_ptq.distributed.moment_strips import strip_numel, strip_owner, strips
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.megatron.parallel_context import ParallelContext, free_memory
+from nemo_vlm_ptq.workdir.checked_files import checked_file
 
 WRITER_THREADS = 8
 LayerConsumer = Callable[[int, Mapping[str, torch.Tensor]], None]  # layer, tensors of its file
@@ -225,7 +226,7 @@ def load_saved_sums(observer: Observer, folder: Path, saved: Mapping[int, SavedS
     for position, layer in enumerate(observer.layers):
         if layer not in saved or _owner_data_rank(layer, parallel) != parallel.data_rank:
             continue
-        path = folder / saved[layer].folder / layer_file(layer)
+        path = checked_file(folder, f"{saved[layer].folder}/{layer_file(layer)}")
         with safe_open(path, framework="pt", device=str(parallel.device)) as file:
             for name in LINEARS:
                 input_slice = observer.input_slices[layer, name]

@@ -27,6 +27,7 @@ from nemo_vlm_ptq.formats import QuantFormat
 from nemo_vlm_ptq.numerics import dequantize_nf4_absmax, quantize_nf4_absmax
 from nemo_vlm_ptq.parameter_map.entries import ParameterEntry
 from nemo_vlm_ptq.parameter_map.sharding import HeadSizes, shard_tensor, unshard_tensor
+from nemo_vlm_ptq.workdir.checked_files import checked_file
 from nemo_vlm_ptq.workdir.store import save_tensors
 
 ATTENTION_OUTPUT = "linear_proj"
@@ -150,7 +151,7 @@ def save_scales(
 
 def load_scales(folder: Path, layer: int) -> dict[str, LinearScales]:
     """Load the scales of a layer written by `save_scales`."""
-    tensors = load_file(folder / layer_file(layer))
+    tensors = load_file(checked_file(folder, layer_file(layer)))
     return {
         linear: LinearScales(
             **{field: tensors.get(_stored_key(linear, field)) for field in TENSOR_FIELDS}  # type: ignore[arg-type]
@@ -161,7 +162,7 @@ def load_scales(folder: Path, layer: int) -> dict[str, LinearScales]:
 
 def load_kv_amax(folder: Path, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Load the amax [] of a layer's keys and of its values, written by `save_scales`."""
-    with safe_open(folder / layer_file(layer), framework="pt") as file:
+    with safe_open(checked_file(folder, layer_file(layer)), framework="pt") as file:
         key, value = (file.get_tensor(name).reshape(()) for name in KV_AMAX_KEYS)
     return key, value
 

@@ -20,7 +20,7 @@ from nemo_vlm_ptq.checkpoints.model_folder import PROCESSOR_FILES, TOKENIZER_FIL
 from nemo_vlm_ptq.checkpoints.torch_dist_index import Index, read_index, read_object
 from nemo_vlm_ptq.checkpoints.torch_dist_tensors import read_tensor
 from nemo_vlm_ptq.constants import VOCAB_MULTIPLE
-from nemo_vlm_ptq.context import RunContext, StageOutput
+from nemo_vlm_ptq.context import RunContext, StageOutput, on_rank_zero
 from nemo_vlm_ptq.distributed.layout import round_robin
 from nemo_vlm_ptq.families.llava import full_config
 from nemo_vlm_ptq.formats import QuantFormat
@@ -30,6 +30,7 @@ from nemo_vlm_ptq.targets.nemo2 import context as nemo
 from nemo_vlm_ptq.targets.nemo2.fiddle import to_json, to_tree
 from nemo_vlm_ptq.targets.writing.published import copy_missing
 from nemo_vlm_ptq.workdir import store
+from nemo_vlm_ptq.workdir.checked_files import check_folder
 from nemo_vlm_ptq.workdir.files import rank_files
 
 WEIGHTS, CONTEXT, STATE = "weights", "context", "modelopt_state"
@@ -45,6 +46,8 @@ def write(context: RunContext, fmt: QuantFormat | None, folder: Path) -> StageOu
         weights.mkdir()
     parallel.barrier()
     source = context.folder("megatron") if fmt is None else context.folder(fmt.name, "quantized")
+    stage = "import" if fmt is None else "export"
+    on_rank_zero(parallel, lambda: check_folder(source, stage))
     tensors, objects = _assigned_entries(context, fmt, read_index(source))
     save_stacked(tensors, objects, context.plan.decoder.layers, weights)
     names = [f"{WEIGHTS}/{name}" for name in rank_files(weights, parallel.rank)]
