@@ -137,9 +137,11 @@ def _run_window(run: ObserveRun, model: GPTModel | None, window: range) -> None:
         if any(parallel.all_gather(stop_requested())):  # another replica may still have work
             _save(run, observer, layers, done)
             _exit_saved(run, layers)
-    if not run.result.sample_ids:
-        run.result.sample_ids = list(done)
-    _finish_window(run, observer, model, layers)
+        if not run.result.sample_ids:
+            run.result.sample_ids = list(done)
+        _finish_window(run, observer, model, layers)
+        if any(parallel.all_gather(stop_requested())):
+            _exit_saved(run, layers)
 
 
 def _finish_window(
