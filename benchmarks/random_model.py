@@ -7,7 +7,8 @@ or llava-34b and llava-72b: LLaVA-1.5 with decoders of Yi-34B's and of a 72B Lla
 were not published as such. Layout and tensor names are the published ones; weights are in bf16, in
 files of at most 5 GB. LAYERS is the number of decoder layers (default: all). Weights are drawn on
 the GPU if there is one. Tokenizer and image processor are copied from the small model of the family
-in assets/, with image settings of the full size; --weights-only omits them.
+in assets/, with image settings of the full size; --weights-only omits them. A Qwen-VL gets
+tiny-llava's tokenizer with its own image tokens added.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 
 from nemo_vlm_ptq.families import ModelFamily, find_family
 from nemo_vlm_ptq.workdir.store import read_json, save_tensors, write_json
@@ -31,6 +33,8 @@ TINY_MODELS = {
     "llava": "tiny-llava",
     "llava_next": "tiny-llava",
     "phi": "tiny-phi",
+    "qwen2_vl": "tiny-llava",
+    "qwen3_vl": "tiny-llava",
     "vila": "tiny-vila",
 }
 YI_34B = {
@@ -49,6 +53,19 @@ LLAMA_72B = {
     "num_key_value_heads": 8,
     "vocab_size": 152064,
 }
+QWEN_TOKENS = {  # key of config.json -> token
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+}
+QWEN_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}:\n{% for part in message.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:\n{% endif %}"
+)
+QWEN_PIXELS = {"shortest_edge": 1 << 16, "longest_edge": 1 << 24}
 MAX_FILE_BYTES = 5e9  # the file size at which transformers sharded the published checkpoints
 PHI_CROPS = 16  # num_crops of the published Phi-3-vision
 WEIGHT_STD = 0.02
@@ -104,12 +121,14 @@ def write_model(
         if "image_token_index" in config:
             config["image_token_index"] = read_json(tiny / "config.json")["image_token_index"]
     folder.mkdir(parents=True)
+    if family.name.startswith("qwen") and not weights_only:
+        config |= _write_qwen_processors(tiny, folder, config)
     write_json(folder / "config.json", config)
     for part in family.subfolders:
         (folder / part).mkdir(exist_ok=True)
         if part:
             write_json(folder / part / "config.json", config[f"{part}_cfg"])
-        if not weights_only:
+        if not weights_only and not family.name.startswith("qwen"):
             _copy_processors(tiny / part, folder / part, family, config)
     decoder = family.decoder(config)
     shapes = decoder.shapes(family.parameter_map(decoder)) | family.vision_shapes(config)
@@ -127,6 +146,25 @@ def _copy_processors(
             write_json(folder / path.name, read_json(path) | patch)
         elif path.name not in ("config.json", "modelopt.json"):
             shutil.copy(path, folder / path.name)
+
+
+def _write_qwen_processors(source: Path, folder: Path, config: Mapping[str, Any]) -> dict[str, int]:
+    """Write tokenizer, chat template and image settings; return the ids of the image tokens."""
+    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+    tokenizer.add_special_tokens([*QWEN_TOKENS.values()])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    shutil.copy(source / "tokenizer_config.json", folder)
+    (folder / "chat_template.jinja").write_text(QWEN_TEMPLATE)
+    vision = config["vision_config"]
+    settings = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "size": QWEN_PIXELS,
+        "patch_size": vision["patch_size"],
+        "merge_size": vision["spatial_merge_size"],
+        "temporal_patch_size": vision["temporal_patch_size"],
+    }
+    write_json(folder / "preprocessor_config.json", settings)
+    return {key: tokenizer.token_to_id(token) for key, token in QWEN_TOKENS.items()}
 
 
 def _image_settings(family: ModelFamily, config: Mapping[str, Any]) -> dict[str, Any]:
