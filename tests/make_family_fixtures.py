@@ -43,6 +43,22 @@ MISTRAL_7B = VICUNA_7B | {
     "num_key_value_heads": 8, "rope_theta": 1000000.0, "sliding_window": None,
     "torch_dtype": "bfloat16",
 }  # fmt: skip
+MISTRAL_SMALL_24B = {
+    "architectures": ["Mistral3ForConditionalGeneration"], "image_token_index": 10,
+    "model_type": "mistral3", "multimodal_projector_bias": False, "projector_hidden_act": "gelu",
+    "spatial_merge_size": 2, "torch_dtype": "bfloat16", "vision_feature_layer": -1,
+    "text_config": {
+        "head_dim": 128, "hidden_act": "silu", "hidden_size": 5120, "intermediate_size": 32768,
+        "max_position_embeddings": 131072, "model_type": "mistral", "num_attention_heads": 32,
+        "num_hidden_layers": 40, "num_key_value_heads": 8, "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000000.0, "sliding_window": None, "vocab_size": 131072,
+    },
+    "vision_config": {
+        "head_dim": 64, "hidden_act": "silu", "hidden_size": 1024, "image_size": 1540,
+        "intermediate_size": 4096, "model_type": "pixtral", "num_attention_heads": 16,
+        "num_channels": 3, "num_hidden_layers": 24, "patch_size": 14, "rope_theta": 10000.0,
+    },
+}  # fmt: skip
 QWEN = {
     "attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02,
     "rms_norm_eps": 1e-06, "use_cache": True, "vocab_size": 151936, "bos_token_id": 151643,
@@ -284,6 +300,20 @@ def qwen(model, text, vision, *, tied):
     return flat | common | {"vision_config": vision} | text
 
 
+def mistral3_tensors(config):
+    """Return name -> shape of a Mistral 3 under its published names."""
+    untied = config | {"tie_word_embeddings": False}  # true by default in transformers
+    shapes = meta_shapes("Mistral3ForConditionalGeneration", "Mistral3Config", untied)
+    aliases = (
+        (r"^model\.language_model\.", "language_model.model."),
+        (r"^lm_head\.", "language_model.lm_head."),
+        (r"^model\.", ""),
+    )
+    for pattern, published in aliases:
+        shapes = {re.sub(pattern, published, name): shape for name, shape in shapes.items()}
+    return shapes
+
+
 def qwen_tensors(config):
     """Return name -> shape of a Qwen-VL under its published names."""
     model = config["architectures"][0]
@@ -306,6 +336,9 @@ MODELS = {
     "llava_next": (llava_tensors, {
         "llava-v1.6-vicuna-7b-hf": llava_next(VICUNA_7B),
         "llava-v1.6-mistral-7b-hf": llava_next(MISTRAL_7B),
+    }),
+    "mistral3": (mistral3_tensors, {
+        "Mistral-Small-3.1-24B-Instruct-2503": MISTRAL_SMALL_24B,
     }),
     "phi": (phi_tensors, {
         "Phi-3-vision-128k-instruct": phi("Phi-3-vision-128k-instruct", "su", 131072),

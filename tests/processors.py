@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import reference_llava_next
+import reference_mistral3
 import reference_phi
 import reference_qwen
 import reference_vila
@@ -19,6 +20,11 @@ QWEN_TEMPLATE = (
     "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
     "{% else %}{{ part.text }}{% endif %}{% endfor %}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:\n{% endif %}"
+)
+MISTRAL_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}[INST]{% for part in message.content %}"
+    "{% if part.type == 'image' %}[IMG]{% else %}{{ part.text }}{% endif %}{% endfor %}[/INST]"
+    "{% endfor %}"
 )
 FIRST_SPECIAL_ID = 490  # above the special tokens in the references' vocabulary
 
@@ -95,7 +101,22 @@ def write_qwen(folder: Path, kind: str) -> None:
     (folder / "chat_template.jinja").write_text(QWEN_TEMPLATE)
 
 
+def write_mistral3(folder: Path) -> None:
+    """Write a random Mistral 3 folder with all its files."""
+    reference_mistral3.write_mistral3(folder, 0)
+    settings = {
+        "image_processor_type": "PixtralImageProcessor",
+        "size": {"longest_edge": reference_mistral3.LONGEST_EDGE},
+        "patch_size": {"height": 8, "width": 8},
+    }
+    _write(folder, settings)
+    special = ("[IMG_END]", "[IMG_BREAK]", "[IMG]")
+    write_llama(folder, special, size=reference_mistral3.IMAGE_END)
+    (folder / "chat_template.jinja").write_text(MISTRAL_TEMPLATE)
+
+
 WRITERS = {
+    "mistral3": write_mistral3,
     "vila": write_vila,
     "phi": write_phi,
     "llava_next": write_llava_next,

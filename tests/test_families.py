@@ -254,6 +254,13 @@ UNSUPPORTED = {
          "partial_rotary_factor is 0.5; only 1.0 is supported"),
         ({"sliding_window": 2047}, WINDOW.format(2047, 131072)),
     ],
+    "Mistral-Small-3.1-24B-Instruct-2503": [
+        ({"text_config.tie_word_embeddings": True}, TIED),
+        ({"text_config.model_type": "ministral3"},
+         "text_config.model_type is 'ministral3'; only 'mistral' is supported"),
+        ({"text_config.sliding_window": 4096}, WINDOW.format(4096, 131072)),
+        ({"text_config.rope_scaling": LLAMA_3}, ROPE.format("llama3")),
+    ],
     "Qwen2.5-VL-7B-Instruct": [
         ({"rope_scaling": {"type": "yarn", "factor": 4.0, "mrope_section": [16, 24, 24]}},
          ROPE.format("yarn")),

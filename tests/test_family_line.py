@@ -7,6 +7,7 @@ exports are verified, and forms of the model are compared. Accuracy is tested by
 import models
 import pytest
 import reference_llava_next
+import reference_mistral3
 import reference_phi
 import reference_qwen
 import reference_vila
@@ -28,6 +29,7 @@ REFERENCES = {
     ),
     "phi": (reference_phi.Phi(0), reference_phi.phi_cases),
     "vila": (reference_vila.Vila(0), reference_vila.vila_cases),
+    "mistral3": (reference_mistral3.Mistral3(0), reference_mistral3.mistral3_cases),
     "qwen2_vl": (reference_qwen.QwenVL(0, "qwen2_vl"), reference_qwen.qwen_cases),
     "qwen3_vl": (reference_qwen.QwenVL(0, "qwen3_vl"), reference_qwen.qwen_cases),
 }

@@ -19,6 +19,7 @@ from rank_family_parity import (
     to_samples,
 )
 from reference_llava_next import llava_next_cases, write_llava_next
+from reference_mistral3 import mistral3_cases, write_mistral3
 from reference_phi import phi_cases, write_phi
 from reference_qwen import qwen_cases, write_qwen
 from reference_vila import vila_cases, write_vila
@@ -33,6 +34,7 @@ FAMILIES = {
     "vila": (write_vila, vila_cases),
     "phi": (write_phi, phi_cases),
     "llava_next": (write_llava_next, llava_next_cases),
+    "mistral3": (write_mistral3, mistral3_cases),
     "qwen3_vl": (partial(write_qwen, kind="qwen3_vl"), qwen_cases),
     "qwen2_vl": (partial(write_qwen, kind="qwen2_vl"), qwen_cases),
 }

@@ -25,6 +25,7 @@ MODULES = {
     "CLIPImageProcessor": "clip",
     "LlavaImageProcessor": "llava",
     "LlavaNextImageProcessor": "llava_next",
+    "PixtralImageProcessor": "pixtral",
     "Qwen2VLImageProcessor": "qwen2_vl",
     "SiglipImageProcessor": "siglip",
 }
@@ -72,6 +73,22 @@ def load_patch_processor(folder: Path, supported: tuple[str, ...], vision: Any) 
     least, most = processor.size["shortest_edge"], processor.size["longest_edge"]
     if not (vision.patch_size * vision.spatial_merge_size) ** 2 <= most or least > most:
         raise UserError(f"{path}: images cannot have from {least} to {most} pixels")
+    return processor
+
+
+def load_any_size_processor(folder: Path, supported: tuple[str, ...]) -> Any:
+    """Return the image processor of a folder whose images keep their shape.
+
+    Args:
+        folder: folder of preprocessor_config.json or processor_config.json.
+        supported: names of classes; the first is that of a folder without a name.
+
+    Raises:
+        UserError: as `load_image_processor`; or no size of the longest edge.
+    """
+    path, processor = _make_processor(folder, supported, MAX_SIDE)
+    if not (processor.size or {}).get("longest_edge"):
+        raise UserError(f"{path}: size must have longest_edge, got {processor.size!r}")
     return processor
 
 
@@ -146,6 +163,11 @@ def _is_count(value: Any, most: int) -> bool:
     return type(value) is int and 1 <= value <= most
 
 
+def _is_patch(value: Any) -> bool:
+    sides = list(value.values()) if isinstance(value, Mapping) else [value]
+    return bool(sides) and all(_is_count(side, MAX_PATCH) for side in sides)
+
+
 def _is_size(value: Any, most: int) -> bool:
     if not isinstance(value, Mapping):
         return _is_count(value, most)
@@ -198,7 +220,7 @@ def _checks(most: int) -> dict[str, tuple[Any, str]]:
     """Return what the values of settings must be; `most`: largest value of a size."""
     size = (partial(_is_size, most=most), f"pixels from 1 to {most}")
     count = (partial(_is_count, most=most), f"pixels from 1 to {most}")
-    patch = (partial(_is_count, most=MAX_PATCH), f"an integer from 1 to {MAX_PATCH}")
+    patch = (_is_patch, f"an integer from 1 to {MAX_PATCH}")
     return (
         _CHECKS
         | dict.fromkeys(("size", "crop_size", "pad_size"), size)

@@ -5,7 +5,7 @@ Legend: n images or views, C channels of the vision tower, g patches along a sid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ def tower_parameters(prefix: str, tower: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def select_hidden_states(
-    tower: nn.Module, pixel_values: torch.Tensor, layers: int | Sequence[int]
+    tower: Callable[..., Any], pixel_values: torch.Tensor, layers: int | Sequence[int]
 ) -> Any:
     """Encode images [n,3,h,w] and return the hidden states of one layer or several.
 

@@ -61,10 +61,11 @@ def _check_ids(tensors: Tensors) -> None:
 def _check_images(plan: Plan, tensors: Tensors) -> None:
     """Check pixel_values, image_sizes and image_grid_thw without regard to the rows."""
     pixels, sizes = tensors["pixel_values"], tensors.get("image_sizes")
-    if plan.family.pixels_per_token is not None:
+    if plan.family.positions is not None:
         _check_grids(pixels, tensors.get("image_grid_thw"))
         return
-    has_views = plan.family.tokens_per_image is None
+    family = plan.family
+    has_views = family.tokens_per_image is None and family.pixels_per_token is None
     expected = "[images,views,3,h,w]" if has_views else "[images,3,h,w]"
     is_float = pixels.is_floating_point() and pixels.element_size() > 1
     if not is_float or pixels.dim() != 4 + has_views or pixels.shape[-3] != 3:

@@ -1,0 +1,210 @@
+"""Mistral Small 3.1 and 3.2: a Pixtral tower for images of any size, a projector of merged patches.
+
+Parameters have the names of the published checkpoints; NAME_ALIASES maps those of transformers in
+memory to them. Image tokens stand in rows: [IMG] ... [IMG_BREAK], and [IMG_END] after the last.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nemo_vlm_ptq.errors import UserError
+from nemo_vlm_ptq.families.base import (
+    Config,
+    Decoder,
+    ImageInputs,
+    ImagePlaceholders,
+    ModelFamily,
+    Preprocess,
+    Sample,
+    check_placeholder_count,
+)
+from nemo_vlm_ptq.families.chat_template import prompt_renderer, tokenize_prompt
+from nemo_vlm_ptq.families.config_checks import check_feature_layer, require_values
+from nemo_vlm_ptq.families.folder_files import load_tokenizer
+from nemo_vlm_ptq.families.image_processor import load_any_size_processor
+from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, llama_decoder, llama_parameter_map
+from nemo_vlm_ptq.families.towers import select_hidden_states
+
+BODY_PREFIX, HEAD_PREFIX = "language_model.model.", "language_model.lm_head."
+NAME_ALIASES = (
+    (r"^model\.language_model\.", "language_model.model."),
+    (r"^lm_head\.", "language_model.lm_head."),
+    (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
+)
+IMAGE, ROW_END, IMAGE_END = "[IMG]", "[IMG_BREAK]", "[IMG_END]"
+
+
+class Mistral3Vision(nn.Module):
+    """Pixtral tower and projector."""
+
+    def __init__(self, config: Any) -> None:
+        from transformers import PixtralVisionModel
+        from transformers.models.mistral3.modeling_mistral3 import Mistral3MultiModalProjector
+
+        super().__init__()
+        self.feature_layer = config.vision_feature_layer
+        self.vision_tower = PixtralVisionModel(config.vision_config)
+        self.multi_modal_projector = Mistral3MultiModalProjector(config)
+
+    @torch.no_grad()
+    def forward(self, images: ImageInputs) -> torch.Tensor:
+        """Return the features [image tokens,H] of all images, row by row."""
+        assert images.image_sizes is not None
+        sizes = [tuple(size) for size in images.image_sizes.tolist()]
+        tower = partial(self.vision_tower, image_sizes=sizes)
+        states = select_hidden_states(tower, images.pixel_values, self.feature_layer)
+        return self.multi_modal_projector(states.squeeze(0), sizes)
+
+    def published_parameters(self) -> dict[str, torch.Tensor]:
+        """Return the parameters by published name."""
+        return dict(self.named_parameters())
+
+
+def full_config(config: Config) -> Any:
+    """Return transformers' Mistral3Config, with the defaults that config.json leaves out."""
+    from transformers import Mistral3Config
+
+    return Mistral3Config.from_dict(dict(config))
+
+
+def text_config(config: Config) -> Any:
+    """Return transformers' MistralConfig of the decoder."""
+    return full_config(config).text_config
+
+
+def decoder(config: Config) -> Decoder:
+    """Return the architecture of the decoder.
+
+    Whether the head is tied says text_config: at the top, transformers' default is true.
+
+    Raises:
+        UserError: the config has a value that the family does not support.
+    """
+    full = full_config(config)
+    vision = full.vision_config
+    require_values(
+        FAMILY.name,
+        {
+            "text_config.model_type": (full.text_config.model_type, "mistral"),
+            "vision_config.model_type": (vision.model_type, "pixtral"),
+        },
+    )
+    check_feature_layer(FAMILY.name, full.vision_feature_layer, vision.num_hidden_layers)
+    return llama_decoder(FAMILY.name, full.text_config)
+
+
+def make_vision_module(config: Config) -> Mistral3Vision:
+    """Return the vision module, uninitialized."""
+    return Mistral3Vision(full_config(config))
+
+
+def patch_pixels(full: Any) -> int:
+    """Return the height and width in pixels that become one token."""
+    return int(full.vision_config.patch_size * full.spatial_merge_size)
+
+
+def pixels_per_token(config: Config) -> int:
+    """Return the pixels of an image that become one token."""
+    return patch_pixels(full_config(config)) ** 2
+
+
+def token_counts(image_sizes: torch.Tensor | None, side: int) -> list[int]:
+    """Return the image tokens of each image, without those that end rows.
+
+    Raises:
+        UserError: there are no sizes.
+    """
+    if image_sizes is None:
+        raise UserError("pixel_values need image_sizes [images,2]")
+    return [int(count) for count in (image_sizes // side).prod(dim=1)]
+
+
+def find_placeholders(config: Config, ids: Any, images: ImageInputs | None) -> ImagePlaceholders:
+    """Locate the image tokens, which the published processor has expanded already.
+
+    Raises:
+        UserError: their number is not that of the next images.
+    """
+    full = full_config(config)
+    is_image, count = ids == full.image_token_index, 0
+    counts = [] if images is None else token_counts(images.image_sizes, patch_pixels(full))
+    missing = int(is_image.sum())
+    while missing > 0 and count < len(counts):
+        missing, count = missing - counts[count], count + 1
+    if missing:
+        raise UserError(
+            f"{int(is_image.sum())} image tokens, which is not the sum of the next images' "
+            f"{counts[:4]}; image_sizes must be those of the ids"
+        )
+    return ImagePlaceholders(is_image=is_image, tokens_per_placeholder=1, num_images=count)
+
+
+def make_preprocessor(folder: Path, config: Config) -> Preprocess:
+    """Return the function that builds samples in the words of the folder's chat template."""
+    tokenizer, full = load_tokenizer(folder), full_config(config)
+    side, image_id = patch_pixels(full), full.image_token_index
+    processor = load_any_size_processor(folder, ("PixtralImageProcessor",))
+    render = prompt_renderer(folder, tokenizer, None, IMAGE)
+    if tokenizer.convert_tokens_to_ids(IMAGE) != image_id:
+        raise UserError(f"{folder}: the tokenizer's {IMAGE} is not image_token_index {image_id}")
+
+    def process(image: Any, max_pixels: int | None) -> ImageInputs:
+        longest = processor.size["longest_edge"]
+        if max_pixels is not None:
+            ratio = math.sqrt(max_pixels / (image.width * image.height))
+            longest = min(longest, max(side, int(max(image.size) * ratio)))
+        processed = processor(
+            image.convert("RGB"),
+            size={"longest_edge": longest},
+            patch_size=side,
+            return_tensors="pt",
+        )
+        return ImageInputs(processed["pixel_values"], torch.tensor(processed["image_sizes"]))
+
+    def preprocess(
+        sample_id: str,
+        question: str,
+        image: Any = None,
+        answer: str = "",
+        *,
+        max_pixels: int | None = None,
+    ) -> Sample:
+        text = render(question, image is not None, answer)
+        check_placeholder_count(sample_id, text.count(IMAGE), int(image is not None))
+        if image is not None:
+            if not isinstance(image, ImageInputs):
+                image = process(image, max_pixels)
+            rows, columns = (image.image_sizes[0] // side).tolist()
+            row = IMAGE * columns
+            text = text.replace(IMAGE, (row + ROW_END) * (rows - 1) + row + IMAGE_END)
+        input_ids = torch.tensor(tokenize_prompt(tokenizer, text), dtype=torch.int64)
+        is_image = input_ids == image_id
+        return Sample(id=sample_id, input_ids=input_ids, is_image=is_image, images=image)
+
+    return preprocess
+
+
+FAMILY = ModelFamily(
+    name="mistral3",
+    architectures=("Mistral3ForConditionalGeneration",),
+    body_prefix=BODY_PREFIX,
+    head_prefix=HEAD_PREFIX,
+    trtllm_architecture="",
+    parameter_map=partial(llama_parameter_map, body=BODY_PREFIX, head=HEAD_PREFIX),
+    name_aliases=NAME_ALIASES,
+    ignored_tensors=(ROTARY_INV_FREQ,),
+    decoder=decoder,
+    text_config=text_config,
+    make_vision_module=make_vision_module,
+    make_preprocessor=make_preprocessor,
+    find_placeholders=find_placeholders,
+    trtllm_vision_type="",
+    pixels_per_token=pixels_per_token,
+)
