@@ -146,6 +146,20 @@ def find_placeholders(config: Config, ids: Any, images: ImageInputs | None) -> I
     return ImagePlaceholders(is_image=is_image, tokens_per_placeholder=1, num_images=count)
 
 
+def bounded_edge(size: tuple[int, int], side: int, longest: int, max_pixels: int) -> int:
+    """Return the longest edge with which an image has at most `max_pixels`, at least `side`.
+
+    The processor rounds both edges up to a multiple of `side`.
+    """
+    longest = min(longest, max(size))
+    while longest > side:
+        edges = [int(edge * longest / max(size)) for edge in size]
+        if math.prod(-(-edge // side) * side for edge in edges) <= max_pixels:
+            break
+        longest -= side
+    return max(longest, side)
+
+
 def make_preprocessor(folder: Path, config: Config) -> Preprocess:
     """Return the function that builds samples in the words of the folder's chat template."""
     tokenizer, full = load_tokenizer(folder), full_config(config)
@@ -158,8 +172,7 @@ def make_preprocessor(folder: Path, config: Config) -> Preprocess:
     def process(image: Any, max_pixels: int | None) -> ImageInputs:
         longest = processor.size["longest_edge"]
         if max_pixels is not None:
-            ratio = math.sqrt(max_pixels / (image.width * image.height))
-            longest = min(longest, max(side, int(max(image.size) * ratio)))
+            longest = bounded_edge(image.size, side, longest, max_pixels)
         processed = processor(
             image.convert("RGB"),
             size={"longest_edge": longest},
