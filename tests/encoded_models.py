@@ -14,7 +14,7 @@ import torch
 from nemo_vlm_ptq.calibrate.solve.layer import weight_names
 from nemo_vlm_ptq.calibrate.solve.scales import LinearScales
 from nemo_vlm_ptq.families import FAMILIES
-from nemo_vlm_ptq.families.base import Decoder, LongRope
+from nemo_vlm_ptq.families.decoder import Decoder, LongRope
 from nemo_vlm_ptq.formats import KV_CACHES
 from nemo_vlm_ptq.numerics import weight_amax
 from nemo_vlm_ptq.parameter_map.entries import expand_layers

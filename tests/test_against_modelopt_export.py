@@ -19,7 +19,7 @@ from random_llama import random_llama
 
 from nemo_vlm_ptq.calibrate.solve.scales import LinearScales
 from nemo_vlm_ptq.families import llava
-from nemo_vlm_ptq.families.base import Decoder
+from nemo_vlm_ptq.families.decoder import Decoder
 from nemo_vlm_ptq.formats import FORMATS, KV_CACHES
 from nemo_vlm_ptq.numerics import weight_amax
 from nemo_vlm_ptq.parameter_map.entries import expand_layers

@@ -15,7 +15,7 @@ from encoded_models import random_model, write_trtllm
 from safetensors.torch import load_file, save_file
 
 from nemo_vlm_ptq.families import FAMILIES
-from nemo_vlm_ptq.families.base import Decoder
+from nemo_vlm_ptq.families.decoder import Decoder
 from nemo_vlm_ptq.formats import FORMATS
 from nemo_vlm_ptq.targets.registry import TARGETS
 from nemo_vlm_ptq.targets.trtllm.contract import check_contract, run_contract_checks

@@ -6,7 +6,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from nemo_vlm_ptq.calibrate.solve.scales import LinearScales, shard_scales
-from nemo_vlm_ptq.families.base import Decoder
+from nemo_vlm_ptq.families.decoder import Decoder
 from nemo_vlm_ptq.parameter_map.sharding import HeadSizes, shard_input, shard_tensor, unshard_tensor
 
 SIZES = HeadSizes(heads=8, kv_heads=4, head_dim=4, vocab=500, padded_vocab=512)

@@ -13,7 +13,8 @@ from typing import Any
 
 from nemo_vlm_ptq.checkpoints.huggingface import read_json_object
 from nemo_vlm_ptq.errors import UserError
-from nemo_vlm_ptq.families.base import Decoder, ModelFamily
+from nemo_vlm_ptq.families.base import ModelFamily
+from nemo_vlm_ptq.families.decoder import Decoder
 from nemo_vlm_ptq.input_files import is_folder
 
 __all__ = ["FAMILIES", "Decoder", "ModelFamily", "find_family", "read_config"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_vlm_ptq.errors import UserError
-from nemo_vlm_ptq.families.base import Decoder
 from nemo_vlm_ptq.families.config_checks import require_positive, require_values
+from nemo_vlm_ptq.families.decoder import Decoder
 from nemo_vlm_ptq.parameter_map.entries import IgnoredTensor, ParameterEntry
 
 HF_LAYER_PREFIX = "layers.{i}."

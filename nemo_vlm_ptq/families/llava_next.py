@@ -18,7 +18,6 @@ from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families import llava
 from nemo_vlm_ptq.families.base import (
     Config,
-    Decoder,
     ImageInputs,
     ImagePlaceholders,
     ModelFamily,
@@ -28,6 +27,7 @@ from nemo_vlm_ptq.families.base import (
 )
 from nemo_vlm_ptq.families.chat_template import prompt_renderer, tokenize_prompt
 from nemo_vlm_ptq.families.config_checks import check_token_id
+from nemo_vlm_ptq.families.decoder import Decoder
 from nemo_vlm_ptq.families.folder_files import load_tokenizer
 from nemo_vlm_ptq.families.image_processor import load_image_processor
 from nemo_vlm_ptq.families.llama import llama_decoder, llama_parameter_map

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_vlm_ptq.errors import UserError
-from nemo_vlm_ptq.families.base import Config, LongRope
+from nemo_vlm_ptq.families.base import Config
+from nemo_vlm_ptq.families.decoder import LongRope
 
 LONG_ROPE_TYPES = ("su", "longrope")  # two names of one rope type
 FACTOR_KEYS = ("short_factor", "long_factor")

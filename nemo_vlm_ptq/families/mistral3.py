@@ -17,7 +17,6 @@ from torch import nn
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.base import (
     Config,
-    Decoder,
     ImageInputs,
     ImagePlaceholders,
     ModelFamily,
@@ -27,6 +26,7 @@ from nemo_vlm_ptq.families.base import (
 )
 from nemo_vlm_ptq.families.chat_template import prompt_renderer, tokenize_prompt
 from nemo_vlm_ptq.families.config_checks import check_feature_layer, require_values
+from nemo_vlm_ptq.families.decoder import Decoder
 from nemo_vlm_ptq.families.folder_files import load_tokenizer
 from nemo_vlm_ptq.families.image_processor import load_any_size_processor
 from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, llama_decoder, llama_parameter_map

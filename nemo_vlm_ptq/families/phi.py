@@ -23,7 +23,6 @@ from torch import nn
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.base import (
     Config,
-    Decoder,
     ImageInputs,
     ImagePlaceholders,
     ModelFamily,
@@ -33,6 +32,7 @@ from nemo_vlm_ptq.families.base import (
 )
 from nemo_vlm_ptq.families.chat_template import prompt_renderer
 from nemo_vlm_ptq.families.config_checks import check_tower_sizes, require_values
+from nemo_vlm_ptq.families.decoder import Decoder
 from nemo_vlm_ptq.families.folder_files import load_tokenizer
 from nemo_vlm_ptq.families.hd_transform import crop_image, token_count
 from nemo_vlm_ptq.families.image_processor import read_settings

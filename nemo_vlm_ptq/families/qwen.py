@@ -16,16 +16,15 @@ from torch import nn
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.base import (
     Config,
-    Decoder,
     ImageInputs,
     ImagePlaceholders,
-    MRope,
     Preprocess,
     Sample,
     expand_placeholders,
 )
 from nemo_vlm_ptq.families.chat_template import prompt_renderer, tokenize_prompt
 from nemo_vlm_ptq.families.config_checks import require_values
+from nemo_vlm_ptq.families.decoder import Decoder, MRope
 from nemo_vlm_ptq.families.folder_files import load_tokenizer
 from nemo_vlm_ptq.families.image_processor import load_patch_processor
 from nemo_vlm_ptq.families.llama import decoder_from_sizes

@@ -10,7 +10,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from nemo_vlm_ptq.families.base import Config, Decoder, ModelFamily
+from nemo_vlm_ptq.families.base import (
+    Config,
+    ModelFamily,
+)
+from nemo_vlm_ptq.families.decoder import Decoder
 from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, TIED_HEAD, llama_parameter_map
 from nemo_vlm_ptq.families.qwen import (
     QwenVision,

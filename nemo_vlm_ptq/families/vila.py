@@ -19,7 +19,6 @@ from nemo_vlm_ptq.checkpoints.huggingface import read_json_object
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.base import (
     Config,
-    Decoder,
     ImageInputs,
     ImagePlaceholders,
     ModelFamily,
@@ -33,6 +32,7 @@ from nemo_vlm_ptq.families.config_checks import (
     check_tower_sizes,
     require_values,
 )
+from nemo_vlm_ptq.families.decoder import Decoder
 from nemo_vlm_ptq.families.folder_files import load_tokenizer
 from nemo_vlm_ptq.families.image_processor import load_image_processor
 from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, llama_decoder, llama_parameter_map

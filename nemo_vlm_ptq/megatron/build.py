@@ -9,7 +9,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
 
 from nemo_vlm_ptq.constants import VOCAB_MULTIPLE
-from nemo_vlm_ptq.families.base import Decoder
+from nemo_vlm_ptq.families.decoder import Decoder
 from nemo_vlm_ptq.megatron.attention import SdpaCoreAttention
 from nemo_vlm_ptq.megatron.deepstack import add_deepstack
 from nemo_vlm_ptq.megatron.fusion import use_fused_kernels

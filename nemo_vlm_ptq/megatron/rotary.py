@@ -9,7 +9,7 @@ import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 
-from nemo_vlm_ptq.families.base import Decoder, LongRope, MRope
+from nemo_vlm_ptq.families.decoder import Decoder, LongRope, MRope
 
 
 class LongRotaryEmbedding(RotaryEmbedding):

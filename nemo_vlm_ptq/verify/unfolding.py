@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from nemo_vlm_ptq.families.base import Decoder
+from nemo_vlm_ptq.families.decoder import Decoder
 from nemo_vlm_ptq.parameter_map.entries import ParameterEntry
 from nemo_vlm_ptq.reference.checkpoint import Dequantized, ReadLinear, StoredTensors
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from nemo_vlm_ptq.families.base import Decoder
+from nemo_vlm_ptq.families.decoder import Decoder
 from nemo_vlm_ptq.formats import QuantFormat
 from nemo_vlm_ptq.numerics import weight_amax
 from nemo_vlm_ptq.parameter_map.sharding import HeadSizes

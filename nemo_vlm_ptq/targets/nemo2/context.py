@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from nemo_vlm_ptq.families.base import Decoder
+from nemo_vlm_ptq.families.decoder import Decoder
 from nemo_vlm_ptq.targets.nemo2.fiddle import Call, Symbol
 
 TOKENIZER_FOLDER = "tokenizer"  # in context/

@@ -16,7 +16,7 @@ import torch
 from nemo_vlm_ptq.checkpoints.torch_dist_index import Index, read_index, read_object
 from nemo_vlm_ptq.checkpoints.torch_dist_tensors import read_tensor
 from nemo_vlm_ptq.errors import VerificationError
-from nemo_vlm_ptq.families.base import Decoder
+from nemo_vlm_ptq.families.decoder import Decoder
 from nemo_vlm_ptq.reference.checkpoint import ReadCheckpoint, ReadLinear
 from nemo_vlm_ptq.targets.nemo2.quantizer_state import (
     QuantizerState,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_vlm_ptq import __version__
-from nemo_vlm_ptq.families.base import Decoder
+from nemo_vlm_ptq.families.decoder import Decoder
 from nemo_vlm_ptq.formats import KvCacheFormat, QuantFormat
 from nemo_vlm_ptq.targets.writing.encode import group_settings
 

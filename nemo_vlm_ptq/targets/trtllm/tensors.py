@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from nemo_vlm_ptq.families.base import Decoder
+from nemo_vlm_ptq.families.decoder import Decoder
 from nemo_vlm_ptq.targets.writing.encode import EncodedLayer, EncodedLinear, KvScales
 from nemo_vlm_ptq.targets.writing.packing import concat_rows, pack_columns, pack_rows
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from nemo_vlm_ptq.families.base import Decoder
+from nemo_vlm_ptq.families.decoder import Decoder
 from nemo_vlm_ptq.formats import KvCacheFormat, NumberFormat, QuantFormat
 from nemo_vlm_ptq.numerics import encode, nvfp4_block_scales, scale_from_amax
 from nemo_vlm_ptq.parameter_map.entries import ParameterEntry
