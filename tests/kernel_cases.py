@@ -193,11 +193,12 @@ def eager_rotation(x, freqs):
 
 
 @pytest.mark.parametrize("dtype", ROUNDED_DTYPES)
+@pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize(("heads", "dim"), [(3, 8), (20, 96), (4, 128)])
-def test_rotation_equals_eager_pytorch(heads, dim, dtype):
+def test_rotation_equals_eager_pytorch(heads, dim, per_sample, dtype):
     S, B = 5, 2
     mixed = random_tensor(S, B, heads, 3 * dim, dtype=dtype)
-    x, freqs = mixed[..., dim : 2 * dim], random_tensor(S, 1, 1, dim, seed=1)
+    x, freqs = mixed[..., dim : 2 * dim], random_tensor(S, B if per_sample else 1, 1, dim, seed=1)
     cos, sin = (f(freqs.flatten(0, 2)).to(dtype).contiguous() for f in (torch.cos, torch.sin))
     assert torch.equal(model_kernels.rotate(x, cos, sin), eager_rotation(x, freqs))
 

@@ -28,31 +28,31 @@ def _rotate(
     mscale: float = 1.0,
     cp_group: Any = None,
 ) -> torch.Tensor:
-    """Apply rotary position embeddings; t [S,B,heads,D], freqs [S,1,1,D] float32."""
+    """Apply rotary position embeddings; t [S,B,heads,D], freqs [S,1 or B,1,D] float32."""
     fused = t.is_cuda and t.dtype != torch.float32 and cu_seqlens is None
-    if not fused or freqs.shape[1:] != (1, 1, t.shape[-1]) or t.stride(-1) != 1:
+    if not fused or freqs.shape[2:] != (1, t.shape[-1]) or t.stride(-1) != 1:
         rotated: torch.Tensor = apply_rotary_pos_emb(
             t, freqs, config=config, cu_seqlens=cu_seqlens, mscale=mscale, cp_group=cp_group
         )
         return rotated
     from nemo_vlm_ptq.megatron import kernels
 
-    cos_SD, sin_SD = _cos_and_sin(freqs, mscale, t.dtype)
-    return kernels.rotate(t, cos_SD, sin_SD)
+    cos_ND, sin_ND = _cos_and_sin(freqs, mscale, t.dtype)
+    return kernels.rotate(t, cos_ND, sin_ND)
 
 
 def _cos_and_sin(
     freqs: torch.Tensor, mscale: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cosine and sine [S,D] of frequencies, which all layers share."""
+    """Return cosine and sine [N,D] of frequencies, which all layers share."""
     global _angles
     if _angles is None or _angles[0] is not freqs or _angles[1] != mscale:
-        angles_SD = freqs.flatten(0, 2)
-        cos_SD, sin_SD = (
-            (function(angles_SD) * mscale).to(dtype).contiguous()
+        angles_ND = freqs.flatten(0, 2)
+        cos_ND, sin_ND = (
+            (function(angles_ND) * mscale).to(dtype).contiguous()
             for function in (torch.cos, torch.sin)
         )
-        _angles = freqs, mscale, cos_SD, sin_SD
+        _angles = freqs, mscale, cos_ND, sin_ND
     return _angles[2], _angles[3]
 
 

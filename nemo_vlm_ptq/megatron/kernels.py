@@ -21,20 +21,21 @@ import triton.language as tl
 NO_FMA: dict[str, Any] = {"enable_fp_fusion": False}  # round products as eager PyTorch does
 
 
-def rotate(x: torch.Tensor, cos_SD: torch.Tensor, sin_SD: torch.Tensor) -> torch.Tensor:
+def rotate(x: torch.Tensor, cos_ND: torch.Tensor, sin_ND: torch.Tensor) -> torch.Tensor:
     """Return x cos + rotate_half(x) sin, [S,B,heads,D].
 
     Args:
         x: [S,B,heads,D]; the features of a head are contiguous.
-        cos_SD: in x's dtype.
-        sin_SD: in x's dtype.
+        cos_ND: in x's dtype, a row per token, or per token and sample: N is S or S B.
+        sin_ND: in x's dtype.
     """
     S, B, heads, D = x.shape
     out = torch.empty(S, B, heads, D, dtype=x.dtype, device=x.device)
     block_heads = 16
     grid = (S * B, triton.cdiv(heads, block_heads))
     _rotate_kernel[grid](
-        x, cos_SD, sin_SD, out, B, heads, x.stride(0), x.stride(1), x.stride(2),
+        x, cos_ND, sin_ND, out, B, S * B // len(cos_ND), heads,
+        x.stride(0), x.stride(1), x.stride(2),
         D // 2, block_heads, triton.next_power_of_2(D // 2), **NO_FMA,
     )  # fmt: skip
     return out
@@ -53,7 +54,8 @@ def gated_silu(x_NF: torch.Tensor) -> torch.Tensor:
 
 @triton.jit
 def _rotate_kernel(
-    x_ptr, cos_ptr, sin_ptr, out_ptr, samples, heads, stride_token, stride_sample, stride_head,
+    x_ptr, cos_ptr, sin_ptr, out_ptr, samples, sharing, heads,
+    stride_token, stride_sample, stride_head,
     HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -65,7 +67,7 @@ def _rotate_kernel(
     pointers += head[:, None] * stride_head + column[None, :]
     first = tl.load(pointers, mask=mask, other=0.0)
     second = tl.load(pointers + HALF, mask=mask, other=0.0)
-    angles = token * 2 * HALF + column
+    angles = row // sharing * 2 * HALF + column  # of the tokens that share a row
     cos_1 = tl.load(cos_ptr + angles, mask=column_mask, other=0.0)[None, :].to(tl.float32)
     sin_1 = tl.load(sin_ptr + angles, mask=column_mask, other=0.0)[None, :].to(tl.float32)
     cos_2 = tl.load(cos_ptr + angles + HALF, mask=column_mask, other=0.0)[None, :].to(tl.float32)
