@@ -42,7 +42,7 @@ def observe_setup(parallel, plan, window: int | None = None):
         parallel=parallel,
         windows=stage_windows(*sizes),
         build_window=build_window,
-        hidden_size=plan.decoder.hidden,
+        feature_width=plan.decoder.feature_width,
         build_vision=build_vision,
         preprocess=identity_preprocess,
     )
