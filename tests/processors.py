@@ -6,6 +6,7 @@ import json
 from functools import partial
 from pathlib import Path
 
+import reference_internvl
 import reference_llava_next
 import reference_phi
 import reference_qwen
@@ -19,6 +20,11 @@ QWEN_TEMPLATE = (
     "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
     "{% else %}{{ part.text }}{% endif %}{% endfor %}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:\n{% endif %}"
+)
+INTERNVL_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}:\n{% for part in message.content %}"
+    "{% if part.type == 'image' %}<IMG_CONTEXT>\n{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}\n{% endfor %}{% if add_generation_prompt %}assistant:\n{% endif %}"
 )
 FIRST_SPECIAL_ID = 490  # above the special tokens in the references' vocabulary
 
@@ -58,6 +64,20 @@ def write_llava_next_processor(folder: Path) -> None:
     _write(folder, settings)
 
 
+def write_internvl_processor(folder: Path) -> None:
+    """Write settings, tokenizer and chat template of an InternVL folder."""
+    side = reference_internvl.SIDE
+    settings = {
+        "image_processor_type": "GotOcr2ImageProcessorFast",
+        "size": {"height": side, "width": side},
+        "max_patches": reference_internvl.MOST_TILES,
+        "crop_to_patches": False,
+    }
+    _write(folder, settings)
+    write_llama(folder, ("</img>", "<img>", "<IMG_CONTEXT>"), size=reference_internvl.END)
+    (folder / "chat_template.jinja").write_text(INTERNVL_TEMPLATE)
+
+
 def write_vila(folder: Path) -> None:
     """Write a random VILA folder with all its files."""
     reference_vila.write_vila(folder, 0)
@@ -95,10 +115,17 @@ def write_qwen(folder: Path, kind: str) -> None:
     (folder / "chat_template.jinja").write_text(QWEN_TEMPLATE)
 
 
+def write_internvl(folder: Path) -> None:
+    """Write a random InternVL folder with all its files."""
+    reference_internvl.write_internvl(folder, 0, "qwen2")
+    write_internvl_processor(folder)
+
+
 WRITERS = {
     "vila": write_vila,
     "phi": write_phi,
     "llava_next": write_llava_next,
+    "internvl": write_internvl,
     "qwen3_vl": partial(write_qwen, kind="qwen3_vl"),
     "qwen2_vl": partial(write_qwen, kind="qwen2_vl"),
 }

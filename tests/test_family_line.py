@@ -6,6 +6,7 @@ exports are verified, and forms of the model are compared. Accuracy is tested by
 
 import models
 import pytest
+import reference_internvl
 import reference_llava_next
 import reference_phi
 import reference_qwen
@@ -22,6 +23,7 @@ from nemo_vlm_ptq.targets.registry import supported_targets
 from nemo_vlm_ptq.workdir import store
 
 REFERENCES = {
+    "internvl": (reference_internvl.InternVL(0, "qwen2"), reference_internvl.internvl_cases),
     "llava_next": (
         reference_llava_next.LlavaNext(0, "mistral"),
         reference_llava_next.llava_next_cases,

@@ -64,7 +64,7 @@ def _check_images(plan: Plan, tensors: Tensors) -> None:
     if plan.family.pixels_per_token is not None:
         _check_grids(pixels, tensors.get("image_grid_thw"))
         return
-    has_views = plan.family.tokens_per_image is None
+    has_views = plan.family.tokens_per_image is None and not plan.family.is_tiled
     expected = "[images,views,3,h,w]" if has_views else "[images,3,h,w]"
     is_float = pixels.is_floating_point() and pixels.element_size() > 1
     if not is_float or pixels.dim() != 4 + has_views or pixels.shape[-3] != 3:
