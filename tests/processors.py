@@ -24,7 +24,8 @@ QWEN_TEMPLATE = (
 INTERNVL_TEMPLATE = (
     "{% for message in messages %}{{ message.role }}:\n{% for part in message.content %}"
     "{% if part.type == 'image' %}<IMG_CONTEXT>\n{% else %}{{ part.text }}{% endif %}"
-    "{% endfor %}\n{% endfor %}{% if add_generation_prompt %}assistant:\n{% endif %}"
+    "{% endfor %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{{ '\n' }}{% endif %}"
 )
 FIRST_SPECIAL_ID = 490  # above the special tokens in the references' vocabulary
 

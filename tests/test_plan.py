@@ -205,8 +205,8 @@ def test_ranks_that_were_started_must_make_up_the_layout():
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"architectures": ["Qwen2VLForConditionalGeneration"]},
-         "architecture 'Qwen2VLForConditionalGeneration' is not supported; supported: "),
+        ({"architectures": ["PixtralForConditionalGeneration"]},
+         "architecture 'PixtralForConditionalGeneration' is not supported; supported: "),
         ({"architectures": None}, "architecture 'none' is not supported; supported: "),
         ({"tie_word_embeddings": True},
          "llava: tie_word_embeddings is True; only False is supported"),

@@ -107,6 +107,11 @@ def _check_sample(plan: Plan, vision_module: torch.nn.Module, sample: Sample) ->
             f"{sample.id} of input_ids has the id {wrong[0]}; the embedding has the ids 0 to "
             f"{plan.decoder.vocab - 1}"
         )
+    if len(sample.input_ids) > plan.decoder.max_positions:
+        raise UserError(
+            f"{sample.id} of input_ids has {len(sample.input_ids)} tokens, and the model has "
+            f"{plan.decoder.max_positions} positions"
+        )
     if sample.images is None:
         return
     images = sample.images.to_meta()
