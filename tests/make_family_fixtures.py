@@ -126,6 +126,12 @@ INTERN_TOWER_6B = INTERN_TOWER | {
     "norm_type": "rms_norm", "num_attention_heads": 25, "num_hidden_layers": 45,
     "use_qk_norm": True,
 }  # fmt: skip
+ONEVISION_TEXT = INTERN_TEXT | {"rope_scaling": None, "vocab_size": 152000}
+SO400M_26 = {
+    "hidden_size": 1152, "image_size": 384, "intermediate_size": 4304,
+    "model_type": "siglip_vision_model", "num_attention_heads": 16, "num_hidden_layers": 26,
+    "patch_size": 14, "vision_use_head": False,
+}  # fmt: skip
 SHEARED_LLAMA = {
     "hidden_size": 2560, "intermediate_size": 6912, "num_attention_heads": 20,
     "num_key_value_heads": 20,
@@ -349,6 +355,20 @@ def internvl_tensors(config):
     }
 
 
+def llava_onevision(text):
+    """Return the config.json of llava-onevision-qwen2-*-ov-hf."""
+    sides = [384 * count for count in range(1, 7)]
+    return {
+        "architectures": ["LlavaOnevisionForConditionalGeneration"],
+        "image_grid_pinpoints": [[height, width] for height in sides for width in sides],
+        "image_token_index": 151646, "model_type": "llava_onevision",
+        "projector_hidden_act": "gelu", "text_config": ONEVISION_TEXT | text,
+        "tie_word_embeddings": False, "torch_dtype": "float16", "video_token_index": 151647,
+        "vision_aspect_ratio": "anyres_max_9", "vision_config": SO400M_26,
+        "vision_feature_layer": -1, "vision_feature_select_strategy": "full",
+    }  # fmt: skip
+
+
 MODELS = {
     "internvl": (internvl_tensors, {
         "InternVL3-8B-hf": internvl(INTERN_TEXT | {
@@ -372,6 +392,13 @@ MODELS = {
     "llava_next": (llava_tensors, {
         "llava-v1.6-vicuna-7b-hf": llava_next(VICUNA_7B),
         "llava-v1.6-mistral-7b-hf": llava_next(MISTRAL_7B),
+    }),
+    "llava_onevision": (llava_tensors, {
+        "llava-onevision-qwen2-7b-ov-hf": llava_onevision(QWEN2_7B | {"vocab_size": 152000}),
+        "llava-onevision-qwen2-0.5b-ov-hf": llava_onevision({
+            "hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14,
+            "num_hidden_layers": 24, "num_key_value_heads": 2, "tie_word_embeddings": True,
+        }),
     }),
     "phi": (phi_tensors, {
         "Phi-3-vision-128k-instruct": phi("Phi-3-vision-128k-instruct", "su", 131072),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import reference_internvl
 import reference_llava_next
+import reference_llava_onevision
 import reference_phi
 import reference_qwen
 import reference_vila
@@ -20,6 +21,11 @@ QWEN_TEMPLATE = (
     "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
     "{% else %}{{ part.text }}{% endif %}{% endfor %}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:\n{% endif %}"
+)
+ONEVISION_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }} {% for part in message.content %}"
+    "{% if part.type == 'image' %}<image>{{ '\n' }}{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %} assistant:{{ '\n' }}{% endif %}"
 )
 INTERNVL_TEMPLATE = (
     "{% for message in messages %}{{ message.role }}:\n{% for part in message.content %}"
@@ -79,6 +85,19 @@ def write_internvl_processor(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(INTERNVL_TEMPLATE)
 
 
+def write_llava_onevision_processor(folder: Path) -> None:
+    """Write settings, tokenizer and chat template of a LLaVA-OneVision folder."""
+    side = reference_llava_next.SIDE
+    settings = {
+        "image_processor_type": "LlavaOnevisionImageProcessor",
+        "size": {"height": side, "width": side},
+        "image_grid_pinpoints": reference_llava_onevision.PINPOINTS,
+    }
+    _write(folder, settings)
+    write_llama(folder, ["<image>"], size=reference_llava_next.IMAGE_TOKEN)
+    (folder / "chat_template.jinja").write_text(ONEVISION_TEMPLATE)
+
+
 def write_vila(folder: Path) -> None:
     """Write a random VILA folder with all its files."""
     reference_vila.write_vila(folder, 0)
@@ -116,6 +135,12 @@ def write_qwen(folder: Path, kind: str) -> None:
     (folder / "chat_template.jinja").write_text(QWEN_TEMPLATE)
 
 
+def write_llava_onevision(folder: Path) -> None:
+    """Write a random LLaVA-OneVision folder with all its files."""
+    reference_llava_onevision.write_llava_onevision(folder, 0)
+    write_llava_onevision_processor(folder)
+
+
 def write_internvl(folder: Path) -> None:
     """Write a random InternVL folder with all its files."""
     reference_internvl.write_internvl(folder, 0, "qwen2")
@@ -126,6 +151,7 @@ WRITERS = {
     "vila": write_vila,
     "phi": write_phi,
     "llava_next": write_llava_next,
+    "llava_onevision": write_llava_onevision,
     "internvl": write_internvl,
     "qwen3_vl": partial(write_qwen, kind="qwen3_vl"),
     "qwen2_vl": partial(write_qwen, kind="qwen2_vl"),

@@ -224,6 +224,12 @@ def test_an_unsupported_architecture_is_rejected():
          "the nearest is Qwen3VLForConditionalGeneration (family qwen3_vl)"),
         ("LlavaNextVideoForConditionalGeneration",
          "the nearest is LlavaNextForConditionalGeneration (family llava_next)"),
+        ("LlavaLlamaForCausalLM",
+         "take the repository whose class is LlavaForConditionalGeneration: the one of llava-hf "
+         "whose name ends in -hf"),
+        ("LlavaQwenForCausalLM",
+         "take the repository whose class is LlavaOnevisionForConditionalGeneration: the one of "
+         "llava-hf whose name ends in -hf"),
         ("Phi4MMForCausalLM", None),
         (None, None),
         ({}, None),
@@ -243,7 +249,7 @@ LLAMA_3 = LINEAR | {
 TIED = "tie_word_embeddings is True; only False is supported"
 FULL = "vision_feature_select_strategy is 'full'; only 'default' is supported"
 ROPE = "rope type is {!r}; only 'default' is supported"
-INTERN_ROPE = "rope type is {!r}; supported: default, dynamic"
+QWEN_ROPE = "rope type is {!r}; supported: default, dynamic"
 PHI_ROPE = "rope type is {!r}; supported: su, longrope, or none"
 WINDOW = (
     "sliding_window must be null or at least max_position_embeddings {1}, got {0}; "
@@ -269,8 +275,8 @@ UNSUPPORTED = {
          "text_config.model_type is 'llama'; supported: qwen2, qwen3"),
         ({"text_config.model_type": "qwen3_moe"},
          "text_config.model_type is 'qwen3_moe'; supported: qwen2, qwen3"),
-        ({"text_config.rope_scaling": LINEAR}, INTERN_ROPE.format("linear")),
-        ({"text_config.rope_scaling": {"type": "yarn", "factor": 4.0}}, INTERN_ROPE.format("yarn")),
+        ({"text_config.rope_scaling": LINEAR}, QWEN_ROPE.format("linear")),
+        ({"text_config.rope_scaling": {"type": "yarn", "factor": 4.0}}, QWEN_ROPE.format("yarn")),
         ({"text_config.use_sliding_window": True, "text_config.sliding_window": 4096},
          WINDOW.format(4096, 32768)),
         ({"text_config.hidden_act": "gelu"},
@@ -290,6 +296,21 @@ UNSUPPORTED = {
     "InternVL3_5-8B-HF": [
         ({"text_config.attention_bias": True},
          "text_config.attention_bias is True; only False is supported"),
+    ],
+    "llava-onevision-qwen2-7b-ov-hf": [
+        ({"vision_config.model_type": "clip_vision_model"},
+         "vision_config.model_type is 'clip_vision_model'; only 'siglip_vision_model' is "
+         "supported"),
+        ({"vision_feature_select_strategy": "default"},
+         "vision_feature_select_strategy is 'default'; only 'full' is supported"),
+        ({"vision_feature_layer": -28},
+         "vision_feature_layer must be in [-27, 26] for a vision tower of 26 layers, got -28"),
+        ({"vision_aspect_ratio": "anyres"},
+         "vision_aspect_ratio must be anyres_max_N, N a number of tiles from 1 to 999, got "
+         "'anyres'"),
+        ({"text_config.model_type": "llama"},
+         "text_config.model_type is 'llama'; supported: qwen2, qwen3"),
+        ({"text_config.rope_scaling": LINEAR}, QWEN_ROPE.format("linear")),
     ],
     "Phi-3-vision-128k-instruct": [
         ({"tie_word_embeddings": True}, TIED),

@@ -8,6 +8,7 @@ import models
 import pytest
 import reference_internvl
 import reference_llava_next
+import reference_llava_onevision
 import reference_phi
 import reference_qwen
 import reference_vila
@@ -28,6 +29,10 @@ REFERENCES = {
         reference_llava_next.LlavaNext(0, "mistral"),
         reference_llava_next.llava_next_cases,
     ),
+    "llava_onevision": (
+        reference_llava_onevision.LlavaOnevision(0),
+        reference_llava_next.llava_next_cases,
+    ),
     "phi": (reference_phi.Phi(0), reference_phi.phi_cases),
     "vila": (reference_vila.Vila(0), reference_vila.vila_cases),
     "qwen2_vl": (reference_qwen.QwenVL(0, "qwen2_vl"), reference_qwen.qwen_cases),
@@ -35,7 +40,7 @@ REFERENCES = {
 }
 TIMEOUT_S = 900  # for three families in every format
 BFLOAT16_TOLERANCE = 2.0**-5  # of logits near 1, with weights rounded to bfloat16
-REMOTE_CODE_FILE = "custom_processing.py"
+REMOTE_CODE_FILE = "processing_custom.py"
 REMOTE_CODE = "raise SystemExit('code of a model folder was run')"
 
 

@@ -20,6 +20,7 @@ from rank_family_parity import (
 )
 from reference_internvl import internvl_cases, write_internvl
 from reference_llava_next import llava_next_cases, write_llava_next
+from reference_llava_onevision import write_llava_onevision
 from reference_phi import phi_cases, write_phi
 from reference_qwen import qwen_cases, write_qwen
 from reference_vila import vila_cases, write_vila
@@ -34,6 +35,7 @@ FAMILIES = {
     "vila": (write_vila, vila_cases),
     "phi": (write_phi, phi_cases),
     "llava_next": (write_llava_next, llava_next_cases),
+    "llava_onevision": (write_llava_onevision, llava_next_cases),
     "qwen3_vl": (partial(write_qwen, kind="qwen3_vl"), qwen_cases),
     "qwen2_vl": (partial(write_qwen, kind="qwen2_vl"), qwen_cases),
     "internvl": (partial(write_internvl, kind="qwen2"), internvl_cases),
@@ -131,6 +133,7 @@ def test_logits_of_the_reference_reader_match(homes, family):
     [
         ("vila", {"order": "row"}),
         ("llava_next", {"text": "llama"}),
+        ("llava_onevision", {"tied": True}),
         ("qwen2_vl", {"kind": "qwen2_vl 2.0"}),
         ("qwen2_vl", {"tied": False}),
         ("qwen3_vl", {"tied": False}),

@@ -161,6 +161,7 @@ def test_the_head_is_that_of_the_checkpoint_if_it_has_one(tmp_path, stored, flag
     plan = plan_of(tmp_path, folder)
     assert plan.decoder.tied_head is not stored
     assert plan.export_config["tie_word_embeddings"] is not stored
+    assert plan.export_config["text_config"]["tie_word_embeddings"] is not stored
     assert (HEAD in plan.tensors) is stored
 
 

@@ -26,6 +26,7 @@ MODULES = {
     "GotOcr2ImageProcessor": "got_ocr2",
     "LlavaImageProcessor": "llava",
     "LlavaNextImageProcessor": "llava_next",
+    "LlavaOnevisionImageProcessor": "llava_onevision",
     "Qwen2VLImageProcessor": "qwen2_vl",
     "SiglipImageProcessor": "siglip",
 }
@@ -176,8 +177,7 @@ def _is_grid_side(value: Any) -> bool:
 
 
 _FLAG = (lambda value: isinstance(value, bool), "true or false")
-_FLAGS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb", "do_pad")
-_FLAGS += ("crop_to_patches",)
+_STEPS = ("resize", "center_crop", "rescale", "normalize", "convert_rgb", "pad")
 _CROPS = (partial(_is_count, most=MAX_CROPS), f"an integer from 1 to {MAX_CROPS}")
 _NAME = (lambda value: isinstance(value, str), "the name of a class")
 _CHECKS: dict[str, tuple[Any, str]] = {
@@ -190,7 +190,7 @@ _CHECKS: dict[str, tuple[Any, str]] = {
     "image_grid_pinpoints": (_is_grid, f"pairs of pixels up to {4 * MAX_SIDE}"),
 } | {
     **dict.fromkeys(("num_crops", "min_patches", "max_patches"), _CROPS),
-    **dict.fromkeys(_FLAGS, _FLAG),
+    **dict.fromkeys(("crop_to_patches", *(f"do_{step}" for step in _STEPS)), _FLAG),
 }
 
 

@@ -7,7 +7,6 @@ in memory to them.
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from nemo_vlm_ptq.checkpoints.huggingface import list_tensors
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.base import (
     Config,
@@ -31,18 +29,12 @@ from nemo_vlm_ptq.families.chat_template import prompt_renderer, tokenize_prompt
 from nemo_vlm_ptq.families.config_checks import check_token_id, require_positive, require_values
 from nemo_vlm_ptq.families.folder_files import load_tokenizer
 from nemo_vlm_ptq.families.image_processor import load_image_processor
-from nemo_vlm_ptq.families.llama import (
-    ROTARY_INV_FREQ,
-    decoder_from_sizes,
-    llama_parameter_map,
-)
+from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, llama_parameter_map
+from nemo_vlm_ptq.families.qwen_text import make_config_completer, qwen_text_decoder
 from nemo_vlm_ptq.families.towers import merge_patches
 
 BODY_PREFIX, HEAD_PREFIX = "language_model.model.", "language_model.lm_head."
 IMAGE_PROCESSORS = ("GotOcr2ImageProcessor",)
-TEXTS = ("qwen2", "qwen3")  # model types of the decoder
-# "dynamic" rescales sequences beyond max_position_embeddings only, which nothing here takes
-ROPES = ("default", "dynamic")
 MERGE = 2  # patches along a side that become one token
 TILES_PER_CALL = 16
 
@@ -83,16 +75,6 @@ class InternVLVision(nn.Module):
         return dict(self.named_parameters())
 
 
-def complete_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Return the config with what transformers does about the output layer.
-
-    transformers writes true into tie_word_embeddings unless told, and still takes the output layer
-    of a checkpoint that has one.
-    """
-    stored = HEAD_PREFIX + "weight" in list_tensors(folder, NAME_ALIASES)
-    return config | {"tie_word_embeddings": not stored}
-
-
 def full_config(config: Config) -> Any:
     """Return transformers' InternVLConfig, with the defaults that config.json leaves out."""
     from transformers import InternVLConfig
@@ -112,29 +94,9 @@ def decoder(config: Config) -> Decoder:
         UserError: the config has a value that the family does not support.
     """
     full = full_config(config)
-    text = full.text_config
-    rope = dict(text.to_dict().get("rope_parameters") or {})
-    supported = {
-        "text_config.model_type": (text.model_type, TEXTS),
-        "rope type": (rope.get("rope_type", "default"), ROPES),
-    }
-    for key, (value, values) in supported.items():
-        if value not in values:
-            raise UserError(f"{FAMILY.name}: {key} is {value!r}; supported: {', '.join(values)}")
-    require_values(
-        FAMILY.name,
-        {
-            "text_config.hidden_act": (text.hidden_act, "silu"),
-            "text_config.attention_bias": (getattr(text, "attention_bias", False), False),
-            "partial_rotary_factor": (rope.get("partial_rotary_factor", 1.0), 1.0),
-        },
-    )
     check_token_id(FAMILY.name, "image_token_id", full.image_token_id)
     _check_vision(full)
-    plain = decoder_from_sizes(FAMILY.name, text, rope.get("rope_theta", 10000.0))
-    is_tied = config.get("tie_word_embeddings", text.tie_word_embeddings)
-    is_qwen3 = text.model_type == "qwen3"
-    return replace(plain, qkv_bias=not is_qwen3, qk_norm=is_qwen3, tied_head=bool(is_tied))
+    return qwen_text_decoder(FAMILY.name, config, full.text_config)
 
 
 def _check_vision(full: Any) -> None:
@@ -243,5 +205,5 @@ FAMILY = ModelFamily(
     most_tokens_per_image=13 * 256,  # 12 tiles and the image in the size of one
     is_tiled=True,
     other_repositories=(("InternVLChatModel", "the one of the same name that ends in -hf or -HF"),),
-    complete_config=complete_config,
+    complete_config=make_config_completer(HEAD_PREFIX, NAME_ALIASES, default=True),
 )
