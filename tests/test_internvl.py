@@ -12,6 +12,7 @@ from reference_internvl import (
     MOST_TILES,
     SIDE,
     TILE_TOKENS,
+    InternVL,
     internvl_cases,
     write_internvl,
 )
@@ -31,6 +32,8 @@ from nemo_vlm_ptq.checkpoints.model_config import merge_config
 from nemo_vlm_ptq.families import internvl
 from nemo_vlm_ptq.planning.make_plan import make_plan
 from nemo_vlm_ptq.recipe import load_recipe
+from nemo_vlm_ptq.reference.files import read_source
+from nemo_vlm_ptq.reference.model import ReferenceModel
 from nemo_vlm_ptq.stages.logits_inputs import read_inputs
 
 MARKS = {"start_image_token": "<img>", "end_image_token": "</img>"}
@@ -183,6 +186,24 @@ def test_rows_of_tiles_are_read(tmp_path, folder):
     assert [len(sample.images) for sample in samples] == [3, 6]
     for sample, question in zip(samples, (first, second), strict=True):
         assert torch.equal(sample.images.pixel_values, question.pixel_values)
+
+
+def test_an_answer_is_that_of_transformers_and_ends_without_an_end_token(tmp_path, folder):
+    plan = plan_of(tmp_path, folder)
+    checkpoint = read_source(plan.tensors)
+    vision = {name: checkpoint.plain[name] for name in plan.vision_names}
+    device = torch.device("cpu")
+    model = ReferenceModel(plan.family, plan.config, checkpoint, vision, torch.float32, device)
+    assert not model.eos_token_ids
+    sample = internvl.make_preprocessor(folder, plan.config)("q", QUESTION, random_image(90, 40))
+    found = model.generate([sample], [model.encode_images(sample.images)], 4)
+    expected = InternVL(0, "qwen2").model.generate(
+        input_ids=sample.input_ids[None],
+        pixel_values=sample.images.pixel_values,
+        max_new_tokens=4,
+        do_sample=False,
+    )
+    assert found == expected[:, len(sample.input_ids) :].tolist()
 
 
 @pytest.mark.parametrize(
