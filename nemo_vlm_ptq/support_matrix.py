@@ -48,10 +48,11 @@ def _formats() -> list[dict[str, Any]]:
 
 def _families_table() -> str:
     header = ("family", "architecture", "decoder in TensorRT-LLM")
-    rows = [
-        (family.name, ", ".join(family.architectures), family.trtllm_architecture)
-        for family in FAMILIES.values()
-    ]
+    rows = []
+    for family in FAMILIES.values():
+        first, *others = family.architectures
+        rows.append((family.name, first, family.trtllm_architecture))
+        rows += [("", architecture, "") for architecture in others]
     return f"{_table(header, rows)}\n\nEvery family supports every format."
 
 

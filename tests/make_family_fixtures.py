@@ -18,7 +18,7 @@ import torch
 from models import published_name
 
 FOLDER = Path(__file__).resolve().parent / "families"
-LAYER = re.compile(r"\.(layers|blocks)\.(\d+)\.")
+LAYER = re.compile(r"\.(layers?|blocks)\.(\d+)\.")
 FLAT_LIST = re.compile(r"\[[^][{}]+\]")
 PATCHES_PER_TOKEN = 4  # of VILA and Phi
 
@@ -114,6 +114,40 @@ QWEN3_8B_TOWER = QWEN3_2B_TOWER | {
     "intermediate_size": 4304,
     "out_hidden_size": 4096,
 }
+INTERN_TEXT = {
+    "attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02,
+    "max_position_embeddings": 32768, "model_type": "qwen2", "rms_norm_eps": 1e-06,
+    "rope_scaling": {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"},
+    "rope_theta": 1000000.0, "sliding_window": None, "tie_word_embeddings": False,
+    "use_cache": True, "use_sliding_window": False, "vocab_size": 151674,
+}  # fmt: skip
+INTERN_TEXT_38B = INTERN_TEXT | {
+    "hidden_size": 5120, "intermediate_size": 27648, "num_attention_heads": 40,
+    "num_hidden_layers": 64, "num_key_value_heads": 8,
+}  # fmt: skip
+INTERN_TEXT_3_5 = INTERN_TEXT | {
+    "attention_bias": False, "head_dim": 128, "max_position_embeddings": 40960,
+    "model_type": "qwen3", "rope_scaling": None, "vocab_size": 151936,
+}  # fmt: skip
+INTERN_TOWER = {
+    "attention_bias": True, "hidden_act": "gelu", "hidden_size": 1024, "image_size": [448, 448],
+    "intermediate_size": 4096, "layer_norm_eps": 1e-06, "layer_scale_init_value": 0.1,
+    "model_type": "internvl_vision", "norm_type": "layer_norm", "num_attention_heads": 16,
+    "num_channels": 3, "num_hidden_layers": 24, "patch_size": [14, 14],
+    "use_absolute_position_embeddings": True, "use_mask_token": False, "use_mean_pooling": True,
+    "use_qk_norm": False,
+}  # fmt: skip
+INTERN_TOWER_6B = INTERN_TOWER | {
+    "attention_bias": False, "hidden_size": 3200, "intermediate_size": 12800,
+    "norm_type": "rms_norm", "num_attention_heads": 25, "num_hidden_layers": 45,
+    "use_qk_norm": True,
+}  # fmt: skip
+ONEVISION_TEXT = INTERN_TEXT | {"rope_scaling": None, "vocab_size": 152000}
+SO400M_26 = {
+    "hidden_size": 1152, "image_size": 384, "intermediate_size": 4304,
+    "model_type": "siglip_vision_model", "num_attention_heads": 16, "num_hidden_layers": 26,
+    "patch_size": 14, "vision_use_head": False,
+}  # fmt: skip
 SHEARED_LLAMA = {
     "hidden_size": 2560, "intermediate_size": 6912, "num_attention_heads": 20,
     "num_key_value_heads": 20,
@@ -328,7 +362,59 @@ def qwen_tensors(config):
     return shapes
 
 
+def internvl(text, tower=INTERN_TOWER):
+    """Return the config.json of InternVL*-hf; whether the head is tied is said in text_config."""
+    return {
+        "architectures": ["InternVLForConditionalGeneration"], "downsample_ratio": 0.5,
+        "image_seq_length": 256, "image_token_id": 151667, "model_type": "internvl",
+        "projector_hidden_act": "gelu", "text_config": text, "torch_dtype": "bfloat16",
+        "vision_config": tower, "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "default",
+    }  # fmt: skip
+
+
+def internvl_tensors(config):
+    """Return name -> shape of an InternVL under its published names."""
+    tied = {"tie_word_embeddings": config["text_config"]["tie_word_embeddings"]}
+    shapes = meta_shapes("InternVLForConditionalGeneration", "InternVLConfig", config | tied)
+    return {
+        name.replace("model.language_model.", "language_model.model.")
+        .replace("lm_head.", "language_model.lm_head.")
+        .removeprefix("model."): shape
+        for name, shape in shapes.items()
+    }
+
+
+def llava_onevision(text):
+    """Return the config.json of llava-onevision-qwen2-*-ov-hf."""
+    sides = [384 * count for count in range(1, 7)]
+    return {
+        "architectures": ["LlavaOnevisionForConditionalGeneration"],
+        "image_grid_pinpoints": [[height, width] for height in sides for width in sides],
+        "image_token_index": 151646, "model_type": "llava_onevision",
+        "projector_hidden_act": "gelu", "text_config": ONEVISION_TEXT | text,
+        "tie_word_embeddings": False, "torch_dtype": "float16", "video_token_index": 151647,
+        "vision_aspect_ratio": "anyres_max_9", "vision_config": SO400M_26,
+        "vision_feature_layer": -1, "vision_feature_select_strategy": "full",
+    }  # fmt: skip
+
+
 MODELS = {
+    "internvl": (internvl_tensors, {
+        "InternVL3-8B-hf": internvl(INTERN_TEXT | {
+            "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28,
+            "num_hidden_layers": 28, "num_key_value_heads": 4,
+        }),
+        "InternVL3-38B-hf": internvl(INTERN_TEXT_38B, INTERN_TOWER_6B),
+        "InternVL3_5-2B-HF": internvl(INTERN_TEXT_3_5 | {
+            "hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 16,
+            "num_hidden_layers": 28, "num_key_value_heads": 8, "tie_word_embeddings": True,
+        }),
+        "InternVL3_5-8B-HF": internvl(INTERN_TEXT_3_5 | {
+            "hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32,
+            "num_hidden_layers": 36, "num_key_value_heads": 8,
+        }) | {"image_token_id": 151671},
+    }),
     "llava": (llava_tensors, {
         "llava-1.5-7b-hf": llava(VICUNA_7B),
         "llava-1.5-13b-hf": llava(VICUNA_13B),
@@ -336,6 +422,13 @@ MODELS = {
     "llava_next": (llava_tensors, {
         "llava-v1.6-vicuna-7b-hf": llava_next(VICUNA_7B),
         "llava-v1.6-mistral-7b-hf": llava_next(MISTRAL_7B),
+    }),
+    "llava_onevision": (llava_tensors, {
+        "llava-onevision-qwen2-7b-ov-hf": llava_onevision(QWEN2_7B | {"vocab_size": 152000}),
+        "llava-onevision-qwen2-0.5b-ov-hf": llava_onevision({
+            "hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14,
+            "num_hidden_layers": 24, "num_key_value_heads": 2, "tie_word_embeddings": True,
+        }),
     }),
     "mistral3": (mistral3_tensors, {
         "Mistral-Small-3.1-24B-Instruct-2503": MISTRAL_SMALL_24B,

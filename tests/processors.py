@@ -6,7 +6,9 @@ import json
 from functools import partial
 from pathlib import Path
 
+import reference_internvl
 import reference_llava_next
+import reference_llava_onevision
 import reference_mistral3
 import reference_phi
 import reference_qwen
@@ -25,6 +27,17 @@ MISTRAL_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}[INST]{% for part in message.content %}"
     "{% if part.type == 'image' %}[IMG]{% else %}{{ part.text }}{% endif %}{% endfor %}[/INST]"
     "{% endfor %}"
+)
+ONEVISION_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }} {% for part in message.content %}"
+    "{% if part.type == 'image' %}<image>{{ '\n' }}{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %} assistant:{{ '\n' }}{% endif %}"
+)
+INTERNVL_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}:\n{% for part in message.content %}"
+    "{% if part.type == 'image' %}<IMG_CONTEXT>\n{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{{ '\n' }}{% endif %}"
 )
 FIRST_SPECIAL_ID = 490  # above the special tokens in the references' vocabulary
 
@@ -62,6 +75,33 @@ def write_llava_next_processor(folder: Path) -> None:
         "image_grid_pinpoints": reference_llava_next.GRIDS,
     }
     _write(folder, settings)
+
+
+def write_internvl_processor(folder: Path) -> None:
+    """Write settings, tokenizer and chat template of an InternVL folder."""
+    side = reference_internvl.SIDE
+    settings = {
+        "image_processor_type": "GotOcr2ImageProcessorFast",
+        "size": {"height": side, "width": side},
+        "max_patches": reference_internvl.MOST_TILES,
+        "crop_to_patches": False,
+    }
+    _write(folder, settings)
+    write_llama(folder, ("</img>", "<img>", "<IMG_CONTEXT>"), size=reference_internvl.END)
+    (folder / "chat_template.jinja").write_text(INTERNVL_TEMPLATE)
+
+
+def write_llava_onevision_processor(folder: Path) -> None:
+    """Write settings, tokenizer and chat template of a LLaVA-OneVision folder."""
+    side = reference_llava_next.SIDE
+    settings = {
+        "image_processor_type": "LlavaOnevisionImageProcessor",
+        "size": {"height": side, "width": side},
+        "image_grid_pinpoints": reference_llava_onevision.PINPOINTS,
+    }
+    _write(folder, settings)
+    write_llama(folder, ["<image>"], size=reference_llava_next.IMAGE_TOKEN)
+    (folder / "chat_template.jinja").write_text(ONEVISION_TEMPLATE)
 
 
 def write_vila(folder: Path) -> None:
@@ -115,11 +155,25 @@ def write_mistral3(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(MISTRAL_TEMPLATE)
 
 
+def write_llava_onevision(folder: Path) -> None:
+    """Write a random LLaVA-OneVision folder with all its files."""
+    reference_llava_onevision.write_llava_onevision(folder, 0)
+    write_llava_onevision_processor(folder)
+
+
+def write_internvl(folder: Path) -> None:
+    """Write a random InternVL folder with all its files."""
+    reference_internvl.write_internvl(folder, 0, "qwen2")
+    write_internvl_processor(folder)
+
+
 WRITERS = {
     "mistral3": write_mistral3,
     "vila": write_vila,
     "phi": write_phi,
     "llava_next": write_llava_next,
+    "llava_onevision": write_llava_onevision,
+    "internvl": write_internvl,
     "qwen3_vl": partial(write_qwen, kind="qwen3_vl"),
     "qwen2_vl": partial(write_qwen, kind="qwen2_vl"),
 }

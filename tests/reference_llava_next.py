@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,6 +60,18 @@ class LlavaNext:
             image_sizes=question.image_sizes,
         ).logits[0]
 
+    def process(self, images: list) -> Any:
+        """Return the model inputs of images."""
+        from transformers.models.llava_next.image_processing_pil_llava_next import (
+            LlavaNextImageProcessorPil,
+        )
+
+        square = {"height": SIDE, "width": SIDE}
+        processor = LlavaNextImageProcessorPil(
+            size={"shortest_edge": SIDE}, crop_size=square, image_grid_pinpoints=GRIDS
+        )
+        return processor(images, return_tensors="pt")
+
     @torch.no_grad()
     def token_counts(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> list[int]:
         """Return the number of tokens of each image."""
@@ -79,22 +92,14 @@ def _question(
     model: LlavaNext, generator: torch.Generator, words: int, *sizes: tuple[int, int]
 ) -> Question:
     """Return `words` ids of text, then images of (height, width), each followed by text."""
-    from transformers.models.llava_next.image_processing_pil_llava_next import (
-        LlavaNextImageProcessorPil,
-    )
-
     parts = [random_ids(words, generator)]
     if not sizes:
         return Question(parts[0])
-    square = {"height": SIDE, "width": SIDE}
-    processor = LlavaNextImageProcessorPil(
-        size={"shortest_edge": SIDE}, crop_size=square, image_grid_pinpoints=GRIDS
-    )
     images = [
         torch.randint(0, 256, (*size, 3), generator=generator).numpy().astype(np.uint8)
         for size in sizes
     ]
-    inputs = processor(images, return_tensors="pt")
+    inputs = model.process(images)
     for count in model.token_counts(inputs["pixel_values"], inputs["image_sizes"]):
         parts += [torch.full((count,), IMAGE_TOKEN), random_ids(4, generator)]
     return Question(

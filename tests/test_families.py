@@ -214,6 +214,33 @@ def test_an_unsupported_architecture_is_rejected():
     assert said_by(find_family, {"architectures": ["NewForCausalLM"]}) == message
 
 
+@pytest.mark.parametrize(
+    ("architecture", "hint"),
+    [
+        ("InternVLChatModel",
+         "take the repository whose class is InternVLForConditionalGeneration: the one of the same "
+         "name that ends in -hf or -HF"),
+        ("Qwen3VLMoeForConditionalGeneration",
+         "the nearest is Qwen3VLForConditionalGeneration (family qwen3_vl)"),
+        ("LlavaNextVideoForConditionalGeneration",
+         "the nearest is LlavaNextForConditionalGeneration (family llava_next)"),
+        ("LlavaLlamaForCausalLM",
+         "take the repository whose class is LlavaForConditionalGeneration: the one of llava-hf "
+         "whose name ends in -hf"),
+        ("LlavaQwenForCausalLM",
+         "take the repository whose class is LlavaOnevisionForConditionalGeneration: the one of "
+         "llava-hf whose name ends in -hf"),
+        ("Phi4MMForCausalLM", None),
+        (None, None),
+        ({}, None),
+    ],
+)  # fmt: skip
+def test_what_is_near_an_unsupported_architecture_is_named(architecture, hint):
+    said = said_by(find_family, {"architectures": [architecture]})
+    start = f"architecture {str(architecture)!r} is not supported; "
+    assert said.startswith(start + (f"{hint}; supported: " if hint else "supported: "))
+
+
 LINEAR = {"type": "linear", "factor": 2.0}
 LLAMA_3 = LINEAR | {
     "type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -222,6 +249,7 @@ LLAMA_3 = LINEAR | {
 TIED = "tie_word_embeddings is True; only False is supported"
 FULL = "vision_feature_select_strategy is 'full'; only 'default' is supported"
 ROPE = "rope type is {!r}; only 'default' is supported"
+QWEN_ROPE = "rope type is {!r}; supported: default, dynamic"
 PHI_ROPE = "rope type is {!r}; supported: su, longrope, or none"
 WINDOW = (
     "sliding_window must be null or at least max_position_embeddings {1}, got {0}; "
@@ -241,6 +269,48 @@ UNSUPPORTED = {
         ({"text_config.sliding_window": 4096}, WINDOW.format(4096, 32768)),
         ({"text_config.model_type": "qwen2"},
          "text_config.model_type is 'qwen2'; supported: llama, mistral"),
+    ],
+    "InternVL3-8B-hf": [
+        ({"text_config.model_type": "llama"},
+         "text_config.model_type is 'llama'; supported: qwen2, qwen3"),
+        ({"text_config.model_type": "qwen3_moe"},
+         "text_config.model_type is 'qwen3_moe'; supported: qwen2, qwen3"),
+        ({"text_config.rope_scaling": LINEAR}, QWEN_ROPE.format("linear")),
+        ({"text_config.rope_scaling": {"type": "yarn", "factor": 4.0}}, QWEN_ROPE.format("yarn")),
+        ({"text_config.use_sliding_window": True, "text_config.sliding_window": 4096},
+         WINDOW.format(4096, 32768)),
+        ({"text_config.hidden_act": "gelu"},
+         "text_config.hidden_act is 'gelu'; only 'silu' is supported"),
+        ({"vision_config.image_size": [448, 224]},
+         "width of vision_config.image_size is 224; only 448 is supported"),
+        ({"vision_config.image_size": [434, 434]},
+         "vision_config.image_size must be a multiple of 28, 2 patches, got 434"),
+        ({"vision_config.hidden_size": 0},
+         "vision_config.hidden_size must be a positive integer, got 0"),
+        ({"downsample_ratio": 0.25}, "downsample_ratio is 0.25; only 0.5 is supported"),
+        ({"image_seq_length": 64}, "image_seq_length is 64; only 256 is supported"),
+        ({"vision_feature_layer": -2}, "vision_feature_layer is -2; only -1 is supported"),
+        ({"vision_feature_select_strategy": "full"}, FULL),
+        ({"image_token_id": -1}, "image_token_id must be the id of a token, got -1"),
+    ],
+    "InternVL3_5-8B-HF": [
+        ({"text_config.attention_bias": True},
+         "text_config.attention_bias is True; only False is supported"),
+    ],
+    "llava-onevision-qwen2-7b-ov-hf": [
+        ({"vision_config.model_type": "clip_vision_model"},
+         "vision_config.model_type is 'clip_vision_model'; only 'siglip_vision_model' is "
+         "supported"),
+        ({"vision_feature_select_strategy": "default"},
+         "vision_feature_select_strategy is 'default'; only 'full' is supported"),
+        ({"vision_feature_layer": -28},
+         "vision_feature_layer must be in [-27, 26] for a vision tower of 26 layers, got -28"),
+        ({"vision_aspect_ratio": "anyres"},
+         "vision_aspect_ratio must be anyres_max_N, N a number of tiles from 1 to 999, got "
+         "'anyres'"),
+        ({"text_config.model_type": "llama"},
+         "text_config.model_type is 'llama'; supported: qwen2, qwen3"),
+        ({"text_config.rope_scaling": LINEAR}, QWEN_ROPE.format("linear")),
     ],
     "Phi-3-vision-128k-instruct": [
         ({"tie_word_embeddings": True}, TIED),

@@ -6,7 +6,9 @@ exports are verified, and forms of the model are compared. Accuracy is tested by
 
 import models
 import pytest
+import reference_internvl
 import reference_llava_next
+import reference_llava_onevision
 import reference_mistral3
 import reference_phi
 import reference_qwen
@@ -23,8 +25,13 @@ from nemo_vlm_ptq.targets.registry import supported_targets
 from nemo_vlm_ptq.workdir import store
 
 REFERENCES = {
+    "internvl": (reference_internvl.InternVL(0, "qwen2"), reference_internvl.internvl_cases),
     "llava_next": (
         reference_llava_next.LlavaNext(0, "mistral"),
+        reference_llava_next.llava_next_cases,
+    ),
+    "llava_onevision": (
+        reference_llava_onevision.LlavaOnevision(0),
         reference_llava_next.llava_next_cases,
     ),
     "phi": (reference_phi.Phi(0), reference_phi.phi_cases),
@@ -35,7 +42,7 @@ REFERENCES = {
 }
 TIMEOUT_S = 900  # for three families in every format
 BFLOAT16_TOLERANCE = 2.0**-5  # of logits near 1, with weights rounded to bfloat16
-REMOTE_CODE_FILE = "custom_processing.py"
+REMOTE_CODE_FILE = "processing_custom.py"
 REMOTE_CODE = "raise SystemExit('code of a model folder was run')"
 
 

@@ -1,4 +1,4 @@
-"""Logits of VILA, Phi-3-vision and LLaVA-NeXT against reference models, in every layout."""
+"""Logits of each family but LLaVA-1.5 against reference models, in every layout."""
 
 from functools import partial
 
@@ -18,7 +18,9 @@ from rank_family_parity import (
     run,
     to_samples,
 )
+from reference_internvl import internvl_cases, write_internvl
 from reference_llava_next import llava_next_cases, write_llava_next
+from reference_llava_onevision import write_llava_onevision
 from reference_mistral3 import mistral3_cases, write_mistral3
 from reference_phi import phi_cases, write_phi
 from reference_qwen import qwen_cases, write_qwen
@@ -35,8 +37,11 @@ FAMILIES = {
     "phi": (write_phi, phi_cases),
     "llava_next": (write_llava_next, llava_next_cases),
     "mistral3": (write_mistral3, mistral3_cases),
+    "llava_onevision": (write_llava_onevision, llava_next_cases),
     "qwen3_vl": (partial(write_qwen, kind="qwen3_vl"), qwen_cases),
     "qwen2_vl": (partial(write_qwen, kind="qwen2_vl"), qwen_cases),
+    "internvl": (partial(write_internvl, kind="qwen2"), internvl_cases),
+    "internvl qwen3": (partial(write_internvl, kind="qwen3"), internvl_cases),
 }
 CASES = [(family, case) for family in FAMILIES for case in ("images", "text", "padded")]
 CASES += [("phi", "short factors"), ("phi", "long factors")]
@@ -130,9 +135,12 @@ def test_logits_of_the_reference_reader_match(homes, family):
     [
         ("vila", {"order": "row"}),
         ("llava_next", {"text": "llama"}),
+        ("llava_onevision", {"tied": True}),
         ("qwen2_vl", {"kind": "qwen2_vl 2.0"}),
         ("qwen2_vl", {"tied": False}),
         ("qwen3_vl", {"tied": False}),
+        ("internvl", {"kind": "qwen2", "tied": True, "large": True}),
+        ("internvl", {"kind": "qwen3", "tied": False}),
     ],
     ids=lambda value: str(value),
 )

@@ -62,13 +62,18 @@ def plan_of(home, name, *overrides):
 def parameters_per_rank(name, tensor):
     """Return the decoder parameters per tensor rank.
 
-    Norms are replicated, the vocabulary is padded to a multiple of 64, the rest is sharded.
+    Norms are replicated, the vocabulary is padded to a multiple of 64, the rest is sharded. A head
+    that is the embedding is a parameter of its own.
     """
-    total = 0
-    for key, (rows, *columns) in load(NAMES[name], name).tensors.items():
+    total, tensors = 0, load(NAMES[name], name).tensors
+    is_tied = not any("lm_head" in key for key in tensors)
+    for key, (rows, *columns) in tensors.items():
         if DECODER.match(key):
             rows = -(-rows // 64) * 64 if key.endswith(VOCABULARY) else rows
-            total += rows * columns[0] // tensor if columns else rows
+            numel = rows * columns[0] if columns else rows
+            is_sharded = columns or key.endswith("_proj.bias")
+            copies = 1 + (is_tied and key.endswith(VOCABULARY))
+            total += copies * (numel // tensor if is_sharded else numel)
     return total
 
 
@@ -94,7 +99,7 @@ def test_a_plan_counts_the_parameters_per_rank(tmp_path, name):
         assert lines[tensor] == f"{parameters_per_rank(name, tensor) / 1e6:,.1f}"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if "0.5b" not in name])  # 14 heads of 64
 def test_groups_of_128_are_possible_on_two_ranks(tmp_path, name):
     overrides = ["quantize.format=[fp8, int4_awq]", "parallel.tensor=2", "export.tensor=2"]
     formats = [fmt.name for fmt in plan_of(tmp_path, name, *overrides).formats]

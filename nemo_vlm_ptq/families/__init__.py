@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pkgutil
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from nemo_vlm_ptq.input_files import is_folder
 
 __all__ = ["FAMILIES", "Decoder", "ModelFamily", "find_family", "read_config"]
 
+NEAR = 0.7  # similarity of two names, from 0 to 1
 _MODULES = [import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
 FAMILIES: dict[str, ModelFamily] = {
     module.FAMILY.name: module.FAMILY for module in _MODULES if hasattr(module, "FAMILY")
@@ -65,5 +67,18 @@ def find_family(config: dict[str, Any], name: str = "auto") -> ModelFamily:
     for family in FAMILIES.values():
         if architecture in family.architectures:
             return family
-    supported = ", ".join(name for family in FAMILIES.values() for name in family.architectures)
-    raise UserError(f"architecture {architecture!r} is not supported; supported: {supported}")
+    raise UserError(_unsupported(str(architecture)))
+
+
+def _unsupported(architecture: str) -> str:
+    """Return what to say of an architecture that no family has."""
+    owners = {name: family for family in FAMILIES.values() for name in family.architectures}
+    hint = ""
+    for name, family in owners.items():
+        if other := dict(family.other_repositories).get(architecture):
+            hint = f"take the repository whose class is {name}: {other}; "
+    stems = {name.partition("For")[0]: name for name in owners}
+    for stem in get_close_matches(architecture.partition("For")[0], stems, n=1, cutoff=NEAR):
+        nearest = stems[stem]
+        hint = hint or f"the nearest is {nearest} (family {owners[nearest].name}); "
+    return f"architecture {architecture!r} is not supported; {hint}supported: {', '.join(owners)}"

@@ -30,8 +30,9 @@ Config = Mapping[str, Any]
 class ImageInputs:
     """Preprocessed images, as the family's Hugging Face image processor returns them.
 
-    pixel_values: [images,3,h,w]; [images,views,3,h,w] if an image is split into views; or
-        [patches,C], the patches of all images, with grids.
+    pixel_values: [images,3,h,w]; [tiles,3,h,w] if an image is cut into tiles, which count as
+        images here; [images,views,3,h,w] if it is split into views; or [patches,C], the patches of
+        all images, with grids.
     image_sizes: [images,2] int64, height and width; only for families whose number of tokens
         depends on the size of the image.
     grids: [images,3] int64, patches of each image in time, height and width (image_grid_thw).
@@ -153,6 +154,12 @@ class ModelFamily:
     pixels_per_token: Callable[[Config], int] | None = None
     # None if the number of tokens depends on the size of the image
     tokens_per_image: Callable[[Config], int] | None = None
+    # at most, where it does, with the published image processors
+    most_tokens_per_image: int = 2880
+    # whether an image is cut into tiles, each of which is an entry of pixel_values
+    is_tiled: bool = False
+    # (class of the same models that is not supported, the repository to take instead)
+    other_repositories: tuple[tuple[str, str], ...] = ()
     # sub-folders with a checkpoint each; their tensors are named SUBFOLDER/NAME
     subfolders: tuple[str, ...] = ("",)
     # whether NeMo 2 has a model class for the family

@@ -23,8 +23,10 @@ MAX_CROPS = 144
 SIZE_KEYS = ("height", "width", "shortest_edge", "longest_edge", "max_height", "max_width")
 MODULES = {
     "CLIPImageProcessor": "clip",
+    "GotOcr2ImageProcessor": "got_ocr2",
     "LlavaImageProcessor": "llava",
     "LlavaNextImageProcessor": "llava_next",
+    "LlavaOnevisionImageProcessor": "llava_onevision",
     "PixtralImageProcessor": "pixtral",
     "Qwen2VLImageProcessor": "qwen2_vl",
     "SiglipImageProcessor": "siglip",
@@ -197,6 +199,8 @@ def _is_grid_side(value: Any) -> bool:
 
 
 _FLAG = (lambda value: isinstance(value, bool), "true or false")
+_STEPS = ("resize", "center_crop", "rescale", "normalize", "convert_rgb", "pad")
+_CROPS = (partial(_is_count, most=MAX_CROPS), f"an integer from 1 to {MAX_CROPS}")
 _NAME = (lambda value: isinstance(value, str), "the name of a class")
 _CHECKS: dict[str, tuple[Any, str]] = {
     "image_processor_type": _NAME,
@@ -206,14 +210,10 @@ _CHECKS: dict[str, tuple[Any, str]] = {
     "rescale_factor": (lambda value: _is_number(value) and value > 0, "a positive number"),
     "resample": (lambda value: type(value) is int and 0 <= value <= 5, "an integer from 0 to 5"),
     "image_grid_pinpoints": (_is_grid, f"pairs of pixels up to {4 * MAX_SIDE}"),
-    "num_crops": (
-        lambda value: type(value) is int and 1 <= value <= MAX_CROPS,
-        f"an integer from 1 to {MAX_CROPS}",
-    ),
-} | dict.fromkeys(
-    ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb", "do_pad"),
-    _FLAG,
-)
+} | {
+    **dict.fromkeys(("num_crops", "min_patches", "max_patches"), _CROPS),
+    **dict.fromkeys(("crop_to_patches", *(f"do_{step}" for step in _STEPS)), _FLAG),
+}
 
 
 def _checks(most: int) -> dict[str, tuple[Any, str]]:

@@ -39,6 +39,7 @@ from nemo_vlm_ptq.parameter_map.entries import IgnoredTensor
 
 BODY_PREFIX, HEAD_PREFIX = "language_model.model.", "language_model.lm_head."
 PROMPT = "USER: {image}{question} ASSISTANT:"
+HF_REPOSITORY = "the one of llava-hf whose name ends in -hf"
 IMAGE_PROCESSORS = ("LlavaImageProcessor", "CLIPImageProcessor")
 
 NAME_ALIASES = (
@@ -195,4 +196,5 @@ FAMILY = ModelFamily(
     trtllm_vision_type="llava",
     tokens_per_image=tokens_per_image,
     nemo_supported=True,
+    other_repositories=(("LlavaLlamaForCausalLM", HF_REPOSITORY),),
 )

@@ -6,6 +6,7 @@ llava-v1.6-*-hf checkpoints.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,12 +26,15 @@ from nemo_vlm_ptq.families.base import (
     Sample,
     expand_placeholders,
 )
-from nemo_vlm_ptq.families.chat_template import prompt_renderer, tokenize_prompt
+from nemo_vlm_ptq.families.chat_template import Render, prompt_renderer, tokenize_prompt
 from nemo_vlm_ptq.families.config_checks import check_token_id
 from nemo_vlm_ptq.families.decoder import Decoder
 from nemo_vlm_ptq.families.folder_files import load_tokenizer
 from nemo_vlm_ptq.families.image_processor import load_image_processor
 from nemo_vlm_ptq.families.llama import llama_decoder, llama_parameter_map
+
+# (config, features [views,tokens,H] of each image, image sizes, newline) -> features [tokens,H]
+Pack = Callable[[Any, list[torch.Tensor], torch.Tensor, torch.Tensor], list[torch.Tensor]]
 
 NAME_ALIASES = (*llava.NAME_ALIASES, (r"^model\.image_newline$", "image_newline"))
 IMAGE_PROCESSORS = ("LlavaNextImageProcessor",)
@@ -133,16 +137,15 @@ def pack_features(
     return packed
 
 
-def token_counts(config: Config, image_sizes: torch.Tensor) -> list[int]:
+def token_counts(full: Any, image_sizes: torch.Tensor, pack: Pack = pack_features) -> list[int]:
     """Return the number of tokens of each image, from features on the meta device."""
-    full = full_config(config)
     grid = full.vision_config.image_size // full.vision_config.patch_size
     features = [
         torch.empty(count, grid * grid, 1, device="meta")
         for count in view_counts(full, image_sizes)
     ]
     newline = torch.empty(1, device="meta")
-    return [len(tokens) for tokens in pack_features(full, features, image_sizes, newline)]
+    return [len(tokens) for tokens in pack(full, features, image_sizes, newline)]
 
 
 def find_placeholders(config: Config, ids: Any, images: ImageInputs | None) -> ImagePlaceholders:
@@ -151,11 +154,16 @@ def find_placeholders(config: Config, ids: Any, images: ImageInputs | None) -> I
     Raises:
         UserError: their number is not that of the next images.
     """
-    is_image = ids == full_config(config).image_token_index
+    return find_views(full_config(config), ids, images, pack_features)
+
+
+def find_views(full: Any, ids: Any, images: ImageInputs | None, pack: Pack) -> ImagePlaceholders:
+    """Locate the image tokens of a model whose images are arranged by `pack`."""
+    is_image = ids == full.image_token_index
     image_sizes = None if images is None else images.image_sizes
     if images is not None and image_sizes is None:
         raise UserError("inputs must hold image_sizes [images,2], height and width")
-    counts = [] if image_sizes is None else token_counts(config, image_sizes)
+    counts = [] if image_sizes is None else token_counts(full, image_sizes, pack)
     found = remaining = int(is_image.sum())
     num_images = 0
     while remaining > 0 and num_images < len(counts):
@@ -168,16 +176,28 @@ def find_placeholders(config: Config, ids: Any, images: ImageInputs | None) -> I
 
 def make_preprocessor(folder: Path, config: Config) -> Preprocess:
     """Return the function that builds samples, in the prompt of the decoder by default."""
-    tokenizer = load_tokenizer(folder)
-    full = full_config(config)
-    processor = load_image_processor(folder, IMAGE_PROCESSORS, full.vision_config.image_size)
+    tokenizer, full = load_tokenizer(folder), full_config(config)
+    processor = load_views_processor(folder, IMAGE_PROCESSORS, full)
+    default = PROMPTS[full.text_config.model_type]
+    render = prompt_renderer(folder, tokenizer, default, "<image>")
+    return preprocess_views(tokenizer, processor, render, full, pack_features)
+
+
+def load_views_processor(folder: Path, supported: tuple[str, ...], full: Any) -> Any:
+    """Return the image processor of a folder, which must have the grids of config.json."""
+    processor = load_image_processor(folder, supported, full.vision_config.image_size)
     if processor.image_grid_pinpoints != full.image_grid_pinpoints:
         raise UserError(
             f"{folder}: image_grid_pinpoints of the image processor are not those of config.json: "
             f"{processor.image_grid_pinpoints} and {full.image_grid_pinpoints}"
         )
-    default = PROMPTS[full.text_config.model_type]
-    render = prompt_renderer(folder, tokenizer, default, "<image>")
+    return processor
+
+
+def preprocess_views(
+    tokenizer: Any, processor: Any, render: Render, full: Any, pack: Pack
+) -> Preprocess:
+    """Return the function that builds samples of images that are arranged by `pack`."""
 
     def preprocess(
         sample_id: str, question: str, image: Any = None, answer: str = "", **_: Any
@@ -188,7 +208,7 @@ def make_preprocessor(folder: Path, config: Config) -> Preprocess:
                 pixel_values=processed["pixel_values"], image_sizes=processed["image_sizes"]
             )
         ids = tokenize_prompt(tokenizer, render(question, image is not None, answer))
-        counts = [] if image is None else token_counts(config, image.image_sizes)
+        counts = [] if image is None else token_counts(full, image.image_sizes, pack)
         input_ids, is_image = expand_placeholders(sample_id, ids, full.image_token_index, counts)
         return Sample(id=sample_id, input_ids=input_ids, is_image=is_image, images=image)
 
@@ -210,4 +230,5 @@ FAMILY = ModelFamily(
     make_preprocessor=make_preprocessor,
     find_placeholders=find_placeholders,
     trtllm_vision_type="llava_next",
+    other_repositories=(("LlavaMistralForCausalLM", llava.HF_REPOSITORY),),
 )

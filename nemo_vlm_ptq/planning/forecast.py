@@ -12,7 +12,6 @@ from nemo_vlm_ptq.constants import BLOCK_FEATURES, SKETCH_ROWS, VOCAB_MULTIPLE
 from nemo_vlm_ptq.distributed.moment_strips import strip_numel
 from nemo_vlm_ptq.planning.plan import Plan
 
-MAX_IMAGE_TOKENS = 2880  # per image, for families whose number depends on the size: LLaVA-NeXT's
 TEXT_TOKENS = 128  # per sample: prompt, a long question, a short answer
 PREFETCH_MICRO_BATCHES = 8  # micro-batches whose images are encoded in advance
 MODALITIES = 2  # text and image, with second moments of their own
@@ -73,7 +72,7 @@ def resident_bytes(plan: Plan, tensor: int) -> int:
 
 def sample_tokens(plan: Plan) -> int:
     """Return the tokens of a sample: those of an image, and of a prompt with its answer."""
-    family, image = plan.family, MAX_IMAGE_TOKENS
+    family, image = plan.family, plan.family.most_tokens_per_image
     if family.tokens_per_image is not None:
         image = family.tokens_per_image(plan.config)
     elif family.pixels_per_token is not None:

@@ -86,8 +86,8 @@ class ReferenceModel:
         self.kv = checkpoint.kv and _kv_to_device(checkpoint.kv, device)
         self.quantize_activations = True
         self.vision = family.build_vision(config, vision, device, dtype)
-        eos = self.text_config.eos_token_id
-        self.eos_token_ids = set(eos if isinstance(eos, list) else [eos])
+        eos = getattr(self.text_config, "eos_token_id", None)  # not all configs have it
+        self.eos_token_ids = set(eos if isinstance(eos, list) else [eos]) - {None}
 
     def set_activation_quantization(self, enabled: bool) -> None:
         """Enable or disable fake quantization of linear inputs, keys and values.
@@ -171,7 +171,7 @@ class ReferenceModel:
         embedding = self.decoder.model.get_input_embeddings()
         chosen: list[torch.Tensor] = []
         ended = torch.zeros(len(samples), dtype=torch.bool, device=self.device)
-        eos = torch.tensor(sorted(self.eos_token_ids), device=self.device)
+        eos = torch.tensor(sorted(self.eos_token_ids), dtype=torch.int64, device=self.device)
         while len(chosen) < max_new_tokens and not bool(ended.all()):
             logits = self.decoder(last_only=True, **inputs, past_key_values=cache, use_cache=True)
             token = logits[:, -1].argmax(dim=-1)

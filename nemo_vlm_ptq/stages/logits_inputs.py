@@ -65,7 +65,8 @@ def _check_images(plan: Plan, tensors: Tensors) -> None:
         _check_grids(pixels, tensors.get("image_grid_thw"))
         return
     family = plan.family
-    has_views = family.tokens_per_image is None and family.pixels_per_token is None
+    keeps_shape = family.is_tiled or family.pixels_per_token is not None
+    has_views = family.tokens_per_image is None and not keeps_shape
     expected = "[images,views,3,h,w]" if has_views else "[images,3,h,w]"
     is_float = pixels.is_floating_point() and pixels.element_size() > 1
     if not is_float or pixels.dim() != 4 + has_views or pixels.shape[-3] != 3:
@@ -107,6 +108,11 @@ def _check_sample(plan: Plan, vision_module: torch.nn.Module, sample: Sample) ->
         raise UserError(
             f"{sample.id} of input_ids has the id {wrong[0]}; the embedding has the ids 0 to "
             f"{plan.decoder.vocab - 1}"
+        )
+    if len(sample.input_ids) > plan.decoder.max_positions:
+        raise UserError(
+            f"{sample.id} of input_ids has {len(sample.input_ids)} tokens, and the model has "
+            f"{plan.decoder.max_positions} positions"
         )
     if sample.images is None:
         return

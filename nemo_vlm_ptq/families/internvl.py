@@ -1,0 +1,209 @@
+"""InternVL3 and InternVL3.5 (-hf): images cut into tiles, and the decoder of Qwen2 or of Qwen3.
+
+Parameters have the names of the published -hf checkpoints; NAME_ALIASES maps those of transformers
+in memory to them.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nemo_vlm_ptq.errors import UserError
+from nemo_vlm_ptq.families.base import (
+    Config,
+    Decoder,
+    ImageInputs,
+    ImagePlaceholders,
+    ModelFamily,
+    Preprocess,
+    Sample,
+    expand_placeholders,
+)
+from nemo_vlm_ptq.families.chat_template import prompt_renderer, tokenize_prompt
+from nemo_vlm_ptq.families.config_checks import check_token_id, require_positive, require_values
+from nemo_vlm_ptq.families.folder_files import load_tokenizer
+from nemo_vlm_ptq.families.image_processor import load_image_processor
+from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, llama_parameter_map
+from nemo_vlm_ptq.families.qwen_text import make_config_completer, qwen_text_decoder
+from nemo_vlm_ptq.families.towers import merge_patches
+
+BODY_PREFIX, HEAD_PREFIX = "language_model.model.", "language_model.lm_head."
+IMAGE_PROCESSORS = ("GotOcr2ImageProcessor",)
+MERGE = 2  # patches along a side that become one token
+TILES_PER_CALL = 16
+
+NAME_ALIASES = (
+    (r"^model\.language_model\.", BODY_PREFIX),
+    (r"^lm_head\.", HEAD_PREFIX),
+    (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
+)
+
+
+class InternVLVision(nn.Module):
+    """Vision tower and projector, applied to each tile."""
+
+    def __init__(self, full: Any) -> None:
+        from transformers.models.internvl.modeling_internvl import (
+            InternVLMultiModalProjector,
+            InternVLVisionModel,
+        )
+
+        super().__init__()
+        self.vision_tower = InternVLVisionModel(full.vision_config)
+        self.multi_modal_projector = InternVLMultiModalProjector(full)
+
+    @torch.no_grad()
+    def forward(self, images: ImageInputs) -> torch.Tensor:
+        """Return the features [image tokens,H] of all tiles, concatenated."""
+        parts = images.pixel_values.split(TILES_PER_CALL)
+        return torch.cat([self._encode(tiles) for tiles in parts])
+
+    def _encode(self, tiles: torch.Tensor) -> torch.Tensor:
+        patches = self.vision_tower(tiles).last_hidden_state[:, 1:]  # without the class token
+        side = round(patches.shape[1] ** 0.5)
+        merged = merge_patches(patches.unflatten(1, (side, side)))
+        return self.multi_modal_projector(merged.flatten(0, 2))
+
+    def published_parameters(self) -> dict[str, torch.Tensor]:
+        """Return the parameters by published name."""
+        return dict(self.named_parameters())
+
+
+def full_config(config: Config) -> Any:
+    """Return transformers' InternVLConfig, with the defaults that config.json leaves out."""
+    from transformers import InternVLConfig
+
+    return InternVLConfig.from_dict(copy.deepcopy(dict(config)))
+
+
+def text_config(config: Config) -> Any:
+    """Return transformers' config of the decoder."""
+    return full_config(config).text_config
+
+
+def decoder(config: Config) -> Decoder:
+    """Return the architecture of the decoder.
+
+    Raises:
+        UserError: the config has a value that the family does not support.
+    """
+    full = full_config(config)
+    check_token_id(FAMILY.name, "image_token_id", full.image_token_id)
+    _check_vision(full)
+    return qwen_text_decoder(FAMILY.name, config, full.text_config)
+
+
+def _check_vision(full: Any) -> None:
+    """Reject vision settings that InternVLVision does not support."""
+    vision = full.vision_config
+    (height, width), (rows, columns) = vision.image_size, vision.patch_size
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    positive = {f"vision_config.{key}": getattr(vision, key) for key in sizes}
+    positive |= {"vision_config.image_size": height, "vision_config.patch_size": rows}
+    require_positive(FAMILY.name, positive, int)
+    require_values(
+        FAMILY.name,
+        {
+            "vision_config.model_type": (vision.model_type, "internvl_vision"),
+            "width of vision_config.image_size": (width, height),
+            "width of vision_config.patch_size": (columns, rows),
+            "vision_config.num_channels": (vision.num_channels, 3),
+            "downsample_ratio": (full.downsample_ratio, 1 / MERGE),
+            "vision_feature_layer": (full.vision_feature_layer, -1),
+            "vision_feature_select_strategy": (full.vision_feature_select_strategy, "default"),
+        },
+    )
+    if height % (MERGE * rows):
+        raise UserError(
+            f"{FAMILY.name}: vision_config.image_size must be a multiple of {MERGE * rows}, "
+            f"{MERGE} patches, got {height}"
+        )
+    require_values(
+        FAMILY.name, {"image_seq_length": (full.image_seq_length, tokens_per_tile(full))}
+    )
+
+
+def make_vision_module(config: Config) -> InternVLVision:
+    """Return the vision module, uninitialized."""
+    return InternVLVision(full_config(config))
+
+
+def tokens_per_tile(full: Any) -> int:
+    """Return the number of image tokens of one tile."""
+    vision = full.vision_config
+    return int(vision.image_size[0] // (MERGE * vision.patch_size[0])) ** 2
+
+
+def find_placeholders(config: Config, ids: Any, images: ImageInputs | None) -> ImagePlaceholders:
+    """Locate the image tokens, which the published processor has expanded already.
+
+    Raises:
+        UserError: their number is not a multiple of the tokens of one tile.
+    """
+    full = full_config(config)
+    is_image, count = ids == full.image_token_id, tokens_per_tile(full)
+    found = int(is_image.sum())
+    if found % count:
+        raise UserError(
+            f"the number of image tokens must be a multiple of {count}, the tokens of one tile, "
+            f"got {found}"
+        )
+    return ImagePlaceholders(is_image=is_image, tokens_per_placeholder=1, num_images=found // count)
+
+
+def make_preprocessor(folder: Path, config: Config) -> Preprocess:
+    """Return the function that builds samples, in the prompt of the folder's chat template."""
+    tokenizer, full = load_tokenizer(folder), full_config(config)
+    side, count = full.vision_config.image_size[0], tokens_per_tile(full)
+    processor = load_image_processor(folder, IMAGE_PROCESSORS, side)
+    token = tokenizer.convert_ids_to_tokens(full.image_token_id)
+    if token is None:
+        raise UserError(
+            f"{folder}: the tokenizer has no token with image_token_id {full.image_token_id}"
+        )
+    render = prompt_renderer(folder, tokenizer, None, token)
+    start = getattr(tokenizer, "start_image_token", "<img>")
+    marked = start + token + getattr(tokenizer, "end_image_token", "</img>")
+
+    def preprocess(
+        sample_id: str, question: str, image: Any = None, answer: str = "", **_: Any
+    ) -> Sample:
+        text = render(question, image is not None, answer)
+        ids = tokenize_prompt(tokenizer, text.replace(token, marked))
+        if image is not None and not isinstance(image, ImageInputs):
+            # InternVLProcessor cuts images into tiles whatever the image processor's settings say
+            processed = processor(image.convert("RGB"), crop_to_patches=True, return_tensors="pt")
+            image = ImageInputs(pixel_values=processed["pixel_values"])
+        counts = [] if image is None else [count * len(image)]
+        input_ids, is_image = expand_placeholders(sample_id, ids, full.image_token_id, counts)
+        return Sample(id=sample_id, input_ids=input_ids, is_image=is_image, images=image)
+
+    return preprocess
+
+
+FAMILY = ModelFamily(
+    name="internvl",
+    architectures=("InternVLForConditionalGeneration",),
+    body_prefix=BODY_PREFIX,
+    head_prefix=HEAD_PREFIX,
+    trtllm_architecture="",
+    parameter_map=partial(llama_parameter_map, body=BODY_PREFIX, head=HEAD_PREFIX),
+    name_aliases=NAME_ALIASES,
+    ignored_tensors=(ROTARY_INV_FREQ,),
+    decoder=decoder,
+    text_config=text_config,
+    make_vision_module=make_vision_module,
+    make_preprocessor=make_preprocessor,
+    find_placeholders=find_placeholders,
+    trtllm_vision_type="",
+    most_tokens_per_image=13 * 256,  # 12 tiles and the image in the size of one
+    is_tiled=True,
+    other_repositories=(("InternVLChatModel", "the one of the same name that ends in -hf or -HF"),),
+    complete_config=make_config_completer(HEAD_PREFIX, NAME_ALIASES, default=True),
+)
