@@ -48,15 +48,17 @@ from nemo_vlm_ptq.data.images import open_image
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 MODELS = ("tiny-llava", "tiny-vila", "tiny-phi", "qwen3_vl", "qwen2_vl")
 PREFIX = "nemo-vlm-ptq: error: "
-SECONDS, GIBIBYTES = 60, 4
+GIBIBYTES = 4
+LIMITS = {"seconds": 60.0}
 RECIPES = frozenset(("change_recipe", "override", "damage_recipe", "replace_recipe", "change_words"))
 DAMAGES: dict[str, Damage] = {
     damage.__name__: damage for damage in (*FOLDER_DAMAGES, *INPUT_DAMAGES)
 }
 
 
-def in_child(action: Callable[[], Any], seconds: float = SECONDS) -> tuple[Any, str]:
+def in_child(action: Callable[[], Any], seconds: float | None = None) -> tuple[Any, str]:
     """Run an action in a forked process with limits; return its result, or None and why."""
+    seconds = seconds or LIMITS["seconds"]
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -104,7 +106,8 @@ def command(words: list[str], log: Path) -> dict[str, Any]:
                 code = stop.code
             except BaseException:
                 trace = traceback.format_exc()
-    return {"code": code, "err": err.read_text(errors="replace"), "trace": trace, "modules": sorted(sys.modules)}
+    said = log.read_text(errors="replace") + err.read_text(errors="replace")
+    return {"code": code, "err": said, "trace": trace, "modules": sorted(sys.modules)}
 
 
 @cache
@@ -255,7 +258,7 @@ def refusal(name: str, done: str, lines: list[str]) -> tuple[str, str]:
     if "memory" in said or "alloc" in said:
         return "defect", said
     named = any(word.strip(":,'") in said for word in done.split() if len(word) > 3)
-    if not named:
+    if not named and "recipe" not in done:
         return "vague", said
     return ("refused" if name == "plan" else "late"), said
 
@@ -301,8 +304,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="number of a damage to repeat")
     parser.add_argument("--kinds", help="kinds of damage, separated by commas")
+    parser.add_argument("--seconds", type=float, default=60, help="for one command")
     parser.add_argument("--work", type=Path, help="folder of the copies, kept")
     arguments = parser.parse_args()
+    LIMITS["seconds"] = arguments.seconds
     names = arguments.kinds.split(",") if arguments.kinds else list(DAMAGES)
     with tempfile.TemporaryDirectory() as folder:
         work = arguments.work or Path(folder)
