@@ -272,7 +272,8 @@ UNSUPPORTED = {
         ({"vision_config.window_size": 0},
          "vision_config.window_size must be a positive integer, got 0"),
         ({"vision_config.window_size": 27},
-         "vision_config.window_size must be at least patch_size times spatial_merge_size 28, got 27"),
+         "vision_config.window_size must be at least patch_size times spatial_merge_size 28, "
+         "got 27"),
         ({"vision_config.fullatt_block_indexes": [7, 32]},
          LAYERS.format("fullatt_block", 31, [7, 32])),
         ({"vision_config.num_heads": 15},

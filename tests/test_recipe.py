@@ -217,7 +217,7 @@ def test_format_names_of_modelopt_mean_the_same_rows_and_repeats_count_once(reci
 
 
 @pytest.mark.parametrize(
-    "value", [".nan", "[.inf]", "1e999", "2020-01-01", "{a: 2020-01-01}", "!!binary YQ==", "&a [*a]"]
+    "value", [".nan", "[.inf]", "1e999", "2020-01-01", "{a: 2020-01-01}", "!!binary YQ=="]
 )
 def test_a_value_of_config_json_that_json_cannot_hold_is_rejected(recipe, value):
     said = error_message(str(recipe), f"config.text_config.x={value}")

@@ -77,7 +77,25 @@ def test_a_value_that_holds_itself_is_no_hang(tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("model: m\nworkdir: w\nconfig: &a {x: *a, y: [*a, *a]}\n")
     said = said_by(load_recipe, str(recipe))
-    assert said.startswith("recipe key 'config': Input should hold values of JSON only: ")
+    assert said == f"{recipe} is not YAML: line 3: an alias that holds itself"
+
+
+@pytest.mark.parametrize("key", ["model", "config", "calibration", "nonsense", "stages"])
+def test_aliases_without_end_are_not_written_out(tmp_path, key):
+    recipe = tmp_path / "r.yaml"
+    levels = [f"  k{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)]
+    recipe.write_text(f"workdir: w\n{key}:\n  k0: &a0 [x, x]\n{''.join(levels)}")
+    said = said_by(load_recipe, str(recipe))
+    assert said == f"{recipe} is not YAML: its aliases stand for more than 100,000 values"
+
+
+def test_aliases_and_merges_of_ordinary_size_work(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    text = "model: &m m\nworkdir: *m\nconfig: {a: &a {x: 1}, b: {<<: *a, y: 2}, c: [*a, *a]}\n"
+    recipe.write_text(text)
+    made = load_recipe(str(recipe))
+    assert made.workdir == "m"
+    assert made.config == {"a": {"x": 1}, "b": {"x": 1, "y": 2}, "c": [{"x": 1}, {"x": 1}]}
 
 
 @pytest.mark.parametrize("text", ["a\nb", "a\r\nb", "a\0b", "a\u2028b", "a\ud800b", "\x1b[31mb"])

@@ -94,7 +94,10 @@ def qwen_decoder(family: str, full: Any, *, interleaved: bool) -> Decoder:
             "rope type": (rope.get("rope_type", "default"), "default"),
             "mrope_interleaved": (bool(rope.get("mrope_interleaved", False)), interleaved),
             "numbers in mrope_section": (len(sections), 3),
-            "mrope_section of other than integers": ([n for n in sections if type(n) is not int], []),
+            "mrope_section of other than integers": (
+                [n for n in sections if type(n) is not int],
+                [],
+            ),
             "mrope_section below 0": ([n for n in sections if n < 0], []),
             "sum of mrope_section": (sum(sections), decoder.head_dim // 2),
             "vision_config.out_hidden_size": (_output_size(full.vision_config), decoder.hidden),

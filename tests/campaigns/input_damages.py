@@ -1,4 +1,4 @@
-"""Kinds of damage to a data folder, a recipe and a command line, as in folder_damages."""
+"""Kinds of damage to a data folder, a recipe and a command line."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import struct
 import zlib
 from typing import Any
 
-from campaigns.folder_damages import LFS, VALUES, Case, Damage, dump, nodes, pick
+from campaigns.cases import LFS, VALUES, Case, Damage, dump, nodes, pick
 from PIL import Image
 
 from nemo_vlm_ptq.recipe.loading import recipe_keys
 
 IMAGE_IDS: tuple[Any, ...] = (
-    "../i0", "/etc/passwd", "../../model/config", "", " ", ".", "..", "i0.png", "I0", "a\0b", "i0\n",
+    "../i0", "/etc/passwd", "../../model/config", "", " ", ".", "..", "i0.png", "I0",
+    "a\0b", "i0\n",
     "\ud800", "é", "x" * 300, "x" * 5000, "*", "[i]0", "~", "$HOME", 0, 1, -1, 1.5, True, None,
     [], ["i0"], {}, {"a": 1}, "i0/../i1", "./i1", "i0\u202e",
 )  # fmt: skip
@@ -29,8 +30,9 @@ TEXTS: tuple[Any, ...] = (
 WORDS = (
     "null", "true", "no", "0", "1", "-1", "007", "1_000", "0x10", "1e3", "1e999", ".nan", ".inf",
     "12:30:45", "2020-01-01", "'8'", "\"8\"", "\"a\\nb\"", "\"a\\0b\"", "[]", "{}", "[1]", "[x, x]",
-    "{a: 1}", "auto", "fp8", "FP8", "all", "~", "''", "!!python/name:os.system", "&a [*a]", "x" * 5000,
-    "99999999999999999999", "2147483648", "\"\\ud800\"", "%", "@", "`", "- 1", "a: b", "0.5", "/", "..",
+    "{a: 1}", "auto", "fp8", "FP8", "all", "~", "''", "!!python/name:os.system", "&a [*a]",
+    "x" * 5000,
+    "99999999999999999999", "2147483648", "\"\\ud800\"", "%", "@", "`", "- 1", "a: b", "0.5", "/",
 )  # fmt: skip
 COMMANDS = ("plan", "observe", "solve", "export", "verify", "report", "status", "build", "x", "")
 OPTIONS = (
@@ -106,7 +108,9 @@ def damage_questions(rng: random.Random, case: Case) -> str:
 
 def replace_data(rng: random.Random, case: Case) -> str:
     """Put something else in place of the questions, an image or the folder of images."""
-    path = rng.choice((case.data / "questions.json", case.data / "images/i0.png", case.data / "images"))
+    path = rng.choice(
+        (case.data / "questions.json", case.data / "images/i0.png", case.data / "images")
+    )
     aside = case.folder / "aside"
     path.rename(aside)
     kind = rng.choice(("gone", "copy", "loop", "pipe", "folder", "device", "file"))
@@ -139,7 +143,9 @@ def _png(width: int, height: int, depth: int, color: int, data: bytes, more: byt
     """Return a PNG file of a header and anything."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
     body = more + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
@@ -149,16 +155,27 @@ def _png(width: int, height: int, depth: int, color: int, data: bytes, more: byt
 def change_image(rng: random.Random, case: Case) -> str:
     """Replace an image by one of another kind or size, or under another suffix."""
     path = case.data / "images" / "i0.png"
-    modes = ("1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "I", "F", "YCbCr", "PA", "RGBa")
-    kinds = ("huge", "bomb", "text", "depth", "line", "dot", "animated", "suffix", "exif", "tiff", *modes)
+    modes = ("1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "I", "F", "YCbCr")
+    kinds = (
+        "huge",
+        "bomb",
+        "text",
+        "depth",
+        "line",
+        "dot",
+        "animated",
+        "suffix",
+        "exif",
+        "tiff",
+        *modes,
+    )
     kind, images = rng.choice(kinds), path.parent
     path.unlink()
     small = Image.radial_gradient("L").resize((40, 30))
     if kind in modes:
-        format_ = {"CMYK": "JPEG", "F": "TIFF", "YCbCr": "JPEG", "PA": "TIFF", "RGBa": "TIFF"}
-        image = small.convert("LA").convert("PA") if kind == "PA" else None
-        image = image or (small.convert("RGBA") if kind == "RGBa" else small).convert(kind)
-        image.save(path, format_.get(kind, "PNG"))
+        formats = {"CMYK": "JPEG", "F": "TIFF", "I": "TIFF", "YCbCr": "JPEG"}
+        image = small.point(lambda value: value * 200, "I") if kind == "I;16" else small
+        image.convert(kind).save(path, formats.get(kind, "PNG"))
     elif kind == "huge":
         path.write_bytes(_png(rng.choice((2**31 - 1, 60_000)), 60_000, 8, 2, b""))
     elif kind == "bomb":
@@ -174,7 +191,9 @@ def change_image(rng: random.Random, case: Case) -> str:
         Image.new("RGB", (1 if kind == "dot" else 2000, 1)).save(path)
     elif kind == "animated":
         frames = [small.rotate(90 * number) for number in range(3)]
-        frames[0].save(path, rng.choice(("GIF", "WEBP", "PNG")), save_all=True, append_images=frames)
+        frames[0].save(
+            path, rng.choice(("GIF", "WEBP", "PNG")), save_all=True, append_images=frames
+        )
     elif kind == "suffix":
         small.convert("RGB").save(images / "i0.jpg", "PNG")
     elif kind == "exif":
@@ -227,10 +246,14 @@ def damage_recipe(rng: random.Random, case: Case) -> str:
     bomb = "a: &a [x]\n" + "".join(
         f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join(['*' + chr(97 + i)] * 9)}]\n" for i in range(9)
     )
+    nested = f"model: m\nworkdir: w\nconfig:\n  {bomb}".replace("\n", "\n  ").encode()
     kinds = {
+        "nested bomb": nested.replace(b"  workdir", b"workdir").replace(b"  config", b"config"),
         "flipped": bytes(flipped), "cut": content[: rng.randrange(len(content))], "empty": b"",
-        "list": b"- a", "text": b"model", "bom": b"\xef\xbb\xbf" + content, "twice": b"model: a\nmodel: b",
-        "utf16": content.decode().encode("utf-16"), "tabs": b"model:\n\t- a", "deep": b"[" * 100_000,
+        "list": b"- a", "text": b"model", "bom": b"\xef\xbb\xbf" + content, 
+        "twice": b"model: a\nmodel: b",
+        "utf16": content.decode().encode("utf-16"), 
+        "tabs": b"model:\n\t- a", "deep": b"[" * 100_000,
         "two": b"a: 1\n---\nb: 2", "python": b"model: !!python/object/apply:os.getcwd []",
         "bomb": bomb.encode(), "itself": b"model: &a [*a]", "merge": b"<<: [1]\nmodel: a",
         "integer": b"1: 2", "nul": b"model: \0", "binary": b"\xff\xfe\0\0", "lfs": LFS,

@@ -17,14 +17,11 @@ import hashlib
 import json
 import os
 import random
-import resource
 import shutil
-import signal
 import sys
 import tempfile
-import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -32,82 +29,36 @@ from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}  # as the command does
 
 import nemo_vlm_ptq  # noqa: F401  before torch, which it has settings for
 
 # isort: split
 import processors
-from campaigns.folder_damages import FOLDER_DAMAGES, STRICT, Case, Damage
+from campaigns.cases import Case, Damage
+from campaigns.children import LIMITS, command, in_child
+from campaigns.folder_damages import FOLDER_DAMAGES
 from campaigns.input_damages import INPUT_DAMAGES
+from campaigns.tensor_damages import TENSOR_DAMAGES
 from PIL import Image
 from safetensors import safe_open
 
-from nemo_vlm_ptq import cli
 from nemo_vlm_ptq.data.images import open_image
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 MODELS = ("tiny-llava", "tiny-vila", "tiny-phi", "qwen3_vl", "qwen2_vl")
 PREFIX = "nemo-vlm-ptq: error: "
-GIBIBYTES = 4
-LIMITS = {"seconds": 60.0}
-RECIPES = frozenset(("change_recipe", "override", "damage_recipe", "replace_recipe", "change_words"))
+RECIPES = frozenset(
+    ("change_recipe", "override", "damage_recipe", "replace_recipe", "change_words")
+)
+# Accepted, the exports must be those of the undamaged folder.
+STRICT = frozenset(
+    ("truncate", "append", "replace", "remove_tensor", "rename_tensor", "reshape_tensor",
+     "add_tensor", "spoil_tensor", "change_index", "double_weights", "flip_header")
+)  # fmt: skip
 DAMAGES: dict[str, Damage] = {
-    damage.__name__: damage for damage in (*FOLDER_DAMAGES, *INPUT_DAMAGES)
+    damage.__name__: damage for damage in (*FOLDER_DAMAGES, *TENSOR_DAMAGES, *INPUT_DAMAGES)
 }
-
-
-def in_child(action: Callable[[], Any], seconds: float | None = None) -> tuple[Any, str]:
-    """Run an action in a forked process with limits; return its result, or None and why."""
-    seconds = seconds or LIMITS["seconds"]
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(read)
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        limit = used + (GIBIBYTES << 30)
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-        try:
-            result: Any = [action(), ""]
-        except BaseException:
-            result = [None, traceback.format_exc()]
-        with open(write, "w") as file:
-            json.dump(result, file)
-        os._exit(0)
-    os.close(write)
-    with open(read) as file:
-        said = file.read()
-    _, status, usage = os.wait4(child, 0)
-    if os.WIFSIGNALED(status):
-        number = os.WTERMSIG(status)
-        hung = number == signal.SIGALRM
-        return None, f"over {seconds} s" if hung else f"ended by signal {number}"
-    if usage.ru_maxrss > GIBIBYTES << 20:
-        return None, f"{usage.ru_maxrss >> 10} MiB of memory"
-    result, reason = json.loads(said) if said else (None, f"ended with {status >> 8}")
-    return result, reason
-
-
-def command(words: list[str], log: Path) -> dict[str, Any]:
-    """Run the command in this process; return its exit code, lines on stderr and any traceback."""
-    os.environ["NO_COLOR"] = "1"
-    target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(target, 1)
-    os.dup2(target, 2)
-    out, err = log.with_suffix(".out"), log.with_suffix(".err")
-    code, trace = None, ""
-    with out.open("w") as stdout, err.open("w") as stderr:
-        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-            sys.argv = ["nemo-vlm-ptq", *words]
-            try:
-                cli.main()
-            except SystemExit as stop:
-                code = stop.code
-            except BaseException:
-                trace = traceback.format_exc()
-    said = log.read_text(errors="replace") + err.read_text(errors="replace")
-    return {"code": code, "err": said, "trace": trace, "modules": sorted(sys.modules)}
 
 
 @cache
@@ -203,10 +154,8 @@ def try_damage(kind: str, damage: str, seed: str, work: Path) -> tuple[str, str]
         done = DAMAGES[damage](random.Random(seed), case)
         if done is None:
             return "none", ""
-        if not os.path.lexists(case.recipe):
-            text = json.dumps(case.tree)
-            if damage not in ("replace_recipe",):
-                case.recipe.write_text(text)
+        if not os.path.lexists(case.recipe) and damage != "replace_recipe":
+            case.recipe.write_text(json.dumps(case.tree))
         outcome, said = judge(kind, damage, done, case, work)
         return outcome, f"{done} -> {said}"
     finally:
@@ -231,10 +180,15 @@ def judge(kind: str, damage: str, done: str, case: Case, work: Path) -> tuple[st
             return "accepted", said
     if damage in RECIPES:
         return "accepted", ""
+    return compare(kind, damage, case, work)
+
+
+def compare(kind: str, damage: str, case: Case, work: Path) -> tuple[str, str]:
+    """Compare the exports of an accepted case with those of an undamaged one."""
     if damage == "change_image":
-        different, reason = in_child(lambda: compare_images(case))
-        if different or reason:
-            return "defect", different or reason
+        wrong, reason = in_child(lambda: compare_images(case))
+        if wrong or reason:
+            return "defect", wrong or reason
     before = baseline(kind, work)
     try:
         after = exported(case.folder / "work")
@@ -260,7 +214,7 @@ def refusal(name: str, done: str, lines: list[str]) -> tuple[str, str]:
     named = any(word.strip(":,'") in said for word in done.split() if len(word) > 3)
     if not named and "recipe" not in done:
         return "vague", said
-    return ("refused" if name == "plan" else "late"), said
+    return ("late" if name == "run" else "refused"), said
 
 
 @cache
@@ -315,10 +269,8 @@ def main() -> int:
     outcomes = sorted({outcome for _, outcome in counts})
     print(f"{'':20}", *(f"{outcome:>9}" for outcome in outcomes))
     for name in [*dict.fromkeys(names), None]:
-        sums = [
-            sum(number for key, number in counts.items() if name in (key[0], None) and key[1] == one)
-            for one in outcomes
-        ]
+        rows = [key for key in counts if name in (key[0], None)]
+        sums = [sum(counts[key] for key in rows if key[1] == one) for one in outcomes]
         print(f"{name or 'all':20}", *(f"{number:9}" for number in sums))
     return int(any(outcome == "defect" for _, outcome in counts))
 
