@@ -144,9 +144,15 @@ def test_files_that_are_only_handed_on_must_be_readable_too(tmp_path, model):
         for content in contents:
             (model / name).write_bytes(content)
             assert said_by(make_plan, recipe).startswith(f"{model / name} is not valid JSON: ")
+        (model / name).write_bytes(b"\xef\xbb\xbf{}")
+        assert said_by(make_plan, recipe).startswith(
+            f"{model / name} starts with a byte order mark"
+        )
+        (model / name).write_text("{}", encoding="utf-16")
+        assert said_by(make_plan, recipe).startswith(f"{model / name} is not text in UTF-8")
         (model / name).write_bytes(whole)
     make_plan(recipe)
-    for name in ("merges.txt", "chat_template.jinja", "modeling_own.py"):
+    for name in ("merges.txt", "vocab.txt", "chat_template.jinja"):
         (model / name).write_bytes(b"\xff\xfe")
         assert said_by(make_plan, recipe).startswith(f"{model / name} is not text in UTF-8")
         (model / name).unlink()

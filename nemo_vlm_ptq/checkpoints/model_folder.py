@@ -74,14 +74,15 @@ def _check_content(path: Path) -> None:
     """Check that a file that exports get a copy of is what servers can read.
 
     Raises:
-        UserError: it is not a JSON object, or not text.
+        UserError: it is not text in UTF-8, or not a JSON object.
     """
-    if path.suffix == ".json":
-        if not isinstance(content := read_json(path), dict):
-            found = type(content).__name__
-            raise UserError(f"{path} is not valid JSON: expected an object, got {found}")
-    elif path.suffix != ".model":
-        read_text(path)
+    if path.suffix in (".model", ".py"):
+        return
+    if read_text(path).startswith("\ufeff"):
+        raise UserError(f"{path} starts with a byte order mark; save it in UTF-8 without one")
+    if path.suffix == ".json" and not isinstance(content := read_json(path), dict):
+        found = type(content).__name__
+        raise UserError(f"{path} is not valid JSON: expected an object, got {found}")
 
 
 def check_file(path: Path, folder: Path) -> None:

@@ -117,7 +117,7 @@ def exported(work: Path) -> dict[str, Any]:
         elif path.is_file() and path.name != "manifest.json":
             text = path.read_bytes()
             try:
-                found[name] = json.loads(text, parse_constant=_not_json)
+                found[name] = json.loads(text.decode(), parse_constant=_not_json)
             except ValueError:
                 assert path.suffix != ".json", f"{name} is not JSON"
                 found[name] = hashlib.sha256(text).hexdigest()
