@@ -1,5 +1,6 @@
 """Model folders as people have them: links, broken downloads, files of other programs."""
 
+import json
 import os
 import shutil
 
@@ -156,6 +157,15 @@ def test_files_that_are_only_handed_on_must_be_readable_too(tmp_path, model):
         (model / name).write_bytes(b"\xff\xfe")
         assert said_by(make_plan, recipe).startswith(f"{model / name} is not text in UTF-8")
         (model / name).unlink()
+
+
+def test_what_the_tokenizer_library_prints_is_dropped(model, capfd):
+    content = json.loads((model / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    vocab["w"] = vocab["v"]  # a hole in the ids, which the library prints a warning of
+    (model / "tokenizer.json").write_text(json.dumps(content))
+    assert "tokenizer cannot be loaded" in said_by(make, model)
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("number", ["1e999", "-1e999", "1" + "0" * 400 + ".0", "NaN", "Infinity"])
