@@ -209,7 +209,7 @@ def refusal(name: str, done: str, lines: list[str]) -> tuple[str, str]:
     if not said.startswith(PREFIX) or (name == "plan" and len(lines) > 1):
         usage = lines[:1] and lines[0].startswith("usage: ")
         return ("refused", said) if usage else ("defect", "\n".join(lines)[-2000:])
-    if "memory" in said or "alloc" in said:
+    if any(word in said for word in ("annot allocate", "an't allocate", "MemoryError")):
         return "defect", said
     named = any(word.strip(":,'") in said for word in done.split() if len(word) > 3)
     if not named and "recipe" not in done:
