@@ -11,7 +11,14 @@ CONTROL_CATEGORIES = ("Cc", "Cs", "Zl", "Zp")  # line ends, NUL, bytes that are 
 DISK_FULL_BYTES = 1 << 20  # a disk with fewer free bytes counts as full
 
 
-class UserError(Exception):
+class _OneLineError(Exception):
+    """An error whose message is one line, whatever names of tensors or images it quotes."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(escape_control_characters(message))
+
+
+class UserError(_OneLineError):
     """An error the user can fix.
 
     The message is one line that says what is wrong, where, and which values are supported. The
@@ -19,7 +26,7 @@ class UserError(Exception):
     """
 
 
-class VerificationError(Exception):
+class VerificationError(_OneLineError):
     """A written checkpoint failed verification, or a quality gate was missed; exit code 3."""
 
 
@@ -29,6 +36,16 @@ def has_control_characters(text: str) -> bool:
     They would break lines of messages, logs and what shell scripts read.
     """
     return any(unicodedata.category(character) in CONTROL_CATEGORIES for character in text)
+
+
+def escape_control_characters(text: str) -> str:
+    """Return the text in one line that any terminal or file can hold."""
+    if not has_control_characters(text):
+        return text
+    return "".join(
+        repr(character)[1:-1] if has_control_characters(character) else character
+        for character in text
+    )
 
 
 def disk_write_error(error: BaseException | None, folder: Path) -> str | None:

@@ -7,6 +7,7 @@ loop of links, or the pointer that git leaves in place of a large file.
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 from pathlib import Path
@@ -109,14 +110,17 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(content: bytes) -> Any:
-    """Parse JSON strictly: no NaN or Infinity, no key twice, no nesting without end.
+    """Parse JSON strictly: finite numbers only, no key twice, no nesting without end.
 
     Raises:
         ValueError: it is not JSON.
     """
     try:
         return json.loads(
-            content, parse_constant=_reject_constant, object_pairs_hook=_reject_duplicates
+            content,
+            parse_constant=_reject_constant,
+            parse_float=_parse_finite,
+            object_pairs_hook=_reject_duplicates,
         )
     except RecursionError:
         raise ValueError("nested too deeply") from None
@@ -124,6 +128,13 @@ def parse_json(content: bytes) -> Any:
 
 def _reject_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _parse_finite(text: str) -> float:
+    """Return the number; 1e999 would become Infinity, which is no JSON when it is written."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{shorten(text)} is beyond the range of numbers")
+    return number
 
 
 def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

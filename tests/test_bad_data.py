@@ -37,6 +37,15 @@ NOT_GQA = [
     '{"7": {"question": 3, "answer": "x"}}',
     '{"7": {"question": "What?", "answer": ["x"]}}',
     '{"7": {"question": "\\ud800", "answer": "x"}}',
+    '{"7": {"question": "What?", "answer": true}}',
+    '{"7": {"question": "What?", "answer": 1e999}}',
+    *(
+        f'{{"7": {{"question": "What?", "answer": "x", {more}}}}}'
+        for more in (
+            *('"imageId": true', '"imageId": []', '"imageId": ["7"]', '"imageId": 1.5'),
+            *('"isBalanced": null', '"isBalanced": "false"', '"isBalanced": 0', '"types": ["x"]'),
+        )
+    ),
 ]
 
 
@@ -44,6 +53,12 @@ NOT_GQA = [
 def test_the_error_of_a_file_in_another_format_names_it(tmp_path, text):
     (tmp_path / "q.json").write_text(text)
     assert str(tmp_path / "q.json") in said_by(load_questions, str(tmp_path), "test", None)
+
+
+def test_an_image_may_have_the_number_0(tmp_path):
+    (tmp_path / "q.json").write_text('{"7": {"imageId": 0, "question": "What?", "answer": 0}}')
+    (question,) = evaluation_questions(str(tmp_path), None).items
+    assert (question.image, question.answer) == ("0", "0")
 
 
 def write_questions(folder):
@@ -67,7 +82,10 @@ def test_the_error_of_a_missing_or_damaged_image_names_it(tmp_path):
     assert said_by(load_image, "7") == f"{folder}/images has no 7.jpg, .png, .jpeg or .webp"
     (folder / "images").mkdir()
     (folder / "images" / "7.jpg").write_bytes(b"not an image")
-    assert str(folder / "images" / "7.jpg") in said_by(load_image, "7")
+    assert said_by(load_image, "7") == (
+        f"{folder}/images/7.jpg is not a readable image: cannot identify its format; supported: "
+        "JPEG, PNG, WEBP, GIF, BMP"
+    )
 
 
 def test_the_error_of_a_decompression_bomb_names_it(tmp_path, monkeypatch):

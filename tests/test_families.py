@@ -246,6 +246,7 @@ LLAMA_3 = LINEAR | {
     "type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 2048,
 }  # fmt: skip
+LAYERS = "vision_config.{}_indexes must be a list of different layers from 0 to {}, got {}"
 TIED = "tie_word_embeddings is True; only False is supported"
 FULL = "vision_feature_select_strategy is 'full'; only 'default' is supported"
 ROPE = "rope type is {!r}; only 'default' is supported"
@@ -340,6 +341,20 @@ UNSUPPORTED = {
          "numbers in mrope_section is 2; only 3 is supported"),
         ({"use_sliding_window": True}, WINDOW.format(32768, 128000)),
         ({"hidden_act": "gelu"}, "text_config.hidden_act is 'gelu'; only 'silu' is supported"),
+        ({"rope_scaling.mrope_section": [-16, 40, 40]},
+         "mrope_section below 0 is [-16]; only [] is supported"),
+        ({"rope_scaling.mrope_section": [16.0, 24, 24]},
+         "mrope_section of other than integers is [16.0]; only [] is supported"),
+        ({"image_token_id": -1}, "image_token_id must be the id of a token, got -1"),
+        ({"vision_config.window_size": 0},
+         "vision_config.window_size must be a positive integer, got 0"),
+        ({"vision_config.window_size": 27},
+         "vision_config.window_size must be at least patch_size times spatial_merge_size 28, "
+         "got 27"),
+        ({"vision_config.fullatt_block_indexes": [7, 32]},
+         LAYERS.format("fullatt_block", 31, [7, 32])),
+        ({"vision_config.num_heads": 15},
+         "vision_config.hidden_size must be a multiple of 4 num_heads 15, got 1280"),
     ],
     "Qwen3-VL-2B-Instruct": [
         ({"text_config.rope_scaling.mrope_interleaved": False},
@@ -347,7 +362,14 @@ UNSUPPORTED = {
         ({"text_config.attention_bias": True},
          "text_config.attention_bias is True; only False is supported"),
         ({"vision_config.deepstack_visual_indexes": [5, 11, 24]},
-         "deepstack_visual_indexes beyond the tower is [24]; only [] is supported"),
+         LAYERS.format("deepstack_visual", 23, [5, 11, 24])),
+        *(({"vision_config.deepstack_visual_indexes": layers},
+           LAYERS.format("deepstack_visual", 23, layers))
+          for layers in ([5, 5, 17], [-1, 11, 17])),
+        ({"text_config.num_hidden_layers": 2},
+         "deepstack_visual_indexes has 3 layers, and the decoder 2"),
+        ({"vision_config.spatial_merge_size": 0},
+         "vision_config.spatial_merge_size must be a positive integer, got 0"),
         ({"vision_config.out_hidden_size": 1024},
          "vision_config.out_hidden_size is 1024; only 2048 is supported"),
     ],

@@ -1,5 +1,6 @@
 """Model folders as people have them: links, broken downloads, files of other programs."""
 
+import json
 import os
 import shutil
 
@@ -19,7 +20,7 @@ from nemo_vlm_ptq.checkpoints.huggingface import list_tensors
 from nemo_vlm_ptq.checkpoints.model_folder import is_sidecar
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families import llava
-from nemo_vlm_ptq.input_files import open_file
+from nemo_vlm_ptq.input_files import open_file, read_json
 from nemo_vlm_ptq.planning.make_plan import make_plan
 from nemo_vlm_ptq.recipe import load_recipe
 from nemo_vlm_ptq.targets.writing.published import copy_missing
@@ -134,6 +135,46 @@ def test_a_broken_download_is_told_in_one_line(tmp_path, model, name):
         path.write_bytes(content)
         said = said_by(make, model)
         assert str(model) in said and len(said) < 700
+
+
+def test_files_that_are_only_handed_on_must_be_readable_too(tmp_path, model):
+    recipe = load_recipe(str(write_recipe(tmp_path, model)))
+    contents = (b"", b"{", b"[]", b'{"top_p": NaN}', b'{"a": 1, "a": 2}', b"{}x", b'{"a": -1e999}')
+    for name in ("generation_config.json", "chat_template.json", "added_tokens.json", "vocab.json"):
+        whole = (model / name).read_bytes() if (model / name).exists() else b"{}"
+        for content in contents:
+            (model / name).write_bytes(content)
+            assert said_by(make_plan, recipe).startswith(f"{model / name} is not valid JSON: ")
+        (model / name).write_bytes(b"\xef\xbb\xbf{}")
+        assert said_by(make_plan, recipe).startswith(
+            f"{model / name} starts with a byte order mark"
+        )
+        (model / name).write_text("{}", encoding="utf-16")
+        assert said_by(make_plan, recipe).startswith(f"{model / name} is not text in UTF-8")
+        (model / name).write_bytes(whole)
+    make_plan(recipe)
+    for name in ("merges.txt", "vocab.txt", "chat_template.jinja"):
+        (model / name).write_bytes(b"\xff\xfe")
+        assert said_by(make_plan, recipe).startswith(f"{model / name} is not text in UTF-8")
+        (model / name).unlink()
+
+
+def test_what_the_tokenizer_library_prints_is_dropped(model, capfd):
+    content = json.loads((model / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    vocab["w"] = vocab["v"]  # a hole in the ids, which the library prints a warning of
+    (model / "tokenizer.json").write_text(json.dumps(content))
+    assert "tokenizer cannot be loaded" in said_by(make, model)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "1" + "0" * 400 + ".0", "NaN", "Infinity"])
+def test_numbers_that_json_cannot_hold_are_refused(tmp_path, number):
+    path = tmp_path / "x.json"
+    path.write_text(f'{{"a": [{number}]}}')
+    assert said_by(read_json, path).startswith(f"{path} is not valid JSON: ")
+    path.write_text('{"a": [1e308, 1e-999, -0.0, 1000000000000000019884624838656]}')
+    assert read_json(path)["a"][1] == 0
 
 
 @pytest.mark.parametrize("content", [b"", b"not sentencepiece", b"\x00" * 100])

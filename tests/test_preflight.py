@@ -24,6 +24,17 @@ def test_an_image_processor_of_another_vision_tower_is_rejected(tmp_path):
     assert "32*32" in message and "64*64" in message
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"rescale_factor": 1e300}, {"image_mean": [0, 1e300, 0]}, {"image_std": [1e-300] * 3}],
+)
+def test_settings_that_make_pixels_infinite_are_rejected(tmp_path, settings):
+    model = copy_model(tmp_path / "model")
+    whole = json.loads((model / "preprocessor_config.json").read_text())
+    (model / "preprocessor_config.json").write_text(json.dumps(whole | settings))
+    assert plan_error(tmp_path, model).startswith(f"{model}: the image processor makes NaN or Inf ")
+
+
 def test_a_tokenizer_without_the_image_token_of_the_config_is_rejected(tmp_path):
     model = configure(copy_model(tmp_path / "model"), {"image_token_index": 509})
     message = plan_error(tmp_path, model)

@@ -216,6 +216,14 @@ def test_format_names_of_modelopt_mean_the_same_rows_and_repeats_count_once(reci
     assert load_recipe(str(recipe), ["quantize.format=int4_awq"]).quantize.format == ("int4_awq",)
 
 
+@pytest.mark.parametrize(
+    "value", [".nan", "[.inf]", "1e999", "2020-01-01", "{a: 2020-01-01}", "!!binary YQ=="]
+)
+def test_a_value_of_config_json_that_json_cannot_hold_is_rejected(recipe, value):
+    said = error_message(str(recipe), f"config.text_config.x={value}")
+    assert said.startswith("recipe key 'config': Input should hold values of JSON only: ")
+
+
 def test_a_recipe_cannot_be_changed_after_it_was_checked(recipe):
     made = load_recipe(str(recipe))
     with pytest.raises(ValidationError):

@@ -7,10 +7,10 @@ import subprocess
 import pytest
 import scripts
 import yaml
-from bad_models import ROOT, TINY, error_message, write_recipe
+from bad_models import ROOT, TINY, error_message, said_by, write_recipe
 from test_slurm import SITE, submit
 
-from nemo_vlm_ptq.errors import UserError
+from nemo_vlm_ptq.errors import UserError, VerificationError, has_control_characters
 from nemo_vlm_ptq.recipe import load_recipe, make_recipe
 
 SPRING = "BASH_VERSINFO[$(touch SPRUNG)]"  # run where bash evaluates it as a number or an index
@@ -76,7 +76,34 @@ def test_letters_of_other_alphabets_spaces_and_quotes_are_accepted():
 def test_a_value_that_holds_itself_is_no_hang(tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("model: m\nworkdir: w\nconfig: &a {x: *a, y: [*a, *a]}\n")
-    load_recipe(str(recipe))
+    said = said_by(load_recipe, str(recipe))
+    assert said == f"{recipe} is not YAML: line 3: an alias that holds itself"
+
+
+@pytest.mark.parametrize("key", ["model", "config", "calibration", "nonsense", "stages"])
+def test_aliases_without_end_are_not_written_out(tmp_path, key):
+    recipe = tmp_path / "r.yaml"
+    levels = [f"  k{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)]
+    recipe.write_text(f"workdir: w\n{key}:\n  k0: &a0 [x, x]\n{''.join(levels)}")
+    said = said_by(load_recipe, str(recipe))
+    assert said == f"{recipe} is not YAML: its aliases stand for more than 100,000 values"
+
+
+def test_aliases_and_merges_of_ordinary_size_work(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    text = "model: &m m\nworkdir: *m\nconfig: {a: &a {x: 1}, b: {<<: *a, y: 2}, c: [*a, *a]}\n"
+    recipe.write_text(text)
+    made = load_recipe(str(recipe))
+    assert made.workdir == "m"
+    assert made.config == {"a": {"x": 1}, "b": {"x": 1, "y": 2}, "c": [{"x": 1}, {"x": 1}]}
+
+
+@pytest.mark.parametrize("text", ["a\nb", "a\r\nb", "a\0b", "a\u2028b", "a\ud800b", "\x1b[31mb"])
+@pytest.mark.parametrize("error", [UserError, VerificationError])
+def test_names_that_a_message_quotes_do_not_break_its_line(error, text):
+    said = str(error(f"tensor {text} is not \u00fc"))
+    assert len(said.splitlines()) == 1 and said.endswith("b is not \u00fc")
+    assert said.encode() and "\\" in said and not has_control_characters(said)
 
 
 @pytest.mark.parametrize(

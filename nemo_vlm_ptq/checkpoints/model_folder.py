@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from nemo_vlm_ptq.errors import UserError
-from nemo_vlm_ptq.input_files import is_folder, open_file, resolve
+from nemo_vlm_ptq.input_files import is_folder, open_file, read_json, read_text, resolve
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILES = (
@@ -49,7 +49,7 @@ def check_model_folder(folder: Path, subfolders: Iterable[str] = ("",)) -> None:
 
     Raises:
         UserError: a file is a link out of the folder, no regular file, unreadable or a pointer of
-            git-lfs; the folder holds a LoRA adapter, or a quantized model.
+            git-lfs, or text that is none; the folder holds a LoRA adapter, or a quantized model.
     """
     for name in ADAPTER_FILES:
         if (folder / name).exists():
@@ -66,6 +66,23 @@ def check_model_folder(folder: Path, subfolders: Iterable[str] = ("",)) -> None:
                 raise UserError(f"{path}: the model is already quantized; start from one in 16 bit")
             if is_sidecar(path) or is_weight_file(path) or path.name.endswith(".index.json"):
                 check_file(path, folder)
+            if is_sidecar(path):
+                _check_content(path)
+
+
+def _check_content(path: Path) -> None:
+    """Check that a file that exports get a copy of is what servers can read.
+
+    Raises:
+        UserError: it is not text in UTF-8, or not a JSON object.
+    """
+    if path.suffix in (".model", ".py"):
+        return
+    if read_text(path).startswith("\ufeff"):
+        raise UserError(f"{path} starts with a byte order mark; save it in UTF-8 without one")
+    if path.suffix == ".json" and not isinstance(content := read_json(path), dict):
+        found = type(content).__name__
+        raise UserError(f"{path} is not valid JSON: expected an object, got {found}")
 
 
 def check_file(path: Path, folder: Path) -> None:

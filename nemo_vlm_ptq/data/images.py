@@ -46,7 +46,7 @@ def check_image(path: Path) -> None:
         try:
             _open(path, file).close()
         except UNREADABLE as error:
-            raise UserError(f"{path} is not a readable image: {one_line(error)}") from None
+            raise _unreadable(path, error) from None
 
 
 def open_image(folder: Path, name: str) -> PIL.Image.Image:
@@ -61,7 +61,14 @@ def open_image(folder: Path, name: str) -> PIL.Image.Image:
             image = PIL.ImageOps.exif_transpose(_open(path, file))
             return image.convert("RGB")
         except UNREADABLE as error:
-            raise UserError(f"{path} is not a readable image: {one_line(error)}") from None
+            raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    reason = one_line(error)
+    if isinstance(error, PIL.UnidentifiedImageError):
+        reason = f"cannot identify its format; supported: {', '.join(DECODERS)}"
+    return UserError(f"{path} is not a readable image: {reason}")
 
 
 def _open(path: Path, file: IO[bytes]) -> PIL.Image.Image:

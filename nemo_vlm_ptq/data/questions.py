@@ -202,15 +202,22 @@ def _parse_question(data: str, name: str, entry: Any) -> Question | None:
         UserError: it is not in GQA's format.
     """
     try:
-        if not entry.get("isBalanced", True):
+        if not isinstance(entry, dict):
+            raise TypeError(f"expected an object, got {shorten(repr(entry))}")
+        balanced, image = entry.get("isBalanced", True), entry.get("imageId")
+        if not isinstance(balanced, bool):
+            raise TypeError(f"isBalanced must be true or false, got {shorten(repr(balanced))}")
+        if not balanced:
             return None
         text, answer = entry["question"], entry["answer"]
-        if not isinstance(text, str) or not isinstance(answer, str | int | float):
+        if not isinstance(text, str) or type(answer) not in (str, int, float):
             raise TypeError("question must be a string, answer a string or a number")
+        if image is not None and type(image) not in (str, int):
+            raise TypeError(f"imageId must be a string or an integer, got {shorten(repr(image))}")
         question_type = (entry.get("types") or {}).get("detailed") or "other"
         question = Question(
             id=name,
-            image=str(entry.get("imageId") or ""),
+            image="" if image is None else str(image),
             text=text,
             answer=str(answer),
             question_type=str(question_type),

@@ -84,6 +84,50 @@ def check_tower_sizes(family: str, tower: Any) -> None:
     require_positive(family, {f"vision tower's {key}": getattr(tower, key) for key in sizes}, int)
 
 
+def check_patch_tower(family: str, vision: Any) -> None:
+    """Require sizes and layer numbers that a tower over patches can compute with.
+
+    `plan` does not run such a tower: it computes with the sizes of images.
+
+    Args:
+        family: name of the family, for messages.
+        vision: transformers' config of a tower of Qwen-VL.
+
+    Raises:
+        UserError: a value is not one.
+    """
+    sizes = ("depth", "num_heads", "patch_size", "spatial_merge_size", "temporal_patch_size")
+    values = {f"vision_config.{key}": getattr(vision, key) for key in sizes}
+    width = getattr(vision, "embed_dim", None) or vision.hidden_size
+    values["vision_config.hidden_size"] = width
+    require_positive(family, values, int)
+    if width % (4 * vision.num_heads):  # rotary embeddings of height and width take pairs
+        raise UserError(
+            f"{family}: vision_config.hidden_size must be a multiple of 4 num_heads "
+            f"{vision.num_heads}, got {width}"
+        )
+    if (window := getattr(vision, "window_size", None)) is not None:
+        require_positive(family, {"vision_config.window_size": window}, int)
+        if window < vision.patch_size * vision.spatial_merge_size:
+            raise UserError(
+                f"{family}: vision_config.window_size must be at least patch_size times "
+                f"spatial_merge_size {vision.patch_size * vision.spatial_merge_size}, got {window}"
+            )
+    for key in ("fullatt_block_indexes", "deepstack_visual_indexes"):
+        _check_layers(family, key, getattr(vision, key, []), vision.depth)
+
+
+def _check_layers(family: str, key: str, layers: Any, depth: int) -> None:
+    """Require different layers of a tower of `depth` layers."""
+    found = list(layers) if isinstance(layers, list | tuple) else [None]
+    valid = all(type(layer) is int and 0 <= layer < depth for layer in found)
+    if not valid or len(set(found)) < len(found):
+        raise UserError(
+            f"{family}: vision_config.{key} must be a list of different layers from 0 to "
+            f"{depth - 1}, got {shorten(repr(layers))}"
+        )
+
+
 def check_token_id(family: str, key: str, token: Any) -> None:
     """Require the id of a token. Whether the embedding has it is checked with the data.
 

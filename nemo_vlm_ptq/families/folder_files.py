@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +33,36 @@ def load_tokenizer(folder: Path) -> Any:
         if path.exists():
             read_json_object(path) if path.suffix == ".json" else open_file(path).close()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        # The first call changes the truncation and padding state of the tokenizer, which is not
-        # safe while other threads call it.
-        tokenizer("")
+        with _silent_descriptors():
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            # The first call changes the truncation and padding state of the tokenizer, which is
+            # not safe while other threads call it.
+            tokenizer("")
     except BaseException as error:  # the library is in Rust, whose panics are no Exceptions
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         raise UserError(f"{folder}: the tokenizer cannot be loaded: {one_line(error)}") from None
     return tokenizer
+
+
+@contextmanager
+def _silent_descriptors() -> Iterator[None]:
+    """Drop what a library in Rust prints past sys.stdout and sys.stderr: panics, and warnings."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept: dict[int, int] = {}
+    for number in (1, 2):
+        with suppress(OSError):  # it may be closed
+            kept[number] = os.dup(number)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            for number in kept:
+                os.dup2(nowhere.fileno(), number)
+        yield
+    finally:
+        for number, copy in kept.items():
+            os.dup2(copy, number)
+            os.close(copy)
 
 
 def require_file(folder: Path, name: str) -> Path:

@@ -23,7 +23,11 @@ from nemo_vlm_ptq.families.base import (
     expand_placeholders,
 )
 from nemo_vlm_ptq.families.chat_template import prompt_renderer, tokenize_prompt
-from nemo_vlm_ptq.families.config_checks import require_values
+from nemo_vlm_ptq.families.config_checks import (
+    check_patch_tower,
+    check_token_id,
+    require_values,
+)
 from nemo_vlm_ptq.families.decoder import Decoder, MRope
 from nemo_vlm_ptq.families.folder_files import load_tokenizer
 from nemo_vlm_ptq.families.image_processor import load_patch_processor
@@ -79,6 +83,8 @@ def qwen_decoder(family: str, full: Any, *, interleaved: bool) -> Decoder:
     text = full.text_config
     rope = dict(text.to_dict().get("rope_parameters") or {})
     sections = tuple(rope.get("mrope_section") or ())
+    check_token_id(family, "image_token_id", full.image_token_id)
+    check_patch_tower(family, full.vision_config)
     decoder = decoder_from_sizes(family, text, rope.get("rope_theta", 10000.0))
     require_values(
         family,
@@ -87,6 +93,11 @@ def qwen_decoder(family: str, full: Any, *, interleaved: bool) -> Decoder:
             "rope type": (rope.get("rope_type", "default"), "default"),
             "mrope_interleaved": (bool(rope.get("mrope_interleaved", False)), interleaved),
             "numbers in mrope_section": (len(sections), 3),
+            "mrope_section of other than integers": (
+                [n for n in sections if type(n) is not int],
+                [],
+            ),
+            "mrope_section below 0": ([n for n in sections if n < 0], []),
             "sum of mrope_section": (sum(sections), decoder.head_dim // 2),
             "vision_config.out_hidden_size": (_output_size(full.vision_config), decoder.hidden),
         },

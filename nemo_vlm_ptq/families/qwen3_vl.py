@@ -9,10 +9,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from nemo_vlm_ptq.families.base import (
-    Config,
-    ModelFamily,
-)
+from nemo_vlm_ptq.errors import UserError
+from nemo_vlm_ptq.families.base import Config, ModelFamily
 from nemo_vlm_ptq.families.config_checks import require_values
 from nemo_vlm_ptq.families.decoder import Decoder
 from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, TIED_HEAD, llama_parameter_map
@@ -47,19 +45,16 @@ def decoder(config: Config) -> Decoder:
         UserError: the config has a value that the family does not support.
     """
     full = full_config(config)
-    text, indexes = full.text_config, full.vision_config.deepstack_visual_indexes
-    require_values(
-        FAMILY.name,
-        {
-            "text_config.attention_bias": (text.attention_bias, False),
-            "deepstack_visual_indexes beyond the tower": (
-                [index for index in indexes if not 0 <= index < full.vision_config.depth],
-                [],
-            ),
-        },
-    )
+    bias = {"text_config.attention_bias": (full.text_config.attention_bias, False)}
+    require_values(FAMILY.name, bias)
     plain = qwen_decoder(FAMILY.name, full, interleaved=True)
-    return replace(plain, qk_norm=True, deepstack_layers=len(indexes))
+    layers = full.vision_config.deepstack_visual_indexes
+    if len(layers) > plain.layers:
+        raise UserError(
+            f"{FAMILY.name}: deepstack_visual_indexes has {len(layers)} layers, and the decoder "
+            f"{plain.layers}"
+        )
+    return replace(plain, qk_norm=True, deepstack_layers=len(layers))
 
 
 def make_vision_module(config: Config) -> QwenVision:

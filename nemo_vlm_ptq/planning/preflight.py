@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_vlm_ptq.checkpoints.huggingface import all_finite
 from nemo_vlm_ptq.data.questions import (
     PROMPT_SUFFIX,
     Questions,
@@ -114,8 +115,13 @@ def _check_ids(plan: Plan, sample: Sample) -> None:
 
 
 def _check_image_features(plan: Plan, vision_module: Any, sample: Sample) -> None:
-    """Check the number of image features of a sample against its placeholder tokens."""
+    """Check pixels of a sample, and its number of image features against its placeholder tokens."""
     assert sample.images is not None
+    if not all_finite(sample.images.pixel_values):
+        raise UserError(
+            f"{plan.folder}: the image processor makes NaN or Inf of question {sample.id!r}; look "
+            "at rescale_factor, image_mean and image_std"
+        )
     try:
         features = vision_module(sample.images.to_meta())
     except ValueError as error:  # raised by transformers for images of another size

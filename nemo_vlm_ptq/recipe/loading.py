@@ -24,6 +24,7 @@ FORMER_MODELS = (
     "llava15_13b", "llava15_7b", "phi35_vision", "phi3_vision", "vila15_3b", "vila15_8b",
 )  # fmt: skip
 FORMER_TARGETS = ("trtllm", "hf")  # of recipes named MODEL_FORMAT
+MAX_VALUES = 100_000
 YAML_STR, YAML_MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 
 
@@ -146,7 +147,13 @@ def former_recipe(name: str) -> tuple[str, str] | None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without code, with unique keys that are strings."""
+    """YAML without code or values without end, with unique keys that are strings."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None and _written_out(node, {}) > MAX_VALUES:
+            raise yaml.YAMLError(f"its aliases stand for more than {MAX_VALUES:,} values")
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -158,6 +165,29 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.YAMLError(f"line {line}: key {key.value!r} is not unique")
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+def _written_out(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """Return the number of values of a node with every alias written out.
+
+    Args:
+        node: the node.
+        sizes: id of a node -> its number, 0 while it is being counted.
+
+    Raises:
+        YAMLError: an alias stands for what it is part of.
+    """
+    key, children = id(node), []
+    if key not in sizes:
+        sizes[key] = 0
+        if isinstance(node, yaml.MappingNode):
+            children = [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            children = node.value
+        sizes[key] = 1 + sum(_written_out(child, sizes) for child in children)
+    if not sizes[key]:
+        raise yaml.YAMLError(f"line {node.start_mark.line + 1}: an alias that holds itself")
+    return sizes[key]
 
 
 # YAML 1.1 takes numbers such as 5e5 and 1.0e5, without a point or a sign, for text.

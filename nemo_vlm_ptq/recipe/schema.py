@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -226,6 +227,15 @@ class Recipe(RecipeSection):
         )
         names = [name for name in DEFAULT_STAGES if name != "evaluate" or data is not None]
         return tree | {"stages": tuple(names)}
+
+    @field_validator("config", mode="before")
+    @classmethod
+    def _only_json(cls, value: Any) -> Any:
+        try:
+            json.dumps(value, allow_nan=False)
+        except (RecursionError, TypeError, ValueError) as error:
+            raise ValueError(f"Input should hold values of JSON only: {error}") from None
+        return value
 
     @field_validator("stages", mode="after")
     @classmethod
