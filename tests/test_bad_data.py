@@ -128,7 +128,7 @@ def test_statistics_of_other_data_are_rejected(tmp_path):
     statistics.mkdir(parents=True)
     assert observed_settings(plan, statistics) is None
     made = observation(plan) | {"moments": [], "kept": True, "solved": {}}
-    manifest = {"stage": "observe", "files": {}, "settings": made}
+    manifest = {"stage": "observe", "files": {}, "facts": {}, "settings": made}
     store.write_json(statistics / "manifest.json", manifest)
     assert observed_settings(plan, statistics) == made
     (folder / "q.json").write_text((folder / "q.json").read_text().replace("What", "Which"))
@@ -144,7 +144,8 @@ def test_scales_of_other_data_are_rejected(tmp_path):
     plan, work = make_plan(load_recipe(str(recipe))), tmp_path / "work"
     (fmt,), scales = plan.formats, work / "fp8" / "scales"
     scales.mkdir(parents=True)
-    manifest = {"stage": "solve", "files": {}, "settings": solve_settings(plan, work, fmt)}
+    settings = solve_settings(plan, work, fmt)
+    manifest = {"stage": "solve", "files": {}, "facts": {}, "settings": settings}
     store.write_json(scales / "manifest.json", manifest)
     assert store.is_finished(scales, solve_settings(plan, work, fmt))
     (folder / "q.json").write_text((folder / "q.json").read_text().replace("What", "Which"))
