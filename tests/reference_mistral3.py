@@ -12,7 +12,7 @@ IMAGE_TOKEN, ROW_END, IMAGE_END = VOCAB - 1, VOCAB - 2, VOCAB - 3
 PATCH, MERGE, LONGEST_EDGE = 8, 2, 64
 LLM = TEXT | {
     "model_type": "mistral",
-    "head_dim": 16,  # not hidden_size / num_attention_heads
+    "head_dim": 64,  # not hidden_size / num_attention_heads
     "max_position_embeddings": 4096,
     "rope_theta": 1e9,
     "sliding_window": None,
