@@ -166,14 +166,17 @@ def test_an_mpi_other_than_mpiruns_is_rejected(monkeypatch):
 
 
 def test_mpirun_ranks_use_the_given_master_address(monkeypatch):
-    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+    changed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", mpi.STORE_VARIABLE)
+    for key in (*changed, "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         monkeypatch.setenv(key, "restored after the test")
+    port = str(free_ports(1)[0])
     monkeypatch.setenv(mpi.WORLD_SIZE_VARIABLE, "2")
-    monkeypatch.setenv("MASTER_ADDR", "node7")
-    monkeypatch.setenv("MASTER_PORT", "1234")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.2")
+    monkeypatch.setenv("MASTER_PORT", port)
     monkeypatch.setattr(mpi, "_import_mpi", lambda: fake_mpi(2))
     mpi.set_env_from_mpi()
-    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("node7", "1234")
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("127.0.0.2", port)
+    os.close(int(os.environ[mpi.STORE_VARIABLE]))
     assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("0", "2")
 
 

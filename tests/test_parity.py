@@ -106,6 +106,7 @@ def test_save_pretrained_of_installed_transformers_gives_the_same_names(llava, t
 
 def test_two_tensors_with_the_same_published_name_are_rejected(llava, tmp_path):
     folder = models.write_llava(llava, tmp_path / "duplicate", torch.float32)
+    (folder / models.WEIGHTS).rename(folder / "first.safetensors")  # read alone under its name
     duplicate = {"lm_head.weight": torch.zeros(models.VOCAB, 256)}
     models.save_file(duplicate, folder / "more.safetensors")
     with pytest.raises(UserError, match=r"have the same name language_model\.lm_head\.weight"):

@@ -179,5 +179,6 @@ def test_ctrl_c_ends_a_run_with_one_line_whatever_it_does(tmp_path, delay, tenso
     begin = time.monotonic()
     code, text = interrupted(tmp_path, delay, "run", recipe, "stages=[import, observe]")
     assert time.monotonic() - begin - delay < 15
-    assert (code, text) == (130, "nemo-vlm-ptq: stopped by SIGINT\n")
+    told = (130, "nemo-vlm-ptq: stopped by SIGINT\n")
+    assert (code, text) in (told, (-signal.SIGINT, ""))  # the latter while Python starts
     assert not list(tmp_path.glob("work/.lock/*.json"))

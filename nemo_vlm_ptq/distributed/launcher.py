@@ -228,7 +228,8 @@ def _informativeness(failure: ProcessFailure) -> int:
 
 def lost_peer(error: Exception) -> bool:
     """Return whether an error only says that another rank ended."""
-    return isinstance(error, RuntimeError) and "by peer" in str(error)
+    words = ("by peer", "remote worker crashing")  # of gloo
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in words)
 
 
 def wait_for_launcher(error: RuntimeError) -> None:
