@@ -19,7 +19,7 @@ TARGETS = "export.targets=[compressed_tensors,hf]"
 @pytest.fixture
 def written_early(monkeypatch):
     """Give every layer a file; return the numbers of those written before the last window."""
-    monkeypatch.setattr(published, "_count_files", lambda context: context.plan.decoder.layers)
+    monkeypatch.setattr(published, "count_files", lambda context: context.plan.decoder.layers)
     early, advance = [], PublishedFiles.advance
 
     def recording_advance(files, solved):
