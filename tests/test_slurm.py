@@ -162,8 +162,10 @@ def test_a_failed_rank_ends_the_chain_and_status_shows_the_error(slurm, venv, tm
     question = {"isBalanced": True, "question": "What is it?", "answer": "a box"}
     questions = {name: question | {"imageId": name} for name in "12"}
     (tmp_path / "data" / "questions.json").write_text(json.dumps(questions))
-    PIL.Image.new("RGB", (64, 64)).save(images / "1.jpg")  # the preflight check reads the first one
-    (images / "2.jpg").write_text("no picture")
+    for name in "12":
+        PIL.Image.effect_noise((64, 64), 90).convert("RGB").save(images / f"{name}.jpg")
+    content = (images / "2.jpg").read_bytes()  # its header is whole, as the plan finds
+    (images / "2.jpg").write_bytes(content[: len(content) // 2])
     jobs = queued_jobs(
         submit(venv, tmp_path, *ARGS, "calibration.data=data", "calibration.samples=2")
     )
@@ -173,7 +175,7 @@ def test_a_failed_rank_ends_the_chain_and_status_shows_the_error(slurm, venv, tm
     output = status(venv, tmp_path)
     print(output)
     assert "last error: run on node" in output, job_logs(tmp_path)
-    assert "\n  data/images/2.jpg is not a readable image: cannot identify" in output
+    assert "\n  data/images/2.jpg is not a readable image: " in output
 
 
 def test_a_dry_run_prints_the_commands_for_four_nodes_of_eight_gpus(venv, tmp_path):
