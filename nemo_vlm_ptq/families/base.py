@@ -167,7 +167,7 @@ class ModelFamily:
     # config.json of the folder merged with those of its sub-folders; may raise UserError
     complete_config: Callable[[Path, dict[str, Any]], dict[str, Any]] = lambda _, config: config
 
-    def published_name(self, name: str) -> str:
+    def published_decoder_name(self, name: str) -> str:
         """Return the published name of a tensor of transformers' causal language model."""
         body = name.removeprefix("model.")
         if body != name:
@@ -237,6 +237,28 @@ def expand_placeholders(
     repeats[is_placeholder] = torch.tensor(counts, dtype=torch.int64)
     input_ids = placeholder_ids.repeat_interleave(repeats)
     return input_ids, input_ids == placeholder_id
+
+
+def images_of_tokens(is_image: torch.Tensor, counts: Sequence[int], key: str) -> ImagePlaceholders:
+    """Return the next images whose expanded tokens stand in a row of ids.
+
+    Args:
+        is_image: [S] bool, True at image tokens.
+        counts: tokens of the images not assigned yet.
+        key: input that says the sizes of images, for messages.
+
+    Raises:
+        UserError: the row does not end with an image.
+    """
+    missing, images = int(is_image.sum()), 0
+    while missing > 0 and images < len(counts):
+        missing, images = missing - counts[images], images + 1
+    if missing:
+        raise UserError(
+            f"{int(is_image.sum())} image tokens, which is not the sum of the next images' "
+            f"{list(counts[:4])}; {key} must be that of the ids"
+        )
+    return ImagePlaceholders(is_image=is_image, tokens_per_placeholder=1, num_images=images)
 
 
 def check_placeholder_count(sample_id: str, found: int, images: int) -> None:

@@ -45,6 +45,18 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
+def token_of_id(folder: Path, tokenizer: Any, key: str, token_id: int) -> str:
+    """Return the token that config.json names by its id.
+
+    Raises:
+        UserError: the tokenizer has no such token.
+    """
+    token = tokenizer.convert_ids_to_tokens(token_id)
+    if token is None:
+        raise UserError(f"{folder}: the tokenizer has no token with {key} {token_id}")
+    return str(token)
+
+
 @contextmanager
 def _silent_descriptors() -> Iterator[None]:
     """Drop what a library in Rust prints past sys.stdout and sys.stderr: panics, and warnings."""

@@ -27,10 +27,11 @@ from nemo_vlm_ptq.families.base import (
 )
 from nemo_vlm_ptq.families.chat_template import prompt_renderer, tokenize_prompt
 from nemo_vlm_ptq.families.config_checks import check_token_id, require_positive, require_values
-from nemo_vlm_ptq.families.folder_files import load_tokenizer
+from nemo_vlm_ptq.families.folder_files import load_tokenizer, token_of_id
 from nemo_vlm_ptq.families.image_processor import load_image_processor
 from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, llama_parameter_map
-from nemo_vlm_ptq.families.qwen_text import make_config_completer, qwen_text_decoder
+from nemo_vlm_ptq.families.qwen_text import qwen_text_decoder
+from nemo_vlm_ptq.families.tied_head import make_config_completer
 from nemo_vlm_ptq.families.towers import merge_patches
 
 BODY_PREFIX, HEAD_PREFIX = "language_model.model.", "language_model.lm_head."
@@ -162,11 +163,7 @@ def make_preprocessor(folder: Path, config: Config) -> Preprocess:
     tokenizer, full = load_tokenizer(folder), full_config(config)
     side, count = full.vision_config.image_size[0], tokens_per_tile(full)
     processor = load_image_processor(folder, IMAGE_PROCESSORS, side)
-    token = tokenizer.convert_ids_to_tokens(full.image_token_id)
-    if token is None:
-        raise UserError(
-            f"{folder}: the tokenizer has no token with image_token_id {full.image_token_id}"
-        )
+    token = token_of_id(folder, tokenizer, "image_token_id", full.image_token_id)
     render = prompt_renderer(folder, tokenizer, None, token)
     start = getattr(tokenizer, "start_image_token", "<img>")
     marked = start + token + getattr(tokenizer, "end_image_token", "</img>")

@@ -17,10 +17,6 @@ ROTARY_INV_FREQ = IgnoredTensor(
     pattern=r".*\.rotary_emb\.inv_freq", reason="computed from rope_theta"
 )
 
-TIED_HEAD = IgnoredTensor(
-    pattern=r"lm_head\.weight", reason="the embedding, where tie_word_embeddings is true"
-)
-
 
 def llama_parameter_map(
     decoder: Decoder,

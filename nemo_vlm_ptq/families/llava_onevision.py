@@ -33,9 +33,10 @@ from nemo_vlm_ptq.families.config_checks import (
     check_tower_sizes,
     require_values,
 )
-from nemo_vlm_ptq.families.folder_files import load_tokenizer
+from nemo_vlm_ptq.families.folder_files import load_tokenizer, token_of_id
 from nemo_vlm_ptq.families.llama import llama_parameter_map
-from nemo_vlm_ptq.families.qwen_text import make_config_completer, qwen_text_decoder
+from nemo_vlm_ptq.families.qwen_text import qwen_text_decoder
+from nemo_vlm_ptq.families.tied_head import make_config_completer
 from nemo_vlm_ptq.families.towers import select_hidden_states, tower_parameters
 
 IMAGE_PROCESSORS = ("LlavaOnevisionImageProcessor",)
@@ -160,11 +161,7 @@ def make_preprocessor(folder: Path, config: Config) -> Preprocess:
     """Return the function that builds samples, in the prompt of the folder's chat template."""
     tokenizer, full = load_tokenizer(folder), full_config(config)
     processor = llava_next.load_views_processor(folder, IMAGE_PROCESSORS, full)
-    token = tokenizer.convert_ids_to_tokens(full.image_token_index)
-    if token is None:
-        raise UserError(
-            f"{folder}: the tokenizer has no token with image_token_index {full.image_token_index}"
-        )
+    token = token_of_id(folder, tokenizer, "image_token_index", full.image_token_index)
     render = prompt_renderer(folder, tokenizer, None, token)
     return llava_next.preprocess_views(tokenizer, processor, render, full, pack_features)
 

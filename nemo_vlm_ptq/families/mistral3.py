@@ -23,6 +23,7 @@ from nemo_vlm_ptq.families.base import (
     Preprocess,
     Sample,
     check_placeholder_count,
+    images_of_tokens,
 )
 from nemo_vlm_ptq.families.chat_template import prompt_renderer, tokenize_prompt
 from nemo_vlm_ptq.families.config_checks import check_feature_layer, require_values
@@ -133,17 +134,8 @@ def find_placeholders(config: Config, ids: Any, images: ImageInputs | None) -> I
         UserError: their number is not that of the next images.
     """
     full = full_config(config)
-    is_image, count = ids == full.image_token_index, 0
     counts = [] if images is None else token_counts(images.image_sizes, patch_pixels(full))
-    missing = int(is_image.sum())
-    while missing > 0 and count < len(counts):
-        missing, count = missing - counts[count], count + 1
-    if missing:
-        raise UserError(
-            f"{int(is_image.sum())} image tokens, which is not the sum of the next images' "
-            f"{counts[:4]}; image_sizes must be those of the ids"
-        )
-    return ImagePlaceholders(is_image=is_image, tokens_per_placeholder=1, num_images=count)
+    return images_of_tokens(ids == full.image_token_index, counts, "image_sizes")
 
 
 def bounded_edge(size: tuple[int, int], side: int, longest: int, max_pixels: int) -> int:
@@ -161,7 +153,7 @@ def bounded_edge(size: tuple[int, int], side: int, longest: int, max_pixels: int
 
 
 def make_preprocessor(folder: Path, config: Config) -> Preprocess:
-    """Return the function that builds samples in the words of the folder's chat template."""
+    """Return the function that builds samples with the folder's chat template."""
     tokenizer, full = load_tokenizer(folder), full_config(config)
     side, image_id = patch_pixels(full), full.image_token_index
     processor = load_any_size_processor(folder, ("PixtralImageProcessor",))

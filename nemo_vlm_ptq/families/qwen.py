@@ -21,6 +21,7 @@ from nemo_vlm_ptq.families.base import (
     Preprocess,
     Sample,
     expand_placeholders,
+    images_of_tokens,
 )
 from nemo_vlm_ptq.families.chat_template import prompt_renderer, tokenize_prompt
 from nemo_vlm_ptq.families.config_checks import (
@@ -29,7 +30,7 @@ from nemo_vlm_ptq.families.config_checks import (
     require_values,
 )
 from nemo_vlm_ptq.families.decoder import Decoder, MRope
-from nemo_vlm_ptq.families.folder_files import load_tokenizer
+from nemo_vlm_ptq.families.folder_files import load_tokenizer, token_of_id
 from nemo_vlm_ptq.families.image_processor import load_patch_processor
 from nemo_vlm_ptq.families.llama import decoder_from_sizes
 from nemo_vlm_ptq.families.mrope import mrope_positions
@@ -118,19 +119,10 @@ def make_placeholder_finder(
 
     def find(config: Config, ids: Any, images: ImageInputs | None) -> ImagePlaceholders:
         full = full_config(config)
-        is_image, count = ids == full.image_token_id, 0
-        counts = [] if images is None else token_counts(images, full)
-        missing = int(is_image.sum())
-        while missing > 0 and count < len(counts):
-            missing, count = missing - counts[count], count + 1
-        if missing:
-            raise UserError(
-                f"{int(is_image.sum())} image tokens, which is not the sum of the next images' "
-                f"{counts[:4]}; image_grid_thw must be that of the ids"
-            )
         if bool((ids == full.video_token_id).any()):
             raise UserError("videos are not supported")
-        return ImagePlaceholders(is_image=is_image, tokens_per_placeholder=1, num_images=count)
+        counts = [] if images is None else token_counts(images, full)
+        return images_of_tokens(ids == full.image_token_id, counts, "image_grid_thw")
 
     return find
 
@@ -185,12 +177,8 @@ def make_preprocessor_factory(full_config: FullConfig) -> Callable[[Path, Config
         tokenizer, full = load_tokenizer(folder), full_config(config)
         vision = full.vision_config
         processor = load_patch_processor(folder, IMAGE_PROCESSORS, vision)
-        image_token = tokenizer.convert_ids_to_tokens(full.image_token_id)
-        if image_token is None:
-            raise UserError(
-                f"{folder}: the tokenizer has no token with image_token_id {full.image_token_id}"
-            )
-        render = prompt_renderer(folder, tokenizer, None, image_token)
+        token = token_of_id(folder, tokenizer, "image_token_id", full.image_token_id)
+        render = prompt_renderer(folder, tokenizer, None, token)
 
         def preprocess(
             sample_id: str,

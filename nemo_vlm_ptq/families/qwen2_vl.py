@@ -15,7 +15,7 @@ from nemo_vlm_ptq.families.base import (
     ModelFamily,
 )
 from nemo_vlm_ptq.families.decoder import Decoder
-from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, TIED_HEAD, llama_parameter_map
+from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, llama_parameter_map
 from nemo_vlm_ptq.families.qwen import (
     QwenVision,
     make_pixels_per_token,
@@ -24,6 +24,7 @@ from nemo_vlm_ptq.families.qwen import (
     make_preprocessor_factory,
     qwen_decoder,
 )
+from nemo_vlm_ptq.families.tied_head import make_config_completer
 
 BODY_PREFIX, HEAD_PREFIX, TOWER_PREFIX = "model.", "lm_head.", "visual."
 NAME_ALIASES = ((r"^model\.language_model\.", "model."), (r"^model\.visual\.", "visual."))
@@ -77,7 +78,7 @@ FAMILY = ModelFamily(
     trtllm_architecture="",
     parameter_map=partial(llama_parameter_map, body=BODY_PREFIX, head=HEAD_PREFIX),
     name_aliases=NAME_ALIASES,
-    ignored_tensors=(ROTARY_INV_FREQ, TIED_HEAD),
+    ignored_tensors=(ROTARY_INV_FREQ,),
     decoder=decoder,
     text_config=text_config,
     make_vision_module=make_vision_module,
@@ -86,4 +87,5 @@ FAMILY = ModelFamily(
     positions=make_positions(full_config),
     trtllm_vision_type="",
     pixels_per_token=make_pixels_per_token(full_config),
+    complete_config=make_config_completer(HEAD_PREFIX, NAME_ALIASES, default=False),
 )

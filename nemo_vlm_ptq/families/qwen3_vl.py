@@ -13,7 +13,7 @@ from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.base import Config, ModelFamily
 from nemo_vlm_ptq.families.config_checks import require_values
 from nemo_vlm_ptq.families.decoder import Decoder
-from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, TIED_HEAD, llama_parameter_map
+from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, llama_parameter_map
 from nemo_vlm_ptq.families.qwen import (
     QwenVision,
     make_pixels_per_token,
@@ -22,6 +22,7 @@ from nemo_vlm_ptq.families.qwen import (
     make_preprocessor_factory,
     qwen_decoder,
 )
+from nemo_vlm_ptq.families.tied_head import make_config_completer
 
 BODY_PREFIX, HEAD_PREFIX, TOWER_PREFIX = "model.language_model.", "lm_head.", "model.visual."
 
@@ -74,7 +75,7 @@ FAMILY = ModelFamily(
     trtllm_architecture="",
     parameter_map=partial(llama_parameter_map, body=BODY_PREFIX, head=HEAD_PREFIX),
     name_aliases=(),
-    ignored_tensors=(ROTARY_INV_FREQ, TIED_HEAD),
+    ignored_tensors=(ROTARY_INV_FREQ,),
     decoder=decoder,
     text_config=text_config,
     make_vision_module=make_vision_module,
@@ -83,4 +84,5 @@ FAMILY = ModelFamily(
     positions=make_positions(full_config),
     trtllm_vision_type="",
     pixels_per_token=make_pixels_per_token(full_config),
+    complete_config=make_config_completer(HEAD_PREFIX, (), default=False),
 )

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from nemo_vlm_ptq.checkpoints.huggingface import list_tensors
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.base import Config, Decoder
 from nemo_vlm_ptq.families.config_checks import require_values
@@ -49,29 +46,3 @@ def qwen_text_decoder(family: str, config: Config, text: Any) -> Decoder:
     is_tied = bool(config.get("tie_word_embeddings") or text.tie_word_embeddings)
     is_qwen3 = text.model_type == "qwen3"
     return replace(plain, qkv_bias=not is_qwen3, qk_norm=is_qwen3, tied_head=is_tied)
-
-
-def make_config_completer(
-    head: str, aliases: Sequence[tuple[str, str]], *, default: bool
-) -> Callable[[Path, dict[str, Any]], dict[str, Any]]:
-    """Return the function that says in a config whether the output layer is the embedding.
-
-    transformers takes the output layer of a checkpoint that has one, whatever its config says;
-    servers read tie_word_embeddings of text_config.
-
-    Args:
-        head: published prefix of the output layer.
-        aliases: from the names of other transformers versions to published names.
-        default: value that transformers takes for a missing tie_word_embeddings.
-    """
-
-    def complete_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-        text = config.get("text_config")
-        if not isinstance(text, dict):
-            return config
-        said = config.get("tie_word_embeddings", default) or text.get("tie_word_embeddings")
-        is_tied = bool(said) and f"{head}weight" not in list_tensors(folder, aliases)
-        tied = {"tie_word_embeddings": is_tied}
-        return config | tied | {"text_config": text | tied}
-
-    return complete_config

@@ -95,7 +95,7 @@ def _describe_windows(plan: Plan, memory: int | None, data: int) -> list[str]:
         own = plan.decoder.layers // pipeline
         one, all_layers = (window_bytes(plan, tensor, pipeline, n) / 1e9 for n in (1, own))
         return [
-            f"windows    from {one:,.1f} GB of a rank's memory for one layer at a time to "
+            f"windows    from {one:,.1f} GB of a rank's memory for the smallest window to "
             f"{all_layers:,.1f} GB for all at once"
         ]
     windows = plan_windows(plan, tensor, pipeline, data, memory)

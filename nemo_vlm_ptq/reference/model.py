@@ -221,9 +221,9 @@ def _build_decoder(
     tied = family.decoder(config).tied_head
     for name, parameter in list(model.named_parameters()):
         parent, _, leaf = name.rpartition(".")
-        published = family.published_name(name)
+        published = family.published_decoder_name(name)
         if tied and parent == "lm_head":
-            published = family.published_name("model.embed_tokens.weight")
+            published = family.published_decoder_name("model.embed_tokens.weight")
         linear = checkpoint.linears.get(published.removesuffix(".weight"))
         if linear is not None and leaf == "weight":
             outer, _, attribute = parent.rpartition(".")

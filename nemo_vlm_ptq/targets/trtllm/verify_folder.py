@@ -15,7 +15,6 @@ from nemo_vlm_ptq.families import find_family
 from nemo_vlm_ptq.parameter_map.entries import passthrough_names
 from nemo_vlm_ptq.targets.checking import Check
 from nemo_vlm_ptq.targets.trtllm.contract import run_contract_checks
-from nemo_vlm_ptq.targets.trtllm.contract_config import infinite_keys
 from nemo_vlm_ptq.verify.files import check_files
 from nemo_vlm_ptq.workdir.store import MANIFEST
 
@@ -77,8 +76,7 @@ def _check_vision(folder: Path) -> list[str]:
         try:
             if not (folder / name).is_file():
                 raise UserError("it is missing or no file")
-            if keys := infinite_keys(read_json_object(folder / name)):
-                findings.append(f"vision/{name}: {keys[0]} must be finite")
+            read_json_object(folder / name)  # rejects NaN and infinite numbers
         except (OSError, UserError) as error:
             findings.append(f"vision/{name} cannot be read: {error}")
     return findings or _check_vision_tensors(folder)
