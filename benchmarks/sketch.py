@@ -23,11 +23,8 @@ import torch
 from safetensors.torch import load_file
 
 from nemo_vlm_ptq.calibrate.solve.layer import SolveOptions, solve_layer, weight_names
-from nemo_vlm_ptq.calibrate.solve.scales import (
-    LinearScales,
-    divide_by_pre_quant_scale,
-    with_errors,
-)
+from nemo_vlm_ptq.calibrate.solve.linear_scales import LinearScales
+from nemo_vlm_ptq.calibrate.solve.scales import divide_by_pre_quant_scale, with_errors
 from nemo_vlm_ptq.calibrate.solve.smoothquant import input_noise
 from nemo_vlm_ptq.calibrate.statistics import InputStatistics, assemble_layer, layer_file
 from nemo_vlm_ptq.formats import FORMATS as ALL_FORMATS

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from nemo_vlm_ptq.calibrate.solve.layer import weight_names
-from nemo_vlm_ptq.calibrate.solve.scales import LinearScales
+from nemo_vlm_ptq.calibrate.solve.linear_scales import LinearScales
 from nemo_vlm_ptq.families import FAMILIES
 from nemo_vlm_ptq.families.decoder import Decoder, LongRope
 from nemo_vlm_ptq.formats import KV_CACHES

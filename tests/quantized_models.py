@@ -3,7 +3,7 @@
 import torch
 from encoded_models import DECODER
 
-from nemo_vlm_ptq.calibrate.solve.scales import LinearScales, shard_scales
+from nemo_vlm_ptq.calibrate.solve.linear_scales import LinearScales, shard_scales
 from nemo_vlm_ptq.calibrate.statistics import LINEARS
 from nemo_vlm_ptq.formats import FORMATS, KV_CACHES
 from nemo_vlm_ptq.megatron.build import build_decoder

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from references import TEXT, VOCAB, Question, random_ids, randomize, write_folder
+from references import TEXT, VOCAB, Question, image_cases, random_ids, randomize, write_folder
 
 IMAGE_TOKEN, START, END = VOCAB - 1, VOCAB - 2, VOCAB - 3
 SIDE, MOST_TILES, TILE_TOKENS = 32, 4, 4
@@ -101,18 +102,10 @@ def _question(generator: torch.Generator, words: int, *sizes: tuple[int, int]) -
     return Question(ids=torch.cat(parts), pixel_values=inputs["pixel_values"])
 
 
+TILE_SIZES = ((40, 90), (90, 20), (20, 22), (20, 22), (61, 64))
+
+
 def internvl_cases(seed: int, _: InternVL) -> dict[str, list[Question]]:
     """Return case -> questions of one batch; images have 1, 3 or 5 tiles."""
     generator = torch.Generator().manual_seed(seed)
-    return {
-        "images": [
-            _question(generator, 5, (40, 90)),
-            _question(generator, 5, (90, 20), (20, 22)),
-        ],
-        "text": [_question(generator, 33), _question(generator, 33)],
-        "padded": [
-            _question(generator, 9, (20, 22)),
-            _question(generator, 12),
-            _question(generator, 40, (61, 64)),
-        ],
-    }
+    return image_cases(partial(_question, generator), TILE_SIZES)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from models import published_name
-from references import TEXT, VOCAB, Question, random_ids, randomize, write_folder
+from references import TEXT, VOCAB, Question, image_cases, random_ids, randomize, write_folder
 
 SIDE, IMAGE_TOKEN = 32, VOCAB - 1
 GRIDS = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]
@@ -112,15 +113,4 @@ def _question(
 def llava_next_cases(seed: int, model: LlavaNext) -> dict[str, list[Question]]:
     """Return case -> questions of one batch."""
     generator = torch.Generator().manual_seed(seed)
-    return {
-        "images": [
-            _question(model, generator, 5, (50, 70)),
-            _question(model, generator, 5, (20, 90), (61, 24)),
-        ],
-        "text": [_question(model, generator, 33), _question(model, generator, 33)],
-        "padded": [
-            _question(model, generator, 9, (30, 41)),
-            _question(model, generator, 12),
-            _question(model, generator, 40, (64, 64)),
-        ],
-    }
+    return image_cases(partial(_question, model, generator))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from references import TEXT, VOCAB, Question, random_ids, randomize, write_folder
+from references import TEXT, VOCAB, Question, image_cases, random_ids, randomize, write_folder
 
 IMAGE_TOKEN, ROW_END, IMAGE_END = VOCAB - 1, VOCAB - 2, VOCAB - 3
 PATCH, MERGE, LONGEST_EDGE = 8, 2, 64
@@ -101,15 +102,4 @@ def _question(generator: torch.Generator, words: int, *sizes: tuple[int, int]) -
 def mistral3_cases(seed: int, _: Mistral3) -> dict[str, list[Question]]:
     """Return case -> questions of one batch."""
     generator = torch.Generator().manual_seed(seed)
-    return {
-        "images": [
-            _question(generator, 5, (50, 70)),
-            _question(generator, 5, (20, 90), (61, 24)),
-        ],
-        "text": [_question(generator, 33), _question(generator, 33)],
-        "padded": [
-            _question(generator, 9, (30, 41)),
-            _question(generator, 12),
-            _question(generator, 40, (64, 64)),
-        ],
-    }
+    return image_cases(partial(_question, generator))

@@ -10,6 +10,7 @@ Legend: S tokens, H hidden size, V vocabulary.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +82,26 @@ def write_folder(folder: Path, config: dict, tensors: dict, shards: int = 1) -> 
         index |= dict.fromkeys(names, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     return folder
+
+
+SIZES = ((50, 70), (20, 90), (61, 24), (30, 41), (64, 64))  # height, width of images
+
+
+def image_cases(
+    ask: Callable[..., Question], sizes: Sequence[tuple[int, int]] = SIZES
+) -> dict[str, list[Question]]:
+    """Return case -> questions of one batch: several images, text alone, padded.
+
+    Args:
+        ask: (words, *sizes of images) -> a question with images of these sizes.
+        sizes: of the images in the order of their questions.
+    """
+    one, two, three, four, five = sizes
+    return {
+        "images": [ask(5, one), ask(5, two, three)],
+        "text": [ask(33), ask(33)],
+        "padded": [ask(9, four), ask(12), ask(40, five)],
+    }
 
 
 @torch.no_grad()

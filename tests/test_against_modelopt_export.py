@@ -17,7 +17,7 @@ from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_form
 from modelopt.torch.export.unified_export_hf import _export_transformers_checkpoint
 from random_llama import random_llama
 
-from nemo_vlm_ptq.calibrate.solve.scales import LinearScales
+from nemo_vlm_ptq.calibrate.solve.linear_scales import LinearScales
 from nemo_vlm_ptq.families import llava
 from nemo_vlm_ptq.families.decoder import Decoder
 from nemo_vlm_ptq.formats import FORMATS, KV_CACHES

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from test_contract import CASES, DECODER, EMBEDDING, FORMAT_NAMES, HEAD
 
 from nemo_vlm_ptq.calibrate.solve.layer import weight_names
-from nemo_vlm_ptq.calibrate.solve.scales import LinearScales
+from nemo_vlm_ptq.calibrate.solve.linear_scales import LinearScales
 from nemo_vlm_ptq.families import llava
 from nemo_vlm_ptq.formats import FORMATS, KV_CACHES
 from nemo_vlm_ptq.numerics import nudge_off_ties, weight_amax

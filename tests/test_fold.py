@@ -5,7 +5,7 @@ import torch
 from encoded_models import DECODER, DTYPE, random_weight
 
 from nemo_vlm_ptq.calibrate.solve.layer import weight_names
-from nemo_vlm_ptq.calibrate.solve.scales import LinearScales
+from nemo_vlm_ptq.calibrate.solve.linear_scales import LinearScales
 from nemo_vlm_ptq.families import FAMILIES
 from nemo_vlm_ptq.formats import FORMATS
 from nemo_vlm_ptq.numerics import decode, weight_amax

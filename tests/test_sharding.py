@@ -5,7 +5,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from nemo_vlm_ptq.calibrate.solve.scales import LinearScales, shard_scales
+from nemo_vlm_ptq.calibrate.solve.linear_scales import LinearScales, shard_scales
 from nemo_vlm_ptq.families.decoder import Decoder
 from nemo_vlm_ptq.parameter_map.sharding import HeadSizes, shard_input, shard_tensor, unshard_tensor
 

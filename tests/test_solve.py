@@ -23,12 +23,12 @@ from nemo_vlm_ptq.calibrate.solve.layer import (
     save_scales,
     solve_layer,
 )
+from nemo_vlm_ptq.calibrate.solve.linear_scales import shard_scales
 from nemo_vlm_ptq.calibrate.solve.modality_balance import IMAGE_SHARES
 from nemo_vlm_ptq.calibrate.solve.scales import (
     divide_by_pre_quant_scale,
     residual_weight,
     round_amax,
-    shard_scales,
 )
 from nemo_vlm_ptq.calibrate.statistics import InputStatistics, load_observed_kv_amax
 from nemo_vlm_ptq.formats import FORMATS

@@ -19,7 +19,8 @@ import torch
 from nemo_vlm_ptq.calibrate.input_moment import InputMoment
 from nemo_vlm_ptq.calibrate.losses import row_chunks
 from nemo_vlm_ptq.calibrate.solve.clipping import clip_amax
-from nemo_vlm_ptq.calibrate.solve.scales import LinearScales, divide_by_pre_quant_scale, make_scales
+from nemo_vlm_ptq.calibrate.solve.linear_scales import LinearScales
+from nemo_vlm_ptq.calibrate.solve.scales import divide_by_pre_quant_scale, make_scales
 from nemo_vlm_ptq.calibrate.solve.search import (
     COARSE_TO_FINE,
     EXHAUSTIVE,

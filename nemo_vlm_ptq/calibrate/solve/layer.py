@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 
 from nemo_vlm_ptq.calibrate.losses import group_amax
 from nemo_vlm_ptq.calibrate.solve.awq import awq
+from nemo_vlm_ptq.calibrate.solve.linear_scales import TENSOR_FIELDS, LinearScales
 from nemo_vlm_ptq.calibrate.solve.modality_balance import solve_with_image_share
-from nemo_vlm_ptq.calibrate.solve.scales import TENSOR_FIELDS, LinearScales, make_scales
+from nemo_vlm_ptq.calibrate.solve.scales import make_scales
 from nemo_vlm_ptq.calibrate.solve.smoothquant import smoothquant
 from nemo_vlm_ptq.calibrate.statistics import LINEARS, InputStatistics, layer_file
 from nemo_vlm_ptq.formats import QuantFormat

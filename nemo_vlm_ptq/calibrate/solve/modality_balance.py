@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
-from nemo_vlm_ptq.calibrate.solve.scales import LinearScales
+from nemo_vlm_ptq.calibrate.solve.linear_scales import LinearScales
 from nemo_vlm_ptq.calibrate.statistics import InputStatistics
 
 IMAGE_SHARES = (None, 0.0, 0.25, 0.5, 0.75, 1.0)  # None: the share in the calibration data

@@ -21,8 +21,8 @@ from nemo_vlm_ptq.calibrate.solve.clipping import (
     clip_ratios,
     kernel_supports_group_size,
 )
+from nemo_vlm_ptq.calibrate.solve.linear_scales import LinearScales
 from nemo_vlm_ptq.calibrate.solve.scales import (
-    LinearScales,
     divide_by_pre_quant_scale,
     residual_weight,
     weight_delta,

@@ -14,12 +14,8 @@ from typing import Literal
 import torch
 
 from nemo_vlm_ptq.calibrate.losses import max_abs
-from nemo_vlm_ptq.calibrate.solve.scales import (
-    LinearScales,
-    divide_by_pre_quant_scale,
-    make_scales,
-    round_amax,
-)
+from nemo_vlm_ptq.calibrate.solve.linear_scales import LinearScales
+from nemo_vlm_ptq.calibrate.solve.scales import divide_by_pre_quant_scale, make_scales, round_amax
 from nemo_vlm_ptq.calibrate.solve.search import RowSample, candidate_loss, sample_rows, search_alpha
 from nemo_vlm_ptq.calibrate.statistics import InputStatistics
 from nemo_vlm_ptq.formats import MAX_CODE, MIN_AMAX, QuantFormat

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 
 from nemo_vlm_ptq.calibrate.losses import gram_matrix, row_chunks
-from nemo_vlm_ptq.calibrate.solve.scales import LowRank
+from nemo_vlm_ptq.calibrate.solve.linear_scales import LowRank
 
 OVERSAMPLING = 16  # directions iterated in addition to the requested rank
 ITERATIONS = 8

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nemo_vlm_ptq.calibrate.solve.layer import load_kv_amax, load_scales
-from nemo_vlm_ptq.calibrate.solve.scales import LinearScales, shard_scales
+from nemo_vlm_ptq.calibrate.solve.linear_scales import LinearScales, shard_scales
 from nemo_vlm_ptq.checkpoints.torch_dist_index import INDEX
 from nemo_vlm_ptq.context import RunContext, StageOutput
 from nemo_vlm_ptq.formats import KV_CACHES, QuantFormat

@@ -24,7 +24,8 @@ from modelopt.torch.quantization.nn import (
     TensorQuantizer,
 )
 
-from nemo_vlm_ptq.calibrate.solve.scales import LinearScales, prepare_weight
+from nemo_vlm_ptq.calibrate.solve.linear_scales import LinearScales
+from nemo_vlm_ptq.calibrate.solve.scales import prepare_weight
 from nemo_vlm_ptq.calibrate.statistics import LINEARS, ROW_PARALLEL
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.formats import KvCacheFormat, QuantFormat

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 import torch
 
 from nemo_vlm_ptq.calibrate.solve.layer import load_kv_amax, load_scales
-from nemo_vlm_ptq.calibrate.solve.scales import LinearScales, prepare_weight
+from nemo_vlm_ptq.calibrate.solve.linear_scales import LinearScales
+from nemo_vlm_ptq.calibrate.solve.scales import prepare_weight
 from nemo_vlm_ptq.context import RunContext
 from nemo_vlm_ptq.formats import KV_CACHES, QuantFormat
 from nemo_vlm_ptq.sources.decoder_weights import DecoderWeights
