@@ -37,7 +37,7 @@ RECIPE is a YAML file or the name of a shipped recipe. Exit codes: 0 done, 1 a b
 you can fix, 3 verification or a quality gate failed. --debug prints the traceback.
 """
 
-LAUNCHED = {"NEMO_VLM_PTQ_PARENT", "TORCHELASTIC_RUN_ID", "OMPI_COMM_WORLD_SIZE"}  # marks of ranks
+LAUNCHED = {"NEMO_VLM_PTQ_PARENT", "TORCHELASTIC_RUN_ID", "OMPI_COMM_WORLD_SIZE"}  # set for ranks
 
 
 def entry() -> None:

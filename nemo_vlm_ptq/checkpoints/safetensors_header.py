@@ -1,6 +1,6 @@
 """Headers of safetensors files, checked as the library checks them.
 
-A header that the library refuses is refused here as well: while planning, not in the middle of a
+A header that the library rejects is rejected here as well: while planning, not in the middle of a
 run.
 """
 

@@ -1,4 +1,4 @@
-"""Prompts in the words of a model folder's own chat template, which its servers use."""
+"""Render prompts with the chat template of a model folder, as its servers do."""
 
 from __future__ import annotations
 

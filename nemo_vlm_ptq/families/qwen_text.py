@@ -11,7 +11,7 @@ from nemo_vlm_ptq.families.config_checks import require_values
 from nemo_vlm_ptq.families.llama import decoder_from_sizes
 
 MODEL_TYPES = ("qwen2", "qwen3")
-# "dynamic" rescales sequences beyond max_position_embeddings only, which are refused
+# "dynamic" rescales sequences beyond max_position_embeddings only, which are rejected
 ROPE_TYPES = ("default", "dynamic")
 
 

@@ -1,4 +1,4 @@
-"""What the output of each stage depends on; folders made with other settings are refused."""
+"""What the output of each stage depends on; folders made with other settings are rejected."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def observed_settings(plan: Plan, folder: Path) -> dict[str, Any] | None:
     """
     manifest = store.read_manifest(folder)
     if manifest is None:
-        store.is_finished(folder, {})  # refuses foreign files
+        store.is_finished(folder, {})  # rejects foreign files
         return None
     settings = observation(plan) | {key: manifest["settings"].get(key) for key in OUTPUT_KEYS}
     store.is_finished(folder, settings)

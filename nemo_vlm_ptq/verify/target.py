@@ -109,7 +109,7 @@ class TargetVerifier:
         else:
             return
         tensors, beside = compare_export(self.folder, expected)
-        self._add("made again", tensors, "tensors, bit by bit, from source and scales")
+        self._add("recomputed", tensors, "tensors, bit by bit, from source and scales")
         self._add("other files", beside, "configs key by key, copies byte by byte, no other file")
 
     def _check_content(self) -> None:

@@ -89,7 +89,7 @@ def _take(path: Path, owner: dict[str, Any]) -> None:
                     _print(f"{_describe(path.parent.parent, holder)}; waiting for a sign of it")
                 before, since = seen.setdefault(other, (touched, time.monotonic()))
                 if _is_here(holder, owner) or touched != before:
-                    raise UserError(_refusal(path.parent.parent, holder, other))
+                    raise UserError(_locked_message(path.parent.parent, holder, other))
                 waiting |= time.monotonic() - since < STALE_SECONDS
             if not waiting:
                 for other in path.parent.glob("*.json"):
@@ -239,7 +239,7 @@ def _describe(work: Path, holder: dict[str, Any]) -> str:
     return f"workdir {what} is in use by process {place}: {since}"
 
 
-def _refusal(work: Path, holder: dict[str, Any], path: Path) -> str:
+def _locked_message(work: Path, holder: dict[str, Any], path: Path) -> str:
     """Return one line that says who owns a workdir, and what to do."""
     return (
         f"{_describe(work, holder)}; wait for it, stop it, or choose another workdir (if it is "

@@ -1,4 +1,4 @@
-"""What records of the workdir must hold, and how a folder whose files are damaged is made again."""
+"""Validate records of the workdir, and name the command that writes a damaged folder again."""
 
 from __future__ import annotations
 

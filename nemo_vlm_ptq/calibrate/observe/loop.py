@@ -9,7 +9,7 @@ per stage, so that its first window receives what the last window of the stage b
 single window all stages work in the one round.
 
 Finished windows are recorded, and the sums of the current one at intervals and when a signal asks
-to stop. An interrupted run resumes on any number of ranks: hidden states are made again by a plain
+to stop. An interrupted run resumes on any number of ranks: hidden states are recomputed by a plain
 forward pass, and the result has the same bytes.
 """
 

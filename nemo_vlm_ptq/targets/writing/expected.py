@@ -1,4 +1,4 @@
-"""What an export must hold, made again from source and scales for verify to compare with."""
+"""Recompute what an export must hold, from source and scales, for verify to compare with."""
 
 from __future__ import annotations
 
