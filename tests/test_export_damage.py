@@ -12,7 +12,7 @@ from campaigns.exports import first_finding, make_recipe, run_campaign, sign
 from conftest import verifier
 
 from nemo_vlm_ptq.context import RunContext
-from nemo_vlm_ptq.errors import VerificationError
+from nemo_vlm_ptq.errors import UserError, VerificationError
 from nemo_vlm_ptq.planning.make_plan import make_plan
 from nemo_vlm_ptq.workdir import store
 
@@ -161,11 +161,18 @@ def test_a_damaged_record_of_an_earlier_verification_is_ignored(tmp_path, text):
     assert not is_unchanged([], stage._read(tmp_path / "verify.json"), {"hf": "0" * 64})
 
 
-@pytest.mark.parametrize("files", [[], {"config.json": None}, {"../x": {"sha256": "0"}}])
-def test_a_manifest_of_the_wrong_kind_is_a_finding_and_not_a_bug(works, tmp_path, files):
+@pytest.mark.parametrize(
+    ("files", "error", "match"),
+    [
+        ([], UserError, "is not a manifest"),
+        ({"config.json": None}, UserError, "is not a manifest"),
+        ({"../x": {"sha256": "0"}}, VerificationError, "hf files: "),
+    ],
+)
+def test_a_manifest_of_the_wrong_kind_is_told(works, tmp_path, files, error, match):
     copy_exports(works, tmp_path, "int4_wo")
     folder = tmp_path / "int4_wo" / "hf"
     manifest = store.read_manifest(folder)
     store.write_json(folder / store.MANIFEST, manifest | {"files": files})
-    with pytest.raises(VerificationError, match="hf files: "):
+    with pytest.raises(error, match=match):
         verifier(tmp_path, ["int4_wo"], ("hf",))()

@@ -253,7 +253,8 @@ def test_invalid_input_is_rejected_before_anything_is_queued(venv, tmp_path, mon
     )
     (tmp_path / "file").write_text("")
     assert_rejected(
-        submit(venv, tmp_path, "recipe.yaml", "workdir=file/work", **site), "cannot create the l"
+        submit(venv, tmp_path, "recipe.yaml", "workdir=file/work", **site),
+        f"workdir file/work: {tmp_path}/file is not a folder",
     )
     (tmp_path / "work" / "slurm").mkdir(parents=True)
     (tmp_path / "work" / "slurm" / "jobs").write_text("1 observe\n")  # unknown to squeue

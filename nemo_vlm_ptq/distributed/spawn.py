@@ -155,7 +155,7 @@ def open_listener(address: str, port: int) -> socket.socket:
 def _wait(ranks: Sequence[subprocess.Popen[bytes]], received: Sequence[int]) -> None:
     """Wait until all ranks have ended; end them after a failure or a signal."""
     forwarded, deadline, end_at = 0, float("inf"), float("inf")
-    while any(rank.poll() is None for rank in ranks):
+    while None in [rank.poll() for rank in ranks]:  # a list: every rank is polled
         now = time.monotonic()
         for number in received[forwarded:]:
             _send(ranks, number)

@@ -12,7 +12,7 @@ import torch
 from nemo_vlm_ptq.context import RunContext, on_rank_zero
 from nemo_vlm_ptq.data.questions import PROMPT_SUFFIX, evaluation_questions
 from nemo_vlm_ptq.distributed.layout import round_robin
-from nemo_vlm_ptq.errors import VerificationError
+from nemo_vlm_ptq.errors import UserError, VerificationError
 from nemo_vlm_ptq.families.base import Sample
 from nemo_vlm_ptq.formats import QuantFormat
 from nemo_vlm_ptq.verify.files import is_unchanged
@@ -106,8 +106,8 @@ def _verify_format(context: RunContext, fmt: QuantFormat, logits: MegatronLogits
 
 
 def _read(path: Path) -> Any:
-    """Return the record of an earlier verification, None if there is none."""
+    """Return the record of an earlier verification, None if there is none that can be read."""
     try:
         return store.read_json(path)
-    except (OSError, ValueError):
+    except (OSError, UserError):
         return None
