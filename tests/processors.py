@@ -6,6 +6,7 @@ import json
 from functools import partial
 from pathlib import Path
 
+import reference_gemma3
 import reference_internvl
 import reference_llava_next
 import reference_llava_onevision
@@ -32,6 +33,12 @@ ONEVISION_TEMPLATE = (
     "{% for message in messages %}{{ message.role }} {% for part in message.content %}"
     "{% if part.type == 'image' %}<image>{{ '\n' }}{% else %}{{ part.text }}{% endif %}"
     "{% endfor %}{% endfor %}{% if add_generation_prompt %} assistant:{{ '\n' }}{% endif %}"
+)
+GEMMA_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<{{ message.role }}>"
+    "{% for part in message.content %}{% if part.type == 'image' %}<start_of_image>"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<model>{{ '\n' }}{% endif %}"
 )
 INTERNVL_TEMPLATE = (
     "{% for message in messages %}{{ message.role }}:\n{% for part in message.content %}"
@@ -155,6 +162,21 @@ def write_mistral3(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(MISTRAL_TEMPLATE)
 
 
+def write_gemma3(folder: Path) -> None:
+    """Write a random Gemma 3 folder with all its files."""
+    reference_gemma3.write_gemma3(folder, 0)
+    side = reference_gemma3.SIDE
+    settings = {
+        "image_processor_type": "Gemma3ImageProcessor",
+        "size": {"height": side, "width": side},
+        "do_pan_and_scan": None,
+    }
+    _write(folder, settings)
+    special = ("<end_of_image>", "<start_of_image>", "<image_soft_token>")
+    write_llama(folder, special, size=reference_gemma3.END)
+    (folder / "chat_template.jinja").write_text(GEMMA_TEMPLATE)
+
+
 def write_llava_onevision(folder: Path) -> None:
     """Write a random LLaVA-OneVision folder with all its files."""
     reference_llava_onevision.write_llava_onevision(folder, 0)
@@ -168,6 +190,7 @@ def write_internvl(folder: Path) -> None:
 
 
 WRITERS = {
+    "gemma3": write_gemma3,
     "mistral3": write_mistral3,
     "vila": write_vila,
     "phi": write_phi,

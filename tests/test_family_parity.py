@@ -18,6 +18,7 @@ from rank_family_parity import (
     run,
     to_samples,
 )
+from reference_gemma3 import gemma3_cases, write_gemma3
 from reference_internvl import internvl_cases, write_internvl
 from reference_llava_next import llava_next_cases, write_llava_next
 from reference_llava_onevision import write_llava_onevision
@@ -41,6 +42,7 @@ FAMILIES = {
     "qwen3_vl": (partial(write_qwen, kind="qwen3_vl"), qwen_cases),
     "qwen2_vl": (partial(write_qwen, kind="qwen2_vl"), qwen_cases),
     "internvl": (partial(write_internvl, kind="qwen2"), internvl_cases),
+    "gemma3": (write_gemma3, gemma3_cases),
     "internvl qwen3": (partial(write_internvl, kind="qwen3"), internvl_cases),
 }
 CASES = [(family, case) for family in FAMILIES for case in ("images", "text", "padded")]

@@ -261,6 +261,21 @@ def images_of_tokens(is_image: torch.Tensor, counts: Sequence[int], key: str) ->
     return ImagePlaceholders(is_image=is_image, tokens_per_placeholder=1, num_images=images)
 
 
+def equal_images(is_image: torch.Tensor, count: int, unit: str) -> ImagePlaceholders:
+    """Return the images of `count` tokens each whose expanded tokens stand in a row of ids.
+
+    Raises:
+        UserError: the number of image tokens is not a multiple of those of one `unit`.
+    """
+    found = int(is_image.sum())
+    if found % count:
+        raise UserError(
+            f"the number of image tokens must be a multiple of {count}, the tokens of one {unit}, "
+            f"got {found}"
+        )
+    return ImagePlaceholders(is_image=is_image, tokens_per_placeholder=1, num_images=found // count)
+
+
 def check_placeholder_count(sample_id: str, found: int, images: int) -> None:
     """Require one image placeholder in the prompt for each image of a sample.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from nemo_vlm_ptq.parameter_map.entries import ParameterEntry
 from nemo_vlm_ptq.parameter_map.sharding import HeadSizes
@@ -38,6 +39,18 @@ class MRope:
 
 
 @dataclass(frozen=True)
+class SlidingWindow:
+    """Layers in which a token attends to the last `size` tokens, itself among them, as in Gemma.
+
+    layers: whether each layer is one. rope_theta: of these layers.
+    """
+
+    size: int
+    layers: tuple[bool, ...]
+    rope_theta: float
+
+
+@dataclass(frozen=True)
 class Decoder:
     """Architecture of a decoder, with every default of its config filled in.
 
@@ -45,6 +58,14 @@ class Decoder:
     qk_norm: each head of q and k has an RMSNorm before rotation.
     tied_head: the output layer is the embedding.
     deepstack_layers: first layers behind which features of the vision tower are added.
+    window: which layers have a sliding window; None: full attention in all.
+    rope_factor: positions of layers without a window are divided by it before rotation.
+    zero_centered_norms: norms multiply by 1 + weight, in float32.
+    post_norms: the outputs of attention and of the MLP have a norm before they are added.
+    activation: of the gate of the MLP.
+    attention_scale: factor of q k^T; None: head_dim ** -0.5.
+    scaled_embedding: embeddings of tokens are multiplied by hidden ** 0.5.
+    image_attention: tokens of an image attend to all tokens of the same image.
     """
 
     hidden: int
@@ -63,6 +84,14 @@ class Decoder:
     qk_norm: bool = False
     tied_head: bool = False
     deepstack_layers: int = 0
+    window: SlidingWindow | None = None
+    rope_factor: float = 1.0
+    zero_centered_norms: bool = False
+    post_norms: bool = False
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    attention_scale: float | None = None
+    scaled_embedding: bool = False
+    image_attention: bool = False
 
     @property
     def feature_width(self) -> int:

@@ -23,6 +23,7 @@ MAX_CROPS = 144
 SIZE_KEYS = ("height", "width", "shortest_edge", "longest_edge", "max_height", "max_width")
 MODULES = {
     "CLIPImageProcessor": "clip",
+    "Gemma3ImageProcessor": "gemma3",
     "GotOcr2ImageProcessor": "got_ocr2",
     "LlavaImageProcessor": "llava",
     "LlavaNextImageProcessor": "llava_next",
@@ -199,7 +200,7 @@ def _is_grid_side(value: Any) -> bool:
 
 
 _FLAG = (lambda value: isinstance(value, bool), "true or false")
-_STEPS = ("resize", "center_crop", "rescale", "normalize", "convert_rgb", "pad")
+_STEPS = ("resize", "center_crop", "rescale", "normalize", "convert_rgb", "pad", "pan_and_scan")
 _CROPS = (partial(_is_count, most=MAX_CROPS), f"an integer from 1 to {MAX_CROPS}")
 _NAME = (lambda value: isinstance(value, str), "the name of a class")
 _CHECKS: dict[str, tuple[Any, str]] = {

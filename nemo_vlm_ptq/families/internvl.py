@@ -23,6 +23,7 @@ from nemo_vlm_ptq.families.base import (
     ModelFamily,
     Preprocess,
     Sample,
+    equal_images,
     expand_placeholders,
 )
 from nemo_vlm_ptq.families.chat_template import prompt_renderer, tokenize_prompt
@@ -148,14 +149,7 @@ def find_placeholders(config: Config, ids: Any, images: ImageInputs | None) -> I
         UserError: their number is not a multiple of the tokens of one tile.
     """
     full = full_config(config)
-    is_image, count = ids == full.image_token_id, tokens_per_tile(full)
-    found = int(is_image.sum())
-    if found % count:
-        raise UserError(
-            f"the number of image tokens must be a multiple of {count}, the tokens of one tile, "
-            f"got {found}"
-        )
-    return ImagePlaceholders(is_image=is_image, tokens_per_placeholder=1, num_images=found // count)
+    return equal_images(ids == full.image_token_id, tokens_per_tile(full), "tile")
 
 
 def make_preprocessor(folder: Path, config: Config) -> Preprocess:

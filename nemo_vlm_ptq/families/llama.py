@@ -13,6 +13,10 @@ HF_LAYER_PREFIX = "layers.{i}."
 MEGATRON_LAYER_PREFIX = "decoder.layers.{i}."
 SPLIT_QKV = tuple(f"self_attn.{part}_proj.weight" for part in "qkv")
 SPLIT_GATE_UP = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
+POST_NORMS = {  # Megatron -> Hugging Face, of decoders with post_norms
+    "self_attn_bda.post_self_attn_layernorm": "post_attention_layernorm",
+    "mlp_bda.post_mlp_layernorm": "post_feedforward_layernorm",
+}
 ROTARY_INV_FREQ = IgnoredTensor(
     pattern=r".*\.rotary_emb\.inv_freq", reason="computed from rope_theta"
 )
@@ -54,6 +58,17 @@ def llama_parameter_map(
             )
             for part in "qk"
         ]
+    pre_mlp_norm = "post_attention_layernorm"
+    if decoder.post_norms:
+        pre_mlp_norm = "pre_feedforward_layernorm"
+        optional += [
+            ParameterEntry(
+                megatron_name=MEGATRON_LAYER_PREFIX + f"{module}.weight",
+                hf_names=(layer + f"{name}.weight",),
+                sharding="replicate",
+            )
+            for module, name in POST_NORMS.items()
+        ]
     return (
         ParameterEntry(
             megatron_name="embedding.word_embeddings.weight",
@@ -91,7 +106,7 @@ def llama_parameter_map(
         *optional,
         ParameterEntry(
             megatron_name=MEGATRON_LAYER_PREFIX + "pre_mlp_layernorm.weight",
-            hf_names=(layer + "post_attention_layernorm.weight",),
+            hf_names=(layer + f"{pre_mlp_norm}.weight",),
             sharding="replicate",
         ),
         ParameterEntry(
@@ -134,8 +149,16 @@ def llama_decoder(family: str, text_config: Any, key: str = "text_config") -> De
     return decoder_from_sizes(family, text_config, rope.get("rope_theta", 10000.0))
 
 
-def decoder_from_sizes(family: str, text_config: Any, rope_theta: Any) -> Decoder:
+def decoder_from_sizes(
+    family: str, text_config: Any, rope_theta: Any, *, has_window: bool = False
+) -> Decoder:
     """Return the decoder with the sizes of a transformers config, which must be consistent.
+
+    Args:
+        family: name of the family, for messages.
+        text_config: transformers config of the decoder.
+        rope_theta: base of the rotary embedding.
+        has_window: whether the caller adds a sliding window to the decoder.
 
     Raises:
         UserError: a size is no positive number, heads do not divide evenly, or attention is
@@ -163,7 +186,7 @@ def decoder_from_sizes(family: str, text_config: Any, rope_theta: Any) -> Decode
         )
     max_positions = text_config.max_position_embeddings
     window = getattr(text_config, "sliding_window", None)
-    if window is not None and window < max_positions:
+    if not has_window and window is not None and window < max_positions:
         raise UserError(
             f"{family}: sliding_window must be null or at least max_position_embeddings "
             f"{max_positions}, got {window}; only full attention is supported"

@@ -21,6 +21,7 @@ from nemo_vlm_ptq.families.base import (
     ModelFamily,
     Preprocess,
     Sample,
+    equal_images,
     expand_placeholders,
 )
 from nemo_vlm_ptq.families.chat_template import prompt_renderer, tokenize_prompt
@@ -149,13 +150,7 @@ def find_placeholders(config: Config, ids: Any, images: ImageInputs | None) -> I
         UserError: their number is not a multiple of the tokens of one image.
     """
     is_image = ids == full_config(config).image_token_index
-    found, count = int(is_image.sum()), tokens_per_image(config)
-    if found % count:
-        raise UserError(
-            f"the number of image tokens must be a multiple of {count}, the tokens of one image, "
-            f"got {found}"
-        )
-    return ImagePlaceholders(is_image=is_image, tokens_per_placeholder=1, num_images=found // count)
+    return equal_images(is_image, tokens_per_image(config), "image")
 
 
 def make_preprocessor(folder: Path, config: Config) -> Preprocess:

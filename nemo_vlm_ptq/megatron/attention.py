@@ -11,17 +11,22 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 
 
 class SdpaCoreAttention(DotProductAttention):
-    """Grouped-query attention softmax(q k^T / sqrt(D)) v.
+    """Grouped-query attention softmax(scale q k^T) v.
 
     Attributes:
         kv_observer: called with the key and the value, [S,B,kv heads,D], of each forward pass.
+        scale: factor of q k^T; None: 1 / sqrt(D).
+        window: tokens that a token attends to, up to itself; None: all.
     """
 
     kv_observer: Callable[[torch.Tensor, torch.Tensor], Any] | None = None
+    scale: float | None = None
+    window: int | None = None
 
     def forward(
         self,
@@ -47,7 +52,40 @@ class SdpaCoreAttention(DotProductAttention):
             self.kv_observer(key, value)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         keep = None if attention_mask is None else ~attention_mask
+        if self.window is not None and self.window < q.shape[2]:
+            keep = _in_window(q.shape[2], self.window, keep, q.device)
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=keep, is_causal=keep is None, enable_gqa=True
+            q, k, v, attn_mask=keep, is_causal=keep is None, enable_gqa=True, scale=self.scale
         )
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+
+def _in_window(
+    length: int, window: int, keep: torch.Tensor | None, device: torch.device
+) -> torch.Tensor:
+    """Return the mask [...,S,S] bool of what a window leaves of `keep`, or of causal attention."""
+    if keep is None:
+        keep = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return keep & torch.ones(length, length, dtype=torch.bool, device=device).triu(1 - window)
+
+
+class WindowedSelfAttention(SelfAttention):
+    """Self-attention that takes the rotary embedding of its kind of layer from a pair.
+
+    rotary_pos_emb is that of layers with full attention, and that of layers with a window.
+    """
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *args: Any,
+        rotary_pos_emb: list[torch.Tensor],
+        **kwargs: Any,
+    ) -> Any:
+        """Compute attention."""
+        full, windowed = rotary_pos_emb
+        chosen = full if self.core_attention.window is None else windowed
+        return super().forward(
+            hidden_states, attention_mask, *args, rotary_pos_emb=chosen, **kwargs
+        )

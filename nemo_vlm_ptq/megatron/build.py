@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
 from nemo_vlm_ptq.constants import VOCAB_MULTIPLE
 from nemo_vlm_ptq.families.decoder import Decoder
-from nemo_vlm_ptq.megatron.attention import SdpaCoreAttention
+from nemo_vlm_ptq.families.llama import POST_NORMS
+from nemo_vlm_ptq.megatron.attention import SdpaCoreAttention, WindowedSelfAttention
 from nemo_vlm_ptq.megatron.deepstack import add_deepstack
 from nemo_vlm_ptq.megatron.fusion import use_fused_kernels
+from nemo_vlm_ptq.megatron.norms import NormedAdd, ZeroCenteredRMSNorm
 from nemo_vlm_ptq.megatron.output_sharded_linear import OutputShardedLinear
 from nemo_vlm_ptq.megatron.parallel_context import ParallelContext
-from nemo_vlm_ptq.megatron.rotary import apply_long_rope, apply_mrope
+from nemo_vlm_ptq.megatron.rotary import apply_long_rope, apply_mrope, apply_window
+
+ACTIVATIONS: dict[str, Callable[..., torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
 
 
 def transformer_config(
@@ -44,14 +56,14 @@ def transformer_config(
         kv_channels=decoder.head_dim,
         layernorm_epsilon=decoder.norm_eps,
         normalization="RMSNorm",
-        activation_func=F.silu,
+        activation_func=ACTIVATIONS[decoder.activation],
         gated_linear_unit=True,
         add_bias_linear=False,
         add_qkv_bias=decoder.qkv_bias,
         qk_layernorm=decoder.qk_norm,
         attention_dropout=0.0,
         hidden_dropout=0.0,
-        bias_activation_fusion=fused,
+        bias_activation_fusion=fused and decoder.activation == "silu",
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
@@ -89,20 +101,17 @@ def build_decoder(
             last layer, without final norm and output layer, and shards o_proj and down_proj along
             their outputs, so that the inputs of all linears are independent of the TP size.
     """
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=decoder.qk_norm)
-    attention, mlp = spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules
-    attention.core_attention = SdpaCoreAttention
-    if for_calibration:
-        attention.linear_proj = mlp.linear_fc2 = OutputShardedLinear
     first_layer = parallel.first_stage if window is None else window.start == 0
     last_layer = parallel.last_stage if window is None else window.stop == decoder.layers
     fused = for_calibration and parallel.device.type == "cuda"
     if fused:
         use_fused_kernels()
     layers = len(window) if window else None
+    config = transformer_config(decoder, parallel, dtype, layers, fused=fused)
+    spec = _layer_spec(decoder, config, for_calibration=for_calibration)
     with parallel.device:  # allocate on the device instead of copying from the host
         model = GPTModel(
-            config=transformer_config(decoder, parallel, dtype, layers, fused=fused),
+            config=config,
             transformer_layer_spec=spec,
             vocab_size=decoder.sizes(VOCAB_MULTIPLE).padded_vocab,
             max_sequence_length=decoder.max_positions,
@@ -116,10 +125,55 @@ def build_decoder(
     if window is not None:
         for index, block in zip(window, model.decoder.layers, strict=True):
             block.layer_number = index + 1
+    _complete(model, decoder, parallel.device)
+    return model.to(parallel.device, dtype).eval().requires_grad_(False)
+
+
+def _layer_spec(
+    decoder: Decoder, config: TransformerConfig, *, for_calibration: bool
+) -> ModuleSpec:
+    """Return the modules of a layer."""
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=decoder.qk_norm)
+    layer = spec.submodules
+    attention, mlp = layer.self_attention.submodules, layer.mlp.submodules
+    attention.core_attention = SdpaCoreAttention
+    if for_calibration:
+        attention.linear_proj = mlp.linear_fc2 = OutputShardedLinear
+    if decoder.window is not None:
+        layer.self_attention.module = WindowedSelfAttention
+    if decoder.zero_centered_norms:
+        layer.input_layernorm = layer.pre_mlp_layernorm = ZeroCenteredRMSNorm
+        if decoder.qk_norm:
+            attention.q_layernorm = attention.k_layernorm = ZeroCenteredRMSNorm
+    if decoder.post_norms:
+        norm = ZeroCenteredRMSNorm if decoder.zero_centered_norms else WrappedTorchNorm
+        for name in POST_NORMS:
+            place, _, norm_name = name.partition(".")
+            params = {"name": norm_name, "norm": norm, "config": config}
+            setattr(layer, place, ModuleSpec(module=NormedAdd, params=params))
+    return spec
+
+
+def _complete(model: GPTModel, decoder: Decoder, device: torch.device) -> None:
+    """Add to a model what megatron-core lacks; its layers have their numbers in the whole one."""
+    if decoder.zero_centered_norms and model.decoder.final_layernorm is not None:
+        norm = ZeroCenteredRMSNorm(model.config, decoder.hidden, decoder.norm_eps)
+        model.decoder.final_layernorm = norm
+    for block in model.decoder.layers:
+        block.self_attention.core_attention.scale = decoder.attention_scale
+    if decoder.scaled_embedding and model.pre_process:
+        model.embedding.register_forward_hook(partial(_scale, decoder.hidden**0.5))
+    model.image_attention = decoder.image_attention
+    if decoder.window is not None:
+        apply_window(model, decoder, decoder.window, device)
     if decoder.long_rope is not None:
         apply_long_rope(model, decoder, decoder.long_rope)
     if decoder.mrope is not None:
-        apply_mrope(model, decoder, decoder.mrope, parallel.device)
+        apply_mrope(model, decoder, decoder.mrope, device)
     if decoder.deepstack_layers and model.pre_process:
         add_deepstack(model, decoder.deepstack_layers)
-    return model.to(parallel.device, dtype).eval().requires_grad_(False)
+
+
+def _scale(factor: float, _: Any, __: Any, embedded: torch.Tensor) -> torch.Tensor:
+    """Multiply embeddings by a factor that is rounded to their dtype first, as transformers does."""
+    return embedded * torch.tensor(factor).to(embedded)

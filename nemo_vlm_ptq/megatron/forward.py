@@ -82,6 +82,22 @@ def _causal_mask(key_mask: torch.Tensor) -> torch.Tensor:
     return (masked & ~torch.eye(length, dtype=torch.bool))[None, None]
 
 
+def _open_to_images(batch: Batch) -> torch.Tensor:
+    """Return the mask [B,1,S,S], True where masked out; tokens of an image see each other.
+
+    Images have text between them.
+    """
+    is_image = batch.modality == IMAGE
+    starts = is_image & ~is_image.roll(1, dims=1)
+    starts[:, 0] = is_image[:, 0]
+    image = torch.where(is_image, starts.cumsum(dim=1), 0)
+    same = (image[:, :, None] == image[:, None, :]) & is_image[:, None]
+    masked = batch.attention_mask
+    if masked is None:
+        masked = _causal_mask(torch.ones(batch.input_ids.shape[1]))
+    return masked & ~same[:, None]
+
+
 def encode_images(
     vision: Any,
     parallel: ParallelContext,
@@ -196,6 +212,8 @@ def forward(
     else:
         model.set_input_tensor(_receive(model, parallel, batch) if states is None else states)
     mask = batch.attention_mask
+    if model.image_attention and bool((batch.modality == IMAGE).any()):
+        mask = _open_to_images(batch)
     attention_mask = None if mask is None else mask.to(parallel.device)
     input_ids = to_device(batch.input_ids, parallel.device)
     positions = None if batch.positions is None else to_device(batch.positions, parallel.device)

@@ -1,4 +1,4 @@
-"""Rotary embeddings as transformers computes them: LongRoPE of Phi-3, and mRoPE of Qwen-VL."""
+"""Rotary embeddings as transformers computes them: of Phi-3, Qwen-VL and Gemma."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 
-from nemo_vlm_ptq.families.decoder import Decoder, LongRope, MRope
+from nemo_vlm_ptq.families.decoder import Decoder, LongRope, MRope, SlidingWindow
 
 
 class LongRotaryEmbedding(RotaryEmbedding):
@@ -87,3 +87,42 @@ def apply_mrope(model: GPTModel, decoder: Decoder, mrope: MRope, device: torch.d
     model.rotary_pos_emb = MRotaryEmbedding(decoder, mrope, device)
     model.position_embedding_type = "mrope"
     model.mrope_section = list(mrope.sections)
+
+
+class WindowedRotaryEmbedding(torch.nn.Module):
+    """Angles of layers with full attention, and of layers with a sliding window."""
+
+    def __init__(self, decoder: Decoder, window: SlidingWindow, device: torch.device) -> None:
+        super().__init__()
+        exponents = torch.arange(0, decoder.head_dim, 2).float() / decoder.head_dim
+        full = 1.0 / (decoder.rope_theta**exponents) / decoder.rope_factor
+        # Not buffers, which would take the model's dtype.
+        self.frequencies = [
+            one.to(device) for one in (full, 1.0 / (window.rope_theta**exponents))
+        ]
+
+    def get_rotary_seq_len(self, _: Any, block: Any, states: Any, *__: Any) -> int:
+        """Return the number of tokens of the hidden states [S,B,H] that a block is given."""
+        return len(states if block.input_tensor is None else block.input_tensor)
+
+    def forward(self, length: int, **_: Any) -> list[torch.Tensor]:
+        """Return two tensors of angles [S,1,1,head_dim] float32."""
+        angles = []
+        for frequencies in self.frequencies:
+            positions = torch.arange(length, dtype=torch.float32, device=frequencies.device)
+            half = torch.outer(positions, frequencies)
+            angles.append(torch.cat((half, half), dim=-1)[:, None, None])
+        return angles
+
+
+def apply_window(
+    model: GPTModel, decoder: Decoder, window: SlidingWindow, device: torch.device
+) -> None:
+    """Replace the rotary embedding of a model whose layers are of two kinds, and set the windows.
+
+    Layers must have their numbers in the whole model.
+    """
+    model.rotary_pos_emb = WindowedRotaryEmbedding(decoder, window, device)
+    for block in model.decoder.layers:
+        if window.layers[block.layer_number - 1]:
+            block.self_attention.core_attention.window = window.size

@@ -17,6 +17,7 @@ from torch import nn
 
 from nemo_vlm_ptq.errors import VerificationError
 from nemo_vlm_ptq.families.base import ImageInputs, ModelFamily, Sample
+from nemo_vlm_ptq.reference.attention_masks import image_masks
 from nemo_vlm_ptq.reference.checkpoint import ReadCheckpoint, ReadKvCache, ReadLinear
 from nemo_vlm_ptq.reference.number_formats import fake_quantize_values
 from nemo_vlm_ptq.utils.pinned_memory import to_device
@@ -82,6 +83,7 @@ class ReferenceModel:
     ) -> None:
         self.dtype, self.device = dtype, device
         self.text_config = family.text_config(config)
+        self.image_attention = family.decoder(config).image_attention
         self.decoder = _build_decoder(family, config, checkpoint, dtype, device)
         self.kv = checkpoint.kv and _kv_to_device(checkpoint.kv, device)
         self.quantize_activations = True
@@ -112,12 +114,13 @@ class ReferenceModel:
 
     def _embed(
         self, samples: Sequence[Sample], features: Sequence[torch.Tensor | None]
-    ) -> dict[str, Any]:
+    ) -> tuple[dict[str, Any], torch.Tensor]:
         """Return the text model's inputs, left-padded: embeddings with image features merged in.
 
         Returns:
             inputs_embeds [B,S,H], attention_mask [B,S], position_ids [B,S] or [3,B,S]; with
             deepstack also visual_pos_masks [B,S] and deepstack_visual_embeds, [n,H] per layer.
+            And where the image tokens are, [B,S] bool.
         """
         length, device = max(len(sample.input_ids) for sample in samples), self.device
         hidden, count = self.text_config.hidden_size, len(samples)
@@ -141,18 +144,27 @@ class ReferenceModel:
         if samples[0].positions is None:
             inputs["position_ids"] = positions[0]
         if not deeper:
-            return inputs
+            return inputs, is_image
         layers = torch.cat(deeper).split(hidden, dim=1)
-        return {**inputs, "visual_pos_masks": is_image, "deepstack_visual_embeds": list(layers)}
+        deep = {"visual_pos_masks": is_image, "deepstack_visual_embeds": list(layers)}
+        return {**inputs, **deep}, is_image
+
+    def _prefill(self, inputs: dict[str, Any], is_image: torch.Tensor) -> dict[str, Any]:
+        """Return the inputs of a first pass; of text that goes on, attention is causal."""
+        if not self.image_attention or not bool(is_image.any()):
+            return inputs
+        masks = image_masks(inputs["attention_mask"], is_image, self.text_config.sliding_window)
+        return {**inputs, "attention_mask": masks}
 
     @torch.no_grad()
     def logits(
         self, sample: Sample, feature: torch.Tensor | None, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Compute logits [S,V] float32 of one sample; `mask` [S] is an attention mask."""
-        inputs = self._embed([sample], [feature])
+        inputs, is_image = self._embed([sample], [feature])
         if mask is not None:
             inputs["attention_mask"] = mask[None].to(self.device)
+        inputs = self._prefill(inputs, is_image)
         return self.decoder(**inputs, past_key_values=self._cache())[0].float()
 
     @torch.no_grad()
@@ -166,8 +178,9 @@ class ReferenceModel:
 
         transformers' `generate` does not take three positions per token beside embeddings.
         """
-        inputs, cache = self._embed(samples, features), self._cache()
+        (inputs, is_image), cache = self._embed(samples, features), self._cache()
         mask, position = inputs["attention_mask"], inputs["position_ids"][..., -1:]
+        inputs = self._prefill(inputs, is_image)
         embedding = self.decoder.model.get_input_embeddings()
         chosen: list[torch.Tensor] = []
         ended = torch.zeros(len(samples), dtype=torch.bool, device=self.device)
@@ -238,11 +251,13 @@ def _build_decoder(
             )
         loaded = nn.Parameter(to_device(tensor, device).to(dtype), requires_grad=False)
         setattr(model.get_submodule(parent), leaf, loaded)
-    _rebuild_rotary(model, device)
+    _rebuild_buffers(model, device)
     return model.eval()
 
 
-def _rebuild_rotary(model: Any, device: torch.device) -> None:
-    """Recompute the rotary frequencies on `device`; they are buffers that no checkpoint stores."""
+def _rebuild_buffers(model: Any, device: torch.device) -> None:
+    """Recompute on `device` the buffers that no checkpoint stores."""
     inner = model.model
     inner.rotary_emb = type(inner.rotary_emb)(inner.config).to(device)
+    if (factor := getattr(inner.embed_tokens, "scalar_embed_scale", None)) is not None:
+        inner.embed_tokens.embed_scale = torch.tensor(factor, device=device)

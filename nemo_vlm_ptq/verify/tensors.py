@@ -41,11 +41,12 @@ def check_untouched(
     plain: Mapping[str, torch.Tensor],
     source: SourceReader,
     dtype: torch.dtype,
-    folded: Mapping[str, torch.Tensor] | None = None,
+    folded: Mapping[str, tuple[torch.Tensor, float]] | None = None,
 ) -> list[str]:
     """Check that tensors that are not quantized equal the source bit for bit in the export's dtype.
 
-    Tensors in `folded` equal the source times their factor, rounded to that dtype.
+    Tensors in `folded`, with a factor and an offset, equal (source + offset) * factor - offset,
+    rounded to that dtype.
     """
     findings, folded = [], folded or {}
     for name, tensor in sorted(plain.items()):
@@ -54,7 +55,8 @@ def check_untouched(
             continue
         required = source.get_tensor(name).to(dtype)
         if name in folded:
-            required = (required.float() * folded[name]).to(dtype)
+            factor, offset = folded[name]
+            required = ((required.float() + offset) * factor - offset).to(dtype)
         if not torch.equal(tensor, required):
             findings.append(f"{name} differs from the source")
     return findings

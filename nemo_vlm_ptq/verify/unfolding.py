@@ -27,13 +27,14 @@ INPUT_NORMS = {"linear_qkv": "input_layernorm", "linear_fc1": "pre_mlp_layernorm
 class Folds:
     """Factors of a folded model by Hugging Face name, for linears without `.weight`.
 
-    norms: factor [H] of a norm's weight, [O] of the bias of v.
+    norms: factor [H] of a norm's weight, [O] of the bias of v, and what the model adds to the
+        weight before it multiplies: 1 for norms around zero.
     inputs: pre_quant_scale [K] that was folded away in front of a linear.
     outputs: factor [O] of a linear's output channels.
     values: per layer, upper bound of the factor of the largest |value| in the KV cache.
     """
 
-    norms: dict[str, torch.Tensor] = field(default_factory=dict)
+    norms: dict[str, tuple[torch.Tensor, float]] = field(default_factory=dict)
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
     values: list[float] = field(default_factory=list)
@@ -65,12 +66,13 @@ def find_folds(
         for module, scale in inputs.items():
             folds.inputs |= dict.fromkeys(names[module], scale)
         for module, norm in INPUT_NORMS.items():
-            folds.norms[entries[norm].hf_names[0]] = solved[module]
+            offset = float(decoder.zero_centered_norms)
+            folds.norms[entries[norm].hf_names[0]] = solved[module], offset
         q_and_k = [decoder.heads * head_dim, decoder.kv_heads * head_dim]
         folds.outputs |= _output_factors(names["linear_qkv"], q_and_k, shared.flatten())
         folds.outputs |= _output_factors(names["linear_fc1"], [decoder.ffn], solved["linear_fc2"])
         if "linear_qkv.bias" in entries:
-            folds.norms[entries["linear_qkv.bias"].hf_names[-1]] = shared.flatten()
+            folds.norms[entries["linear_qkv.bias"].hf_names[-1]] = shared.flatten(), 0.0
         folds.values.append(float(shared.max()))
     return folds
 

@@ -1,7 +1,7 @@
 """Fold pre_quant_scale into preceding tensors, for checkpoints that cannot store it.
 
 q, k and v read the output of one norm, gate and up that of another, so the norm's weight absorbs
-their scale. The attention output is linear in v, and silu(gate) * up is linear in up, so the
+their scale. The attention output is linear in v, and act(gate) * up is linear in up, so the
 output channels of v absorb the scale of o_proj, and those of up the scale of down_proj. That
 multiplies the weight scales and changes no code. A norm's weight is rounded once more to its dtype.
 
@@ -63,8 +63,9 @@ def fold_layer(
     for linear, norm in INPUT_NORMS.items():
         (weight,) = layer[norm].parts
         assert isinstance(weight, torch.Tensor)
-        scaled = (weight.float() * factors[linear].to(weight.device)).to(weight.dtype)
-        folded[norm] = replace(layer[norm], parts=(scaled,))
+        offset = 1.0 if decoder.zero_centered_norms else 0.0
+        scaled = (weight.float() + offset) * factors[linear].to(weight.device) - offset
+        folded[norm] = replace(layer[norm], parts=(scaled.to(weight.dtype),))
     factors[ATTENTION_OUTPUT] = _per_kv_channel(factors[ATTENTION_OUTPUT], sizes)
     for linear, preceding in PRECEDING_LINEARS.items():
         *others, last = folded[preceding].parts
