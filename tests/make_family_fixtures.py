@@ -18,6 +18,8 @@ import torch
 from models import published_name
 from published_configs import (
     CLIP_L,
+    GEMMA3_4B,
+    GEMMA3_27B,
     INTERN_TEXT,
     INTERN_TEXT_3_5,
     INTERN_TEXT_38B,
@@ -38,6 +40,7 @@ from published_configs import (
     SHEARED_LLAMA,
     VICUNA_7B,
     VICUNA_13B,
+    gemma3,
     internvl,
     llava,
     llava_next,
@@ -151,7 +154,18 @@ def internvl_tensors(config):
     }
 
 
+def gemma3_tensors(config):
+    """Return name -> shape of a Gemma 3 under its published names; the head is the embedding."""
+    shapes = llava_tensors(config)
+    shapes.pop("language_model.lm_head.weight", None)
+    return shapes
+
+
 MODELS = {
+    "gemma3": (gemma3_tensors, {
+        "gemma-3-4b-it": gemma3(GEMMA3_4B),
+        "gemma-3-27b-it": gemma3(GEMMA3_27B),
+    }),
     "internvl": (internvl_tensors, {
         "InternVL3-8B-hf": internvl(INTERN_TEXT | {
             "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28,

@@ -137,6 +137,37 @@ LLAMA_3 = {
 }  # fmt: skip
 
 
+GEMMA3_TEXT = {
+    "max_position_embeddings": 131072, "model_type": "gemma3_text", "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-06, "rope_local_base_freq": 10000.0, "rope_theta": 1000000.0,
+    "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
+    "sliding_window_pattern": 6, "vocab_size": 262208,
+}  # fmt: skip
+GEMMA3_4B = {
+    "head_dim": 256, "hidden_size": 2560, "intermediate_size": 10240, "num_attention_heads": 8,
+    "num_hidden_layers": 34, "num_key_value_heads": 4,
+}  # fmt: skip
+GEMMA3_27B = {
+    "head_dim": 128, "hidden_size": 5376, "intermediate_size": 21504, "num_attention_heads": 32,
+    "num_hidden_layers": 62, "num_key_value_heads": 16, "query_pre_attn_scalar": 168,
+}  # fmt: skip
+
+
+def gemma3(text):
+    """Return the config.json of gemma-3-*-it."""
+    return {
+        "architectures": ["Gemma3ForConditionalGeneration"], "boi_token_index": 255999,
+        "eoi_token_index": 256000, "eos_token_id": [1, 106], "image_token_index": 262144,
+        "mm_tokens_per_image": 256, "model_type": "gemma3", "text_config": GEMMA3_TEXT | text,
+        "torch_dtype": "bfloat16",
+        "vision_config": {
+            "hidden_size": 1152, "image_size": 896, "intermediate_size": 4304,
+            "model_type": "siglip_vision_model", "num_attention_heads": 16,
+            "num_hidden_layers": 27, "patch_size": 14, "vision_use_head": False,
+        },
+    }  # fmt: skip
+
+
 def llava(text):
     """Return the config.json of llava-1.5-*-hf."""
     return {

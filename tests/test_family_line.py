@@ -6,6 +6,7 @@ exports are verified, and forms of the model are compared. Accuracy is tested by
 
 import models
 import pytest
+import reference_gemma3
 import reference_internvl
 import reference_llava_next
 import reference_llava_onevision
@@ -25,6 +26,7 @@ from nemo_vlm_ptq.targets.registry import supported_targets
 from nemo_vlm_ptq.workdir import store
 
 REFERENCES = {
+    "gemma3": (reference_gemma3.Gemma3(0), reference_gemma3.gemma3_cases),
     "internvl": (reference_internvl.InternVL(0, "qwen2"), reference_internvl.internvl_cases),
     "llava_next": (
         reference_llava_next.LlavaNext(0, "mistral"),

@@ -36,7 +36,7 @@ from nemo_vlm_ptq.families.config_checks import (
 )
 from nemo_vlm_ptq.families.decoder import SlidingWindow
 from nemo_vlm_ptq.families.folder_files import load_tokenizer, token_of_id
-from nemo_vlm_ptq.families.image_processor import load_image_processor
+from nemo_vlm_ptq.families.image_processor import load_image_processor, read_settings
 from nemo_vlm_ptq.families.llama import decoder_from_sizes, llama_parameter_map
 from nemo_vlm_ptq.families.tied_head import make_config_completer
 from nemo_vlm_ptq.families.towers import tower_parameters
@@ -144,7 +144,6 @@ def _read_window(text: Any, rope_theta: Any, factor: Any) -> SlidingWindow:
     require_values(
         FAMILY.name,
         {
-            "number of layer_types": (len(kinds), text.num_hidden_layers),
             "kinds in layer_types": (sorted({FULL, SLIDING, *map(str, kinds)}), [FULL, SLIDING]),
             f"factor of {SLIDING}": (factor, 1.0),
         },
@@ -203,9 +202,10 @@ def find_placeholders(config: Config, ids: Any, images: ImageInputs | None) -> I
 def make_preprocessor(folder: Path, config: Config) -> Preprocess:
     """Return the function that builds samples, in the prompt of the folder's chat template."""
     tokenizer, full = load_tokenizer(folder), full_config(config)
+    path, settings = read_settings(folder)
+    if settings.get("do_pan_and_scan"):
+        raise UserError(f"{path}: do_pan_and_scan is true; only false is supported")
     processor = load_image_processor(folder, IMAGE_PROCESSORS, full.vision_config.image_size)
-    if getattr(processor, "do_pan_and_scan", False):
-        raise UserError(f"{folder}: do_pan_and_scan is true; only false is supported")
     image_id = full.image_token_index
     start, token, end = (
         token_of_id(folder, tokenizer, key, getattr(full, key))

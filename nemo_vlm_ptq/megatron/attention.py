@@ -54,6 +54,9 @@ class SdpaCoreAttention(DotProductAttention):
         keep = None if attention_mask is None else ~attention_mask
         if self.window is not None and self.window < q.shape[2]:
             keep = _in_window(q.shape[2], self.window, keep, q.device)
+        if keep is not None and q.is_cuda:  # fused kernels take a mask, or fewer KV heads, not both
+            repeats = q.shape[1] // k.shape[1]
+            k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=keep, is_causal=keep is None, enable_gqa=True, scale=self.scale
         )

@@ -97,9 +97,7 @@ class WindowedRotaryEmbedding(torch.nn.Module):
         exponents = torch.arange(0, decoder.head_dim, 2).float() / decoder.head_dim
         full = 1.0 / (decoder.rope_theta**exponents) / decoder.rope_factor
         # Not buffers, which would take the model's dtype.
-        self.frequencies = [
-            one.to(device) for one in (full, 1.0 / (window.rope_theta**exponents))
-        ]
+        self.frequencies = [one.to(device) for one in (full, 1.0 / (window.rope_theta**exponents))]
 
     def get_rotary_seq_len(self, _: Any, block: Any, states: Any, *__: Any) -> int:
         """Return the number of tokens of the hidden states [S,B,H] that a block is given."""
