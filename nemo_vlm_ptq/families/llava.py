@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.base import (
     Config,
     ImageInputs,

@@ -175,5 +175,5 @@ def _complete(model: GPTModel, decoder: Decoder, device: torch.device) -> None:
 
 
 def _scale(factor: float, _: Any, __: Any, embedded: torch.Tensor) -> torch.Tensor:
-    """Multiply embeddings by a factor that is rounded to their dtype first, as transformers does."""
+    """Multiply embeddings by a factor that is rounded to their dtype, as transformers does."""
     return embedded * torch.tensor(factor).to(embedded)
