@@ -198,5 +198,6 @@ WRITERS = {
     "llava_onevision": write_llava_onevision,
     "internvl": write_internvl,
     "qwen3_vl": partial(write_qwen, kind="qwen3_vl"),
+    "qwen3_5": partial(write_qwen, kind="qwen3_5"),
     "qwen2_vl": partial(write_qwen, kind="qwen2_vl"),
 }

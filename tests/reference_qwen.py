@@ -29,6 +29,12 @@ KINDS = {  # family and variant -> class of transformers, config of the text, of
         {"rope_theta": 5e6, "mrope_section": [6, 5, 5], "mrope_interleaved": True},
         {"num_position_embeddings": 36, "deepstack_visual_indexes": [0, 2]},
     ),
+    "qwen3_5": (
+        "Qwen3_5",
+        {"rope_theta": 1e7, "mrope_section": [2, 1, 1], "mrope_interleaved": True,
+         "partial_rotary_factor": 0.25},
+        {"num_position_embeddings": 36},
+    ),
     "qwen2_vl": (
         "Qwen2_5_VL",
         {"rope_theta": 1e6, "mrope_section": [4, 6, 6]},
@@ -41,6 +47,12 @@ KINDS = {  # family and variant -> class of transformers, config of the text, of
     ),
 }
 
+DELTA_NET = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24, "linear_conv_kernel_dim": 4,
+}  # fmt: skip
+MTP = "mtp.fc.weight"  # of layers that transformers ignores
+
 
 class QwenVL:
     """A Qwen-VL model with random weights; the head is tied unless told."""
@@ -49,8 +61,9 @@ class QwenVL:
         import transformers
 
         name, rope, tower = KINDS[kind]
+        text = DELTA_NET if kind == "qwen3_5" else {}
         config = getattr(transformers, f"{name}Config")(
-            text_config=LAYERS | {"rope_parameters": {"rope_type": "default"} | rope},
+            text_config=LAYERS | text | {"rope_parameters": {"rope_type": "default"} | rope},
             vision_config=TOWER | tower,
             image_token_id=IMAGE_TOKEN,
             video_token_id=VIDEO_TOKEN,
@@ -62,6 +75,8 @@ class QwenVL:
         torch.manual_seed(seed)
         self.kind = kind
         self.model = randomize(getattr(transformers, config.architectures[0])(config), seed)
+        if kind == "qwen3_5":
+            _condition(self.model)
         if tied:
             self.model.tie_weights()
 
@@ -79,24 +94,35 @@ class QwenVL:
         return self.model(input_ids=ids, mm_token_type_ids=types, **images).logits[0]
 
 
+def _condition(model) -> None:
+    """Make keys alike to queries: the recurrence of random ones amplifies rounding errors."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(("linear_attn.in_proj_qkv.weight", "linear_attn.conv1d.weight")):
+            width = DELTA_NET["linear_num_key_heads"] * DELTA_NET["linear_key_head_dim"]
+            query, key = parameter.data[:width], parameter.data[width : 2 * width]
+            key.mul_(0.3).add_(query)
+
+
 def published_tensors(reference: QwenVL) -> dict[str, torch.Tensor]:
     """Return the tensors by the names of published checkpoints."""
     tensors = {}
     tied = reference.model.config.tie_word_embeddings
     for name, tensor in reference.model.state_dict().items():
-        if reference.kind != "qwen3_vl":
+        if not reference.kind.startswith("qwen3"):
             name = name.replace("model.language_model.", "model.").replace(
                 "model.visual.", "visual."
             )
         if name != "lm_head.weight" or not tied:
             tensors[name] = tensor
+    if reference.kind == "qwen3_5":
+        tensors[MTP] = torch.ones(4, 8)
     return tensors
 
 
 def published_config(reference: QwenVL) -> dict:
     """Return config.json; older ones have the keys of the decoder on the first level."""
     config = reference.model.config.to_dict()
-    if reference.kind == "qwen3_vl":
+    if reference.kind.startswith("qwen3"):
         return config
     text = config.pop("text_config")
     rope = text.pop("rope_parameters")

@@ -40,6 +40,7 @@ REFERENCES = {
     "vila": (reference_vila.Vila(0), reference_vila.vila_cases),
     "mistral3": (reference_mistral3.Mistral3(0), reference_mistral3.mistral3_cases),
     "qwen2_vl": (reference_qwen.QwenVL(0, "qwen2_vl"), reference_qwen.qwen_cases),
+    "qwen3_5": (reference_qwen.QwenVL(0, "qwen3_5"), reference_qwen.qwen_cases),
     "qwen3_vl": (reference_qwen.QwenVL(0, "qwen3_vl"), reference_qwen.qwen_cases),
 }
 TIMEOUT_S = 900  # for three families in every format

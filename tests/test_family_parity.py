@@ -40,6 +40,7 @@ FAMILIES = {
     "mistral3": (write_mistral3, mistral3_cases),
     "llava_onevision": (write_llava_onevision, llava_next_cases),
     "qwen3_vl": (partial(write_qwen, kind="qwen3_vl"), qwen_cases),
+    "qwen3_5": (partial(write_qwen, kind="qwen3_5"), qwen_cases),
     "qwen2_vl": (partial(write_qwen, kind="qwen2_vl"), qwen_cases),
     "internvl": (partial(write_internvl, kind="qwen2"), internvl_cases),
     "gemma3": (write_gemma3, gemma3_cases),

@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -43,6 +44,7 @@ LINEARS = {  # name -> module path in a Megatron transformer layer
 }
 MODALITY_ROWS = ("text", "image")  # rows of a statistic
 ROW_PARALLEL = ("linear_proj", "linear_fc2")  # sharded along the input features
+IN_ALL_LAYERS = "linear_fc2"  # layers without attention have only those of the MLP
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,16 @@ class InputStatistics:
         return replace(self, abs_mean=abs_mean, moment=moment)
 
 
+def layer_linears(block: Any) -> dict[str, Any]:
+    """Return linear -> module of a Megatron transformer layer, of those that it has."""
+    found = {}
+    for name, path in LINEARS.items():
+        home, _, attribute = path.rpartition(".")
+        if hasattr(block.get_submodule(home), attribute):
+            found[name] = block.get_submodule(path)
+    return found
+
+
 def layer_file(layer: int) -> str:
     """Return the file name of a layer."""
     return f"layer_{layer:05d}.safetensors"
@@ -136,7 +148,7 @@ def save_layer(folder: Path, layer: int, tensors: dict[str, torch.Tensor]) -> tu
 def load_token_counts(folder: Path, layer: int) -> list[int]:
     """Return the numbers of text and of image tokens that a layer's statistics cover."""
     with safe_open(folder / layer_file(layer), framework="pt") as file:
-        return file.get_tensor("linear_qkv.tokens").tolist()
+        return file.get_tensor(f"{IN_ALL_LAYERS}.tokens").tolist()
 
 
 def load_observed_kv_amax(folder: Path, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -154,12 +166,13 @@ def assemble_layer(
         tensors: by name.
         whole: take whole second moments, not sketches; without either there are no moments.
     """
-    return {name: _assemble_linear(tensors, name, whole=whole) for name in LINEARS}
+    names = [name for name in LINEARS if f"{name}.tokens" in tensors]
+    return {name: _assemble_linear(tensors, name, whole=whole) for name in names}
 
 
 def has_sketch(tensors: Mapping[str, torch.Tensor]) -> bool:
     """Return whether a layer's tensors include sketches."""
-    return "linear_qkv.sketch" in tensors
+    return f"{IN_ALL_LAYERS}.sketch" in tensors
 
 
 def _assemble_linear(

@@ -51,6 +51,36 @@ class SlidingWindow:
 
 
 @dataclass(frozen=True)
+class DeltaNet:
+    """Gated DeltaNet, a recurrence that stands in place of the attention of some layers.
+
+    layers: whether each layer has it. kernel: tokens of its convolution.
+    """
+
+    layers: tuple[bool, ...]
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel: int
+
+    def shapes(self, hidden: int) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each parameter, by its name within a layer's DeltaNet."""
+        keys, values = self.key_heads * self.key_dim, self.value_heads * self.value_dim
+        return {
+            "self_attention.A_log": (self.value_heads,),
+            "self_attention.dt_bias": (self.value_heads,),
+            "conv1d": (2 * keys + values, 1, self.kernel),
+            "in_proj_qkv": (2 * keys + values, hidden),
+            "in_proj_z": (values, hidden),
+            "in_proj_a": (self.value_heads, hidden),
+            "in_proj_b": (self.value_heads, hidden),
+            "norm": (self.value_dim,),
+            "out_proj": (hidden, values),
+        }
+
+
+@dataclass(frozen=True)
 class Decoder:
     """Architecture of a decoder, with every default of its config filled in.
 
@@ -66,6 +96,9 @@ class Decoder:
     attention_scale: factor of q k^T; None: head_dim ** -0.5.
     scaled_embedding: embeddings of tokens are multiplied by hidden ** 0.5.
     image_attention: tokens of an image attend to all tokens of the same image.
+    output_gate: q_proj gives, for each head, the query and a gate of the head's output.
+    rotary_dim: numbers of a head that are rotated, the first ones; None: all.
+    delta_net: which layers have a DeltaNet; None: attention in all.
     """
 
     hidden: int
@@ -92,6 +125,21 @@ class Decoder:
     attention_scale: float | None = None
     scaled_embedding: bool = False
     image_attention: bool = False
+    output_gate: bool = False
+    rotary_dim: int | None = None
+    delta_net: DeltaNet | None = None
+
+    @property
+    def attention_layers(self) -> frozenset[int] | None:
+        """Layers with attention; None: all."""
+        if self.delta_net is None:
+            return None
+        return frozenset(i for i, is_delta in enumerate(self.delta_net.layers) if not is_delta)
+
+    @property
+    def q_features(self) -> int:
+        """Output features of q_proj, gates included."""
+        return self.heads * self.head_dim * (1 + self.output_gate)
 
     @property
     def feature_width(self) -> int:
@@ -106,28 +154,35 @@ class Decoder:
             head_dim=self.head_dim,
             vocab=self.vocab,
             padded_vocab=-(-self.vocab // vocab_multiple) * vocab_multiple,
+            output_gate=self.output_gate,
         )
 
     def shapes(self, parameter_map: tuple[ParameterEntry, ...]) -> dict[str, tuple[int, ...]]:
         """Return the published name and shape of every decoder tensor, for every layer."""
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
         by_sharding = {
-            "qkv": ((query, self.hidden), (key, self.hidden), (key, self.hidden)),
+            "qkv": ((self.q_features, self.hidden), (key, self.hidden), (key, self.hidden)),
             "gated": ((self.ffn, self.hidden), (self.ffn, self.hidden)),
             "vocab": ((self.vocab, self.hidden),),
             "replicate": ((self.hidden,),),
         }
         shapes: dict[str, tuple[int, ...]] = {}
+        others = {} if self.delta_net is None else self.delta_net.shapes(self.hidden)
         for entry in parameter_map:
             width = query if "attention" in entry.megatron_name else self.ffn
             tensors = by_sharding.get(entry.sharding, ((self.hidden, width),))
             if entry.module_name in HEAD_NORMS:
                 tensors = ((self.head_dim,),)
+            if entry.module_name in others:
+                tensors = (others[entry.module_name],)
             if entry.megatron_name.endswith(".bias"):
                 tensors = tuple(shape[:1] for shape in tensors)
             if entry.is_fused:
                 tensors = ((sum(shape[0] for shape in tensors), *tensors[0][1:]),)
             for name, shape in zip(entry.hf_names, tensors, strict=True):
-                for layer in range(self.layers if entry.per_layer else 1):
+                if not entry.per_layer:
+                    shapes[name] = shape
+                    continue
+                for layer in filter(entry.in_layer, range(self.layers)):
                     shapes[name.replace("{i}", str(layer))] = shape
         return shapes

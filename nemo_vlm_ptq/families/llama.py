@@ -7,6 +7,7 @@ from typing import Any
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.config_checks import require_positive, require_values
 from nemo_vlm_ptq.families.decoder import Decoder
+from nemo_vlm_ptq.families.delta_net import delta_net_entries
 from nemo_vlm_ptq.parameter_map.entries import IgnoredTensor, ParameterEntry
 
 HF_LAYER_PREFIX = "layers.{i}."
@@ -40,13 +41,15 @@ def llama_parameter_map(
     """
     layer, attention = body + HF_LAYER_PREFIX, MEGATRON_LAYER_PREFIX + "self_attention."
     embedding = body + "embed_tokens.weight"
-    optional = []
+    attention_layers = decoder.attention_layers
+    optional = delta_net_entries(decoder, layer, attention)
     if decoder.qkv_bias:
         optional.append(
             ParameterEntry(
                 megatron_name=attention + "linear_qkv.bias",
                 hf_names=tuple(layer + name.removesuffix("weight") + "bias" for name in qkv),
                 sharding="qkv",
+                layers=attention_layers,
             )
         )
     if decoder.qk_norm:
@@ -55,6 +58,7 @@ def llama_parameter_map(
                 megatron_name=attention + f"{part}_layernorm.weight",
                 hf_names=(layer + f"self_attn.{part}_norm.weight",),
                 sharding="replicate",
+                layers=attention_layers,
             )
             for part in "qk"
         ]
@@ -96,12 +100,14 @@ def llama_parameter_map(
             hf_names=tuple(layer + name for name in qkv),
             sharding="qkv",
             is_linear=True,
+            layers=attention_layers,
         ),
         ParameterEntry(
             megatron_name=MEGATRON_LAYER_PREFIX + "self_attention.linear_proj.weight",
             hf_names=(layer + "self_attn.o_proj.weight",),
             sharding="row",
             is_linear=True,
+            layers=attention_layers,
         ),
         *optional,
         ParameterEntry(

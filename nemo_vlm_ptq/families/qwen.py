@@ -27,6 +27,7 @@ from nemo_vlm_ptq.families.chat_template import prompt_renderer, tokenize_prompt
 from nemo_vlm_ptq.families.config_checks import (
     check_patch_tower,
     check_token_id,
+    require_positive,
     require_values,
 )
 from nemo_vlm_ptq.families.decoder import Decoder, MRope
@@ -70,13 +71,16 @@ class QwenVision(nn.Module):
         return {self._prefix + name: value for name, value in self.visual.named_parameters()}
 
 
-def qwen_decoder(family: str, full: Any, *, interleaved: bool) -> Decoder:
+def qwen_decoder(
+    family: str, full: Any, *, interleaved: bool, is_partial: bool = False
+) -> Decoder:
     """Return the decoder of a Qwen-VL config, without what only some of them have.
 
     Args:
         family: name of the family, for messages.
         full: transformers' config of the whole model.
         interleaved: how the family's attention deals frequencies out to the three positions.
+        is_partial: whether the family rotates a part of each head.
 
     Raises:
         UserError: the config has a value that the family does not support.
@@ -87,6 +91,9 @@ def qwen_decoder(family: str, full: Any, *, interleaved: bool) -> Decoder:
     check_token_id(family, "image_token_id", full.image_token_id)
     check_patch_tower(family, full.vision_config)
     decoder = decoder_from_sizes(family, text, rope.get("rope_theta", 10000.0))
+    factor = rope.get("partial_rotary_factor", 1.0)
+    require_positive(family, {"partial_rotary_factor": factor}, float)
+    rotary_dim = int(decoder.head_dim * factor)
     require_values(
         family,
         {
@@ -99,12 +106,16 @@ def qwen_decoder(family: str, full: Any, *, interleaved: bool) -> Decoder:
                 [],
             ),
             "mrope_section below 0": ([n for n in sections if n < 0], []),
-            "sum of mrope_section": (sum(sections), decoder.head_dim // 2),
+            "partial_rotary_factor": (factor, min(factor, 1.0) if is_partial else 1.0),
+            "rotated numbers of a head % 2": (rotary_dim % 2, 0),
+            "sum of mrope_section": (sum(sections), rotary_dim // 2),
             "vision_config.out_hidden_size": (_output_size(full.vision_config), decoder.hidden),
         },
     )
     mrope = MRope(sections=(sections[0], sections[1], sections[2]), interleaved=interleaved)
-    return replace(decoder, mrope=mrope, tied_head=bool(full.tie_word_embeddings))
+    part = rotary_dim if rotary_dim < decoder.head_dim else None
+    tied = bool(full.tie_word_embeddings)
+    return replace(decoder, mrope=mrope, rotary_dim=part, tied_head=tied)
 
 
 def _output_size(vision_config: Any) -> int:

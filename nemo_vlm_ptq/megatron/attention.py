@@ -63,6 +63,11 @@ class SdpaCoreAttention(DotProductAttention):
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
 
+def core_attention(block: Any) -> SdpaCoreAttention | None:
+    """Return the core attention of a Megatron transformer layer; None if it has no attention."""
+    return getattr(block.self_attention, "core_attention", None)
+
+
 def _in_window(
     length: int, window: int, keep: torch.Tensor | None, device: torch.device
 ) -> torch.Tensor:

@@ -9,18 +9,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.transformer import ModuleSpec, TransformerConfig
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer import TransformerConfig
 
 from nemo_vlm_ptq.constants import VOCAB_MULTIPLE
 from nemo_vlm_ptq.families.decoder import Decoder
-from nemo_vlm_ptq.families.llama import POST_NORMS
-from nemo_vlm_ptq.megatron.attention import SdpaCoreAttention, WindowedSelfAttention
+from nemo_vlm_ptq.megatron.attention import core_attention
 from nemo_vlm_ptq.megatron.deepstack import add_deepstack
 from nemo_vlm_ptq.megatron.fusion import use_fused_kernels
-from nemo_vlm_ptq.megatron.norms import NormedAdd, ZeroCenteredRMSNorm
-from nemo_vlm_ptq.megatron.output_sharded_linear import OutputShardedLinear
+from nemo_vlm_ptq.megatron.layer_specs import block_spec
 from nemo_vlm_ptq.megatron.parallel_context import ParallelContext
 from nemo_vlm_ptq.megatron.rotary import apply_long_rope, apply_mrope, apply_window
 
@@ -61,6 +57,7 @@ def transformer_config(
         add_bias_linear=False,
         add_qkv_bias=decoder.qkv_bias,
         qk_layernorm=decoder.qk_norm,
+        attention_output_gate=decoder.output_gate,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         bias_activation_fusion=fused and decoder.activation == "silu",
@@ -108,7 +105,9 @@ def build_decoder(
         use_fused_kernels()
     layers = len(window) if window else None
     config = transformer_config(decoder, parallel, dtype, layers, fused=fused)
-    spec = _layer_spec(decoder, config, for_calibration=for_calibration)
+    count = decoder.layers // parallel.layout.pipeline
+    stage = range(parallel.pipeline_rank * count, (parallel.pipeline_rank + 1) * count)
+    spec = block_spec(decoder, config, window or stage, for_calibration=for_calibration)
     with parallel.device:  # allocate on the device instead of copying from the host
         model = GPTModel(
             config=config,
@@ -129,38 +128,11 @@ def build_decoder(
     return model.to(parallel.device, dtype).eval().requires_grad_(False)
 
 
-def _layer_spec(
-    decoder: Decoder, config: TransformerConfig, *, for_calibration: bool
-) -> ModuleSpec:
-    """Return the modules of a layer."""
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=decoder.qk_norm)
-    layer = spec.submodules
-    attention, mlp = layer.self_attention.submodules, layer.mlp.submodules
-    attention.core_attention = SdpaCoreAttention
-    if for_calibration:
-        attention.linear_proj = mlp.linear_fc2 = OutputShardedLinear
-    if decoder.window is not None:
-        layer.self_attention.module = WindowedSelfAttention
-    if decoder.zero_centered_norms:
-        layer.input_layernorm = layer.pre_mlp_layernorm = ZeroCenteredRMSNorm
-        if decoder.qk_norm:
-            attention.q_layernorm = attention.k_layernorm = ZeroCenteredRMSNorm
-    if decoder.post_norms:
-        norm = ZeroCenteredRMSNorm if decoder.zero_centered_norms else WrappedTorchNorm
-        for name in POST_NORMS:
-            place, _, norm_name = name.partition(".")
-            params = {"name": norm_name, "norm": norm, "config": config}
-            setattr(layer, place, ModuleSpec(module=NormedAdd, params=params))
-    return spec
-
-
 def _complete(model: GPTModel, decoder: Decoder, device: torch.device) -> None:
     """Add to a model what megatron-core lacks; its layers have their numbers in the whole one."""
-    if decoder.zero_centered_norms and model.decoder.final_layernorm is not None:
-        norm = ZeroCenteredRMSNorm(model.config, decoder.hidden, decoder.norm_eps)
-        model.decoder.final_layernorm = norm
-    for block in model.decoder.layers:
-        block.self_attention.core_attention.scale = decoder.attention_scale
+    for attention in map(core_attention, model.decoder.layers):
+        if attention is not None:
+            attention.scale = decoder.attention_scale
     if decoder.scaled_embedding and model.pre_process:
         model.embedding.register_forward_hook(partial(_scale, decoder.hidden**0.5))
     model.image_attention = decoder.image_attention

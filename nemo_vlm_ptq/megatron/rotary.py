@@ -58,14 +58,15 @@ class MRotaryEmbedding(torch.nn.Module):
 
     def __init__(self, decoder: Decoder, mrope: MRope, device: torch.device) -> None:
         super().__init__()
-        dim = decoder.head_dim  # operations in transformers' order, for bitwise equal frequencies
+        dim = decoder.rotary_dim or decoder.head_dim
+        # Operations in transformers' order, for bitwise equal frequencies.
         base = decoder.rope_theta ** (torch.arange(0, dim, 2).float() / dim)
         # Not a buffer, which would take the model's dtype.
         self.inverse_frequencies = (1.0 / base).to(device)
         self.row = _position_rows(mrope).to(device)
 
     def forward(self, positions: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        """Return the angles [S,B,1,head_dim] float32 of positions [3,B,S]."""
+        """Return the angles [S,B,1,rotary_dim] float32 of positions [3,B,S]."""
         angles = positions[..., None].float() * self.inverse_frequencies
         row = self.row[None, None, None].expand(1, *angles.shape[1:])
         chosen = angles.gather(0, row)[0]
@@ -73,7 +74,7 @@ class MRotaryEmbedding(torch.nn.Module):
 
 
 def _position_rows(mrope: MRope) -> torch.Tensor:
-    """Return which of the three positions turns each frequency, [head_dim/2] int64."""
+    """Return which of the three positions turns each frequency, [rotary_dim/2] int64."""
     row = torch.arange(3).repeat_interleave(torch.tensor(mrope.sections))
     if mrope.interleaved:
         row = torch.zeros_like(row)

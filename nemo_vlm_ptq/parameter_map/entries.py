@@ -24,6 +24,8 @@ class ParameterEntry:
         sharding: how the parameter is sharded over tensor-parallel ranks.
         is_linear: whether decoder formats quantize the parameter.
         is_tied: whether another entry has the same Hugging Face tensor, which exports hold once.
+        layers: the layers that have it; None: all.
+        keeps_dtype: whether exports hold it in the dtype of the source.
     """
 
     megatron_name: str
@@ -31,6 +33,12 @@ class ParameterEntry:
     sharding: Sharding
     is_linear: bool = False
     is_tied: bool = False
+    layers: frozenset[int] | None = None
+    keeps_dtype: bool = False
+
+    def in_layer(self, layer: int) -> bool:
+        """Return whether a layer has this parameter."""
+        return self.per_layer and (self.layers is None or layer in self.layers)
 
     def for_layer(self, layer: int) -> ParameterEntry:
         """Return the entry with the layer index filled in."""
@@ -53,7 +61,7 @@ class ParameterEntry:
 
     @property
     def per_layer(self) -> bool:
-        """Whether every layer has this parameter."""
+        """Whether layers have this parameter, all of them or some."""
         return "{i}" in self.megatron_name
 
 
@@ -79,7 +87,7 @@ def expand_layers(
     entries = list(parameter_map)
     expanded = [entry for entry in entries if not entry.per_layer]
     for layer in layers:
-        expanded += [entry.for_layer(layer) for entry in entries if entry.per_layer]
+        expanded += [entry.for_layer(layer) for entry in entries if entry.in_layer(layer)]
     return expanded
 
 

@@ -26,13 +26,22 @@ MERGED_PARTS: dict[str, int] = {"gated": 2, "qkv": 3}
 
 @dataclass(frozen=True, kw_only=True)
 class HeadSizes:
-    """Sizes of a decoder that determine its sharding; `padded_vocab` includes padding."""
+    """Sizes of a decoder that determine its sharding; `padded_vocab` includes padding.
+
+    output_gate: q has, for each head, the rows of the query and those of a gate.
+    """
 
     heads: int
     kv_heads: int
     head_dim: int
     vocab: int
     padded_vocab: int
+    output_gate: bool = False
+
+    @property
+    def q_heads(self) -> int:
+        """Blocks of head_dim rows in q."""
+        return self.heads * (1 + self.output_gate)
 
     @property
     def queries_per_kv_head(self) -> int:
@@ -60,7 +69,7 @@ class RowSlice:
 
 def split_fused(sharding: Sharding, fused: Any, sizes: HeadSizes) -> list[RowSlice]:
     """Split a fused tensor, [q|k|v] or [gate|up] along its first dimension, into its parts."""
-    ratios = (1, 1) if sharding == "gated" else (sizes.heads, sizes.kv_heads, sizes.kv_heads)
+    ratios = (1, 1) if sharding == "gated" else (sizes.q_heads, sizes.kv_heads, sizes.kv_heads)
     unit = _shape(fused)[0] // sum(ratios)
     ends = list(accumulate(ratio * unit for ratio in ratios))
     starts = [0, *ends[:-1]]
@@ -144,20 +153,31 @@ def _shard_vocab(part: Any, sizes: HeadSizes, t: int, T: int) -> torch.Tensor:
 
 
 def _shard_qkv(parts: Sequence[Any], sizes: HeadSizes, t: int, T: int) -> torch.Tensor:
-    """Concatenate, for each KV head of the shard, its query heads, its k and its v."""
+    """Concatenate, for each KV head of the shard, its query heads, its k and its v.
+
+    Gates follow all query heads of their KV head, as megatron-core expects them.
+    """
     kv_heads = sizes.kv_heads // T
     grouped = []
-    for part, heads_per_group in zip(parts, (sizes.queries_per_kv_head, 1, 1), strict=True):
+    for part, heads_per_group in zip(parts, (sizes.q_heads // sizes.kv_heads, 1, 1), strict=True):
         rows = kv_heads * heads_per_group * sizes.head_dim
         local = part[t * rows : (t + 1) * rows]
+        if sizes.output_gate and heads_per_group > 1:
+            local = _swap_gates(local, kv_heads, sizes.queries_per_kv_head, 2)
         grouped.append(local.reshape(kv_heads, heads_per_group * sizes.head_dim, *local.shape[1:]))
     merged = torch.cat(grouped, dim=1)
     return merged.reshape(-1, *merged.shape[2:])
 
 
+def _swap_gates(rows: torch.Tensor, kv_heads: int, first: int, second: int) -> torch.Tensor:
+    """Reorder rows [kv_heads, first, second, head_dim] to [kv_heads, second, first, head_dim]."""
+    blocks = rows.unflatten(0, (kv_heads, first, second, -1))
+    return blocks.transpose(1, 2).flatten(0, 3)
+
+
 def _unshard_qkv(whole: Any, sizes: HeadSizes, t: int, T: int) -> tuple[torch.Tensor, ...]:
     """Return the q, k and v rows of the heads of shard `t`."""
-    dim, queries_per_kv_head = sizes.head_dim, sizes.queries_per_kv_head
+    dim, queries_per_kv_head = sizes.head_dim, sizes.q_heads // sizes.kv_heads
     first_kv_head, kv_heads = t * sizes.kv_heads // T, max(1, sizes.kv_heads // T)
     rows = [queries_per_kv_head * dim, dim, dim]  # of q, k and v per KV head
     local = whole[first_kv_head * sum(rows) : (first_kv_head + kv_heads) * sum(rows)]
@@ -165,6 +185,8 @@ def _unshard_qkv(whole: Any, sizes: HeadSizes, t: int, T: int) -> tuple[torch.Te
     q, k, v = (
         part.reshape(-1, *local.shape[1:]).contiguous() for part in grouped.split(rows, dim=1)
     )
+    if sizes.output_gate:
+        q = _swap_gates(q, kv_heads, 2, sizes.queries_per_kv_head)
     # With fewer KV heads than shards, the local group has more query heads than the shard.
-    first_row = (t * sizes.heads // T - first_kv_head * queries_per_kv_head) * dim
-    return q[first_row : first_row + sizes.heads // T * dim], k, v
+    first_row = (t * sizes.q_heads // T - first_kv_head * queries_per_kv_head) * dim
+    return q[first_row : first_row + sizes.q_heads // T * dim], k, v

@@ -53,14 +53,15 @@ def rank_parameters(plan: Plan, tensor: int, pipeline: int = 1, *, head: bool = 
 
 
 def layer_weight_bytes(plan: Plan, tensor: int) -> int:
-    """Return the bytes of one layer's weights on a rank."""
-    numel = 0
+    """Return the bytes of the largest layer's weights on a rank."""
+    numel = [0] * plan.decoder.layers
     for entry in plan.parameter_map:
-        if entry.per_layer:
-            shapes = plan.decoder.shapes((entry,)).values()
-            full = sum(math.prod(shape) for shape in shapes) // plan.decoder.layers
-            numel += full if entry.sharding == "replicate" else full // tensor
-    return numel * bytes_per_parameter(plan)
+        layers = list(filter(entry.in_layer, range(plan.decoder.layers)))
+        shapes = plan.decoder.shapes((entry,)).values()
+        for layer in layers:
+            full = sum(math.prod(shape) for shape in shapes) // len(layers)
+            numel[layer] += full if entry.sharding == "replicate" else full // tensor
+    return max(numel) * bytes_per_parameter(plan)
 
 
 def resident_bytes(plan: Plan, tensor: int) -> int:

@@ -83,10 +83,16 @@ class DecoderWeights:
         parts = [self._reader.get_slice(hf_name) for hf_name in entry.hf_names]
         slices = [_DeviceSlices(whole=part, device=self._device) for part in parts]
         sharding = "column" if by_output and entry.sharding == "row" else entry.sharding
-        shard = shard_tensor(sharding, slices, self._sizes, t, T).to(self._dtype)
+        shard = shard_tensor(sharding, slices, self._sizes, t, T)
+        if not entry.keeps_dtype:
+            shard = shard.to(self._dtype)
         if not all_finite(shard):
             self._raise_not_finite(entry, parts)
         return shard
+
+    def __contains__(self, name: str) -> bool:
+        """Return whether the decoder has a parameter."""
+        return name in self._entries
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Return whole parameters by name.

@@ -19,7 +19,7 @@ from nemo_vlm_ptq.calibrate.solve.layer import (
     weight_names,
 )
 from nemo_vlm_ptq.calibrate.solve.scales import round_amax
-from nemo_vlm_ptq.calibrate.statistics import LINEARS, assemble_layer, has_sketch
+from nemo_vlm_ptq.calibrate.statistics import assemble_layer, has_sketch, layer_linears
 from nemo_vlm_ptq.constants import VOCAB_MULTIPLE
 from nemo_vlm_ptq.context import RunContext, on_rank_zero
 from nemo_vlm_ptq.formats import QuantFormat
@@ -106,12 +106,12 @@ class LayerSolver:
             window: GPTModel that holds the layer, or None; weights that tensor ranks share are read
                 again from the source.
         """
-        paths = weight_names(layer)
+        paths = {name: path for name, path in weight_names(layer).items() if path in self._weights}
         if window is None or self._context.parallel.layout.tensor > 1:
             weights = {linear: self._weights.shard(name) for linear, name in paths.items()}
         else:
             blocks = {block.layer_number - 1: block for block in window.decoder.layers}
-            modules = {name: blocks[layer].get_submodule(path) for name, path in LINEARS.items()}
+            modules = layer_linears(blocks[layer])
             weights = {name: module.weight.data for name, module in modules.items()}
         self._solve(layer, weights, tensors)
 

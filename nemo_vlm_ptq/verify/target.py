@@ -125,7 +125,10 @@ class TargetVerifier:
         folds = self._find_folds()
         device = reference_device(self.context, torch.float32)
         with open_source(plan.tensors) as source:
-            findings = checks.check_untouched(read.plain, source, self.context.dtype, folds.norms)
+            kept = plan.decoder.shapes(tuple(e for e in plan.parameter_map if e.keeps_dtype))
+            findings = checks.check_untouched(
+                read.plain, source, self.context.dtype, folds.norms, kept
+            )
             findings += checks.check_untouched(vision, source, self.context.dtype)
             missing = set(plan.vision_names) - set(vision)
             findings += [f"{name} is missing" for name in sorted(missing)]
@@ -169,7 +172,7 @@ class TargetVerifier:
         for layer in range(self.plan.decoder.layers):
             solved = load_scales(self.scales_folder, layer)
             for entry in self.plan.parameter_map:
-                if entry.is_linear:
+                if entry.is_linear and entry.in_layer(layer):
                     amax = solved[entry.module_name].input_amax
                     assert amax is not None
                     scale = _effective(amax) / INPUT_SCALE_DIVISOR[self.fmt.activation]

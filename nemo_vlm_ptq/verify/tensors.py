@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 
@@ -42,18 +42,21 @@ def check_untouched(
     source: SourceReader,
     dtype: torch.dtype,
     folded: Mapping[str, tuple[torch.Tensor, float]] | None = None,
+    kept: Collection[str] = (),
 ) -> list[str]:
     """Check that tensors that are not quantized equal the source bit for bit in the export's dtype.
 
     Tensors in `folded`, with a factor and an offset, equal (source + offset) * factor - offset,
-    rounded to that dtype.
+    rounded to that dtype. Those in `kept` have the source's dtype.
     """
     findings, folded = [], folded or {}
     for name, tensor in sorted(plain.items()):
-        if tensor.dtype != dtype:  # torch.equal is true across dtypes
-            findings.append(f"{name} is {tensor.dtype}, not {dtype}")
+        required = source.get_tensor(name)
+        if name not in kept:
+            required = required.to(dtype)
+        if tensor.dtype != required.dtype:  # torch.equal is true across dtypes
+            findings.append(f"{name} is {tensor.dtype}, not {required.dtype}")
             continue
-        required = source.get_tensor(name).to(dtype)
         if name in folded:
             factor, offset = folded[name]
             required = ((required.float() + offset) * factor - offset).to(dtype)

@@ -53,28 +53,41 @@ def find_folds(
         layers: per layer, Megatron linear -> solved pre_quant_scale [K].
     """
     folds, by_module = Folds(), {entry.module_name: entry for entry in parameter_map}
-    head_dim, queries_per_kv_head = decoder.head_dim, decoder.heads // decoder.kv_heads
     for layer, solved in enumerate(layers):
-        per_head = solved["linear_proj"].view(decoder.kv_heads, queries_per_kv_head, head_dim)
-        shared = per_head.min(dim=1, keepdim=True).values
-        inputs = {**solved, "linear_proj": shared.repeat(1, queries_per_kv_head, 1).flatten()}
-        entries = {module: entry.for_layer(layer) for module, entry in by_module.items()}
-        names = {
-            module: [name.removesuffix(".weight") for name in entries[module].hf_names]
-            for module in inputs
+        entries = {
+            module: entry.for_layer(layer)
+            for module, entry in by_module.items()
+            if entry.in_layer(layer)
         }
+        inputs = dict(solved)
+        if "linear_proj" in solved:
+            per_head = solved["linear_proj"].view(decoder.kv_heads, -1, decoder.head_dim)
+            shared = per_head.min(dim=1, keepdim=True).values
+            inputs["linear_proj"] = shared.repeat(1, per_head.shape[1], 1).flatten()
+            _fold_attention(folds, entries, decoder, shared.flatten())
         for module, scale in inputs.items():
-            folds.inputs |= dict.fromkeys(names[module], scale)
-        for module, norm in INPUT_NORMS.items():
-            offset = float(decoder.zero_centered_norms)
-            folds.norms[entries[norm].hf_names[0]] = solved[module], offset
-        q_and_k = [decoder.heads * head_dim, decoder.kv_heads * head_dim]
-        folds.outputs |= _output_factors(names["linear_qkv"], q_and_k, shared.flatten())
-        folds.outputs |= _output_factors(names["linear_fc1"], [decoder.ffn], solved["linear_fc2"])
-        if "linear_qkv.bias" in entries:
-            folds.norms[entries["linear_qkv.bias"].hf_names[-1]] = shared.flatten(), 0.0
-        folds.values.append(float(shared.max()))
+            folds.inputs |= dict.fromkeys(_linear_names(entries[module]), scale)
+        for module in INPUT_NORMS.keys() & solved.keys():
+            norm = entries[INPUT_NORMS[module]].hf_names[0]
+            folds.norms[norm] = solved[module], float(decoder.zero_centered_norms)
+        names = _linear_names(entries["linear_fc1"])
+        folds.outputs |= _output_factors(names, [decoder.ffn], solved["linear_fc2"])
     return folds
+
+
+def _fold_attention(
+    folds: Folds, entries: Mapping[str, ParameterEntry], decoder: Decoder, shared: torch.Tensor
+) -> None:
+    """Add the factors of v, [kv_heads * head_dim], which take those of o_proj's inputs."""
+    unscaled = [decoder.q_features, decoder.kv_heads * decoder.head_dim]
+    folds.outputs |= _output_factors(_linear_names(entries["linear_qkv"]), unscaled, shared)
+    if "linear_qkv.bias" in entries:
+        folds.norms[entries["linear_qkv.bias"].hf_names[-1]] = shared, 0.0
+    folds.values.append(float(shared.max()))
+
+
+def _linear_names(entry: ParameterEntry) -> list[str]:
+    return [name.removesuffix(".weight") for name in entry.hf_names]
 
 
 def _output_factors(

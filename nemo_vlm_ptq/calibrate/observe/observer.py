@@ -22,11 +22,12 @@ from torch.linalg import vector_norm
 from nemo_vlm_ptq.calibrate.observe.batch_tokens import MODALITIES, BatchTokens
 from nemo_vlm_ptq.calibrate.second_moments import accumulate_strip, zero_strip
 from nemo_vlm_ptq.calibrate.sketch import accumulate_blocks, accumulate_sketch, zero_blocks
-from nemo_vlm_ptq.calibrate.statistics import LINEARS, SUM_UNIT
+from nemo_vlm_ptq.calibrate.statistics import LINEARS, SUM_UNIT, layer_linears
 from nemo_vlm_ptq.constants import SKETCH_ROWS
 from nemo_vlm_ptq.distributed.moment_strips import strip_owner, strips
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.base import IMAGE, TEXT
+from nemo_vlm_ptq.megatron.attention import core_attention
 from nemo_vlm_ptq.megatron.forward import Batch
 from nemo_vlm_ptq.megatron.parallel_context import ParallelContext
 from nemo_vlm_ptq.utils.pinned_memory import start_copy_to_host, to_device
@@ -73,8 +74,8 @@ class Observer:
         self.second_moments: dict[tuple[int, str], list[dict[int, torch.Tensor]]] = {}
         end, device = 0, parallel.device
         for layer, block in self.layers.items():
-            for name, path in LINEARS.items():
-                width = block.get_submodule(path).weight.shape[1]
+            for name, module in layer_linears(block).items():
+                width = module.weight.shape[1]
                 self.input_slices[layer, name] = slice(end, end := end + width)
                 if "sketch" in moments and sketch_owner(name, parallel) == parallel.tensor_rank:
                     shape = 2 * SKETCH_ROWS, width
@@ -94,6 +95,10 @@ class Observer:
         self._active_layers: Collection[int] = ()
         self._pending_check: Callable[[], None] = lambda: None  # of the previous micro-batch
 
+    def linears(self, layer: int) -> list[str]:
+        """Return the linears that a layer has."""
+        return [name for name in LINEARS if (layer, name) in self.input_slices]
+
     def _zero_strips(self, width: int) -> list[dict[int, torch.Tensor]]:
         T, t = self.parallel.layout.tensor, self.parallel.tensor_rank
         owned = [i for i in range(len(strips(width))) if strip_owner(i, T) == t]
@@ -106,19 +111,19 @@ class Observer:
         if self._decoder is not None:
             handles.append(self._decoder.register_forward_hook(self._accumulate_batch))
         for index, (layer, block) in enumerate(self.layers.items()):
-            for name, path in LINEARS.items():
+            for name, module in layer_linears(block).items():
                 hook = self._make_input_hook(layer, name)
-                handles.append(block.get_submodule(path).register_forward_pre_hook(hook))
-            block.self_attention.core_attention.kv_observer = self._make_kv_hook(
-                layer, self.kv_amax[index]
-            )
+                handles.append(module.register_forward_pre_hook(hook))
+            if (attention := core_attention(block)) is not None:
+                attention.kv_observer = self._make_kv_hook(layer, self.kv_amax[index])
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-            for block in self.layers.values():
-                block.self_attention.core_attention.kv_observer = None
+            for attention in map(core_attention, self.layers.values()):
+                if attention is not None:
+                    attention.kv_observer = None
 
     def start_micro_batch(self, tokens: BatchTokens, active_layers: Collection[int]) -> None:
         """Prepare for the forward pass of a micro-batch.
@@ -165,10 +170,10 @@ class Observer:
         position = list(self.layers).index(layer)
         if not is_owner:
             self.tokens[position] = 0
-            for name in LINEARS:
+            for name in self.linears(layer):
                 self.sum[:, self.input_slices[layer, name]] = 0
         if drop_moments:
-            for name in LINEARS:
+            for name in self.linears(layer):
                 self.second_moments.pop((layer, name), None)
                 self.sketches.pop((layer, name), None)
                 self.blocks.pop((layer, name), None)

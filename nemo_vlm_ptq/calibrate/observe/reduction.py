@@ -20,7 +20,12 @@ from nemo_vlm_ptq.calibrate.observe.observer import Observer, sketch_owner
 from nemo_vlm_ptq.calibrate.observe.progress import SavedSums
 from nemo_vlm_ptq.calibrate.second_moments import MOMENT_LIMIT, MOMENT_UNIT, strip_to_float32
 from nemo_vlm_ptq.calibrate.sketch import SKETCH_LIMIT, SKETCH_UNIT, block_features
-from nemo_vlm_ptq.calibrate.statistics import LINEARS, SUM_UNIT, layer_file, save_layer
+from nemo_vlm_ptq.calibrate.statistics import (
+    IN_ALL_LAYERS,
+    SUM_UNIT,
+    layer_file,
+    save_layer,
+)
 from nemo_vlm_ptq.constants import SKETCH_ROWS
 from nemo_vlm_ptq.distributed.moment_strips import strip_numel, strip_owner, strips
 from nemo_vlm_ptq.errors import UserError
@@ -83,7 +88,8 @@ def reduce_layers(
             if writes:
                 key, value = observer.kv_amax[position].split(1)
                 tensors |= {"key.amax": key, "value.amax": value}
-                tensors |= {f"{name}.tokens": observer.tokens[position] for name in LINEARS}
+                names = observer.linears(layer)
+                tensors |= {f"{name}.tokens": observer.tokens[position] for name in names}
                 if folder is not None:
                     files.append(writers.submit(save_layer, folder, layer, tensors))
                 unconsumed.append((layer, tensors))
@@ -106,7 +112,7 @@ def _all_reduce(observer: Observer, parallel: ParallelContext) -> None:
 def _max_pending_files(observer: Observer, exact: bool) -> int:
     """Return how many layers may wait to be written: as many as half of the free memory holds."""
     layer = next(iter(observer.layers))
-    slices = [observer.input_slices[layer, name] for name in LINEARS]
+    slices = [observer.input_slices[layer, name] for name in observer.linears(layer)]
     widths = [inputs.stop - inputs.start for inputs in slices]
     numel = 1
     if observer.gathers_sketches:
@@ -135,7 +141,7 @@ def _reduce_layer(
     """Return a layer's reduced tensors (collective); second moments on the writing rank only."""
     owner, writes = _owner_data_rank(layer, parallel), _is_writer(layer, parallel)
     tensors: dict[str, torch.Tensor] = {}
-    for name in LINEARS:
+    for name in observer.linears(layer):
         input_slice = observer.input_slices[layer, name]
         amax, total = observer.amax[:, input_slice], observer.sum[:, input_slice]
         tensors |= {f"{name}.amax": amax, f"{name}.sum": total}
@@ -228,7 +234,7 @@ def load_saved_sums(observer: Observer, folder: Path, saved: Mapping[int, SavedS
             continue
         path = checked_file(folder, f"{saved[layer].folder}/{layer_file(layer)}")
         with safe_open(path, framework="pt", device=str(parallel.device)) as file:
-            for name in LINEARS:
+            for name in observer.linears(layer):
                 input_slice = observer.input_slices[layer, name]
                 observer.amax[:, input_slice] = file.get_tensor(f"{name}.amax")
                 observer.sum[:, input_slice] = file.get_tensor(f"{name}.sum")
@@ -243,4 +249,4 @@ def load_saved_sums(observer: Observer, folder: Path, saved: Mapping[int, SavedS
                         sums[layer, name].copy_(stored.view(sums[layer, name].shape))
             kv_amax = [file.get_tensor(f"{name}.amax") for name in ("key", "value")]
             observer.kv_amax[position] = torch.cat(kv_amax)
-            observer.tokens[position] = file.get_tensor("linear_qkv.tokens")
+            observer.tokens[position] = file.get_tensor(f"{IN_ALL_LAYERS}.tokens")

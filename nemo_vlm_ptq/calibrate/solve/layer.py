@@ -158,6 +158,7 @@ def load_scales(folder: Path, layer: int) -> dict[str, LinearScales]:
             **{field: tensors.get(_stored_key(linear, field)) for field in TENSOR_FIELDS}  # type: ignore[arg-type]
         )
         for linear in LINEARS
+        if _stored_key(linear, "weight_amax") in tensors
     }
 
 

@@ -54,20 +54,23 @@ def fold_layer(
     if not fmt.uses_pre_quant_scale:
         return layer
     sizes, folded = decoder.sizes(1), dict(layer)
-    folded[ATTENTION_OUTPUT] = _share_attention_scale(
-        layer[ATTENTION_OUTPUT], scales, imported, fmt, decoder
-    )
-    factors = {
-        linear: _pre_quant_scale(folded[linear]) for linear in (*INPUT_NORMS, *PRECEDING_LINEARS)
-    }
-    for linear, norm in INPUT_NORMS.items():
+    if ATTENTION_OUTPUT in layer:
+        folded[ATTENTION_OUTPUT] = _share_attention_scale(
+            layer[ATTENTION_OUTPUT], scales, imported, fmt, decoder
+        )
+    linears = [name for name in (*INPUT_NORMS, *PRECEDING_LINEARS) if name in layer]
+    factors = {linear: _pre_quant_scale(folded[linear]) for linear in linears}
+    for linear in filter(factors.__contains__, INPUT_NORMS):
+        norm = INPUT_NORMS[linear]
         (weight,) = layer[norm].parts
         assert isinstance(weight, torch.Tensor)
         offset = 1.0 if decoder.zero_centered_norms else 0.0
         scaled = (weight.float() + offset) * factors[linear].to(weight.device) - offset
         folded[norm] = replace(layer[norm], parts=(scaled.to(weight.dtype),))
-    factors[ATTENTION_OUTPUT] = _per_kv_channel(factors[ATTENTION_OUTPUT], sizes)
-    for linear, preceding in PRECEDING_LINEARS.items():
+    if ATTENTION_OUTPUT in factors:
+        factors[ATTENTION_OUTPUT] = _per_kv_channel(factors[ATTENTION_OUTPUT], sizes)
+    for linear in filter(factors.__contains__, PRECEDING_LINEARS):
+        preceding = PRECEDING_LINEARS[linear]
         *others, last = folded[preceding].parts
         assert isinstance(last, EncodedLinear)
         scale_GO = last.scale.T * factors[linear]  # per output channel: [O]

@@ -26,10 +26,10 @@ from modelopt.torch.quantization.nn import (
 
 from nemo_vlm_ptq.calibrate.solve.linear_scales import LinearScales
 from nemo_vlm_ptq.calibrate.solve.scales import prepare_weight
-from nemo_vlm_ptq.calibrate.statistics import LINEARS, ROW_PARALLEL
+from nemo_vlm_ptq.calibrate.statistics import ROW_PARALLEL, layer_linears
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.formats import KvCacheFormat, QuantFormat
-from nemo_vlm_ptq.megatron.attention import SdpaCoreAttention
+from nemo_vlm_ptq.megatron.attention import SdpaCoreAttention, core_attention
 from nemo_vlm_ptq.numerics import fake_quantize
 from nemo_vlm_ptq.targets.megatron import quant_modules
 
@@ -84,6 +84,11 @@ def insert_quantizers(
             )
             stack.callback(QuantModuleRegistry.unregister, SdpaCoreAttention)
         mtq.quantize(model, preset_config(fmt, group_size, kv_cache))
+    for block in model.decoder.layers:
+        if core_attention(block) is None:  # linears of a DeltaNet stay in 16 bit
+            for module in block.self_attention.modules():
+                if isinstance(module, TensorQuantizer):
+                    module.disable()
     if fmt.low_rank:
         for _, linear, module in decoder_linears(model):
             quant_modules.add_low_rank(module, linear)
@@ -173,8 +178,8 @@ def disable_activation_quantizers(model: GPTModel) -> None:
 def decoder_linears(model: GPTModel) -> Iterator[tuple[int, str, Any]]:
     """Yield (global layer index, key in LINEARS, module) of the linears on this rank."""
     for block in model.decoder.layers:
-        for linear, path in LINEARS.items():
-            yield block.layer_number - 1, linear, block.get_submodule(path)
+        for linear, module in layer_linears(block).items():
+            yield block.layer_number - 1, linear, module
 
 
 def save_modelopt_state(model: GPTModel, folder: Path) -> None:

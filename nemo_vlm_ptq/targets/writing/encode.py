@@ -217,7 +217,7 @@ def encode_layer(
     return {
         entry.module_name: encoded(entry.for_layer(layer))
         for entry in parameter_map
-        if entry.per_layer
+        if entry.in_layer(layer)
     }
 
 

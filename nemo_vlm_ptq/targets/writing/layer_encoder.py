@@ -86,7 +86,7 @@ class LayerEncoder:
     def _prepare(self, index: int, scales: Mapping[str, LinearScales]) -> dict[str, torch.Tensor]:
         prepared = {}
         for entry in self.plan.parameter_map:
-            if not entry.per_layer:
+            if not entry.in_layer(index):
                 continue
             name = entry.for_layer(index).megatron_name
             prepared[name] = self.weights.shard(name)

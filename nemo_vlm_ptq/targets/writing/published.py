@@ -127,13 +127,15 @@ class PublishedFiles:
 def entry_tensors(entry: EncodedEntry, dtype: torch.dtype, published: PublishedFormat) -> Tensors:
     """Return the tensors of one parameter map entry by full name.
 
-    Plain tensors are cast to `dtype`. Parts that are one Hugging Face tensor are concatenated.
+    Plain tensors are cast to `dtype`, unless the entry keeps its own. Parts that are one Hugging Face tensor are concatenated.
     """
     parts: list[Any] = list(entry.parts)
     names = entry.entry.hf_names
     if isinstance(parts[0], torch.Tensor):
         merged = [torch.cat(parts)] if entry.entry.is_fused else parts
-        return {name: tensor.to(dtype) for name, tensor in zip(names, merged, strict=True)}
+        if not entry.entry.keeps_dtype:
+            merged = [tensor.to(dtype) for tensor in merged]
+        return dict(zip(names, merged, strict=True))
     if entry.entry.is_fused and parts[1:]:
         parts = [fuse_parts(parts)]
     tensors: Tensors = {}
