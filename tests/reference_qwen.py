@@ -31,8 +31,12 @@ KINDS = {  # family and variant -> class of transformers, config of the text, of
     ),
     "qwen3_5": (
         "Qwen3_5",
-        {"rope_theta": 1e7, "mrope_section": [2, 1, 1], "mrope_interleaved": True,
-         "partial_rotary_factor": 0.25},
+        {
+            "rope_theta": 1e7,
+            "mrope_section": [2, 1, 1],
+            "mrope_interleaved": True,
+            "partial_rotary_factor": 0.25,
+        },
         {"num_position_embeddings": 36},
     ),
     "qwen2_vl": (

@@ -71,9 +71,7 @@ class QwenVision(nn.Module):
         return {self._prefix + name: value for name, value in self.visual.named_parameters()}
 
 
-def qwen_decoder(
-    family: str, full: Any, *, interleaved: bool, is_partial: bool = False
-) -> Decoder:
+def qwen_decoder(family: str, full: Any, *, interleaved: bool, is_partial: bool = False) -> Decoder:
     """Return the decoder of a Qwen-VL config, without what only some of them have.
 
     Args:

@@ -82,7 +82,9 @@ def _read_delta_net(text: Any) -> DeltaNet:
     sizes = [f"linear_{name}" for name in (*names, "conv_kernel_dim")]
     require_positive(FAMILY.name, {key: getattr(text, key) for key in sizes}, int)
     keys, values = text.linear_num_key_heads, text.linear_num_value_heads
-    require_values(FAMILY.name, {"linear_num_value_heads % linear_num_key_heads": (values % keys, 0)})
+    require_values(
+        FAMILY.name, {"linear_num_value_heads % linear_num_key_heads": (values % keys, 0)}
+    )
     return DeltaNet(
         layers=tuple(kind == LINEAR for kind in text.layer_types),
         key_heads=keys,

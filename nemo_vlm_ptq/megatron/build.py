@@ -125,7 +125,12 @@ def build_decoder(
         for index, block in zip(window, model.decoder.layers, strict=True):
             block.layer_number = index + 1
     _complete(model, decoder, parallel.device)
-    return model.to(parallel.device, dtype).eval().requires_grad_(False)
+    model.to(parallel.device, dtype).eval().requires_grad_(False)
+    if decoder.delta_net is not None:
+        from nemo_vlm_ptq.megatron.delta_net import keep_float32
+
+        keep_float32(model)
+    return model
 
 
 def _complete(model: GPTModel, decoder: Decoder, device: torch.device) -> None:

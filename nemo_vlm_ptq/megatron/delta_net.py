@@ -14,6 +14,16 @@ from transformers.initialization import no_init_weights
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 
 from nemo_vlm_ptq.families.decoder import DeltaNet
+from nemo_vlm_ptq.families.delta_net import KEPT
+
+
+def keep_float32(model: Any) -> None:
+    """Store what DeltaNets compute with in float32 in that dtype, whatever the model's dtype."""
+    for module in model.modules():
+        if isinstance(module, GatedDeltaNet):
+            for name in KEPT:
+                parameter = module.get_parameter(name)
+                parameter.data = parameter.data.float()
 
 
 class GatedDeltaNet(Qwen3_5GatedDeltaNet):
