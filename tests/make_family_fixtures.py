@@ -34,6 +34,8 @@ from published_configs import (
     QWEN2_TOWER,
     QWEN3_2B,
     QWEN3_2B_TOWER,
+    QWEN3_5_4B,
+    QWEN3_5_27B,
     QWEN3_8B,
     QWEN3_8B_TOWER,
     QWEN3_32B,
@@ -47,6 +49,7 @@ from published_configs import (
     llava_onevision,
     phi,
     qwen,
+    qwen3_5,
     vila,
 )
 
@@ -210,6 +213,10 @@ MODELS = {
         }, tied=True),
         "Qwen2-VL-7B-Instruct": qwen("Qwen2VL", QWEN2_7B, QWEN2_TOWER, tied=False),
     }),
+    "qwen3_5": (qwen_tensors, {
+        "Qwen3.6-27B": qwen3_5(QWEN3_5_27B),
+        "Qwen3.5-4B": qwen3_5(QWEN3_5_4B, QWEN3_2B_TOWER, tied=True),
+    }),
     "qwen3_vl": (qwen_tensors, {
         "Qwen3-VL-2B-Instruct": qwen("Qwen3VL", QWEN3_2B, QWEN3_2B_TOWER, tied=True),
         "Qwen3-VL-8B-Instruct": qwen("Qwen3VL", QWEN3_8B, QWEN3_8B_TOWER, tied=False),
@@ -226,7 +233,10 @@ MODELS = {
 
 
 def fold(tensors):
-    """Merge the entries of `.layers.0.` to `.layers.31.`, or of blocks, into `.layers.{0..31}.`."""
+    """Merge the entries of `.layers.0.` to `.layers.31.`, or of blocks, into `.layers.{0..31}.`.
+
+    Tensors that some layers lack have several ranges: `{0..2,4..6}`.
+    """
     shapes, layers = defaultdict(list), defaultdict(list)
     for name, shape in tensors.items():
         match = LAYER.search(name)
@@ -234,12 +244,19 @@ def fold(tensors):
         shapes[pattern].append(shape)
         layers[pattern].append(int(match[2]) if match else 0)
     for pattern, same in shapes.items():
-        assert sorted(layers[pattern]) == list(range(len(same))), pattern
         assert all(shape == same[0] for shape in same), pattern
     return {
-        pattern.replace("{}", f"{{0..{len(shapes[pattern]) - 1}}}"): shapes[pattern][0]
+        pattern.replace("{}", f"{{{ranges(layers[pattern])}}}"): shapes[pattern][0]
         for pattern in sorted(shapes)
     }
+
+
+def ranges(layers):
+    """Return `0..2,4..6` of [0, 1, 2, 4, 5, 6]."""
+    layers = sorted(layers)
+    starts = [i for i in layers if i - 1 not in layers]
+    ends = [i for i in layers if i + 1 not in layers]
+    return ",".join(f"{start}..{end}" for start, end in zip(starts, ends, strict=True))
 
 
 def compact_list(match):

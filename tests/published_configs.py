@@ -92,6 +92,28 @@ QWEN3_8B_TOWER = QWEN3_2B_TOWER | {
     "intermediate_size": 4304,
     "out_hidden_size": 4096,
 }
+QWEN3_5_TEXT = {
+    "attention_bias": False, "attention_dropout": 0.0, "attn_output_gate": True,
+    "bos_token_id": 248044, "dtype": "bfloat16", "eos_token_id": 248044,
+    "full_attention_interval": 4, "head_dim": 256, "hidden_act": "silu", "initializer_range": 0.02,
+    "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_num_key_heads": 16,
+    "linear_value_head_dim": 128, "mamba_ssm_dtype": "float32", "max_position_embeddings": 262144,
+    "model_type": "qwen3_5_text", "mtp_num_hidden_layers": 1,
+    "mtp_use_dedicated_embeddings": False, "num_key_value_heads": 4, "partial_rotary_factor": 0.25,
+    "rms_norm_eps": 1e-06, "use_cache": True, "vocab_size": 248320,
+    "rope_parameters": {
+        "mrope_interleaved": True, "mrope_section": [11, 11, 10], "partial_rotary_factor": 0.25,
+        "rope_theta": 10000000, "rope_type": "default",
+    },
+}  # fmt: skip
+QWEN3_5_27B = {
+    "hidden_size": 5120, "intermediate_size": 17408, "linear_num_value_heads": 48,
+    "num_attention_heads": 24, "num_hidden_layers": 64,
+}  # fmt: skip
+QWEN3_5_4B = {
+    "hidden_size": 2560, "intermediate_size": 9216, "linear_num_value_heads": 32,
+    "num_attention_heads": 16, "num_hidden_layers": 32,
+}  # fmt: skip
 INTERN_TEXT = {
     "attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02,
     "max_position_embeddings": 32768, "model_type": "qwen2", "rms_norm_eps": 1e-06,
@@ -283,6 +305,22 @@ def qwen(model, text, vision, *, tied):
     sliding = {"use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 28}
     flat = QWEN | {"model_type": kind, "rope_theta": 1000000.0, "rope_scaling": rope} | sliding
     return flat | common | {"vision_config": vision} | text
+
+
+def qwen3_5(text, tower=QWEN3_8B_TOWER, *, tied=False):
+    """Return the config.json of Qwen3.5-* and later ones."""
+    kinds = [*["linear_attention"] * 3, "full_attention"] * (text["num_hidden_layers"] // 4)
+    own = {"layer_types": kinds, "tie_word_embeddings": tied}
+    vision = {
+        "deepstack_visual_indexes": [], "model_type": "qwen3_5",
+        "out_hidden_size": text["hidden_size"],
+    }  # fmt: skip
+    return {
+        "architectures": ["Qwen3_5ForConditionalGeneration"], "image_token_id": 248056,
+        "model_type": "qwen3_5", "text_config": QWEN3_5_TEXT | own | text,
+        "tie_word_embeddings": tied, "video_token_id": 248057, "vision_config": tower | vision,
+        "vision_end_token_id": 248054, "vision_start_token_id": 248053,
+    }  # fmt: skip
 
 
 def internvl(text, tower=INTERN_TOWER):

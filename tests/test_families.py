@@ -20,7 +20,7 @@ from nemo_vlm_ptq.parameter_map.sharding import shard_tensor, unshard_tensor
 
 FILES = sorted((Path(__file__).parent / "families").glob("*.json"))
 FIXTURES = {path.stem: json.loads(path.read_text())["models"] for path in FILES}
-LAYER_RANGE = re.compile(r"\{0\.\.(\d+)\}")
+LAYER_RANGES = re.compile(r"\{([\d.,]+)\}")
 SMALL = Decoder(
     hidden=16, ffn=24, layers=1, heads=8, kv_heads=4, head_dim=4, vocab=100,
     norm_eps=1e-5, rope_theta=1e4, max_positions=64,
@@ -36,12 +36,14 @@ class Model(NamedTuple):
 
 
 def expand_layer_ranges(tensors):
-    """Replace each name with `{0..31}` by 32 names."""
+    """Replace each name with `{0..31}` by 32 names; there may be several ranges."""
     shapes = {}
     for pattern, shape in tensors.items():
-        match = LAYER_RANGE.search(pattern)
-        for layer in range(int(match[1]) + 1 if match else 1):
-            shapes[LAYER_RANGE.sub(str(layer), pattern)] = tuple(shape)
+        match = LAYER_RANGES.search(pattern)
+        for layers in match[1].split(",") if match else ["0..0"]:
+            first, last = map(int, layers.split(".."))
+            for layer in range(first, last + 1):
+                shapes[LAYER_RANGES.sub(str(layer), pattern)] = tuple(shape)
     return shapes
 
 

@@ -136,6 +136,10 @@ class Decoder:
             return None
         return frozenset(i for i, is_delta in enumerate(self.delta_net.layers) if not is_delta)
 
+    def has_attention(self, layer: int) -> bool:
+        """Return whether a layer has attention."""
+        return self.attention_layers is None or layer in self.attention_layers
+
     @property
     def q_features(self) -> int:
         """Output features of q_proj, gates included."""

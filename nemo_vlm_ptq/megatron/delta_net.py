@@ -33,7 +33,7 @@ class GatedDeltaNet(Qwen3_5GatedDeltaNet):
     """
 
     def __init__(self, config: Any, delta_net: DeltaNet, **_: Any) -> None:
-        sizes = SimpleNamespace(
+        sizes: Any = SimpleNamespace(
             hidden_size=config.hidden_size,
             linear_num_value_heads=delta_net.value_heads,
             linear_num_key_heads=delta_net.key_heads,

@@ -84,7 +84,7 @@ class ReadLinear:
 
 @dataclass(frozen=True)
 class ReadKvCache:
-    """Number format of a quantized KV cache and its scales [layers] float32."""
+    """Number format of a quantized KV cache, and its scales [layers with attention] float32."""
 
     number_format: ActivationFormat
     key_scale: torch.Tensor

@@ -20,6 +20,9 @@ class FakeQuantizedCache(DynamicCache):
     def __init__(self, config: Any, kv: ReadKvCache) -> None:
         super().__init__(config=config)
         self.kv = kv
+        kinds = getattr(config, "layer_types", None) or [""] * config.num_hidden_layers
+        with_attention = [i for i, kind in enumerate(kinds) if kind != "linear_attention"]
+        self.position = {layer: position for position, layer in enumerate(with_attention)}
 
     def update(
         self,
@@ -30,9 +33,9 @@ class FakeQuantizedCache(DynamicCache):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append key and value states [B,kv_heads,S,head_dim]; return all states of the layer."""
-        number_format = self.kv.number_format
-        key = fake_quantize_values(key_states, number_format, self.kv.key_scale[layer_idx])
-        value = fake_quantize_values(value_states, number_format, self.kv.value_scale[layer_idx])
+        number_format, position = self.kv.number_format, self.position[layer_idx]
+        key = fake_quantize_values(key_states, number_format, self.kv.key_scale[position])
+        value = fake_quantize_values(value_states, number_format, self.kv.value_scale[position])
         return super().update(key, value, layer_idx, *args, **kwargs)
 
 

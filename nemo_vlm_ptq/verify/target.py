@@ -181,13 +181,14 @@ class TargetVerifier:
         return scales
 
     def _kv_scales(self, folds: Folds) -> list[tuple[float, float]]:
-        """Return the solved scales of keys and of values of each layer."""
+        """Return the solved scales of keys and of values of each layer with attention."""
         divisor = KV_SCALE_DIVISOR[self.plan.recipe.quantize.kv_cache]
         pairs = []
-        for layer in range(self.plan.decoder.layers):
+        layers = filter(self.plan.decoder.has_attention, range(self.plan.decoder.layers))
+        for position, layer in enumerate(layers):
             solved = [_effective(one) / divisor for one in load_kv_amax(self.scales_folder, layer)]
             key, value = [max(solved)] * 2 if self.spec.shares_kv_scale else solved
-            pairs.append((key, value * (folds.values[layer] if folds.values else 1.0)))
+            pairs.append((key, value * (folds.values[position] if folds.values else 1.0)))
         return pairs
 
     def _tolerance(self) -> float:

@@ -31,7 +31,8 @@ class Folds:
         weight before it multiplies: 1 for norms around zero.
     inputs: pre_quant_scale [K] that was folded away in front of a linear.
     outputs: factor [O] of a linear's output channels.
-    values: per layer, upper bound of the factor of the largest |value| in the KV cache.
+    values: per layer with attention, upper bound of the factor of the largest |value| in the KV
+        cache.
     """
 
     norms: dict[str, tuple[torch.Tensor, float]] = field(default_factory=dict)

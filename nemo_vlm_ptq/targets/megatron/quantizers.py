@@ -12,7 +12,7 @@ import copy
 import io
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import modelopt.torch.quantization as mtq
 import torch
@@ -120,7 +120,9 @@ def fill_quantizers(
                 expected.add(id(module.input_quantizer))
     if get_kv_amax is not None:
         for block in model.decoder.layers:
-            quantizers = block.self_attention.core_attention.kv_quantizers()
+            if (attention := core_attention(block)) is None:
+                continue
+            quantizers = cast(quant_modules.KvQuantAttention, attention).kv_quantizers()
             amaxes = get_kv_amax(block.layer_number - 1)
             for quantizer, amax in zip(quantizers, amaxes, strict=True):
                 quantizer.amax = amax.reshape(()).to(next(block.parameters()).device)

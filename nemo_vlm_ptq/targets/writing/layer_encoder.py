@@ -72,8 +72,8 @@ class LayerEncoder:
         )
 
     def kv(self, index: int) -> KvScales | None:
-        """Return the KV cache scales of one layer, or None for a 16 bit cache."""
-        if self.kv_format is None:
+        """Return the KV cache scales of one layer, None for a 16 bit cache or without attention."""
+        if self.kv_format is None or not self.plan.decoder.has_attention(index):
             return None
         key, value = load_kv_amax(self.scales_folder, index)
         return kv_scales(key, value, self.kv_format)

@@ -127,7 +127,8 @@ class PublishedFiles:
 def entry_tensors(entry: EncodedEntry, dtype: torch.dtype, published: PublishedFormat) -> Tensors:
     """Return the tensors of one parameter map entry by full name.
 
-    Plain tensors are cast to `dtype`, unless the entry keeps its own. Parts that are one Hugging Face tensor are concatenated.
+    Plain tensors are cast to `dtype`, unless the entry keeps its own. Parts that are one Hugging
+    Face tensor are concatenated.
     """
     parts: list[Any] = list(entry.parts)
     names = entry.entry.hf_names
