@@ -19,7 +19,7 @@ SIZES = [(64, 64), (90, 40), (33, 70), (20, 20)]  # width, height
 def folders(tmp_path_factory):
     """Family -> a random model folder with all its files."""
     home = tmp_path_factory.mktemp("any_size")
-    for family in ("qwen3_vl", "qwen2_vl"):
+    for family in ("qwen3_vl", "qwen3_5", "qwen2_vl"):
         write_qwen(home / family, family)
     write_mistral3(home / "mistral3")
     return home
@@ -39,7 +39,7 @@ def text_of(folder, sample):
     )
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_vl"])
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_5", "qwen2_vl"])
 @pytest.mark.parametrize("size", SIZES)
 def test_qwen_expands_its_image_token_by_the_grid(folders, family, size):
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -56,7 +56,7 @@ def test_qwen_expands_its_image_token_by_the_grid(folders, family, size):
     assert int(sample.is_image.sum()) == count
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_vl"])
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_5", "qwen2_vl"])
 def test_positions_are_those_of_transformers(folders, family):
     reference = reference_qwen.QwenVL(0, family)
     preprocess = preprocessor(folders / family)
@@ -104,7 +104,7 @@ def test_mistral3_writes_image_tokens_in_rows(folders, size):
     assert int(sample.is_image.sum()) == width * height // side**2
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_vl", "mistral3"])
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_5", "qwen2_vl", "mistral3"])
 def test_max_pixels_bounds_the_area_of_an_image(folders, family):
     preprocess, image = preprocessor(folders / family), random_image(60, 64)
     whole = preprocess("q", QUESTION, image)
