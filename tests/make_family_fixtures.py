@@ -25,7 +25,6 @@ from published_configs import (
     LLAMA_3,
     LLAMA_13B,
     MISTRAL_7B,
-    MISTRAL_SMALL_24B,
     QWEN2_5_3B,
     QWEN2_5_TOWER,
     QWEN2_7B,
@@ -46,6 +45,7 @@ from published_configs import (
     qwen,
     vila,
 )
+from published_llama_configs import IDEFICS3_8B, MISTRAL_SMALL_24B, SMOLVLM2_2B
 
 FOLDER = Path(__file__).resolve().parent / "families"
 LAYER = re.compile(r"\.(layers?|blocks)\.(\d+)\.")
@@ -151,6 +151,12 @@ def internvl_tensors(config):
     }
 
 
+def smolvlm_tensors(config):
+    """Return name -> shape of a SmolVLM or Idefics3, whose published names are transformers'."""
+    model = config["architectures"][0]
+    return meta_shapes(model, model.replace("ForConditionalGeneration", "Config"), config)
+
+
 MODELS = {
     "internvl": (internvl_tensors, {
         "InternVL3-8B-hf": internvl(INTERN_TEXT | {
@@ -202,6 +208,10 @@ MODELS = {
         "Qwen3-VL-32B-Instruct": qwen("Qwen3VL", QWEN3_32B, QWEN3_8B_TOWER | {
             "out_hidden_size": 5120,
         }, tied=False),
+    }),
+    "smolvlm": (smolvlm_tensors, {
+        "SmolVLM2-2.2B-Instruct": SMOLVLM2_2B,
+        "Idefics3-8B-Llama3": IDEFICS3_8B,
     }),
     "vila": (vila_tensors, {
         "VILA1.5-3b": vila("VILA1.5-3b", SHEARED_LLAMA),

@@ -246,10 +246,12 @@ LLAMA_3 = LINEAR | {
     "type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 2048,
 }  # fmt: skip
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
 LAYERS = "vision_config.{}_indexes must be a list of different layers from 0 to {}, got {}"
 TIED = "tie_word_embeddings is True; only False is supported"
 FULL = "vision_feature_select_strategy is 'full'; only 'default' is supported"
 ROPE = "rope type is {!r}; only 'default' is supported"
+LLAMA_ROPE = "rope type is {!r}; supported: default, llama3"
 QWEN_ROPE = "rope type is {!r}; supported: default, dynamic"
 PHI_ROPE = "rope type is {!r}; supported: su, longrope, or none"
 WINDOW = (
@@ -331,6 +333,40 @@ UNSUPPORTED = {
          "text_config.model_type is 'ministral3'; only 'mistral' is supported"),
         ({"text_config.sliding_window": 4096}, WINDOW.format(4096, 131072)),
         ({"text_config.rope_scaling": LLAMA_3}, ROPE.format("llama3")),
+    ],
+    "SmolVLM2-2.2B-Instruct": [
+        ({"text_config.model_type": "qwen2"},
+         "text_config.model_type is 'qwen2'; only 'llama' is supported"),
+        ({"text_config.attention_bias": True},
+         "text_config.attention_bias is True; only False is supported"),
+        ({"text_config.hidden_act": "gelu"},
+         "text_config.hidden_act is 'gelu'; only 'silu' is supported"),
+        ({"text_config.rope_scaling": LINEAR}, LLAMA_ROPE.format("linear")),
+        ({"text_config.rope_scaling": YARN}, LLAMA_ROPE.format("yarn")),
+        ({"scale_factor": 0}, "scale_factor must be a positive integer, got 0"),
+        ({"scale_factor": 2},
+         "scale_factor must divide the 27 patches of vision_config.image_size 384, got 2"),
+        ({"vision_config.patch_size": 400},
+         "scale_factor must divide the 0 patches of vision_config.image_size 384, got 3"),
+        ({"vision_config.image_size": -1},
+         "vision tower's image_size must be a positive integer, got -1"),
+        ({"vision_config.num_attention_heads": 7},
+         "rest of vision_config.hidden_size by num_attention_heads is 4; only 0 is supported"),
+        ({"vision_config.num_channels": 1},
+         "vision_config.num_channels is 1; only 3 is supported"),
+        ({"image_token_id": -1}, "image_token_id must be the id of a token, got -1"),
+    ],
+    "Idefics3-8B-Llama3": [
+        ({"text_config.rope_scaling.factor": 0},
+         "rope_parameters.factor must be a positive number, got 0"),
+        ({"text_config.rope_scaling.original_max_position_embeddings": 0},
+         "rope_parameters.original_max_position_embeddings must be a positive integer, got 0"),
+        ({"text_config.rope_scaling.low_freq_factor": -1.0},
+         "rope_parameters.low_freq_factor must be a positive number, got -1.0"),
+        ({"text_config.rope_scaling.high_freq_factor": 1.0},
+         "rope_parameters.high_freq_factor must be above low_freq_factor 1.0, got 1.0"),
+        ({"text_config.rope_scaling.partial_rotary_factor": 0.5},
+         "partial_rotary_factor is 0.5; only 1.0 is supported"),
     ],
     "Qwen2.5-VL-7B-Instruct": [
         ({"rope_scaling": {"type": "yarn", "factor": 4.0, "mrope_section": [16, 24, 24]}},

@@ -24,6 +24,7 @@ from reference_llava_onevision import write_llava_onevision
 from reference_mistral3 import mistral3_cases, write_mistral3
 from reference_phi import phi_cases, write_phi
 from reference_qwen import qwen_cases, write_qwen
+from reference_smolvlm import smolvlm_cases, write_smolvlm
 from reference_vila import vila_cases, write_vila
 from references import VOCAB
 
@@ -42,6 +43,7 @@ FAMILIES = {
     "qwen2_vl": (partial(write_qwen, kind="qwen2_vl"), qwen_cases),
     "internvl": (partial(write_internvl, kind="qwen2"), internvl_cases),
     "internvl qwen3": (partial(write_internvl, kind="qwen3"), internvl_cases),
+    "smolvlm": (partial(write_smolvlm, kind="idefics3"), smolvlm_cases),
 }
 CASES = [(family, case) for family in FAMILIES for case in ("images", "text", "padded")]
 CASES += [("phi", "short factors"), ("phi", "long factors")]
@@ -141,6 +143,8 @@ def test_logits_of_the_reference_reader_match(homes, family):
         ("qwen3_vl", {"tied": False}),
         ("internvl", {"kind": "qwen2", "tied": True, "large": True}),
         ("internvl", {"kind": "qwen3", "tied": False}),
+        ("smolvlm", {"kind": "smolvlm"}),
+        ("smolvlm", {"kind": "smolvlm", "tied": True}),
     ],
     ids=lambda value: str(value),
 )

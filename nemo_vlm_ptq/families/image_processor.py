@@ -24,12 +24,14 @@ SIZE_KEYS = ("height", "width", "shortest_edge", "longest_edge", "max_height", "
 MODULES = {
     "CLIPImageProcessor": "clip",
     "GotOcr2ImageProcessor": "got_ocr2",
+    "Idefics3ImageProcessor": "idefics3",
     "LlavaImageProcessor": "llava",
     "LlavaNextImageProcessor": "llava_next",
     "LlavaOnevisionImageProcessor": "llava_onevision",
     "PixtralImageProcessor": "pixtral",
     "Qwen2VLImageProcessor": "qwen2_vl",
     "SiglipImageProcessor": "siglip",
+    "SmolVLMImageProcessor": "smolvlm",
 }
 
 
@@ -199,7 +201,7 @@ def _is_grid_side(value: Any) -> bool:
 
 
 _FLAG = (lambda value: isinstance(value, bool), "true or false")
-_STEPS = ("resize", "center_crop", "rescale", "normalize", "convert_rgb", "pad")
+_STEPS = ("resize", "center_crop", "rescale", "normalize", "convert_rgb", "pad", "image_splitting")
 _CROPS = (partial(_is_count, most=MAX_CROPS), f"an integer from 1 to {MAX_CROPS}")
 _NAME = (lambda value: isinstance(value, str), "the name of a class")
 _CHECKS: dict[str, tuple[Any, str]] = {
@@ -223,7 +225,7 @@ def _checks(most: int) -> dict[str, tuple[Any, str]]:
     patch = (_is_patch, f"an integer from 1 to {MAX_PATCH}")
     return (
         _CHECKS
-        | dict.fromkeys(("size", "crop_size", "pad_size"), size)
+        | dict.fromkeys(("size", "crop_size", "pad_size", "max_image_size"), size)
         | dict.fromkeys(("min_pixels", "max_pixels"), count)
         | dict.fromkeys(("patch_size", "merge_size", "temporal_patch_size"), patch)
     )

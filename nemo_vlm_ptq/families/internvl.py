@@ -32,6 +32,7 @@ from nemo_vlm_ptq.families.image_processor import load_image_processor
 from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, llama_parameter_map
 from nemo_vlm_ptq.families.qwen_text import qwen_text_decoder
 from nemo_vlm_ptq.families.tied_head import make_config_completer
+from nemo_vlm_ptq.families.tiles import tiles_of_tokens
 from nemo_vlm_ptq.families.towers import merge_patches
 
 BODY_PREFIX, HEAD_PREFIX = "language_model.model.", "language_model.lm_head."
@@ -148,14 +149,7 @@ def find_placeholders(config: Config, ids: Any, images: ImageInputs | None) -> I
         UserError: their number is not a multiple of the tokens of one tile.
     """
     full = full_config(config)
-    is_image, count = ids == full.image_token_id, tokens_per_tile(full)
-    found = int(is_image.sum())
-    if found % count:
-        raise UserError(
-            f"the number of image tokens must be a multiple of {count}, the tokens of one tile, "
-            f"got {found}"
-        )
-    return ImagePlaceholders(is_image=is_image, tokens_per_placeholder=1, num_images=found // count)
+    return tiles_of_tokens(ids == full.image_token_id, tokens_per_tile(full))
 
 
 def make_preprocessor(folder: Path, config: Config) -> Preprocess:

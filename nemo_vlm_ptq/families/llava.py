@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.base import (
     Config,
     ImageInputs,
@@ -34,6 +33,7 @@ from nemo_vlm_ptq.families.decoder import Decoder
 from nemo_vlm_ptq.families.folder_files import load_tokenizer
 from nemo_vlm_ptq.families.image_processor import load_image_processor
 from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, llama_decoder, llama_parameter_map
+from nemo_vlm_ptq.families.tiles import tiles_of_tokens
 from nemo_vlm_ptq.families.towers import select_hidden_states, tower_parameters
 from nemo_vlm_ptq.parameter_map.entries import IgnoredTensor
 
@@ -149,13 +149,7 @@ def find_placeholders(config: Config, ids: Any, images: ImageInputs | None) -> I
         UserError: their number is not a multiple of the tokens of one image.
     """
     is_image = ids == full_config(config).image_token_index
-    found, count = int(is_image.sum()), tokens_per_image(config)
-    if found % count:
-        raise UserError(
-            f"the number of image tokens must be a multiple of {count}, the tokens of one image, "
-            f"got {found}"
-        )
-    return ImagePlaceholders(is_image=is_image, tokens_per_placeholder=1, num_images=found // count)
+    return tiles_of_tokens(is_image, tokens_per_image(config), "image")
 
 
 def make_preprocessor(folder: Path, config: Config) -> Preprocess:

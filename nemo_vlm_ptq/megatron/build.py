@@ -15,7 +15,7 @@ from nemo_vlm_ptq.megatron.deepstack import add_deepstack
 from nemo_vlm_ptq.megatron.fusion import use_fused_kernels
 from nemo_vlm_ptq.megatron.output_sharded_linear import OutputShardedLinear
 from nemo_vlm_ptq.megatron.parallel_context import ParallelContext
-from nemo_vlm_ptq.megatron.rotary import apply_long_rope, apply_mrope
+from nemo_vlm_ptq.megatron.rotary import apply_long_rope, apply_mrope, apply_scaled_rope
 
 
 def transformer_config(
@@ -118,6 +118,8 @@ def build_decoder(
             block.layer_number = index + 1
     if decoder.long_rope is not None:
         apply_long_rope(model, decoder, decoder.long_rope)
+    if decoder.scaled_rope is not None:
+        apply_scaled_rope(model, decoder.scaled_rope)
     if decoder.mrope is not None:
         apply_mrope(model, decoder, decoder.mrope, parallel.device)
     if decoder.deepstack_layers and model.pre_process:
