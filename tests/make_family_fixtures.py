@@ -45,7 +45,14 @@ from published_configs import (
     qwen,
     vila,
 )
-from published_llama_configs import IDEFICS3_8B, MISTRAL_SMALL_24B, SMOLVLM2_2B
+from published_llama_configs import (
+    IDEFICS3_8B,
+    MINISTRAL_3B,
+    MINISTRAL_8B,
+    MISTRAL_SMALL_24B,
+    PIXTRAL_12B,
+    SMOLVLM2_2B,
+)
 
 FOLDER = Path(__file__).resolve().parent / "families"
 LAYER = re.compile(r"\.(layers?|blocks)\.(\d+)\.")
@@ -112,9 +119,11 @@ def phi_tensors(config):
 
 
 def mistral3_tensors(config):
-    """Return name -> shape of a Mistral 3 under its published names."""
-    untied = config | {"tie_word_embeddings": False}  # true by default in transformers
-    shapes = meta_shapes("Mistral3ForConditionalGeneration", "Mistral3Config", untied)
+    """Return name -> shape of a Mistral 3 or a Pixtral under its published names."""
+    model = config["architectures"][0]
+    tied = {"tie_word_embeddings": config.get("tie_word_embeddings", False)}  # not transformers'
+    kind = model.replace("ForConditionalGeneration", "Config")
+    shapes = meta_shapes(model, kind, config | tied)
     aliases = (
         (r"^model\.language_model\.", "language_model.model."),
         (r"^lm_head\.", "language_model.lm_head."),
@@ -190,6 +199,9 @@ MODELS = {
     }),
     "mistral3": (mistral3_tensors, {
         "Mistral-Small-3.1-24B-Instruct-2503": MISTRAL_SMALL_24B,
+        "Ministral-3-8B-Instruct-2512-BF16": MINISTRAL_8B,
+        "Ministral-3-3B-Instruct-2512-BF16": MINISTRAL_3B,
+        "pixtral-12b": PIXTRAL_12B,
     }),
     "phi": (phi_tensors, {
         "Phi-3-vision-128k-instruct": phi("Phi-3-vision-128k-instruct", "su", 131072),

@@ -149,9 +149,9 @@ def write_qwen(folder: Path, kind: str) -> None:
     (folder / "chat_template.jinja").write_text(QWEN_TEMPLATE)
 
 
-def write_mistral3(folder: Path) -> None:
-    """Write a random Mistral 3 folder with all its files."""
-    reference_mistral3.write_mistral3(folder, 0)
+def write_mistral3(folder: Path, kind: str = "ministral3") -> None:
+    """Write a random Mistral 3, Ministral 3 or Pixtral folder with all its files."""
+    reference_mistral3.write_mistral3(folder, 0, kind)
     settings = {
         "image_processor_type": "PixtralImageProcessor",
         "size": {"longest_edge": reference_mistral3.LONGEST_EDGE},

@@ -21,6 +21,39 @@ MISTRAL_SMALL_24B = {
     },
     "vision_config": PIXTRAL_TOWER,
 }  # fmt: skip
+MINISTRAL_8B = MISTRAL_SMALL_24B | {
+    "text_config": {
+        "head_dim": 128, "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 14336,
+        "max_position_embeddings": 262144, "model_type": "ministral3", "num_attention_heads": 32,
+        "num_hidden_layers": 34, "num_key_value_heads": 8, "rms_norm_eps": 1e-05,
+        "rope_parameters": {
+            "beta_fast": 32.0, "beta_slow": 1.0, "factor": 16.0, "llama_4_scaling_beta": 0.1,
+            "mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 16384,
+            "rope_theta": 1000000.0, "rope_type": "yarn", "type": "yarn",
+        },
+        "sliding_window": None, "tie_word_embeddings": False, "vocab_size": 131072,
+    },
+}  # fmt: skip
+MINISTRAL_3B = MINISTRAL_8B | {
+    "tie_word_embeddings": True,
+    "text_config": MINISTRAL_8B["text_config"] | {
+        "hidden_size": 3072, "intermediate_size": 9216, "num_hidden_layers": 26,
+        "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+PIXTRAL_12B = {
+    "architectures": ["LlavaForConditionalGeneration"], "image_seq_length": 1,
+    "image_token_index": 10, "model_type": "llava", "multimodal_projector_bias": True,
+    "projector_hidden_act": "gelu", "torch_dtype": "bfloat16", "vision_feature_layer": -1,
+    "vision_feature_select_strategy": "full",
+    "text_config": {
+        "head_dim": 128, "hidden_act": "silu", "hidden_size": 5120, "intermediate_size": 14336,
+        "is_composition": True, "max_position_embeddings": 1024000, "model_type": "mistral",
+        "num_hidden_layers": 40, "num_key_value_heads": 8, "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000000.0, "sliding_window": None, "vocab_size": 131072,
+    },
+    "vision_config": PIXTRAL_TOWER | {"hidden_act": "gelu", "image_size": 1024, "patch_size": 16},
+}  # fmt: skip
 SMOLVLM2_2B = {
     "architectures": ["SmolVLMForConditionalGeneration"], "image_token_id": 49190,
     "model_type": "smolvlm", "pad_token_id": 2, "scale_factor": 3, "tie_word_embeddings": False,

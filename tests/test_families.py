@@ -201,6 +201,17 @@ def changed_config(name, changes):
     return config
 
 
+def test_a_class_of_two_families_is_told_apart_by_its_tower():
+    pixtral = load("mistral3", "pixtral-12b").config
+    clip = load("llava", "llava-1.5-7b-hf").config
+    assert pixtral["architectures"] == clip["architectures"]
+    assert find_family(pixtral) is FAMILIES["mistral3"]
+    for vision in (clip["vision_config"], {"model_type": "siglip_vision_model"}, {}, None, "x"):
+        assert find_family(clip | {"vision_config": vision}) is FAMILIES["llava"]
+    said = said_by(find_family(pixtral, "llava").decoder, pixtral)
+    assert "vision_config.model_type is 'pixtral'; only 'clip_vision_model'" in said
+
+
 def test_every_architecture_has_a_fixture():
     found = {
         one["config"]["architectures"][0] for group in FIXTURES.values() for one in group.values()
@@ -209,7 +220,8 @@ def test_every_architecture_has_a_fixture():
 
 
 def test_an_unsupported_architecture_is_rejected():
-    supported = ", ".join(name for one in FAMILIES.values() for name in one.architectures)
+    names = [name for one in FAMILIES.values() for name in one.architectures]
+    supported = ", ".join(dict.fromkeys(names))
     message = f"architecture 'NewForCausalLM' is not supported; supported: {supported}"
     assert said_by(find_family, {"architectures": ["NewForCausalLM"]}) == message
 
@@ -252,6 +264,7 @@ TIED = "tie_word_embeddings is True; only False is supported"
 FULL = "vision_feature_select_strategy is 'full'; only 'default' is supported"
 ROPE = "rope type is {!r}; only 'default' is supported"
 LLAMA_ROPE = "rope type is {!r}; supported: default, llama3"
+SMALL_ROPE = "rope type is {!r}; supported: default"
 QWEN_ROPE = "rope type is {!r}; supported: default, dynamic"
 PHI_ROPE = "rope type is {!r}; supported: su, longrope, or none"
 WINDOW = (
@@ -328,11 +341,38 @@ UNSUPPORTED = {
         ({"sliding_window": 2047}, WINDOW.format(2047, 131072)),
     ],
     "Mistral-Small-3.1-24B-Instruct-2503": [
-        ({"text_config.tie_word_embeddings": True}, TIED),
-        ({"text_config.model_type": "ministral3"},
-         "text_config.model_type is 'ministral3'; only 'mistral' is supported"),
+        ({"text_config.model_type": "llama"},
+         "text_config.model_type is 'llama'; supported: mistral, ministral3"),
+        ({"text_config.model_type": "mistral4"},
+         "text_config.model_type is 'mistral4'; supported: mistral, ministral3"),
+        ({"vision_config.model_type": "clip_vision_model"},
+         "vision_config.model_type is 'clip_vision_model'; only 'pixtral' is supported"),
         ({"text_config.sliding_window": 4096}, WINDOW.format(4096, 131072)),
-        ({"text_config.rope_scaling": LLAMA_3}, ROPE.format("llama3")),
+        ({"text_config.rope_scaling": LLAMA_3}, SMALL_ROPE.format("llama3")),
+        ({"text_config.rope_scaling": YARN}, SMALL_ROPE.format("yarn")),
+        ({"spatial_merge_size": 0}, "spatial_merge_size must be a positive integer, got 0"),
+        ({"vision_config.patch_size": 0},
+         "vision tower's patch_size must be a positive integer, got 0"),
+        ({"image_token_index": -1}, "image_token_index must be the id of a token, got -1"),
+        ({"vision_feature_layer": 25},
+         "vision_feature_layer must be in [-25, 24] for a vision tower of 24 layers, got 25"),
+    ],
+    "Ministral-3-8B-Instruct-2512-BF16": [
+        ({"text_config.rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+         "rope type is 'default'; supported: yarn"),
+        ({"text_config.rope_parameters.factor": 0.0},
+         "rope_parameters.factor must be a positive number, got 0.0"),
+        ({"text_config.rope_parameters.llama_4_scaling_beta": None},
+         "rope_parameters.llama_4_scaling_beta must be a positive number, got None"),
+        ({"text_config.sliding_window": 4096}, WINDOW.format(4096, 262144)),
+        ({"text_config.hidden_act": "gelu"},
+         "text_config.hidden_act is 'gelu'; only 'silu' is supported"),
+    ],
+    "pixtral-12b": [
+        ({"vision_feature_select_strategy": "default"},
+         "vision_feature_select_strategy is 'default'; only 'full' is supported"),
+        ({"text_config.model_type": "llama"},
+         "text_config.model_type is 'llama'; supported: mistral, ministral3"),
     ],
     "SmolVLM2-2.2B-Instruct": [
         ({"text_config.model_type": "qwen2"},

@@ -37,7 +37,10 @@ REFERENCES = {
     ),
     "phi": (reference_phi.Phi(0), reference_phi.phi_cases),
     "vila": (reference_vila.Vila(0), reference_vila.vila_cases),
-    "mistral3": (reference_mistral3.Mistral3(0), reference_mistral3.mistral3_cases),
+    "mistral3": (
+        reference_mistral3.Mistral3(0, "ministral3"),
+        reference_mistral3.mistral3_cases,
+    ),
     "smolvlm": (reference_smolvlm.SmolVLM(0, "idefics3"), reference_smolvlm.smolvlm_cases),
     "qwen2_vl": (reference_qwen.QwenVL(0, "qwen2_vl"), reference_qwen.qwen_cases),
     "qwen3_vl": (reference_qwen.QwenVL(0, "qwen3_vl"), reference_qwen.qwen_cases),

@@ -167,6 +167,8 @@ class ModelFamily:
     other_repositories: tuple[tuple[str, str], ...] = ()
     # sub-folders with a checkpoint each; their tensors are named SUBFOLDER/NAME
     subfolders: tuple[str, ...] = ("",)
+    # model type of the vision tower, where another family has the same architecture
+    tower: str = ""
     # whether NeMo 2 has a model class for the family
     nemo_supported: bool = False
     # config.json of the folder merged with those of its sub-folders; may raise UserError
