@@ -27,7 +27,6 @@ from published_configs import (
     LLAMA_3,
     LLAMA_13B,
     MISTRAL_7B,
-    MISTRAL_SMALL_24B,
     QWEN2_5_3B,
     QWEN2_5_TOWER,
     QWEN2_7B,
@@ -51,6 +50,14 @@ from published_configs import (
     qwen,
     qwen3_5,
     vila,
+)
+from published_llama_configs import (
+    IDEFICS3_8B,
+    MINISTRAL_3B,
+    MINISTRAL_8B,
+    MISTRAL_SMALL_24B,
+    PIXTRAL_12B,
+    SMOLVLM2_2B,
 )
 
 FOLDER = Path(__file__).resolve().parent / "families"
@@ -118,9 +125,11 @@ def phi_tensors(config):
 
 
 def mistral3_tensors(config):
-    """Return name -> shape of a Mistral 3 under its published names."""
-    untied = config | {"tie_word_embeddings": False}  # true by default in transformers
-    shapes = meta_shapes("Mistral3ForConditionalGeneration", "Mistral3Config", untied)
+    """Return name -> shape of a Mistral 3 or a Pixtral under its published names."""
+    model = config["architectures"][0]
+    tied = {"tie_word_embeddings": config.get("tie_word_embeddings", False)}  # not transformers'
+    kind = model.replace("ForConditionalGeneration", "Config")
+    shapes = meta_shapes(model, kind, config | tied)
     aliases = (
         (r"^model\.language_model\.", "language_model.model."),
         (r"^lm_head\.", "language_model.lm_head."),
@@ -164,6 +173,12 @@ def gemma3_tensors(config):
     return shapes
 
 
+def smolvlm_tensors(config):
+    """Return name -> shape of a SmolVLM or Idefics3, whose published names are transformers'."""
+    model = config["architectures"][0]
+    return meta_shapes(model, model.replace("ForConditionalGeneration", "Config"), config)
+
+
 MODELS = {
     "gemma3": (gemma3_tensors, {
         "gemma-3-4b-it": gemma3(GEMMA3_4B),
@@ -201,6 +216,9 @@ MODELS = {
     }),
     "mistral3": (mistral3_tensors, {
         "Mistral-Small-3.1-24B-Instruct-2503": MISTRAL_SMALL_24B,
+        "Ministral-3-8B-Instruct-2512-BF16": MINISTRAL_8B,
+        "Ministral-3-3B-Instruct-2512-BF16": MINISTRAL_3B,
+        "pixtral-12b": PIXTRAL_12B,
     }),
     "phi": (phi_tensors, {
         "Phi-3-vision-128k-instruct": phi("Phi-3-vision-128k-instruct", "su", 131072),
@@ -223,6 +241,10 @@ MODELS = {
         "Qwen3-VL-32B-Instruct": qwen("Qwen3VL", QWEN3_32B, QWEN3_8B_TOWER | {
             "out_hidden_size": 5120,
         }, tied=False),
+    }),
+    "smolvlm": (smolvlm_tensors, {
+        "SmolVLM2-2.2B-Instruct": SMOLVLM2_2B,
+        "Idefics3-8B-Llama3": IDEFICS3_8B,
     }),
     "vila": (vila_tensors, {
         "VILA1.5-3b": vila("VILA1.5-3b", SHEARED_LLAMA),

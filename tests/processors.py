@@ -13,6 +13,7 @@ import reference_llava_onevision
 import reference_mistral3
 import reference_phi
 import reference_qwen
+import reference_smolvlm
 import reference_vila
 from tiny_tokenizers import write_llama
 
@@ -45,6 +46,13 @@ INTERNVL_TEMPLATE = (
     "{% if part.type == 'image' %}<IMG_CONTEXT>\n{% else %}{{ part.text }}{% endif %}"
     "{% endfor %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant:{{ '\n' }}{% endif %}"
+)
+SMOLVLM_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message.role | capitalize }}"
+    "{% if message.content[0].type == 'image' %}:{% else %}: {% endif %}"
+    "{% for part in message.content %}{% if part.type == 'image' %}<image>"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 FIRST_SPECIAL_ID = 490  # above the special tokens in the references' vocabulary
 
@@ -148,9 +156,9 @@ def write_qwen(folder: Path, kind: str) -> None:
     (folder / "chat_template.jinja").write_text(QWEN_TEMPLATE)
 
 
-def write_mistral3(folder: Path) -> None:
-    """Write a random Mistral 3 folder with all its files."""
-    reference_mistral3.write_mistral3(folder, 0)
+def write_mistral3(folder: Path, kind: str = "ministral3") -> None:
+    """Write a random Mistral 3, Ministral 3 or Pixtral folder with all its files."""
+    reference_mistral3.write_mistral3(folder, 0, kind)
     settings = {
         "image_processor_type": "PixtralImageProcessor",
         "size": {"longest_edge": reference_mistral3.LONGEST_EDGE},
@@ -189,8 +197,28 @@ def write_internvl(folder: Path) -> None:
     write_internvl_processor(folder)
 
 
+def write_smolvlm_processor(folder: Path, kind: str) -> None:
+    """Write settings, tokenizer and chat template of a SmolVLM or Idefics3 folder."""
+    settings = {
+        "image_processor_type": reference_smolvlm.PROCESSORS[kind],
+        "size": {"longest_edge": reference_smolvlm.LONGEST_EDGE},
+        "max_image_size": {"longest_edge": reference_smolvlm.SIDE},
+        "do_image_splitting": True,
+    }
+    _write(folder, settings)
+    write_llama(folder, reference_smolvlm.TOKENS, size=reference_smolvlm.FIRST_TOKEN)
+    (folder / "chat_template.jinja").write_text(SMOLVLM_TEMPLATE)
+
+
+def write_smolvlm(folder: Path) -> None:
+    """Write a random Idefics3 folder with all its files."""
+    reference_smolvlm.write_smolvlm(folder, 0, "idefics3")
+    write_smolvlm_processor(folder, "idefics3")
+
+
 WRITERS = {
     "gemma3": write_gemma3,
+    "smolvlm": write_smolvlm,
     "mistral3": write_mistral3,
     "vila": write_vila,
     "phi": write_phi,

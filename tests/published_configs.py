@@ -21,22 +21,6 @@ MISTRAL_7B = VICUNA_7B | {
     "num_key_value_heads": 8, "rope_theta": 1000000.0, "sliding_window": None,
     "torch_dtype": "bfloat16",
 }  # fmt: skip
-MISTRAL_SMALL_24B = {
-    "architectures": ["Mistral3ForConditionalGeneration"], "image_token_index": 10,
-    "model_type": "mistral3", "multimodal_projector_bias": False, "projector_hidden_act": "gelu",
-    "spatial_merge_size": 2, "torch_dtype": "bfloat16", "vision_feature_layer": -1,
-    "text_config": {
-        "head_dim": 128, "hidden_act": "silu", "hidden_size": 5120, "intermediate_size": 32768,
-        "max_position_embeddings": 131072, "model_type": "mistral", "num_attention_heads": 32,
-        "num_hidden_layers": 40, "num_key_value_heads": 8, "rms_norm_eps": 1e-05,
-        "rope_theta": 1000000000.0, "sliding_window": None, "vocab_size": 131072,
-    },
-    "vision_config": {
-        "head_dim": 64, "hidden_act": "silu", "hidden_size": 1024, "image_size": 1540,
-        "intermediate_size": 4096, "model_type": "pixtral", "num_attention_heads": 16,
-        "num_channels": 3, "num_hidden_layers": 24, "patch_size": 14, "rope_theta": 10000.0,
-    },
-}  # fmt: skip
 QWEN = {
     "attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02,
     "rms_norm_eps": 1e-06, "use_cache": True, "vocab_size": 151936, "bos_token_id": 151643,

@@ -10,6 +10,7 @@ from references import Question
 
 from nemo_vlm_ptq.families import find_family, read_config
 from nemo_vlm_ptq.families.base import ImageInputs, Sample
+from nemo_vlm_ptq.families.tiles import drop_padding
 from nemo_vlm_ptq.megatron.build import build_decoder
 from nemo_vlm_ptq.megatron.checkpoint import load_from_source, load_model, save_model
 from nemo_vlm_ptq.megatron.forward import collate, encode_images, forward
@@ -52,9 +53,10 @@ def to_samples(folder, questions):
     for index, question in enumerate(questions):
         images = None
         if question.pixel_values is not None:
-            images = ImageInputs(
-                question.pixel_values, question.image_sizes, question.image_grid_thw
-            )
+            pixels, mask = question.pixel_values, question.pixel_attention_mask
+            if family.pads_tiles:
+                pixels, mask = drop_padding(pixels, mask)
+            images = ImageInputs(pixels, question.image_sizes, question.image_grid_thw, mask)
         placeholders = family.find_placeholders(config, question.ids, images)
         repeats = torch.where(placeholders.is_image, placeholders.tokens_per_placeholder, 1)
         is_image = placeholders.is_image.repeat_interleave(repeats)

@@ -39,6 +39,7 @@ class Question:
     pixel_values: torch.Tensor | None = None
     image_sizes: torch.Tensor | None = None
     image_grid_thw: torch.Tensor | None = None
+    pixel_attention_mask: torch.Tensor | None = None
 
 
 def randomize(module, seed: int):

@@ -1,16 +1,22 @@
 """Prompts, positions and pixels of families that take images of any size."""
 
+import json
+
 import pytest
 import reference_mistral3
 import reference_qwen
 import torch
-from bad_models import said_by
+from bad_models import said_by, write_recipe
 from processors import write_mistral3, write_qwen
+from safetensors.torch import save_file
 from test_family_prompts import ANSWER, QUESTION, check_placeholders_are_rejected, random_image
 from transformers import AutoTokenizer
 
 from nemo_vlm_ptq.families import FAMILIES, read_config
 from nemo_vlm_ptq.families.base import ImageInputs
+from nemo_vlm_ptq.planning.make_plan import make_plan
+from nemo_vlm_ptq.recipe import load_recipe
+from nemo_vlm_ptq.stages.logits_inputs import read_inputs
 
 SIZES = [(64, 64), (90, 40), (33, 70), (20, 20)]  # width, height
 
@@ -22,6 +28,7 @@ def folders(tmp_path_factory):
     for family in ("qwen3_vl", "qwen3_5", "qwen2_vl"):
         write_qwen(home / family, family)
     write_mistral3(home / "mistral3")
+    write_mistral3(home / "pixtral" / "mistral3", "pixtral")
     return home
 
 
@@ -86,13 +93,19 @@ def test_positions_of_several_images_are_those_of_transformers():
         assert torch.equal(family.positions(config, is_image, inputs), expected[:, 0])
 
 
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [
+        ("mistral3", reference_mistral3.PATCH * reference_mistral3.MERGE),
+        ("pixtral/mistral3", reference_mistral3.PATCH),
+    ],
+)
 @pytest.mark.parametrize("size", SIZES)
-def test_mistral3_writes_image_tokens_in_rows(folders, size):
+def test_mistral3_writes_image_tokens_in_rows(folders, name, side, size):
     from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 
-    folder, image = folders / "mistral3", random_image(*size)
+    folder, image = folders / name, random_image(*size)
     sample = preprocessor(folder)("q", QUESTION, image, ANSWER)
-    side = reference_mistral3.PATCH * reference_mistral3.MERGE
     processor = PixtralImageProcessorPil.from_pretrained(folder)
     expected = processor(image, patch_size=side, return_tensors="pt")
     assert torch.equal(sample.images.pixel_values, expected["pixel_values"])
@@ -130,3 +143,25 @@ def test_a_folder_without_chat_template_is_rejected(folders, family, tmp_path):
     config = read_config(tmp_path)
     message = said_by(FAMILIES[family].make_preprocessor, tmp_path, config)
     assert message.startswith(f"{tmp_path} has no chat template; add the published")
+
+
+def test_images_beyond_the_tower_of_pixtral_are_refused(folders, tmp_path):
+    for path in (folders / "mistral3").iterdir():
+        if path.name != "preprocessor_config.json":
+            (tmp_path / path.name).symlink_to(path)
+    settings = {"size": {"longest_edge": 80}, "patch_size": 8}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    said = said_by(FAMILIES["mistral3"].make_preprocessor, tmp_path, read_config(tmp_path))
+    assert said.endswith("size has longest_edge 80, and vision_config.image_size is 64")
+
+
+def test_ministral3_takes_no_sequences_with_scaled_queries(folders, tmp_path):
+    folder = folders / "mistral3"
+    recipe = write_recipe(tmp_path, folder, evaluate={"data": None})
+    plan = make_plan(load_recipe(str(recipe), ["export.targets=[hf]"]))
+    assert plan.config["text_config"]["max_position_embeddings"] == 16384
+    for tokens in (1024, 1025):
+        save_file({"input_ids": torch.full((1, tokens), 5)}, tmp_path / f"{tokens}")
+    assert len(read_inputs(plan, tmp_path / "1024")[0]) == 1
+    said = said_by(read_inputs, plan, tmp_path / "1025")
+    assert said == "row 0 of input_ids has 1025 tokens, and the model has 1024 positions"

@@ -203,6 +203,17 @@ def changed_config(name, changes):
     return config
 
 
+def test_a_class_of_two_families_is_told_apart_by_its_tower():
+    pixtral = load("mistral3", "pixtral-12b").config
+    clip = load("llava", "llava-1.5-7b-hf").config
+    assert pixtral["architectures"] == clip["architectures"]
+    assert find_family(pixtral) is FAMILIES["mistral3"]
+    for vision in (clip["vision_config"], {"model_type": "siglip_vision_model"}, {}, None, "x"):
+        assert find_family(clip | {"vision_config": vision}) is FAMILIES["llava"]
+    said = said_by(find_family(pixtral, "llava").decoder, pixtral)
+    assert "vision_config.model_type is 'pixtral'; only 'clip_vision_model'" in said
+
+
 def test_every_architecture_has_a_fixture():
     found = {
         one["config"]["architectures"][0] for group in FIXTURES.values() for one in group.values()
@@ -211,7 +222,8 @@ def test_every_architecture_has_a_fixture():
 
 
 def test_an_unsupported_architecture_is_rejected():
-    supported = ", ".join(name for one in FAMILIES.values() for name in one.architectures)
+    names = [name for one in FAMILIES.values() for name in one.architectures]
+    supported = ", ".join(dict.fromkeys(names))
     message = f"architecture 'NewForCausalLM' is not supported; supported: {supported}"
     assert said_by(find_family, {"architectures": ["NewForCausalLM"]}) == message
 
@@ -248,10 +260,13 @@ LLAMA_3 = LINEAR | {
     "type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 2048,
 }  # fmt: skip
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
 LAYERS = "vision_config.{}_indexes must be a list of different layers from 0 to {}, got {}"
 TIED = "tie_word_embeddings is True; only False is supported"
 FULL = "vision_feature_select_strategy is 'full'; only 'default' is supported"
 ROPE = "rope type is {!r}; only 'default' is supported"
+LLAMA_ROPE = "rope type is {!r}; supported: default, llama3"
+SMALL_ROPE = "rope type is {!r}; supported: default"
 QWEN_ROPE = "rope type is {!r}; supported: default, dynamic"
 PHI_ROPE = "rope type is {!r}; supported: su, longrope, or none"
 WINDOW = (
@@ -328,11 +343,72 @@ UNSUPPORTED = {
         ({"sliding_window": 2047}, WINDOW.format(2047, 131072)),
     ],
     "Mistral-Small-3.1-24B-Instruct-2503": [
-        ({"text_config.tie_word_embeddings": True}, TIED),
-        ({"text_config.model_type": "ministral3"},
-         "text_config.model_type is 'ministral3'; only 'mistral' is supported"),
+        ({"text_config.model_type": "llama"},
+         "text_config.model_type is 'llama'; supported: mistral, ministral3"),
+        ({"text_config.model_type": "mistral4"},
+         "text_config.model_type is 'mistral4'; supported: mistral, ministral3"),
+        ({"vision_config.model_type": "clip_vision_model"},
+         "vision_config.model_type is 'clip_vision_model'; only 'pixtral' is supported"),
         ({"text_config.sliding_window": 4096}, WINDOW.format(4096, 131072)),
-        ({"text_config.rope_scaling": LLAMA_3}, ROPE.format("llama3")),
+        ({"text_config.rope_scaling": LLAMA_3}, SMALL_ROPE.format("llama3")),
+        ({"text_config.rope_scaling": YARN}, SMALL_ROPE.format("yarn")),
+        ({"spatial_merge_size": 0}, "spatial_merge_size must be a positive integer, got 0"),
+        ({"vision_config.patch_size": 0},
+         "vision tower's patch_size must be a positive integer, got 0"),
+        ({"image_token_index": -1}, "image_token_index must be the id of a token, got -1"),
+        ({"vision_feature_layer": 25},
+         "vision_feature_layer must be in [-25, 24] for a vision tower of 24 layers, got 25"),
+    ],
+    "Ministral-3-8B-Instruct-2512-BF16": [
+        ({"text_config.rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+         "rope type is 'default'; supported: yarn"),
+        ({"text_config.rope_parameters.factor": 0.0},
+         "rope_parameters.factor must be a positive number, got 0.0"),
+        ({"text_config.rope_parameters.llama_4_scaling_beta": None},
+         "rope_parameters.llama_4_scaling_beta must be a positive number, got None"),
+        ({"text_config.sliding_window": 4096}, WINDOW.format(4096, 262144)),
+        ({"text_config.hidden_act": "gelu"},
+         "text_config.hidden_act is 'gelu'; only 'silu' is supported"),
+    ],
+    "pixtral-12b": [
+        ({"vision_feature_select_strategy": "default"},
+         "vision_feature_select_strategy is 'default'; only 'full' is supported"),
+        ({"text_config.model_type": "llama"},
+         "text_config.model_type is 'llama'; supported: mistral, ministral3"),
+    ],
+    "SmolVLM2-2.2B-Instruct": [
+        ({"text_config.model_type": "qwen2"},
+         "text_config.model_type is 'qwen2'; only 'llama' is supported"),
+        ({"text_config.attention_bias": True},
+         "text_config.attention_bias is True; only False is supported"),
+        ({"text_config.hidden_act": "gelu"},
+         "text_config.hidden_act is 'gelu'; only 'silu' is supported"),
+        ({"text_config.rope_scaling": LINEAR}, LLAMA_ROPE.format("linear")),
+        ({"text_config.rope_scaling": YARN}, LLAMA_ROPE.format("yarn")),
+        ({"scale_factor": 0}, "scale_factor must be a positive integer, got 0"),
+        ({"scale_factor": 2},
+         "scale_factor must divide the 27 patches of vision_config.image_size 384, got 2"),
+        ({"vision_config.patch_size": 400},
+         "scale_factor must divide the 0 patches of vision_config.image_size 384, got 3"),
+        ({"vision_config.image_size": -1},
+         "vision tower's image_size must be a positive integer, got -1"),
+        ({"vision_config.num_attention_heads": 7},
+         "rest of vision_config.hidden_size by num_attention_heads is 4; only 0 is supported"),
+        ({"vision_config.num_channels": 1},
+         "vision_config.num_channels is 1; only 3 is supported"),
+        ({"image_token_id": -1}, "image_token_id must be the id of a token, got -1"),
+    ],
+    "Idefics3-8B-Llama3": [
+        ({"text_config.rope_scaling.factor": 0},
+         "rope_parameters.factor must be a positive number, got 0"),
+        ({"text_config.rope_scaling.original_max_position_embeddings": 0},
+         "rope_parameters.original_max_position_embeddings must be a positive integer, got 0"),
+        ({"text_config.rope_scaling.low_freq_factor": -1.0},
+         "rope_parameters.low_freq_factor must be a positive number, got -1.0"),
+        ({"text_config.rope_scaling.high_freq_factor": 1.0},
+         "rope_parameters.high_freq_factor must be above low_freq_factor 1.0, got 1.0"),
+        ({"text_config.rope_scaling.partial_rotary_factor": 0.5},
+         "partial_rotary_factor is 0.5; only 1.0 is supported"),
     ],
     "Qwen2.5-VL-7B-Instruct": [
         ({"rope_scaling": {"type": "yarn", "factor": 4.0, "mrope_section": [16, 24, 24]}},

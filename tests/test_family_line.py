@@ -13,6 +13,7 @@ import reference_llava_onevision
 import reference_mistral3
 import reference_phi
 import reference_qwen
+import reference_smolvlm
 import reference_vila
 import torch
 from processors import WRITERS
@@ -38,7 +39,11 @@ REFERENCES = {
     ),
     "phi": (reference_phi.Phi(0), reference_phi.phi_cases),
     "vila": (reference_vila.Vila(0), reference_vila.vila_cases),
-    "mistral3": (reference_mistral3.Mistral3(0), reference_mistral3.mistral3_cases),
+    "mistral3": (
+        reference_mistral3.Mistral3(0, "ministral3"),
+        reference_mistral3.mistral3_cases,
+    ),
+    "smolvlm": (reference_smolvlm.SmolVLM(0, "idefics3"), reference_smolvlm.smolvlm_cases),
     "qwen2_vl": (reference_qwen.QwenVL(0, "qwen2_vl"), reference_qwen.qwen_cases),
     "qwen3_5": (reference_qwen.QwenVL(0, "qwen3_5"), reference_qwen.qwen_cases),
     "qwen3_vl": (reference_qwen.QwenVL(0, "qwen3_vl"), reference_qwen.qwen_cases),
@@ -65,7 +70,7 @@ def runs(tmp_path_factory):
         (home / name / "model" / REMOTE_CODE_FILE).write_text(REMOTE_CODE)
         question, _ = question_and_logits(name)
         tensors = {"input_ids": question.ids[None], "pixel_values": question.pixel_values}
-        for key in ("image_sizes", "image_grid_thw"):
+        for key in ("image_sizes", "image_grid_thw", "pixel_attention_mask"):
             if getattr(question, key) is not None:
                 tensors[key] = getattr(question, key)
         save_file(tensors, home / name / "inputs.safetensors")

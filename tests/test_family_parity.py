@@ -25,6 +25,7 @@ from reference_llava_onevision import write_llava_onevision
 from reference_mistral3 import mistral3_cases, write_mistral3
 from reference_phi import phi_cases, write_phi
 from reference_qwen import qwen_cases, write_qwen
+from reference_smolvlm import smolvlm_cases, write_smolvlm
 from reference_vila import vila_cases, write_vila
 from references import VOCAB
 
@@ -38,6 +39,8 @@ FAMILIES = {
     "phi": (write_phi, phi_cases),
     "llava_next": (write_llava_next, llava_next_cases),
     "mistral3": (write_mistral3, mistral3_cases),
+    "ministral3": (partial(write_mistral3, kind="ministral3"), mistral3_cases),
+    "pixtral": (partial(write_mistral3, kind="pixtral"), mistral3_cases),
     "llava_onevision": (write_llava_onevision, llava_next_cases),
     "qwen3_vl": (partial(write_qwen, kind="qwen3_vl"), qwen_cases),
     "qwen3_5": (partial(write_qwen, kind="qwen3_5"), qwen_cases),
@@ -45,6 +48,7 @@ FAMILIES = {
     "internvl": (partial(write_internvl, kind="qwen2"), internvl_cases),
     "gemma3": (write_gemma3, gemma3_cases),
     "internvl qwen3": (partial(write_internvl, kind="qwen3"), internvl_cases),
+    "smolvlm": (partial(write_smolvlm, kind="idefics3"), smolvlm_cases),
 }
 CASES = [(family, case) for family in FAMILIES for case in ("images", "text", "padded")]
 CASES += [("phi", "short factors"), ("phi", "long factors")]
@@ -144,6 +148,10 @@ def test_logits_of_the_reference_reader_match(homes, family):
         ("qwen3_vl", {"tied": False}),
         ("internvl", {"kind": "qwen2", "tied": True, "large": True}),
         ("internvl", {"kind": "qwen3", "tied": False}),
+        ("mistral3", {"kind": "ministral3", "tied": True}),
+        ("mistral3", {"kind": "ministral3", "mscale": 2.0}),
+        ("smolvlm", {"kind": "smolvlm"}),
+        ("smolvlm", {"kind": "smolvlm", "tied": True}),
     ],
     ids=lambda value: str(value),
 )

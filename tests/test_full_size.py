@@ -15,7 +15,7 @@ from nemo_vlm_ptq.planning.make_plan import make_plan
 from nemo_vlm_ptq.recipe import load_recipe
 
 DECODER = re.compile(
-    r"(llm/|language_model\.)?(model\.(language_model\.)?(embed_tokens|layers|norm)|lm_head)\."
+    r"(llm/|language_model\.)?(model\.(language_model\.|text_model\.)?(embed_tokens|layers|norm)|lm_head)\."
 )
 VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
 RANK_LINE = re.compile(r"TP (\d+) +([\d,.]+) M parameters per rank")

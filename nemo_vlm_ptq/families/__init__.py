@@ -64,15 +64,23 @@ def find_family(config: dict[str, Any], name: str = "auto") -> ModelFamily:
     if not isinstance(architectures, list):
         raise UserError(f"config.json: architectures must be a list, got {architectures!r}")
     architecture = architectures[0]
-    for family in FAMILIES.values():
-        if architecture in family.architectures:
+    vision = config.get("vision_config")
+    tower = vision.get("model_type") if isinstance(vision, dict) else None
+    found = [one for one in FAMILIES.values() if architecture in one.architectures]
+    for family in found:
+        if tower is not None and family.tower == tower:
             return family
+    if found:
+        return found[0]
     raise UserError(_unsupported(str(architecture)))
 
 
 def _unsupported(architecture: str) -> str:
     """Return what to say of an architecture that no family has."""
-    owners = {name: family for family in FAMILIES.values() for name in family.architectures}
+    owners: dict[str, ModelFamily] = {}
+    for family in FAMILIES.values():
+        for name in family.architectures:
+            owners.setdefault(name, family)
     hint = ""
     for name, family in owners.items():
         if other := dict(family.other_repositories).get(architecture):

@@ -36,11 +36,13 @@ class ImageInputs:
     image_sizes: [images,2] int64, height and width; only for families whose number of tokens
         depends on the size of the image.
     grids: [images,3] int64, patches of each image in time, height and width (image_grid_thw).
+    pixel_mask: [tiles,h,w], 0 at padding; only for families with tiles that are padded.
     """
 
     pixel_values: torch.Tensor
     image_sizes: torch.Tensor | None = None
     grids: torch.Tensor | None = None
+    pixel_mask: torch.Tensor | None = None
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -58,7 +60,8 @@ class ImageInputs:
         """Return the images from `start` to `stop`."""
         sizes = None if self.image_sizes is None else self.image_sizes[start:stop]
         if self.grids is None:
-            return ImageInputs(pixel_values=self.pixel_values[start:stop], image_sizes=sizes)
+            mask = None if self.pixel_mask is None else self.pixel_mask[start:stop]
+            return ImageInputs(self.pixel_values[start:stop], image_sizes=sizes, pixel_mask=mask)
         ends = [0, *self.grids.prod(dim=1).cumsum(dim=0).tolist()]
         last = len(self) if stop is None else min(stop, len(self))
         patches = self.pixel_values[ends[start] : ends[last]]
@@ -158,10 +161,14 @@ class ModelFamily:
     most_tokens_per_image: int = 2880
     # whether an image is cut into tiles, each of which is an entry of pixel_values
     is_tiled: bool = False
+    # whether samples have their tiles padded to the same number, with pixel_attention_mask
+    pads_tiles: bool = False
     # (class of the same models that is not supported, the repository to take instead)
     other_repositories: tuple[tuple[str, str], ...] = ()
     # sub-folders with a checkpoint each; their tensors are named SUBFOLDER/NAME
     subfolders: tuple[str, ...] = ("",)
+    # model type of the vision tower, where another family has the same architecture
+    tower: str = ""
     # whether NeMo 2 has a model class for the family
     nemo_supported: bool = False
     # config.json of the folder merged with those of its sub-folders; may raise UserError
@@ -259,21 +266,6 @@ def images_of_tokens(is_image: torch.Tensor, counts: Sequence[int], key: str) ->
             f"{list(counts[:4])}; {key} must be that of the ids"
         )
     return ImagePlaceholders(is_image=is_image, tokens_per_placeholder=1, num_images=images)
-
-
-def equal_images(is_image: torch.Tensor, count: int, unit: str) -> ImagePlaceholders:
-    """Return the images of `count` tokens each whose expanded tokens stand in a row of ids.
-
-    Raises:
-        UserError: the number of image tokens is not a multiple of those of one `unit`.
-    """
-    found = int(is_image.sum())
-    if found % count:
-        raise UserError(
-            f"the number of image tokens must be a multiple of {count}, the tokens of one {unit}, "
-            f"got {found}"
-        )
-    return ImagePlaceholders(is_image=is_image, tokens_per_placeholder=1, num_images=found // count)
 
 
 def check_placeholder_count(sample_id: str, found: int, images: int) -> None:

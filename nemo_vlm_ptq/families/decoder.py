@@ -26,6 +26,17 @@ class LongRope:
 
 
 @dataclass(frozen=True)
+class ScaledRope:
+    """Rotary frequencies that are no powers of one base, as in Llama 3.1 and YaRN.
+
+    frequencies: [head_dim / 2], radians per position. attention_factor multiplies cosine and sine.
+    """
+
+    frequencies: tuple[float, ...]
+    attention_factor: float
+
+
+@dataclass(frozen=True)
 class MRope:
     """Rotary embedding of three positions per token: temporal, height and width, as in Qwen-VL.
 
@@ -113,6 +124,7 @@ class Decoder:
     max_positions: int
     long_rope: LongRope | None = None
     mrope: MRope | None = None
+    scaled_rope: ScaledRope | None = None
     qkv_bias: bool = False
     qk_norm: bool = False
     tied_head: bool = False

@@ -24,7 +24,6 @@ from nemo_vlm_ptq.families.base import (
     ModelFamily,
     Preprocess,
     Sample,
-    equal_images,
     expand_placeholders,
 )
 from nemo_vlm_ptq.families.chat_template import prompt_renderer, tokenize_prompt
@@ -39,6 +38,7 @@ from nemo_vlm_ptq.families.folder_files import load_tokenizer, token_of_id
 from nemo_vlm_ptq.families.image_processor import load_image_processor, read_settings
 from nemo_vlm_ptq.families.llama import decoder_from_sizes, llama_parameter_map
 from nemo_vlm_ptq.families.tied_head import make_config_completer
+from nemo_vlm_ptq.families.tiles import tiles_of_tokens
 from nemo_vlm_ptq.families.towers import tower_parameters
 
 IMAGE_PROCESSORS = ("Gemma3ImageProcessor",)
@@ -196,7 +196,7 @@ def find_placeholders(config: Config, ids: Any, images: ImageInputs | None) -> I
         UserError: their number is not a multiple of the tokens of one image.
     """
     full = full_config(config)
-    return equal_images(ids == full.image_token_index, full.mm_tokens_per_image, "image")
+    return tiles_of_tokens(ids == full.image_token_index, full.mm_tokens_per_image, "image")
 
 
 def make_preprocessor(folder: Path, config: Config) -> Preprocess:

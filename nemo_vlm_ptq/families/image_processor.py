@@ -25,12 +25,14 @@ MODULES = {
     "CLIPImageProcessor": "clip",
     "Gemma3ImageProcessor": "gemma3",
     "GotOcr2ImageProcessor": "got_ocr2",
+    "Idefics3ImageProcessor": "idefics3",
     "LlavaImageProcessor": "llava",
     "LlavaNextImageProcessor": "llava_next",
     "LlavaOnevisionImageProcessor": "llava_onevision",
     "PixtralImageProcessor": "pixtral",
     "Qwen2VLImageProcessor": "qwen2_vl",
     "SiglipImageProcessor": "siglip",
+    "SmolVLMImageProcessor": "smolvlm",
 }
 
 
@@ -200,7 +202,10 @@ def _is_grid_side(value: Any) -> bool:
 
 
 _FLAG = (lambda value: isinstance(value, bool), "true or false")
-_STEPS = ("resize", "center_crop", "rescale", "normalize", "convert_rgb", "pad", "pan_and_scan")
+_STEPS = (
+    *("resize", "center_crop", "rescale", "normalize", "convert_rgb", "pad"),
+    *("pan_and_scan", "image_splitting"),
+)
 _CROPS = (partial(_is_count, most=MAX_CROPS), f"an integer from 1 to {MAX_CROPS}")
 _NAME = (lambda value: isinstance(value, str), "the name of a class")
 _CHECKS: dict[str, tuple[Any, str]] = {
@@ -224,7 +229,7 @@ def _checks(most: int) -> dict[str, tuple[Any, str]]:
     patch = (_is_patch, f"an integer from 1 to {MAX_PATCH}")
     return (
         _CHECKS
-        | dict.fromkeys(("size", "crop_size", "pad_size"), size)
+        | dict.fromkeys(("size", "crop_size", "pad_size", "max_image_size"), size)
         | dict.fromkeys(("min_pixels", "max_pixels"), count)
         | dict.fromkeys(("patch_size", "merge_size", "temporal_patch_size"), patch)
     )

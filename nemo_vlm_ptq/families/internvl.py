@@ -23,7 +23,6 @@ from nemo_vlm_ptq.families.base import (
     ModelFamily,
     Preprocess,
     Sample,
-    equal_images,
     expand_placeholders,
 )
 from nemo_vlm_ptq.families.chat_template import prompt_renderer, tokenize_prompt
@@ -33,6 +32,7 @@ from nemo_vlm_ptq.families.image_processor import load_image_processor
 from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, llama_parameter_map
 from nemo_vlm_ptq.families.qwen_text import qwen_text_decoder
 from nemo_vlm_ptq.families.tied_head import make_config_completer
+from nemo_vlm_ptq.families.tiles import tiles_of_tokens
 from nemo_vlm_ptq.families.towers import merge_patches
 
 BODY_PREFIX, HEAD_PREFIX = "language_model.model.", "language_model.lm_head."
@@ -149,7 +149,7 @@ def find_placeholders(config: Config, ids: Any, images: ImageInputs | None) -> I
         UserError: their number is not a multiple of the tokens of one tile.
     """
     full = full_config(config)
-    return equal_images(ids == full.image_token_id, tokens_per_tile(full), "tile")
+    return tiles_of_tokens(ids == full.image_token_id, tokens_per_tile(full))
 
 
 def make_preprocessor(folder: Path, config: Config) -> Preprocess:

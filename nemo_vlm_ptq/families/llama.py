@@ -146,13 +146,27 @@ def llama_decoder(family: str, text_config: Any, key: str = "text_config") -> De
         family,
         {
             "tie_word_embeddings": (text_config.tie_word_embeddings, False),
-            f"{key}.attention_bias": (getattr(text_config, "attention_bias", False), False),
-            f"{key}.mlp_bias": (getattr(text_config, "mlp_bias", False), False),
-            f"{key}.hidden_act": (text_config.hidden_act, "silu"),
             "rope type": (rope.get("rope_type", "default"), "default"),
         },
     )
+    check_plain_layers(family, text_config, key)
     return decoder_from_sizes(family, text_config, rope.get("rope_theta", 10000.0))
+
+
+def check_plain_layers(family: str, text_config: Any, key: str) -> None:
+    """Require linears without biases, and SiLU.
+
+    Raises:
+        UserError: the config has another value.
+    """
+    require_values(
+        family,
+        {
+            f"{key}.attention_bias": (getattr(text_config, "attention_bias", False), False),
+            f"{key}.mlp_bias": (getattr(text_config, "mlp_bias", False), False),
+            f"{key}.hidden_act": (text_config.hidden_act, "silu"),
+        },
+    )
 
 
 def decoder_from_sizes(

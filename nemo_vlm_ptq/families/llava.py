@@ -20,7 +20,6 @@ from nemo_vlm_ptq.families.base import (
     ModelFamily,
     Preprocess,
     Sample,
-    equal_images,
     expand_placeholders,
 )
 from nemo_vlm_ptq.families.chat_template import prompt_renderer, tokenize_prompt
@@ -34,6 +33,7 @@ from nemo_vlm_ptq.families.decoder import Decoder
 from nemo_vlm_ptq.families.folder_files import load_tokenizer
 from nemo_vlm_ptq.families.image_processor import load_image_processor
 from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, llama_decoder, llama_parameter_map
+from nemo_vlm_ptq.families.tiles import tiles_of_tokens
 from nemo_vlm_ptq.families.towers import select_hidden_states, tower_parameters
 from nemo_vlm_ptq.parameter_map.entries import IgnoredTensor
 
@@ -149,7 +149,7 @@ def find_placeholders(config: Config, ids: Any, images: ImageInputs | None) -> I
         UserError: their number is not a multiple of the tokens of one image.
     """
     is_image = ids == full_config(config).image_token_index
-    return equal_images(is_image, tokens_per_image(config), "image")
+    return tiles_of_tokens(is_image, tokens_per_image(config), "image")
 
 
 def make_preprocessor(folder: Path, config: Config) -> Preprocess:

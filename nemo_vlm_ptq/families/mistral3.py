@@ -1,4 +1,6 @@
-"""Mistral Small 3.1 and 3.2: a Pixtral tower for images of any size, a projector of merged patches.
+"""Mistral Small 3.1 and 3.2, Ministral 3, Pixtral: a Pixtral tower for images of any size.
+
+The projector merges patches, but for Pixtral, whose class is that of LLaVA.
 
 Parameters have the names of the published checkpoints; NAME_ALIASES maps those of transformers in
 memory to them. Image tokens stand in rows: [IMG] ... [IMG_BREAK], and [IMG_END] after the last.
@@ -6,7 +8,9 @@ memory to them. Image tokens stand in rows: [IMG] ... [IMG_BREAK], and [IMG_END]
 
 from __future__ import annotations
 
+import copy
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,11 +30,19 @@ from nemo_vlm_ptq.families.base import (
     images_of_tokens,
 )
 from nemo_vlm_ptq.families.chat_template import prompt_renderer, tokenize_prompt
-from nemo_vlm_ptq.families.config_checks import check_feature_layer, require_values
+from nemo_vlm_ptq.families.config_checks import (
+    check_feature_layer,
+    check_token_id,
+    check_tower_sizes,
+    require_positive,
+    require_values,
+)
 from nemo_vlm_ptq.families.decoder import Decoder
 from nemo_vlm_ptq.families.folder_files import load_tokenizer
 from nemo_vlm_ptq.families.image_processor import load_any_size_processor
-from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, llama_decoder, llama_parameter_map
+from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, llama_parameter_map
+from nemo_vlm_ptq.families.scaled_rope import scaled_rope_decoder
+from nemo_vlm_ptq.families.tied_head import make_config_completer
 from nemo_vlm_ptq.families.towers import select_hidden_states
 
 BODY_PREFIX, HEAD_PREFIX = "language_model.model.", "language_model.lm_head."
@@ -39,6 +51,8 @@ NAME_ALIASES = (
     (r"^lm_head\.", "language_model.lm_head."),
     (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
 )
+ROPE_TYPES = {"mistral": ("default",), "ministral3": ("yarn",)}  # of each decoder
+SCALING = "llama_4_scaling_beta"
 IMAGE, ROW_END, IMAGE_END = "[IMG]", "[IMG_BREAK]", "[IMG_END]"
 
 
@@ -47,12 +61,15 @@ class Mistral3Vision(nn.Module):
 
     def __init__(self, config: Any) -> None:
         from transformers import PixtralVisionModel
+        from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
         from transformers.models.mistral3.modeling_mistral3 import Mistral3MultiModalProjector
 
         super().__init__()
         self.feature_layer = config.vision_feature_layer
+        self.merges = config.model_type == "mistral3"
         self.vision_tower = PixtralVisionModel(config.vision_config)
-        self.multi_modal_projector = Mistral3MultiModalProjector(config)
+        kind = Mistral3MultiModalProjector if self.merges else LlavaMultiModalProjector
+        self.multi_modal_projector = kind(config)
 
     @torch.no_grad()
     def forward(self, images: ImageInputs) -> torch.Tensor:
@@ -61,7 +78,8 @@ class Mistral3Vision(nn.Module):
         sizes = [tuple(size) for size in images.image_sizes.tolist()]
         tower = partial(self.vision_tower, image_sizes=sizes)
         states = select_hidden_states(tower, images.pixel_values, self.feature_layer)
-        return self.multi_modal_projector(states.squeeze(0), sizes)
+        patches = states.squeeze(0)
+        return self.multi_modal_projector(patches, *([sizes] if self.merges else []))
 
     def published_parameters(self) -> dict[str, torch.Tensor]:
         """Return the parameters by published name."""
@@ -69,36 +87,51 @@ class Mistral3Vision(nn.Module):
 
 
 def full_config(config: Config) -> Any:
-    """Return transformers' Mistral3Config, with the defaults that config.json leaves out."""
-    from transformers import Mistral3Config
+    """Return transformers' config of the model, with the defaults that config.json leaves out."""
+    from transformers import LlavaConfig, Mistral3Config
 
-    return Mistral3Config.from_dict(dict(config))
+    kind = LlavaConfig if config.get("model_type") == "llava" else Mistral3Config
+    return kind.from_dict(copy.deepcopy(dict(config)))
 
 
 def text_config(config: Config) -> Any:
-    """Return transformers' MistralConfig of the decoder."""
+    """Return transformers' MistralConfig or Ministral3Config of the decoder."""
     return full_config(config).text_config
 
 
 def decoder(config: Config) -> Decoder:
     """Return the architecture of the decoder.
 
-    Whether the head is tied says text_config: at the top, transformers' default is true.
+    Ministral 3 scales queries from original_max_position_embeddings on. Longer sequences are
+    rejected, as the decoder has no more positions.
 
     Raises:
         UserError: the config has a value that the family does not support.
     """
     full = full_config(config)
-    vision = full.vision_config
-    require_values(
-        FAMILY.name,
-        {
-            "text_config.model_type": (full.text_config.model_type, "mistral"),
-            "vision_config.model_type": (vision.model_type, "pixtral"),
-        },
-    )
+    vision, text = full.vision_config, full.text_config
+    require_values(FAMILY.name, {"vision_config.model_type": (vision.model_type, "pixtral")})
+    if text.model_type not in ROPE_TYPES:
+        raise UserError(
+            f"{FAMILY.name}: text_config.model_type is {text.model_type!r}; supported: "
+            f"{', '.join(ROPE_TYPES)}"
+        )
+    check_token_id(FAMILY.name, "image_token_index", full.image_token_index)
+    check_tower_sizes(FAMILY.name, vision)
     check_feature_layer(FAMILY.name, full.vision_feature_layer, vision.num_hidden_layers)
-    return llama_decoder(FAMILY.name, full.text_config)
+    merge = getattr(full, "spatial_merge_size", 1)
+    require_positive(FAMILY.name, {"spatial_merge_size": merge}, int)
+    if full.model_type == "llava":
+        strategy = full.vision_feature_select_strategy
+        require_values(FAMILY.name, {"vision_feature_select_strategy": (strategy, "full")})
+    found = scaled_rope_decoder(FAMILY.name, config, text, ROPE_TYPES[text.model_type])
+    if text.model_type == "mistral":
+        return found
+    rope = text.rope_parameters
+    beta = {f"rope_parameters.{SCALING}": rope.get(SCALING)}
+    require_positive(FAMILY.name, beta, float)
+    unscaled = min(found.max_positions, rope["original_max_position_embeddings"])
+    return replace(found, max_positions=unscaled)
 
 
 def make_vision_module(config: Config) -> Mistral3Vision:
@@ -108,7 +141,16 @@ def make_vision_module(config: Config) -> Mistral3Vision:
 
 def patch_pixels(full: Any) -> int:
     """Return the height and width in pixels that become one token."""
-    return int(full.vision_config.patch_size * full.spatial_merge_size)
+    return int(full.vision_config.patch_size * getattr(full, "spatial_merge_size", 1))
+
+
+def complete_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the config with tie_word_embeddings as the checkpoint has it.
+
+    Without the key the class Mistral3 ties the head, and LLaVA's does not.
+    """
+    default = config.get("model_type") != "llava"
+    return make_config_completer(HEAD_PREFIX, NAME_ALIASES, default=default)(folder, config)
 
 
 def pixels_per_token(config: Config) -> int:
@@ -157,17 +199,23 @@ def make_preprocessor(folder: Path, config: Config) -> Preprocess:
     tokenizer, full = load_tokenizer(folder), full_config(config)
     side, image_id = patch_pixels(full), full.image_token_index
     processor = load_any_size_processor(folder, ("PixtralImageProcessor",))
+    longest, most = processor.size["longest_edge"], full.vision_config.image_size
+    if longest > most:
+        raise UserError(
+            f"{folder}: the image processor does not match the vision tower: size has longest_edge "
+            f"{longest}, and vision_config.image_size is {most}"
+        )
     render = prompt_renderer(folder, tokenizer, None, IMAGE)
     if tokenizer.convert_tokens_to_ids(IMAGE) != image_id:
         raise UserError(f"{folder}: the tokenizer's {IMAGE} is not image_token_index {image_id}")
 
     def process(image: Any, max_pixels: int | None) -> ImageInputs:
-        longest = processor.size["longest_edge"]
+        edge = longest
         if max_pixels is not None:
-            longest = bounded_edge(image.size, side, longest, max_pixels)
+            edge = bounded_edge(image.size, side, longest, max_pixels)
         processed = processor(
             image.convert("RGB"),
-            size={"longest_edge": longest},
+            size={"longest_edge": edge},
             patch_size=side,
             return_tensors="pt",
         )
@@ -198,7 +246,7 @@ def make_preprocessor(folder: Path, config: Config) -> Preprocess:
 
 FAMILY = ModelFamily(
     name="mistral3",
-    architectures=("Mistral3ForConditionalGeneration",),
+    architectures=("Mistral3ForConditionalGeneration", "LlavaForConditionalGeneration"),
     body_prefix=BODY_PREFIX,
     head_prefix=HEAD_PREFIX,
     trtllm_architecture="",
@@ -212,4 +260,6 @@ FAMILY = ModelFamily(
     find_placeholders=find_placeholders,
     trtllm_vision_type="",
     pixels_per_token=pixels_per_token,
+    tower="pixtral",
+    complete_config=complete_config,
 )

@@ -18,7 +18,12 @@ from nemo_vlm_ptq.megatron.deepstack import add_deepstack
 from nemo_vlm_ptq.megatron.fusion import use_fused_kernels
 from nemo_vlm_ptq.megatron.layer_specs import block_spec
 from nemo_vlm_ptq.megatron.parallel_context import ParallelContext
-from nemo_vlm_ptq.megatron.rotary import apply_long_rope, apply_mrope, apply_window
+from nemo_vlm_ptq.megatron.rotary import (
+    apply_long_rope,
+    apply_mrope,
+    apply_scaled_rope,
+    apply_window,
+)
 
 ACTIVATIONS: dict[str, Callable[..., torch.Tensor]] = {
     "silu": F.silu,
@@ -145,6 +150,8 @@ def _complete(model: GPTModel, decoder: Decoder, device: torch.device) -> None:
         apply_window(model, decoder, decoder.window, device)
     if decoder.long_rope is not None:
         apply_long_rope(model, decoder, decoder.long_rope)
+    if decoder.scaled_rope is not None:
+        apply_scaled_rope(model, decoder.scaled_rope)
     if decoder.mrope is not None:
         apply_mrope(model, decoder, decoder.mrope, device)
     if decoder.deepstack_layers and model.pre_process:

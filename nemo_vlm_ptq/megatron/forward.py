@@ -143,7 +143,8 @@ def is_encoding_rank(parallel: ParallelContext, index: int) -> bool:
 
 def _merge(images: Sequence[ImageInputs]) -> list[ImageInputs]:
     """Concatenate the inputs of samples per vision call; images of many sizes stay separate."""
-    if any(image.image_sizes is not None or image.grids is not None for image in images):
+    own = [(image.image_sizes, image.grids, image.pixel_mask) for image in images]
+    if any(tensor is not None for tensors in own for tensor in tensors):
         return list(images)
     step = MAX_SAMPLES_PER_VISION_CALL
     groups = [images[start : start + step] for start in range(0, len(images), step)]

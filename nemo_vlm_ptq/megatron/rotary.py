@@ -9,7 +9,13 @@ import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 
-from nemo_vlm_ptq.families.decoder import Decoder, LongRope, MRope, SlidingWindow
+from nemo_vlm_ptq.families.decoder import (
+    Decoder,
+    LongRope,
+    MRope,
+    ScaledRope,
+    SlidingWindow,
+)
 
 
 class LongRotaryEmbedding(RotaryEmbedding):
@@ -41,16 +47,28 @@ class LongRotaryEmbedding(RotaryEmbedding):
 
 
 def apply_long_rope(model: GPTModel, decoder: Decoder, long_rope: LongRope) -> None:
-    """Replace the rotary embedding of a model and set the attention scaling of LongRoPE.
-
-    megatron-core scales cosine and sine only for YaRN, by (0.1 a ln f + 1) / (0.1 b ln f + 1) with
-    f, a and b from the config. f = e^10, a = attention_factor - 1 and b = 0 give attention_factor.
-    """
+    """Replace the rotary embedding of a model and set the attention scaling of LongRoPE."""
     model.rotary_pos_emb = LongRotaryEmbedding(decoder, long_rope)
+    _scale_cosine_and_sine(model, long_rope.attention_factor)
+
+
+def _scale_cosine_and_sine(model: GPTModel, factor: float) -> None:
+    """Multiply cosine and sine by a factor.
+
+    megatron-core scales them only for YaRN, by (0.1 a ln f + 1) / (0.1 b ln f + 1) with f, a and b
+    from the config. f = e^10, a = factor - 1 and b = 0 give the factor.
+    """
     config = model.config
     config.yarn_rotary_scaling_factor = math.exp(10)
-    config.yarn_mscale = long_rope.attention_factor - 1
+    config.yarn_mscale = factor - 1
     config.yarn_mscale_all_dim = 0.0
+
+
+def apply_scaled_rope(model: GPTModel, rope: ScaledRope) -> None:
+    """Replace the frequencies of a model, and scale cosine and sine."""
+    rotary = model.rotary_pos_emb
+    rotary.inv_freq = torch.tensor(rope.frequencies, device=rotary.inv_freq.device)
+    _scale_cosine_and_sine(model, rope.attention_factor)
 
 
 class MRotaryEmbedding(torch.nn.Module):

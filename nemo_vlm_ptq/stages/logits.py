@@ -47,9 +47,9 @@ def write_logits(context: RunContext, options: Mapping[str, str]) -> None:
     """Write logits [B,S',V] of one form for `inputs` into `output` (safetensors).
 
     Inputs: input_ids [B,S] int64, optional attention_mask [B,S], pixel_values and, for families
-    whose images differ in tokens, image_sizes [images,2] or image_grid_thw [images,3], as the
-    family's Hugging Face processor returns them, images in the order of the rows. S' counts every
-    image token; shorter rows are padded with zeros.
+    whose images differ in tokens, image_sizes [images,2], image_grid_thw [images,3] or
+    pixel_attention_mask [B,tiles,h,w], as the family's Hugging Face processor returns them, images
+    in the order of the rows. S' counts every image token; shorter rows are padded with zeros.
 
     Raises:
         UserError: a missing option, an unknown form, or inconsistent inputs.

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from nemo_vlm_ptq.checkpoints.safetensors_header import read_safetensors_header
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.base import ImageInputs, Sample
+from nemo_vlm_ptq.families.tiles import drop_padding
 from nemo_vlm_ptq.input_files import one_line
 from nemo_vlm_ptq.planning.plan import Plan
 
@@ -27,9 +28,11 @@ def read_inputs(plan: Plan, path: Path) -> tuple[list[Sample], list[torch.Tensor
             or the model.
     """
     read_safetensors_header(path)
-    tensors = load_file(path)
+    tensors: Tensors = load_file(path)
     _check_ids(tensors)
     if "pixel_values" in tensors:
+        if plan.family.pads_tiles:
+            tensors = _without_padding(tensors)
         _check_images(plan, tensors)
     samples, masks = _make_samples(plan, tensors)
     with torch.device("meta"):
@@ -56,6 +59,31 @@ def _check_ids(tensors: Tensors) -> None:
         )
     if not bool(((mask == 0) | (mask == 1)).all()):
         raise UserError("attention_mask must hold 0 and 1 only")
+
+
+def _without_padding(tensors: Tensors) -> Tensors:
+    """Return pixel_values [tiles,3,h,w] and pixel_attention_mask [tiles,h,w] of all rows."""
+    pixels, mask = tensors["pixel_values"], tensors.get("pixel_attention_mask")
+    rows = len(tensors["input_ids"])
+    if pixels.dim() != 5 or len(pixels) != rows:
+        raise UserError(
+            f"pixel_values must be numbers [{rows},tiles,3,h,w], a row for each of input_ids, got "
+            f"{_describe(pixels)}"
+        )
+    if mask is not None:
+        shape = [*pixels.shape[:2], *pixels.shape[3:]]
+        if mask.is_floating_point() or mask.is_complex() or list(mask.shape) != shape:
+            raise UserError(f"pixel_attention_mask must be integers {shape}, got {_describe(mask)}")
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            raise UserError("pixel_attention_mask must hold 0 and 1 only")
+    pixels, mask = drop_padding(pixels, mask)
+    if mask is None:
+        return {**tensors, "pixel_values": pixels}
+    if not bool(mask[:, 0, 0].all()):
+        raise UserError(
+            "pixel_attention_mask must be 1 at the first pixel of each tile with an image"
+        )
+    return {**tensors, "pixel_values": pixels, "pixel_attention_mask": mask}
 
 
 def _check_images(plan: Plan, tensors: Tensors) -> None:
@@ -162,7 +190,8 @@ def _make_samples(plan: Plan, tensors: Tensors) -> tuple[list[Sample], list[torc
     remaining = None
     if "pixel_values" in tensors:
         sizes, grids = (tensors.get(key) for key in ("image_sizes", "image_grid_thw"))
-        remaining = ImageInputs(tensors["pixel_values"], sizes, grids)
+        mask = tensors.get("pixel_attention_mask") if plan.family.pads_tiles else None
+        remaining = ImageInputs(tensors["pixel_values"], sizes, grids, mask)
     masks = tensors.get("attention_mask")
     samples: list[Sample] = []
     expanded_masks: list[torch.Tensor | None] = []
