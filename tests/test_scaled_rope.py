@@ -3,6 +3,7 @@
 import math
 
 import pytest
+from bad_models import said_by
 from test_families import load
 
 from nemo_vlm_ptq.families import find_family
@@ -40,6 +41,21 @@ def test_yarn_divides_low_frequencies_along_a_ramp_of_dimensions():
         divided = min(max((index - low) / (high - low), 0), 1)
         assert one == pytest.approx(frequency * (1 - divided + divided / 16), rel=1e-5)
     assert found[0] == plain[0] and found[-1] == pytest.approx(plain[-1] / 16, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"attention_factor": -1.0}, "give frequencies or a scale that are no positive numbers"),
+        ({"beta_fast": -1.0}, "cannot be used: "),
+        ({"x" * 900: 1, "beta_slow": -1.0}, "cannot be used: "),
+    ],
+)
+def test_settings_that_give_no_frequencies_are_refused_in_one_short_line(changes, reason):
+    config = load("mistral3", "Ministral-3-8B-Instruct-2512-BF16").config
+    config["text_config"]["rope_parameters"] |= changes
+    said = said_by(find_family(config).decoder, config)
+    assert said.startswith("mistral3: rope_parameters {") and reason in said and len(said) < 600
 
 
 def test_other_mistral_decoders_have_plain_frequencies():

@@ -14,6 +14,7 @@ from nemo_vlm_ptq.families.base import Config, Decoder
 from nemo_vlm_ptq.families.config_checks import require_positive, require_values
 from nemo_vlm_ptq.families.decoder import ScaledRope
 from nemo_vlm_ptq.families.llama import check_plain_layers, decoder_from_sizes
+from nemo_vlm_ptq.input_files import shorten
 
 NUMBERS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
@@ -61,16 +62,17 @@ def _read(family: str, text: Any, rope_type: str, rope: dict[str, Any]) -> Scale
             f"{family}: rope_parameters.high_freq_factor must be above low_freq_factor "
             f"{rope['low_freq_factor']}, got {rope['high_freq_factor']}"
         )
+    given = shorten(repr(rope))
     try:
         with torch.device("cpu"):
             found, attention_factor = ROPE_INIT_FUNCTIONS[rope_type](text, torch.device("cpu"))
         frequencies = tuple(found.tolist())
         factor = float(attention_factor)
     except (ArithmeticError, TypeError, ValueError) as error:
-        raise UserError(f"{family}: rope_parameters {rope} cannot be used: {error}") from None
+        raise UserError(f"{family}: rope_parameters {given} cannot be used: {error}") from None
     if not all(math.isfinite(number) and number > 0 for number in (*frequencies, factor)):
         raise UserError(
-            f"{family}: rope_parameters {rope} give frequencies or a scale that are no positive "
+            f"{family}: rope_parameters {given} give frequencies or a scale that are no positive "
             "numbers"
         )
     return ScaledRope(frequencies=frequencies, attention_factor=factor)
