@@ -51,6 +51,7 @@ STAGES = ("observe", "solve", "export", "verify", "evaluate", "report")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 STOPPED = {128 + number for number in SIGNALS} | {-number for number in SIGNALS}
 OTHERS = ("calibration.samples=2", "calibration.seed=3", "quantize.format=[fp8]")
+MENDS = 12  # one for statistics, and for every scales, export and evaluate folder
 RANKS_2 = "parallel.tensor=2"
 PAIRS = ("same", "other", "stage", "formats", "status", "plan", "verify")
 
@@ -159,7 +160,7 @@ def _judge(kind: str, commands: Sequence[Command], codes: Sequence[int | None]) 
 
 def _settle(folder: Path, recipe: Path) -> None:
     """Run the recipe again, and do what its messages say, until it has finished."""
-    for _ in range(9):
+    for _ in range(MENDS):
         code, said, _ = run(folder, "run", recipe)
         if code == 0:
             return
@@ -167,7 +168,7 @@ def _settle(folder: Path, recipe: Path) -> None:
         if advice is None or not Path(advice[1]).is_relative_to(folder / "work"):
             raise DefectError(f"no command that mends it: {said}")
         shutil.rmtree(advice[1])
-    raise DefectError(f"9 commands do not mend it, the last for: {said}")
+    raise DefectError(f"{MENDS} commands do not mend it, the last for: {said}")
 
 
 def run_campaign(
