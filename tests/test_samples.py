@@ -1,7 +1,10 @@
 """Preprocessing of calibration micro-batches by several threads."""
 
 import json
+import os
 import shutil
+import threading
+import time
 from importlib import import_module
 
 import pytest
@@ -76,3 +79,20 @@ def test_truncation_and_padding_of_a_tokenizer_file_are_disabled_when_it_is_load
     path.write_text(json.dumps(settings | {"truncation": TRUNCATION, "padding": PADDING}))
     tokenizer = load_tokenizer(folder).backend_tokenizer
     assert tokenizer.truncation is None and tokenizer.padding is None
+
+
+def test_threads_that_load_tokenizers_leave_stdout_and_stderr_as_they_were(monkeypatch):
+    pauses = iter((0.2, 0.5))  # the second to start would end last
+
+    def load(*_, **__):
+        time.sleep(next(pauses))
+        return lambda _: None
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", load)
+    before = [os.fstat(number) for number in (1, 2)]
+    threads = [threading.Thread(target=load_tokenizer, args=(TINY,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(map(os.path.samestat, before, [os.fstat(number) for number in (1, 2)]))

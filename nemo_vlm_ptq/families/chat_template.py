@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from nemo_vlm_ptq.checkpoints.huggingface import read_json_object
+from nemo_vlm_ptq.distributed.launcher import planned_by_parent
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.input_files import one_line, read_text
+from nemo_vlm_ptq.utils.limits import ends_within
 
 # (question, whether it has an image, answer or "") -> prompt, followed by the answer
 Render = Callable[[str, bool, str], str]
 
 PROBE = "QUESTION"
+TRIAL_SECONDS = 10  # of CPU time
+TRIAL_BYTES = 1 << 30
+MAX_EXTRA_CHARACTERS = 100_000  # of a prompt beyond the question
+
+_tried: set[str] = set()  # templates that ended within the limits of the trial
 
 
 def prompt_renderer(folder: Path, tokenizer: Any, default: str | None, image: str) -> Render:
@@ -82,10 +90,12 @@ def _find_style(where: str, tokenizer: Any, template: str, image: str) -> Callab
     """Return the form of a message's content that a template expects.
 
     Raises:
-        UserError: with none the rendered text has the image and the question once.
+        UserError: with none the rendered text has the image and the question once, or the template
+            takes too much time or memory.
     """
+    _try_within_limits(where, tokenizer, template, image)
     reason = f"a question about an image has not {image} and the question once"
-    for style in (_parts, _text_with_image, _text):
+    for style in STYLES:
         try:
             text = _apply(tokenizer, template, style(PROBE, image, True))
         except UserError as error:
@@ -96,19 +106,47 @@ def _find_style(where: str, tokenizer: Any, template: str, image: str) -> Callab
     raise UserError(f"{where}: the chat template cannot be used: {reason}")
 
 
+def _try_within_limits(where: str, tokenizer: Any, template: str, image: str) -> None:
+    """Render all forms of a message in a process of its own, once, before there are ranks.
+
+    Raises:
+        UserError: the template takes too much time or memory.
+    """
+
+    def render_all() -> None:
+        for style in STYLES:
+            for has_image in (True, False):
+                with suppress(UserError):
+                    _apply(tokenizer, template, style(PROBE, image, has_image))
+
+    if template in _tried or planned_by_parent():
+        return
+    if not ends_within(render_all, TRIAL_SECONDS, TRIAL_BYTES):
+        raise UserError(
+            f"{where}: the chat template cannot be used: for a short question it takes over "
+            f"{TRIAL_SECONDS} s or {TRIAL_BYTES >> 30} GiB"
+        )
+    _tried.add(template)
+
+
 def _apply(tokenizer: Any, template: str, content: Any) -> str:
     """Render a conversation of one message, up to the answer; models that may think do not."""
     messages = [{"role": "user", "content": content}]
     try:
-        return tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             messages,
             chat_template=template,
             tokenize=False,
             add_generation_prompt=True,
             enable_thinking=False,
         )
+    except MemoryError:
+        raise
     except Exception as error:  # whatever a template raises
         raise UserError(f"the chat template fails: {one_line(error)}") from None
+    if len(text) > len(str(content)) + MAX_EXTRA_CHARACTERS:
+        raise UserError(f"the chat template fails: it makes {len(text):,} characters of a question")
+    return text
 
 
 def _parts(question: str, image: str, has_image: bool) -> list[dict[str, str]]:
@@ -124,3 +162,6 @@ def _text_with_image(question: str, image: str, has_image: bool) -> str:
 def _text(question: str, image: str, has_image: bool) -> str:
     """Return the question; the template writes the placeholder for every message."""
     return question
+
+
+STYLES = (_parts, _text_with_image, _text)

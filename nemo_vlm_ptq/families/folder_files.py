@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,6 +14,8 @@ from nemo_vlm_ptq.checkpoints.huggingface import read_json_object
 from nemo_vlm_ptq.checkpoints.model_folder import TOKENIZER_FILES
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.input_files import one_line, open_file
+
+_silencing = threading.Lock()  # the descriptors are those of all threads
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -33,7 +36,7 @@ def load_tokenizer(folder: Path) -> Any:
         if path.exists():
             read_json_object(path) if path.suffix == ".json" else open_file(path).close()
     try:
-        with _silent_descriptors():
+        with _silencing, _silent_descriptors():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             # The first call changes the truncation and padding state of the tokenizer, which is
             # not safe while other threads call it.

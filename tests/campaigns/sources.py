@@ -6,7 +6,8 @@ with those of the undamaged inputs. What needs a look is printed; the exit code 
 
 Outcomes: refused (one line, by plan), late (refused by the run), vague (the line names nothing of
 what was damaged), harmless (the exports are the same), changed (accepted, the exports are others,
-which some kinds may), accepted (recipes), defect (anything else).
+which some kinds may; logits of other weights and configs are transformers' own where it has a
+class for them), accepted (recipes), defect (anything else).
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from campaigns.cases import Case, Damage
 from campaigns.children import LIMITS, command, in_child
 from campaigns.folder_damages import FOLDER_DAMAGES
 from campaigns.input_damages import INPUT_DAMAGES
+from campaigns.parity import differs_from_transformers
 from campaigns.tensor_damages import TENSOR_DAMAGES
 from PIL import Image
 from safetensors import safe_open
@@ -55,6 +57,11 @@ RECIPES = frozenset(
 STRICT = frozenset(
     ("truncate", "append", "replace", "remove_tensor", "rename_tensor", "reshape_tensor",
      "add_tensor", "spoil_tensor", "change_index", "double_weights", "flip_header")
+)  # fmt: skip
+# Accepted, the folder is another model: its logits must be those of transformers.
+OTHER_MODELS = frozenset(
+    ("change_config", "remove_config_key", "add_config_key", "scale_tensor", "flip_weights",
+     "retype_tensor")
 )  # fmt: skip
 DAMAGES: dict[str, Damage] = {
     damage.__name__: damage for damage in (*FOLDER_DAMAGES, *TENSOR_DAMAGES, *INPUT_DAMAGES)
@@ -199,8 +206,11 @@ def compare(kind: str, damage: str, case: Case, work: Path) -> tuple[str, str]:
     )
     if not different:
         return "harmless", ""
-    outcome = "defect" if damage in STRICT else "changed"
-    return outcome, f"{len(different)} differ, first {different[:3]}"
+    outcome, wrong = "defect" if damage in STRICT else "changed", ""
+    if damage in OTHER_MODELS:
+        differs, reason = in_child(lambda: differs_from_transformers(case.model, case.data))
+        outcome, wrong = ("defect", differs or reason) if differs or reason else (outcome, "")
+    return outcome, f"{wrong} {len(different)} differ, first {different[:3]}".strip()
 
 
 def refusal(name: str, done: str, lines: list[str]) -> tuple[str, str]:
