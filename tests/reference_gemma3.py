@@ -12,7 +12,6 @@ IMAGE_TOKEN, START, END = VOCAB - 1, VOCAB - 2, VOCAB - 3
 SIDE, TOKENS = 32, 4
 LLM = TEXT | {
     "head_dim": 64,  # not hidden_size / num_attention_heads
-    "num_hidden_layers": 4,
     "max_position_embeddings": 4096,
     "query_pre_attn_scalar": 24,  # not head_dim
     "sliding_window": 5,  # tokens: longer than an image, shorter than the questions

@@ -12,7 +12,7 @@ from references import TEXT, VOCAB, Question, image_cases, random_ids, randomize
 IMAGE_TOKEN, VIDEO_TOKEN, VISION_START, VISION_END = VOCAB - 1, VOCAB - 2, VOCAB - 3, VOCAB - 4
 PATCH, MERGE, DEEPSTACK_LAYERS = 8, 2, 2
 SIZE = {"shortest_edge": 24**2, "longest_edge": 64**2}  # pixels of an image
-LAYERS = TEXT | {"num_hidden_layers": 4, "max_position_embeddings": 4096, "head_dim": 32}
+LAYERS = TEXT | {"max_position_embeddings": 4096, "head_dim": 32}
 TOWER = {
     "depth": 4,
     "hidden_size": 64,
@@ -55,6 +55,10 @@ DELTA_NET = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
     "linear_value_head_dim": 24, "linear_conv_kernel_dim": 4,
 }  # fmt: skip
+TEXTS = {
+    "qwen3_5": DELTA_NET | {"full_attention_interval": 2},
+    "qwen3_vl": {"num_hidden_layers": 4},  # two stages, of which the first has those of deepstack
+}
 MTP = "mtp.fc.weight"  # of layers that transformers ignores
 
 
@@ -65,7 +69,7 @@ class QwenVL:
         import transformers
 
         name, rope, tower = KINDS[kind]
-        text = DELTA_NET if kind == "qwen3_5" else {}
+        text = TEXTS.get(kind, {})
         config = getattr(transformers, f"{name}Config")(
             text_config=LAYERS | text | {"rope_parameters": {"rope_type": "default"} | rope},
             vision_config=TOWER | tower,

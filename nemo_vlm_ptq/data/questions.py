@@ -7,7 +7,7 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,6 +162,8 @@ def evaluation_questions(data: str | None, limit: int | None) -> Questions:
 def load_questions(data: str, split: str, limit: int | None, seed: int = 0) -> Questions:
     """Load the balanced questions of the built-in scenes or of a folder.
 
+    They are kept: the settings of each format and stage name them, and a file may be large.
+
     Args:
         data: "scenes", or a folder with one .json file of questions in GQA's format and the images
             images/ID.jpg (or another suffix of image_file).
@@ -173,6 +175,18 @@ def load_questions(data: str, split: str, limit: int | None, seed: int = 0) -> Q
         UserError: the folder or its file of questions does not exist, there are several files, or
             a file is not in GQA's format.
     """
+    stamp = None
+    if data != "scenes":
+        status = questions_file(Path(data)).stat()
+        stamp = status.st_size, status.st_mtime_ns, status.st_ino
+    return _load_questions(data, split, limit, seed, stamp)
+
+
+@lru_cache(maxsize=4)
+def _load_questions(
+    data: str, split: str, limit: int | None, seed: int, _: tuple[int, ...] | None
+) -> Questions:
+    """Load questions; the last argument tells a file from a later one of the same name."""
     if data == "scenes":
         from nemo_vlm_ptq.data import scene_questions, scenes
 
