@@ -1,5 +1,6 @@
 """Qwen3.5: layers without attention, gates of heads, dtypes and tensors that are handed on."""
 
+import re
 from dataclasses import replace
 
 import models
@@ -10,6 +11,7 @@ from processors import write_qwen
 from reference_qwen import MTP
 from safetensors.torch import load_file, save_file
 from test_families import SMALL
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from nemo_vlm_ptq.checkpoints.model_config import merge_config
 from nemo_vlm_ptq.context import RunContext
@@ -18,6 +20,7 @@ from nemo_vlm_ptq.parameter_map.sharding import shard_tensor, unshard_tensor
 from nemo_vlm_ptq.planning.make_plan import make_plan
 from nemo_vlm_ptq.recipe import load_recipe
 from nemo_vlm_ptq.stages import run_stages
+from nemo_vlm_ptq.targets.hf import nf4
 from nemo_vlm_ptq.workdir import store
 
 LAYER = "model.language_model.layers.0.linear_attn."
@@ -77,6 +80,30 @@ def test_modules_of_layers_without_attention_are_ignored_by_servers(run):
     excluded = config["quantization"]["exclude_modules"]
     for part in ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj", "conv1d"):
         assert LAYER + part in excluded
+
+
+def test_a_tied_head_is_not_taken_for_quantized(run):
+    """transformers has a linear for it, though checkpoints do not hold it."""
+    home, source = run
+    assert "lm_head.weight" not in source
+    folder = home / "work" / "fp8"
+    config = store.read_json(folder / "compressed_tensors" / "config.json")
+    ignored = config["quantization_config"]["ignore"]
+    assert any(re.match(one.removeprefix("re:"), "lm_head") for one in ignored)
+    config = store.read_json(folder / "hf" / "hf_quant_config.json")
+    assert "lm_head" in config["quantization"]["exclude_modules"]
+
+
+def test_transformers_converts_the_linears_that_nf4_quantizes_and_no_others():
+    skipped = nf4.quantization_config(
+        "bfloat16", ["model.visual.merger.weight", MTP], ["linear_attn.in_proj_qkv"]
+    )["llm_int8_skip_modules"]
+    layer = "model.language_model.layers.0."
+    for name in ("mlp.up_proj", "self_attn.o_proj", "self_attn.q_proj"):
+        assert should_convert_module(layer + name, skipped)
+    others = ("lm_head", "model.visual.merger", "mtp.fc", layer + "linear_attn.in_proj_qkv")
+    assert not any(should_convert_module(name, skipped) for name in others)
+    assert "linear_attn" in skipped  # vLLM compares parts of names
 
 
 def test_a_gate_of_a_head_goes_behind_all_queries_of_its_kv_head():

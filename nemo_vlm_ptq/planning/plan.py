@@ -42,6 +42,11 @@ class Plan:
         return self.family.parameter_map(self.decoder)
 
     @property
+    def head_name(self) -> str:
+        """Published name of the output layer's weight, which a tied model does not have."""
+        return self.family.published_decoder_name("lm_head.weight")
+
+    @property
     def formats(self) -> list[QuantFormat]:
         """The requested formats."""
         return [find_format(name) for name in self.recipe.quantize.format]

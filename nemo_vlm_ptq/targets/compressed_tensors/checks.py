@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,14 +40,19 @@ DESCRIPTIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
 def check(folder: Path, plan: Plan, expected: ExpectedQuantization) -> Iterator[Check]:
     """Yield the checks of one checkpoint folder."""
     source = plan.family.decoder_config(plan.export_config)
-    findings = check_configs(folder / plan.family.decoder_subfolder, source, expected)
+    home = plan.family.decoder_subfolder
+    tied = (plan.head_name.removeprefix(f"{home}/"),) if plan.decoder.tied_head else ()
+    findings = check_configs(folder / home, source, expected, tied)
     yield Check(
         name="configs", findings=findings, about="configs describe the source in this format"
     )
 
 
 def check_configs(
-    folder: Path, source: Mapping[str, Any], expected: ExpectedQuantization
+    folder: Path,
+    source: Mapping[str, Any],
+    expected: ExpectedQuantization,
+    tied: Iterable[str] = (),
 ) -> list[str]:
     """Return findings of config.json and the index.
 
@@ -55,6 +60,7 @@ def check_configs(
         folder: the decoder's checkpoint.
         source: config.json of the source.
         expected: the quantization.
+        tied: weights of linears that the checkpoint does not hold.
     """
     config = json.loads((folder / "config.json").read_text())
     findings = differences("config.json", config, source)
@@ -75,7 +81,7 @@ def check_configs(
     findings += _check_args(group.get("input_activations"), inputs)
     headers = {path: read_safetensors_header(path) for path in folder.glob("*.safetensors")}
     dims = {name: len(one["shape"]) for file in headers.values() for name, one in file.items()}
-    findings += _check_ignored(block["ignore"], dims)
+    findings += _check_ignored(block["ignore"], dims | dict.fromkeys(tied, 2))
     names = {name: path.name for path, header in headers.items() for name in header}
     return findings + index_differences(folder, names)
 

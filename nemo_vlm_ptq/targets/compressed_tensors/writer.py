@@ -41,7 +41,9 @@ def _describe(context: RunContext, fmt: QuantFormat, names: list[str]) -> dict[s
     plain, quantized = unquantized_weights(context, names)
     home = plan.family.decoder_subfolder
     prefix = f"{home}/" if home else ""
-    shapes = {name: plan.tensors[prefix + name].shape for name in plain}
+    head = {plan.head_name: (plan.decoder.vocab, plan.decoder.hidden)}  # not a tensor if tied
+    shapes = {name: tensor.shape for name, tensor in plan.tensors.items()}
+    shapes = {name: (head | shapes)[prefix + name] for name in plain}
     quantize = plan.recipe.quantize
     block = quantization_config(
         fmt,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from nemo_vlm_ptq.targets.checking import (
 if TYPE_CHECKING:
     from nemo_vlm_ptq.planning.plan import Plan
 
+PROJECTION = re.compile(r"proj[^.]*\.weight$")  # of a linear
 BITSANDBYTES = {
     "quant_method": "bitsandbytes",
     "load_in_4bit": True,
@@ -32,14 +34,19 @@ BITSANDBYTES = {
 def check(folder: Path, plan: Plan, expected: ExpectedQuantization) -> Iterator[Check]:
     """Yield the checks of one checkpoint folder."""
     source = plan.family.decoder_config(plan.export_config)
-    findings = check_configs(folder / plan.family.decoder_subfolder, source, expected)
+    home = plan.family.decoder_subfolder
+    tied = (plan.head_name.removeprefix(f"{home}/"),) if plan.decoder.tied_head else ()
+    findings = check_configs(folder / home, source, expected, tied)
     yield Check(
         name="configs", findings=findings, about="configs describe the source in this format"
     )
 
 
 def check_configs(
-    folder: Path, source: Mapping[str, Any], expected: ExpectedQuantization
+    folder: Path,
+    source: Mapping[str, Any],
+    expected: ExpectedQuantization,
+    tied: Iterable[str] = (),
 ) -> list[str]:
     """Return findings of config.json, hf_quant_config.json and the index.
 
@@ -47,6 +54,7 @@ def check_configs(
         folder: the decoder's checkpoint.
         source: config.json of the source.
         expected: the quantization.
+        tied: weights of linears that the checkpoint does not hold.
     """
     config = json.loads((folder / "config.json").read_text())
     findings = differences("config.json", config, source)
@@ -60,7 +68,7 @@ def check_configs(
         findings += differences("config.json", block, BITSANDBYTES)
         findings += _check_skipped(block["llm_int8_skip_modules"], names)
     else:
-        findings += _check_modelopt(folder, block, names, expected)
+        findings += _check_modelopt(folder, block, {*names, *tied}, expected)
     return findings + index_differences(folder, names)
 
 
@@ -89,7 +97,7 @@ def _check_skipped(skipped: Iterable[str], names: Iterable[str]) -> list[str]:
     """
     quantized = {name.removesuffix(".absmax") for name in names if name.endswith(".absmax")}
     findings = []
-    for name in sorted(name for name in names if name.endswith("_proj.weight")):
+    for name in sorted(filter(PROJECTION.search, names)):
         module = name.removesuffix(".weight")
         skips = any(module.startswith(one) or module.endswith(one) for one in skipped)
         if skips == (name in quantized):

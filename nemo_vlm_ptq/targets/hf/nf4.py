@@ -52,16 +52,21 @@ def linear_tensors(
     }
 
 
-def quantization_config(dtype: str, unquantized: Iterable[str]) -> dict[str, Any]:
+def quantization_config(
+    dtype: str, unquantized: Iterable[str], linears: Iterable[str] = ()
+) -> dict[str, Any]:
     """Build `quantization_config` of config.json as transformers' BitsAndBytesConfig writes it.
 
     Args:
         dtype: name of the compute dtype.
         unquantized: names of vision tower and projector tensors. Their top-level modules are
             skipped, with and without `model.`: transformers 5 matches the former, vLLM the latter.
+        linears: MODULE.LINEAR in the decoder's layers: transformers matches these ends of names,
+            vLLM the module.
     """
     modules = sorted({name.removeprefix("model.").split(".")[0] for name in unquantized})
     skip_modules = ["lm_head", *modules, *(f"model.{module}" for module in modules)]
+    skip_modules += [*linears, *sorted({name.split(".")[0] for name in linears})]
     return {
         "quant_method": "bitsandbytes",
         "_load_in_8bit": False,

@@ -184,6 +184,8 @@ def copy_missing(
 def unquantized_weights(context: RunContext, names: list[str]) -> tuple[list[str], set[str]]:
     """Return the weights beside the quantized linears, and the quantized linears' weights.
 
+    A tied head is among the former: checkpoints do not hold it, and readers have a linear for it.
+
     Args:
         context: plan and ranks.
         names: tensors of the decoder's checkpoint, without its subfolder.
@@ -191,8 +193,10 @@ def unquantized_weights(context: RunContext, names: list[str]) -> tuple[list[str
     plan, home = context.plan, context.plan.family.decoder_subfolder
     entries = tuple(entry for entry in plan.parameter_map if entry.is_linear)
     quantized = {name.removeprefix(f"{home}/") for name in plan.decoder.shapes(entries)}
-    plain = sorted(name for name in names if name.endswith(".weight") and name not in quantized)
-    return plain, quantized
+    plain = {name for name in names if name.endswith(".weight") and name not in quantized}
+    if plan.decoder.tied_head:
+        plain.add(plan.head_name.removeprefix(f"{home}/"))
+    return sorted(plain), quantized
 
 
 def _write_file(
