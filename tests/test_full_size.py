@@ -62,16 +62,16 @@ def plan_of(home, name, *overrides):
 def parameters_per_rank(name, tensor):
     """Return the decoder parameters per tensor rank.
 
-    Norms are replicated, the vocabulary is padded to a multiple of 64, the rest is sharded. A head
-    that is the embedding is a parameter of its own.
+    Norms and a DeltaNet are replicated, the vocabulary is padded to a multiple of 64, the rest is
+    sharded. A head that is the embedding is a parameter of its own.
     """
     total, tensors = 0, load(NAMES[name], name).tensors
     is_tied = not any("lm_head" in key for key in tensors)
     for key, (rows, *columns) in tensors.items():
         if DECODER.match(key):
             rows = -(-rows // 64) * 64 if key.endswith(VOCABULARY) else rows
-            numel = rows * columns[0] if columns else rows
-            is_sharded = columns or key.endswith("_proj.bias")
+            numel = rows * math.prod(columns)
+            is_sharded = (columns or key.endswith("_proj.bias")) and "linear_attn" not in key
             copies = 1 + (is_tied and key.endswith(VOCABULARY))
             total += copies * (numel // tensor if is_sharded else numel)
     return total
