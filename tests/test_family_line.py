@@ -117,8 +117,8 @@ def test_logits_of_every_form_match_the_reference_up_to_rounding(runs, name):
         for form in (*SOURCE_FORMS, *readable(name))
     }
     assert all(tensor.shape == (1, len(expected), VOCAB) for tensor in logits.values())
-    torch.testing.assert_close(logits["hf_source"][0], expected, rtol=0, atol=1e-4)
-    spread = max(1.0, float(expected.std()))  # of tied models: about 8
+    spread = max(1.0, float(expected.std()))  # of tied models: about 9
+    torch.testing.assert_close(logits["hf_source"][0], expected, rtol=0, atol=1e-4 * spread)
     assert (logits["megatron"][0] - expected).abs().mean() < BFLOAT16_TOLERANCE * spread
     quantization_error = (logits["quantized"] - logits["megatron"]).abs().mean()
     for form in readable(name):
