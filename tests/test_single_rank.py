@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 from unittest import mock
 
 import psutil
@@ -167,24 +169,34 @@ def test_an_expected_error_is_left_to_the_command(tmp_path, error):
         launcher.run_here(mock.Mock(side_effect=error), tmp_path)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1])
-def test_a_stop_signal_runs_the_cleanup_of_what_it_interrupts(tmp_path, capsys, number):
-    before, cleaned = signal.getsignal(number), []
-
-    def work():
-        try:
-            signal.raise_signal(number)
-        finally:
-            cleaned.append(number)
-
-    assert launcher.run_here(work, tmp_path) == 128 + number
-    assert cleaned == [number] and signal.getsignal(number) == before
-    assert capsys.readouterr().err == f"nemo-vlm-ptq: stopped by {number.name}\n"
-
-
 def test_a_signal_that_nohup_ignores_stays_ignored(tmp_path):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         assert launcher.run_here(lambda: signal.raise_signal(signal.SIGHUP) or 0, tmp_path) == 0
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1])
+def test_a_signal_in_a_finalizer_is_not_lost(tmp_path, number):
+    """Python drops what a finalizer raises."""
+    script = (
+        "import os, sys, time\n"
+        "from pathlib import Path\n"
+        "from nemo_vlm_ptq.distributed.launcher import run_here\n"
+        "from nemo_vlm_ptq.utils.own_files import own\n"
+        "class Freed:\n"
+        "    def __del__(self):\n"
+        f"        os.kill(os.getpid(), {int(number)})\n"
+        "        time.sleep(0.1)\n"
+        "def work():\n"
+        "    Path('owned').touch()\n"
+        "    own(Path('owned'))\n"
+        "    Freed()\n"
+        "    return 0\n"
+        "sys.exit(run_here(work, Path('work')))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 128 + number
+    assert done.stderr.decode() == f"nemo-vlm-ptq: stopped by {number.name}\n"
+    assert not (tmp_path / "owned").exists()

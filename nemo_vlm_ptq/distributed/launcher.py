@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from nemo_vlm_ptq.errors import UserError, VerificationError
+from nemo_vlm_ptq.utils.own_files import remove_own_files
 from nemo_vlm_ptq.workdir.store import in_progress_marker
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 
 
 class Stopped(BaseException):
-    """A signal asked the rank in this process to stop."""
+    """A signal stopped the ranks that this process started."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -117,10 +118,8 @@ def run_here(work: Callable[[], int], workdir: Path) -> int:
     """
     before = folders_in_progress(workdir)
     try:
-        with _raise_on_stop_signals():
+        with _ended_by_stop_signals():
             return work()
-    except Stopped as stop:
-        return report_stop(stop.number)
     except (UserError, VerificationError):
         raise
     except Exception as error:
@@ -130,26 +129,26 @@ def run_here(work: Callable[[], int], workdir: Path) -> int:
 
 
 @contextmanager
-def _raise_on_stop_signals() -> Iterator[None]:
-    """Raise Stopped on the first of STOP_SIGNALS; a second one ends the process.
+def _ended_by_stop_signals() -> Iterator[None]:
+    """End the process with one line on the first of STOP_SIGNALS.
 
-    Signals that the parent process had ignored, as nohup does, stay ignored.
+    An exception would get lost in a finalizer, or in an `except:` of a package. Signals that the
+    parent process had ignored, as nohup does, stay ignored.
     """
 
-    def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
     def stop(number: int, _: Any) -> NoReturn:
-        restore()
-        raise Stopped(number)
+        remove_own_files()
+        with suppress(RuntimeError):  # the signal came while stdout was being written
+            sys.stdout.flush()
+        os._exit(report_stop(number))
 
     handled = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     previous = {number: signal.signal(number, stop) for number in handled}
     try:
         yield
     finally:
-        restore()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def report_stop(number: int) -> int:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from nemo_vlm_ptq.distributed.launcher import die_with_parent
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.base import ImageInputs, Sample
 from nemo_vlm_ptq.targets.trtllm.engine import worker
@@ -200,5 +201,6 @@ class EngineClient:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
+                preexec_fn=die_with_parent,
             )
         return self.process
