@@ -96,15 +96,15 @@ def test_answers_are_those_of_transformers(tmp_path, folder):
         assert answer == expected[0, ids.shape[1] :].tolist()
 
 
-def test_tokens_of_an_image_see_each_other_and_not_those_of_the_next(folder):
-    from nemo_vlm_ptq.megatron.forward import _open_to_images
+def test_tokens_of_an_image_attend_to_each_other_and_not_to_those_of_the_next(folder):
+    from nemo_vlm_ptq.megatron.forward import _bidirectional_mask
     from nemo_vlm_ptq.reference.attention_masks import image_masks
 
     is_image = torch.tensor([True, True, False, True, True, True, False, False])
     sample = SimpleNamespace(
         id="q", input_ids=torch.arange(8), is_image=is_image, images=None, positions=None
     )
-    keep = ~_open_to_images(collate([sample]))[0, 0]
+    keep = ~_bidirectional_mask(collate([sample]))[0, 0]
     place = torch.arange(8)
     image = torch.tensor([1, 1, 0, 2, 2, 2, 0, 0])
     same = (image[:, None] == image) & is_image

@@ -7,8 +7,11 @@ import models
 import pytest
 import torch
 from bad_models import said_by, write_recipe
+from observing import plan_of
 from processors import write_qwen
-from reference_qwen import MTP
+from rank_family_parity import import_model
+from reference_qwen import MTP, QwenVL, qwen_cases
+from references import VOCAB
 from safetensors.torch import load_file, save_file
 from test_families import SMALL
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -16,9 +19,13 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from nemo_vlm_ptq.checkpoints.model_config import merge_config
 from nemo_vlm_ptq.context import RunContext
 from nemo_vlm_ptq.families import qwen3_5, read_config
+from nemo_vlm_ptq.families.base import Sample
+from nemo_vlm_ptq.megatron.forward import collate, forward
 from nemo_vlm_ptq.parameter_map.sharding import shard_tensor, unshard_tensor
 from nemo_vlm_ptq.planning.make_plan import make_plan
 from nemo_vlm_ptq.recipe import load_recipe
+from nemo_vlm_ptq.reference.files import read_source
+from nemo_vlm_ptq.reference.model import ReferenceModel
 from nemo_vlm_ptq.stages import run_stages
 from nemo_vlm_ptq.targets.hf import nf4
 from nemo_vlm_ptq.workdir import store
@@ -104,6 +111,32 @@ def test_transformers_converts_the_linears_that_nf4_quantizes_and_no_others():
     others = ("lm_head", "model.visual.merger", "mtp.fc", layer + "linear_attn.in_proj_qkv")
     assert not any(should_convert_module(name, skipped) for name in others)
     assert "linear_attn" in skipped  # vLLM compares parts of names
+
+
+def test_masked_tokens_in_front_are_left_out_of_the_recurrence(tmp_path):
+    """As padding on the left is; transformers leaves it out in batches of several rows."""
+    write_qwen(tmp_path / "model", "qwen3_5")
+    reference = QwenVL(0, "qwen3_5")
+    (question,) = qwen_cases(1, reference)["text"][:1]
+    mask = (torch.arange(len(question.ids)) >= 5).long()
+    positions = (mask.cumsum(0) - 1).clamp(min=0).expand(3, -1)
+    with torch.no_grad():
+        expected = reference.model(
+            input_ids=question.ids.expand(2, -1),
+            attention_mask=mask.expand(2, -1),
+            position_ids=positions[:, None].expand(-1, 2, -1),
+        ).logits[0, 5:]
+    sample = Sample("q", question.ids, torch.zeros(len(question.ids)).bool(), None, positions)
+    plan, device = plan_of(tmp_path / "model"), torch.device("cpu")
+    with models.single_rank() as parallel:
+        model, _ = import_model(parallel, tmp_path / "model")
+        found = forward(model, parallel, collate([sample], mask), None)[0, 5:, :VOCAB]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    read = read_source(plan.tensors)
+    vision = {name: read.plain[name] for name in plan.vision_names}
+    model = ReferenceModel(plan.family, plan.config, read, vision, torch.float32, device)
+    found = model.logits(sample, None, mask)[5:]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
 def test_a_gate_of_a_head_goes_behind_all_queries_of_its_kv_head():

@@ -99,14 +99,13 @@ class Decoder:
     qk_norm: each head of q and k has an RMSNorm before rotation.
     tied_head: the output layer is the embedding.
     deepstack_layers: first layers behind which features of the vision tower are added.
-    window: which layers have a sliding window; None: full attention in all.
-    rope_factor: positions of layers without a window are divided by it before rotation.
-    zero_centered_norms: norms multiply by 1 + weight, in float32.
+    sliding_window: which layers have one; None: full attention in all.
+    zero_centered_norms: RMSNorms multiply by 1 + weight, in float32.
     post_norms: the outputs of attention and of the MLP have a norm before they are added.
     activation: of the gate of the MLP.
     attention_scale: factor of q k^T; None: head_dim ** -0.5.
     scaled_embedding: embeddings of tokens are multiplied by hidden ** 0.5.
-    image_attention: tokens of an image attend to all tokens of the same image.
+    bidirectional_images: tokens of an image attend to all tokens of the same image.
     output_gate: q_proj gives, for each head, the query and a gate of the head's output.
     rotary_dim: numbers of a head that are rotated, the first ones; None: all.
     delta_net: which layers have a DeltaNet; None: attention in all.
@@ -129,14 +128,13 @@ class Decoder:
     qk_norm: bool = False
     tied_head: bool = False
     deepstack_layers: int = 0
-    window: SlidingWindow | None = None
-    rope_factor: float = 1.0
+    sliding_window: SlidingWindow | None = None
     zero_centered_norms: bool = False
     post_norms: bool = False
     activation: Literal["silu", "gelu_tanh"] = "silu"
     attention_scale: float | None = None
     scaled_embedding: bool = False
-    image_attention: bool = False
+    bidirectional_images: bool = False
     output_gate: bool = False
     rotary_dim: int | None = None
     delta_net: DeltaNet | None = None

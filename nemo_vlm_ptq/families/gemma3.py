@@ -5,7 +5,6 @@ Parameters have the names of the published checkpoints, which are those of LLaVA
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,8 +32,9 @@ from nemo_vlm_ptq.families.config_checks import (
     require_positive,
     require_values,
 )
-from nemo_vlm_ptq.families.decoder import SlidingWindow
+from nemo_vlm_ptq.families.decoder import ScaledRope, SlidingWindow
 from nemo_vlm_ptq.families.folder_files import load_tokenizer, token_of_id
+from nemo_vlm_ptq.families.full_config import full_config_reader, text_config_reader
 from nemo_vlm_ptq.families.image_processor import load_image_processor, read_settings
 from nemo_vlm_ptq.families.llama import decoder_from_sizes, llama_parameter_map
 from nemo_vlm_ptq.families.tied_head import make_config_completer
@@ -43,6 +43,9 @@ from nemo_vlm_ptq.families.towers import tower_parameters
 
 IMAGE_PROCESSORS = ("Gemma3ImageProcessor",)
 FULL, SLIDING = "full_attention", "sliding_attention"
+
+full_config = full_config_reader("Gemma3Config")
+text_config = text_config_reader(full_config)
 
 
 class Gemma3Vision(nn.Module):
@@ -66,18 +69,6 @@ class Gemma3Vision(nn.Module):
         """Return the parameters by published name."""
         projector = self.multi_modal_projector.named_parameters(prefix="multi_modal_projector")
         return tower_parameters("vision_tower.", self.vision_tower) | dict(projector)
-
-
-def full_config(config: Config) -> Any:
-    """Return transformers' Gemma3Config, with the defaults that config.json leaves out."""
-    from transformers import Gemma3Config
-
-    return Gemma3Config.from_dict(copy.deepcopy(dict(config)))
-
-
-def text_config(config: Config) -> Any:
-    """Return transformers' config of the decoder."""
-    return full_config(config).text_config
 
 
 def decoder(config: Config) -> Decoder:
@@ -106,18 +97,18 @@ def decoder(config: Config) -> Decoder:
     require_positive(FAMILY.name, scale, float)
     _check_vision(full)
     ropes = {kind: _read_rope(text, kind) for kind in (FULL, SLIDING)}
-    plain = decoder_from_sizes(FAMILY.name, text, ropes[FULL][0], has_window=True)
+    plain = decoder_from_sizes(FAMILY.name, text, ropes[FULL][0], has_sliding_window=True)
     return replace(
         plain,
-        window=_read_window(text, *ropes[SLIDING]),
-        rope_factor=ropes[FULL][1],
+        sliding_window=_read_sliding_window(text, *ropes[SLIDING]),
+        scaled_rope=_scaled_rope(plain.head_dim, *ropes[FULL]),
         qk_norm=True,
         zero_centered_norms=True,
         post_norms=True,
         activation="gelu_tanh",
         attention_scale=text.query_pre_attn_scalar**-0.5,
         scaled_embedding=True,
-        image_attention=True,
+        bidirectional_images=True,
         tied_head=bool(config.get("tie_word_embeddings", True)),
     )
 
@@ -138,7 +129,14 @@ def _read_rope(text: Any, kind: str) -> tuple[Any, Any]:
     return values["rope_theta"], values["factor"] if name == "linear" else 1.0
 
 
-def _read_window(text: Any, rope_theta: Any, factor: Any) -> SlidingWindow:
+def _scaled_rope(head_dim: int, rope_theta: float, factor: float) -> ScaledRope:
+    """Return the frequencies of layers with full attention, divided by a factor."""
+    exponents = torch.arange(0, head_dim, 2).float() / head_dim
+    frequencies = 1.0 / (rope_theta**exponents) / factor
+    return ScaledRope(frequencies=tuple(frequencies.tolist()), attention_factor=1.0)
+
+
+def _read_sliding_window(text: Any, rope_theta: Any, factor: Any) -> SlidingWindow:
     """Return the sliding window, and which layers have it."""
     kinds = list(text.layer_types)
     require_values(

@@ -6,7 +6,6 @@ in memory to them.
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from nemo_vlm_ptq.families.base import (
 from nemo_vlm_ptq.families.chat_template import prompt_renderer, tokenize_prompt
 from nemo_vlm_ptq.families.config_checks import check_token_id, require_positive, require_values
 from nemo_vlm_ptq.families.folder_files import load_tokenizer, token_of_id
+from nemo_vlm_ptq.families.full_config import full_config_reader, text_config_reader
 from nemo_vlm_ptq.families.image_processor import load_image_processor
 from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, llama_parameter_map
 from nemo_vlm_ptq.families.qwen_text import qwen_text_decoder
@@ -45,6 +45,9 @@ NAME_ALIASES = (
     (r"^lm_head\.", HEAD_PREFIX),
     (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
 )
+
+full_config = full_config_reader("InternVLConfig")
+text_config = text_config_reader(full_config)
 
 
 class InternVLVision(nn.Module):
@@ -75,18 +78,6 @@ class InternVLVision(nn.Module):
     def published_parameters(self) -> dict[str, torch.Tensor]:
         """Return the parameters by published name."""
         return dict(self.named_parameters())
-
-
-def full_config(config: Config) -> Any:
-    """Return transformers' InternVLConfig, with the defaults that config.json leaves out."""
-    from transformers import InternVLConfig
-
-    return InternVLConfig.from_dict(copy.deepcopy(dict(config)))
-
-
-def text_config(config: Config) -> Any:
-    """Return transformers' config of the decoder."""
-    return full_config(config).text_config
 
 
 def decoder(config: Config) -> Decoder:

@@ -170,7 +170,7 @@ def check_plain_layers(family: str, text_config: Any, key: str) -> None:
 
 
 def decoder_from_sizes(
-    family: str, text_config: Any, rope_theta: Any, *, has_window: bool = False
+    family: str, text_config: Any, rope_theta: Any, *, has_sliding_window: bool = False
 ) -> Decoder:
     """Return the decoder with the sizes of a transformers config, which must be consistent.
 
@@ -178,7 +178,7 @@ def decoder_from_sizes(
         family: name of the family, for messages.
         text_config: transformers config of the decoder.
         rope_theta: base of the rotary embedding.
-        has_window: whether the caller adds a sliding window to the decoder.
+        has_sliding_window: whether the caller adds a sliding window to the decoder.
 
     Raises:
         UserError: a size is no positive number, heads do not divide evenly, or attention is
@@ -206,7 +206,7 @@ def decoder_from_sizes(
         )
     max_positions = text_config.max_position_embeddings
     window = getattr(text_config, "sliding_window", None)
-    if not has_window and window is not None and window < max_positions:
+    if not has_sliding_window and window is not None and window < max_positions:
         raise UserError(
             f"{family}: sliding_window must be null or at least max_position_embeddings "
             f"{max_positions}, got {window}; only full attention is supported"

@@ -31,6 +31,7 @@ from nemo_vlm_ptq.families.config_checks import (
 )
 from nemo_vlm_ptq.families.decoder import Decoder
 from nemo_vlm_ptq.families.folder_files import load_tokenizer
+from nemo_vlm_ptq.families.full_config import full_config_reader, text_config_reader
 from nemo_vlm_ptq.families.image_processor import load_image_processor
 from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, llama_decoder, llama_parameter_map
 from nemo_vlm_ptq.families.tiles import tiles_of_tokens
@@ -53,6 +54,9 @@ IGNORED_TENSORS = (
     ROTARY_INV_FREQ,
     IgnoredTensor(pattern=r".*\.embeddings\.position_ids", reason="the integers from 0"),
 )
+
+full_config = full_config_reader("LlavaConfig")
+text_config = text_config_reader(full_config)
 
 
 class LlavaVision(nn.Module):
@@ -84,18 +88,6 @@ class LlavaVision(nn.Module):
             for name, tensor in self.multi_modal_projector.named_parameters()
         }
         return tower_parameters("vision_tower.", self.vision_tower) | projector
-
-
-def full_config(config: Config) -> Any:
-    """Return transformers' LlavaConfig, with the defaults that config.json leaves out."""
-    from transformers import LlavaConfig
-
-    return LlavaConfig.from_dict(dict(config))
-
-
-def text_config(config: Config) -> Any:
-    """Return transformers' LlamaConfig of the decoder."""
-    return full_config(config).text_config
 
 
 def decoder(config: Config) -> Decoder:

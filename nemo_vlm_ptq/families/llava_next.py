@@ -30,6 +30,7 @@ from nemo_vlm_ptq.families.chat_template import Render, prompt_renderer, tokeniz
 from nemo_vlm_ptq.families.config_checks import check_token_id
 from nemo_vlm_ptq.families.decoder import Decoder
 from nemo_vlm_ptq.families.folder_files import load_tokenizer
+from nemo_vlm_ptq.families.full_config import full_config_reader, text_config_reader
 from nemo_vlm_ptq.families.image_processor import load_image_processor
 from nemo_vlm_ptq.families.llama import llama_decoder, llama_parameter_map
 
@@ -44,6 +45,9 @@ PROMPTS = {  # model_type of the decoder -> prompt
     "USER: {image}{question} ASSISTANT:",
     "mistral": "[INST] {image}{question} [/INST]",
 }
+
+full_config = full_config_reader("LlavaNextConfig")
+text_config = text_config_reader(full_config)
 
 
 class LlavaNextVision(llava.LlavaVision):
@@ -75,18 +79,6 @@ class LlavaNextVision(llava.LlavaVision):
     def published_parameters(self) -> dict[str, torch.Tensor]:
         """Return the parameters by published name."""
         return super().published_parameters() | {"image_newline": self.image_newline}
-
-
-def full_config(config: Config) -> Any:
-    """Return transformers' LlavaNextConfig, with the defaults that config.json leaves out."""
-    from transformers import LlavaNextConfig
-
-    return LlavaNextConfig.from_dict(dict(config))
-
-
-def text_config(config: Config) -> Any:
-    """Return transformers' config of the decoder."""
-    return full_config(config).text_config
 
 
 def decoder(config: Config) -> Decoder:

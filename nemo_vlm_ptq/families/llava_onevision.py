@@ -6,7 +6,6 @@ Parameters have the names of the published llava-onevision-*-hf checkpoints.
 
 from __future__ import annotations
 
-import copy
 import re
 from functools import partial
 from pathlib import Path
@@ -34,6 +33,7 @@ from nemo_vlm_ptq.families.config_checks import (
     require_values,
 )
 from nemo_vlm_ptq.families.folder_files import load_tokenizer, token_of_id
+from nemo_vlm_ptq.families.full_config import full_config_reader, text_config_reader
 from nemo_vlm_ptq.families.llama import llama_parameter_map
 from nemo_vlm_ptq.families.qwen_text import qwen_text_decoder
 from nemo_vlm_ptq.families.tied_head import make_config_completer
@@ -41,6 +41,9 @@ from nemo_vlm_ptq.families.towers import select_hidden_states, tower_parameters
 
 IMAGE_PROCESSORS = ("LlavaOnevisionImageProcessor",)
 ASPECT_RATIO = re.compile(r"anyres_max_[1-9]\d{0,2}")
+
+full_config = full_config_reader("LlavaOnevisionConfig")
+text_config = text_config_reader(full_config)
 
 
 class LlavaOnevisionVision(nn.Module):
@@ -85,18 +88,6 @@ class LlavaOnevisionVision(nn.Module):
         projector = self.multi_modal_projector.named_parameters(prefix="multi_modal_projector")
         tower = tower_parameters("vision_tower.", self.vision_tower)
         return tower | dict(projector) | {"image_newline": self.image_newline}
-
-
-def full_config(config: Config) -> Any:
-    """Return transformers' LlavaOnevisionConfig, with the defaults that config.json leaves out."""
-    from transformers import LlavaOnevisionConfig
-
-    return LlavaOnevisionConfig.from_dict(copy.deepcopy(dict(config)))
-
-
-def text_config(config: Config) -> Any:
-    """Return transformers' config of the decoder."""
-    return full_config(config).text_config
 
 
 def decoder(config: Config) -> Decoder:

@@ -8,7 +8,6 @@ memory to them. Image tokens stand in rows: [IMG] ... [IMG_BREAK], and [IMG_END]
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import replace
 from functools import partial
@@ -39,6 +38,7 @@ from nemo_vlm_ptq.families.config_checks import (
 )
 from nemo_vlm_ptq.families.decoder import Decoder
 from nemo_vlm_ptq.families.folder_files import load_tokenizer
+from nemo_vlm_ptq.families.full_config import full_config_reader, text_config_reader
 from nemo_vlm_ptq.families.image_processor import load_any_size_processor
 from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, llama_parameter_map
 from nemo_vlm_ptq.families.scaled_rope import scaled_rope_decoder
@@ -54,6 +54,9 @@ NAME_ALIASES = (
 ROPE_TYPES = {"mistral": ("default",), "ministral3": ("yarn",)}  # of each decoder
 SCALING = "llama_4_scaling_beta"
 IMAGE, ROW_END, IMAGE_END = "[IMG]", "[IMG_BREAK]", "[IMG_END]"
+
+full_config = full_config_reader("Mistral3Config", "LlavaConfig")
+text_config = text_config_reader(full_config)
 
 
 class Mistral3Vision(nn.Module):
@@ -84,19 +87,6 @@ class Mistral3Vision(nn.Module):
     def published_parameters(self) -> dict[str, torch.Tensor]:
         """Return the parameters by published name."""
         return dict(self.named_parameters())
-
-
-def full_config(config: Config) -> Any:
-    """Return transformers' config of the model, with the defaults that config.json leaves out."""
-    from transformers import LlavaConfig, Mistral3Config
-
-    kind = LlavaConfig if config.get("model_type") == "llava" else Mistral3Config
-    return kind.from_dict(copy.deepcopy(dict(config)))
-
-
-def text_config(config: Config) -> Any:
-    """Return transformers' MistralConfig or Ministral3Config of the decoder."""
-    return full_config(config).text_config
 
 
 def decoder(config: Config) -> Decoder:

@@ -32,12 +32,12 @@ from nemo_vlm_ptq.families.config_checks import (
 )
 from nemo_vlm_ptq.families.decoder import Decoder, MRope
 from nemo_vlm_ptq.families.folder_files import load_tokenizer, token_of_id
+from nemo_vlm_ptq.families.full_config import ConfigReader
 from nemo_vlm_ptq.families.image_processor import load_patch_processor
 from nemo_vlm_ptq.families.llama import decoder_from_sizes
 from nemo_vlm_ptq.families.mrope import mrope_positions
 
 IMAGE_PROCESSORS = ("Qwen2VLImageProcessor",)
-FullConfig = Callable[[Config], Any]
 
 
 class QwenVision(nn.Module):
@@ -122,7 +122,7 @@ def _output_size(vision_config: Any) -> int:
 
 
 def make_placeholder_finder(
-    full_config: FullConfig,
+    full_config: ConfigReader,
 ) -> Callable[[Config, Any, ImageInputs | None], ImagePlaceholders]:
     """Return the function that finds image tokens, which the published processor has expanded."""
 
@@ -137,7 +137,7 @@ def make_placeholder_finder(
 
 
 def make_positions(
-    full_config: FullConfig,
+    full_config: ConfigReader,
 ) -> Callable[[Config, torch.Tensor, ImageInputs | None], torch.Tensor]:
     """Return the function that computes the positions [3,S] of a sample's tokens."""
 
@@ -162,7 +162,7 @@ def token_counts(images: ImageInputs, full: Any) -> list[int]:
     return [int(count) for count in images.grids.prod(dim=1) // merge**2]
 
 
-def make_pixels_per_token(full_config: FullConfig) -> Callable[[Config], int]:
+def make_pixels_per_token(full_config: ConfigReader) -> Callable[[Config], int]:
     """Return the function that computes the pixels of an image that become one token."""
 
     def pixels_per_token(config: Config) -> int:
@@ -179,7 +179,7 @@ def _bounded_size(size: Any, max_pixels: int | None) -> dict[str, int]:
     return {"shortest_edge": min(least, most), "longest_edge": most}
 
 
-def make_preprocessor_factory(full_config: FullConfig) -> Callable[[Path, Config], Preprocess]:
+def make_preprocessor_factory(full_config: ConfigReader) -> Callable[[Path, Config], Preprocess]:
     """Return the function that makes a family's `preprocess`."""
 
     def make_preprocessor(folder: Path, config: Config) -> Preprocess:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from nemo_vlm_ptq.families.base import (
     Config,
     ModelFamily,
 )
 from nemo_vlm_ptq.families.decoder import Decoder
+from nemo_vlm_ptq.families.full_config import full_config_reader, text_config_reader
 from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, llama_parameter_map
 from nemo_vlm_ptq.families.qwen import (
     QwenVision,
@@ -29,18 +29,8 @@ from nemo_vlm_ptq.families.tied_head import make_config_completer
 BODY_PREFIX, HEAD_PREFIX, TOWER_PREFIX = "model.", "lm_head.", "visual."
 NAME_ALIASES = ((r"^model\.language_model\.", "model."), (r"^model\.visual\.", "visual."))
 
-
-def full_config(config: Config) -> Any:
-    """Return transformers' config of the model, with the defaults that config.json leaves out."""
-    from transformers import Qwen2_5_VLConfig, Qwen2VLConfig
-
-    kind = Qwen2VLConfig if config.get("model_type") == "qwen2_vl" else Qwen2_5_VLConfig
-    return kind.from_dict(dict(config))
-
-
-def text_config(config: Config) -> Any:
-    """Return transformers' config of the decoder."""
-    return full_config(config).text_config
+full_config = full_config_reader("Qwen2_5_VLConfig", "Qwen2VLConfig")
+text_config = text_config_reader(full_config)
 
 
 def decoder(config: Config) -> Decoder:

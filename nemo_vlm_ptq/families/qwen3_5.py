@@ -13,6 +13,7 @@ from typing import Any
 from nemo_vlm_ptq.families.base import Config, ModelFamily
 from nemo_vlm_ptq.families.config_checks import require_positive, require_values
 from nemo_vlm_ptq.families.decoder import Decoder, DeltaNet
+from nemo_vlm_ptq.families.full_config import full_config_reader, text_config_reader
 from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, llama_parameter_map
 from nemo_vlm_ptq.families.qwen import (
     QwenVision,
@@ -31,17 +32,8 @@ MTP = IgnoredTensor(
     pattern=r"mtp\..*", reason="layers that predict further tokens", passthrough=True
 )
 
-
-def full_config(config: Config) -> Any:
-    """Return transformers' Qwen3_5Config, with the defaults that config.json leaves out."""
-    from transformers import Qwen3_5Config
-
-    return Qwen3_5Config.from_dict(dict(config))
-
-
-def text_config(config: Config) -> Any:
-    """Return transformers' Qwen3_5TextConfig of the decoder."""
-    return full_config(config).text_config
+full_config = full_config_reader("Qwen3_5Config")
+text_config = text_config_reader(full_config)
 
 
 def decoder(config: Config) -> Decoder:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.base import Config, ModelFamily
 from nemo_vlm_ptq.families.config_checks import require_values
 from nemo_vlm_ptq.families.decoder import Decoder
+from nemo_vlm_ptq.families.full_config import full_config_reader, text_config_reader
 from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, llama_parameter_map
 from nemo_vlm_ptq.families.qwen import (
     QwenVision,
@@ -26,17 +26,8 @@ from nemo_vlm_ptq.families.tied_head import make_config_completer
 
 BODY_PREFIX, HEAD_PREFIX, TOWER_PREFIX = "model.language_model.", "lm_head.", "model.visual."
 
-
-def full_config(config: Config) -> Any:
-    """Return transformers' Qwen3VLConfig, with the defaults that config.json leaves out."""
-    from transformers import Qwen3VLConfig
-
-    return Qwen3VLConfig.from_dict(dict(config))
-
-
-def text_config(config: Config) -> Any:
-    """Return transformers' Qwen3VLTextConfig of the decoder."""
-    return full_config(config).text_config
+full_config = full_config_reader("Qwen3VLConfig")
+text_config = text_config_reader(full_config)
 
 
 def decoder(config: Config) -> Decoder:

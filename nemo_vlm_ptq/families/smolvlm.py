@@ -6,7 +6,6 @@ image in the size of one tile is the last. Parameters have the names of the publ
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from nemo_vlm_ptq.families.config_checks import (
     require_values,
 )
 from nemo_vlm_ptq.families.folder_files import load_tokenizer, token_of_id
+from nemo_vlm_ptq.families.full_config import full_config_reader, text_config_reader
 from nemo_vlm_ptq.families.image_processor import load_image_processor
 from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, llama_parameter_map
 from nemo_vlm_ptq.families.scaled_rope import scaled_rope_decoder
@@ -47,6 +47,9 @@ MARKS = {  # attributes of the tokenizer: the token if it has none
     "global_image_token": "<global-img>",
 }
 TILES_PER_CALL = 16
+
+full_config = full_config_reader("SmolVLMConfig", "Idefics3Config")
+text_config = text_config_reader(full_config)
 
 
 class SmolVLMVision(nn.Module):
@@ -90,19 +93,6 @@ class SmolVLMVision(nn.Module):
     def published_parameters(self) -> dict[str, torch.Tensor]:
         """Return the parameters by published name."""
         return {VISION_PREFIX + name: tensor for name, tensor in self.named_parameters()}
-
-
-def full_config(config: Config) -> Any:
-    """Return transformers' config of the model, with the defaults that config.json leaves out."""
-    from transformers import Idefics3Config, SmolVLMConfig
-
-    kind = Idefics3Config if config.get("model_type") == "idefics3" else SmolVLMConfig
-    return kind.from_dict(copy.deepcopy(dict(config)))
-
-
-def text_config(config: Config) -> Any:
-    """Return transformers' config of the decoder."""
-    return full_config(config).text_config
 
 
 def decoder(config: Config) -> Decoder:

@@ -21,12 +21,12 @@ class SdpaCoreAttention(DotProductAttention):
     Attributes:
         kv_observer: called with the key and the value, [S,B,kv heads,D], of each forward pass.
         scale: factor of q k^T; None: 1 / sqrt(D).
-        window: tokens that a token attends to, up to itself; None: all.
+        sliding_window: tokens that a token attends to, up to itself; None: all.
     """
 
     kv_observer: Callable[[torch.Tensor, torch.Tensor], Any] | None = None
     scale: float | None = None
-    window: int | None = None
+    sliding_window: int | None = None
 
     def forward(
         self,
@@ -52,8 +52,8 @@ class SdpaCoreAttention(DotProductAttention):
             self.kv_observer(key, value)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         keep = None if attention_mask is None else ~attention_mask
-        if self.window is not None and self.window < q.shape[2]:
-            keep = _in_window(q.shape[2], self.window, keep, q.device)
+        if self.sliding_window is not None and self.sliding_window < q.shape[2]:
+            keep = _in_window(q.shape[2], self.sliding_window, keep, q.device)
         if keep is not None and q.is_cuda:  # fused kernels take a mask, or fewer KV heads, not both
             repeats = q.shape[1] // k.shape[1]
             k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
@@ -77,10 +77,10 @@ def _in_window(
     return keep & torch.ones(length, length, dtype=torch.bool, device=device).triu(1 - window)
 
 
-class WindowedSelfAttention(SelfAttention):
-    """Self-attention that takes the rotary embedding of its kind of layer from a pair.
+class SlidingWindowSelfAttention(SelfAttention):
+    """Self-attention of a model in which some layers have a sliding window.
 
-    rotary_pos_emb is that of layers with full attention, and that of layers with a window.
+    rotary_pos_emb is a pair: that of layers with full attention, and that of layers with a window.
     """
 
     def forward(
@@ -92,8 +92,8 @@ class WindowedSelfAttention(SelfAttention):
         **kwargs: Any,
     ) -> Any:
         """Compute attention."""
-        full, windowed = rotary_pos_emb
-        chosen = full if self.core_attention.window is None else windowed
+        full, sliding = rotary_pos_emb
+        chosen = full if self.core_attention.sliding_window is None else sliding
         return super().forward(
             hidden_states, attention_mask, *args, rotary_pos_emb=chosen, **kwargs
         )

@@ -22,7 +22,7 @@ from nemo_vlm_ptq.megatron.rotary import (
     apply_long_rope,
     apply_mrope,
     apply_scaled_rope,
-    apply_window,
+    apply_sliding_window,
 )
 
 ACTIVATIONS: dict[str, Callable[..., torch.Tensor]] = {
@@ -145,13 +145,13 @@ def _complete(model: GPTModel, decoder: Decoder, device: torch.device) -> None:
             attention.scale = decoder.attention_scale
     if decoder.scaled_embedding and model.pre_process:
         model.embedding.register_forward_hook(partial(_scale, decoder.hidden**0.5))
-    model.image_attention = decoder.image_attention
-    if decoder.window is not None:
-        apply_window(model, decoder, decoder.window, device)
+    model.bidirectional_images = decoder.bidirectional_images
     if decoder.long_rope is not None:
         apply_long_rope(model, decoder, decoder.long_rope)
     if decoder.scaled_rope is not None:
         apply_scaled_rope(model, decoder.scaled_rope)
+    if decoder.sliding_window is not None:
+        apply_sliding_window(model, decoder.head_dim, decoder.sliding_window)
     if decoder.mrope is not None:
         apply_mrope(model, decoder, decoder.mrope, device)
     if decoder.deepstack_layers and model.pre_process:

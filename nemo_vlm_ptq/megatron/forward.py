@@ -82,10 +82,10 @@ def _causal_mask(key_mask: torch.Tensor) -> torch.Tensor:
     return (masked & ~torch.eye(length, dtype=torch.bool))[None, None]
 
 
-def _open_to_images(batch: Batch) -> torch.Tensor:
-    """Return the mask [B,1,S,S], True where masked out; tokens of an image see each other.
+def _bidirectional_mask(batch: Batch) -> torch.Tensor:
+    """Return the mask [B,1,S,S], True where masked out.
 
-    Images have text between them.
+    Tokens of an image attend to each other. Images have text between them.
     """
     is_image = batch.modality == IMAGE
     starts = is_image & ~is_image.roll(1, dims=1)
@@ -213,8 +213,8 @@ def forward(
     else:
         model.set_input_tensor(_receive(model, parallel, batch) if states is None else states)
     mask = batch.attention_mask
-    if model.image_attention and bool((batch.modality == IMAGE).any()):
-        mask = _open_to_images(batch)
+    if model.bidirectional_images and bool((batch.modality == IMAGE).any()):
+        mask = _bidirectional_mask(batch)
     attention_mask = None if mask is None else mask.to(parallel.device)
     input_ids = to_device(batch.input_ids, parallel.device)
     positions = None if batch.positions is None else to_device(batch.positions, parallel.device)

@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from nemo_vlm_ptq.families.decoder import Decoder
 from nemo_vlm_ptq.families.llama import POST_NORMS
-from nemo_vlm_ptq.megatron.attention import SdpaCoreAttention, WindowedSelfAttention
+from nemo_vlm_ptq.megatron.attention import SdpaCoreAttention, SlidingWindowSelfAttention
 from nemo_vlm_ptq.megatron.norms import NormedAdd, ZeroCenteredRMSNorm
 from nemo_vlm_ptq.megatron.output_sharded_linear import OutputShardedLinear
 
@@ -42,8 +42,8 @@ def _layer_spec(
     attention.core_attention = SdpaCoreAttention
     if for_calibration:
         attention.linear_proj = mlp.linear_fc2 = OutputShardedLinear
-    if decoder.window is not None:
-        layer.self_attention.module = WindowedSelfAttention
+    if decoder.sliding_window is not None:
+        layer.self_attention.module = SlidingWindowSelfAttention
     if decoder.zero_centered_norms:
         layer.input_layernorm = layer.pre_mlp_layernorm = ZeroCenteredRMSNorm
         if decoder.qk_norm:

@@ -1,4 +1,4 @@
-"""Norms that megatron-core's local layers lack: weights around zero, and norms of outputs."""
+"""Norms that megatron-core's local layers lack: zero-centered RMSNorm, and norms of outputs."""
 
 from __future__ import annotations
 

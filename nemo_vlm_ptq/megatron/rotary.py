@@ -1,4 +1,4 @@
-"""Rotary embeddings as transformers computes them: of Phi-3, Qwen-VL and Gemma."""
+"""Rotary embeddings as transformers computes them: scaled, LongRoPE, mRoPE, and of two bases."""
 
 from __future__ import annotations
 
@@ -108,15 +108,17 @@ def apply_mrope(model: GPTModel, decoder: Decoder, mrope: MRope, device: torch.d
     model.mrope_section = list(mrope.sections)
 
 
-class WindowedRotaryEmbedding(torch.nn.Module):
-    """Angles of layers with full attention, and of layers with a sliding window."""
+class SlidingWindowRotaryEmbedding(torch.nn.Module):
+    """Angles of layers with full attention, and of layers with a sliding window.
 
-    def __init__(self, decoder: Decoder, window: SlidingWindow, device: torch.device) -> None:
+    Args:
+        full: [head_dim/2] float32, frequencies of layers with full attention.
+        sliding: [head_dim/2] float32, frequencies of layers with a sliding window.
+    """
+
+    def __init__(self, full: torch.Tensor, sliding: torch.Tensor) -> None:
         super().__init__()
-        exponents = torch.arange(0, decoder.head_dim, 2).float() / decoder.head_dim
-        full = 1.0 / (decoder.rope_theta**exponents) / decoder.rope_factor
-        # Not buffers, which would take the model's dtype.
-        self.frequencies = [one.to(device) for one in (full, 1.0 / (window.rope_theta**exponents))]
+        self.frequencies = full, sliding  # not buffers, which would take the model's dtype
 
     def get_rotary_seq_len(self, _: Any, block: Any, states: Any, *__: Any) -> int:
         """Return the number of tokens of the hidden states [S,B,H] that a block is given."""
@@ -132,14 +134,15 @@ class WindowedRotaryEmbedding(torch.nn.Module):
         return angles
 
 
-def apply_window(
-    model: GPTModel, decoder: Decoder, window: SlidingWindow, device: torch.device
-) -> None:
-    """Replace the rotary embedding of a model whose layers are of two kinds, and set the windows.
+def apply_sliding_window(model: GPTModel, head_dim: int, sliding_window: SlidingWindow) -> None:
+    """Set the sliding windows of a model, and replace its rotary embedding by one of two bases.
 
-    Layers must have their numbers in the whole model.
+    Layers must have their indices in the whole model, and full attention its frequencies.
     """
-    model.rotary_pos_emb = WindowedRotaryEmbedding(decoder, window, device)
+    full = model.rotary_pos_emb.inv_freq
+    exponents = torch.arange(0, head_dim, 2).float() / head_dim
+    sliding = (1.0 / (sliding_window.rope_theta**exponents)).to(full.device)
+    model.rotary_pos_emb = SlidingWindowRotaryEmbedding(full, sliding)
     for block in model.decoder.layers:
-        if window.layers[block.layer_number - 1]:
-            block.self_attention.core_attention.window = window.size
+        if sliding_window.layers[block.layer_number - 1]:
+            block.self_attention.core_attention.sliding_window = sliding_window.size

@@ -83,7 +83,9 @@ class ReferenceModel:
     ) -> None:
         self.dtype, self.device = dtype, device
         self.text_config = family.text_config(config)
-        self.image_attention = family.decoder(config).image_attention
+        decoder = family.decoder(config)
+        self.bidirectional_images = decoder.bidirectional_images
+        self.has_delta_net = decoder.delta_net is not None
         self.decoder = _build_decoder(family, config, checkpoint, dtype, device)
         self.kv = checkpoint.kv and _kv_to_device(checkpoint.kv, device)
         self.quantize_activations = True
@@ -151,7 +153,7 @@ class ReferenceModel:
 
     def _prefill(self, inputs: dict[str, Any], is_image: torch.Tensor) -> dict[str, Any]:
         """Return the inputs of a first pass; of text that goes on, attention is causal."""
-        if not self.image_attention or not bool(is_image.any()):
+        if not self.bidirectional_images or not bool(is_image.any()):
             return inputs
         masks = image_masks(inputs["attention_mask"], is_image, self.text_config.sliding_window)
         return {**inputs, "attention_mask": masks}
@@ -161,9 +163,11 @@ class ReferenceModel:
         self, sample: Sample, feature: torch.Tensor | None, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Compute logits [S,V] float32 of one sample; `mask` [S] is an attention mask."""
-        inputs, is_image = self._embed([sample], [feature])
+        # transformers leaves masked tokens out of a DeltaNet in batches of several samples only
+        copies = 2 if self.has_delta_net and mask is not None else 1
+        inputs, is_image = self._embed([sample] * copies, [feature] * copies)
         if mask is not None:
-            inputs["attention_mask"] = mask[None].to(self.device)
+            inputs["attention_mask"] = mask.expand(copies, -1).to(self.device)
         inputs = self._prefill(inputs, is_image)
         return self.decoder(**inputs, past_key_values=self._cache())[0].float()
 

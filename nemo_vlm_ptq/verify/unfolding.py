@@ -28,7 +28,7 @@ class Folds:
     """Factors of a folded model by Hugging Face name, for linears without `.weight`.
 
     norms: factor [H] of a norm's weight, [O] of the bias of v, and what the model adds to the
-        weight before it multiplies: 1 for norms around zero.
+        weight before it multiplies: 1 for zero-centered RMSNorms.
     inputs: pre_quant_scale [K] that was folded away in front of a linear.
     outputs: factor [O] of a linear's output channels.
     values: per layer with attention, upper bound of the factor of the largest |value| in the KV
