@@ -254,3 +254,13 @@ def set_gpus(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     return set_gpus
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """An fp8 engine checkpoint for two tensor-parallel ranks with an fp8 KV cache."""
+    from encoded_models import write_trtllm
+    from test_contract import encoded_model
+
+    write_trtllm(tmp_path / "llm", encoded_model("fp8"), (2, 1), "fp8")
+    return tmp_path / "llm"

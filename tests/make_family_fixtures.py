@@ -20,6 +20,8 @@ from published_configs import (
     CLIP_L,
     GEMMA3_4B,
     GEMMA3_27B,
+    INTERN_3_5_8B,
+    INTERN_8B,
     INTERN_TEXT,
     INTERN_TEXT_3_5,
     INTERN_TEXT_38B,
@@ -27,6 +29,26 @@ from published_configs import (
     LLAMA_3,
     LLAMA_13B,
     MISTRAL_7B,
+    SHEARED_LLAMA,
+    VICUNA_7B,
+    VICUNA_13B,
+    gemma3,
+    internvl,
+    llava,
+    llava_next,
+    llava_onevision,
+    phi,
+    vila,
+)
+from published_llama_configs import (
+    IDEFICS3_8B,
+    MINISTRAL_3B,
+    MINISTRAL_8B,
+    MISTRAL_SMALL_24B,
+    PIXTRAL_12B,
+    SMOLVLM2_2B,
+)
+from published_qwen_configs import (
     QWEN2_5_3B,
     QWEN2_5_TOWER,
     QWEN2_7B,
@@ -38,26 +60,8 @@ from published_configs import (
     QWEN3_8B,
     QWEN3_8B_TOWER,
     QWEN3_32B,
-    SHEARED_LLAMA,
-    VICUNA_7B,
-    VICUNA_13B,
-    gemma3,
-    internvl,
-    llava,
-    llava_next,
-    llava_onevision,
-    phi,
     qwen,
     qwen3_5,
-    vila,
-)
-from published_llama_configs import (
-    IDEFICS3_8B,
-    MINISTRAL_3B,
-    MINISTRAL_8B,
-    MISTRAL_SMALL_24B,
-    PIXTRAL_12B,
-    SMOLVLM2_2B,
 )
 
 FOLDER = Path(__file__).resolve().parent / "families"
@@ -185,19 +189,13 @@ MODELS = {
         "gemma-3-27b-it": gemma3(GEMMA3_27B),
     }),
     "internvl": (internvl_tensors, {
-        "InternVL3-8B-hf": internvl(INTERN_TEXT | {
-            "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28,
-            "num_hidden_layers": 28, "num_key_value_heads": 4,
-        }),
+        "InternVL3-8B-hf": internvl(INTERN_TEXT | INTERN_8B),
         "InternVL3-38B-hf": internvl(INTERN_TEXT_38B, INTERN_TOWER_6B),
         "InternVL3_5-2B-HF": internvl(INTERN_TEXT_3_5 | {
             "hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 16,
             "num_hidden_layers": 28, "num_key_value_heads": 8, "tie_word_embeddings": True,
         }),
-        "InternVL3_5-8B-HF": internvl(INTERN_TEXT_3_5 | {
-            "hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32,
-            "num_hidden_layers": 36, "num_key_value_heads": 8,
-        }) | {"image_token_id": 151671},
+        "InternVL3_5-8B-HF": internvl(INTERN_TEXT_3_5 | INTERN_3_5_8B) | {"image_token_id": 151671},
     }),
     "llava": (llava_tensors, {
         "llava-1.5-7b-hf": llava(VICUNA_7B),
