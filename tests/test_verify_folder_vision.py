@@ -9,7 +9,8 @@ from encoded_models import write_trtllm
 from safetensors.torch import load_file, save_file
 from test_cli import call
 from test_contract import edit_config, encoded_model
-from test_verify_folder_config import INFINITE, rank_file
+from test_verify_folder import rank_file
+from test_verify_folder_config import INFINITE
 
 from nemo_vlm_ptq.verify.files import list_files
 from nemo_vlm_ptq.workdir import store
