@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from nemo_vlm_ptq.families.decoder import Decoder
 from nemo_vlm_ptq.families.llama import POST_NORMS
 from nemo_vlm_ptq.megatron.attention import SdpaCoreAttention, SlidingWindowSelfAttention
-from nemo_vlm_ptq.megatron.norms import NormedAdd, ZeroCenteredRMSNorm
+from nemo_vlm_ptq.megatron.norms import PostNormAdd, ZeroCenteredRMSNorm
 from nemo_vlm_ptq.megatron.output_sharded_linear import OutputShardedLinear
 
 
@@ -53,7 +53,7 @@ def _layer_spec(
         for name in POST_NORMS:
             place, _, norm_name = name.partition(".")
             params = {"name": norm_name, "norm": norm, "config": config}
-            setattr(layer, place, ModuleSpec(module=NormedAdd, params=params))
+            setattr(layer, place, ModuleSpec(module=PostNormAdd, params=params))
     if decoder.delta_net is not None and decoder.delta_net.layers[index]:
         from nemo_vlm_ptq.megatron.delta_net import GatedDeltaNet
 

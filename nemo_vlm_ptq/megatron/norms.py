@@ -24,7 +24,7 @@ class ZeroCenteredRMSNorm(nn.Module):
         return (normed * (1.0 + self.weight.float())).type_as(x)
 
 
-class NormedAdd(nn.Module):
+class PostNormAdd(nn.Module):
     """Normalize an output and add the residual, in place of megatron-core's bias-dropout-add.
 
     Args:
