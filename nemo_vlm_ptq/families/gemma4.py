@@ -156,16 +156,17 @@ def _full_attention(text: Any) -> AttentionShape:
 
 def _read_rope(text: Any, kind: str, rope_type: str) -> dict[str, Any]:
     """Return the settings of the rotary embedding of a kind of layer, with defaults filled in."""
-    rope = {"factor": 1.0, "partial_rotary_factor": 1.0, "rope_type": "default", "rope_theta": None}
-    rope |= (text.rope_parameters or {}).get(kind) or {}
-    found = rope["rope_type"]
+    given = dict((text.rope_parameters or {}).get(kind) or {})
+    rope: dict[str, Any] = {"factor": 1.0, "partial_rotary_factor": 1.0, "rope_theta": None} | given
+    found = rope.get("rope_type", "default")
     require_values(FAMILY.name, {f"rope type of {kind}": (found, rope_type)})
     numbers = ("rope_theta", "factor", "partial_rotary_factor")
     require_positive(FAMILY.name, {f"{key} of {kind}": rope[key] for key in numbers}, float)
-    most = {key: (rope[key], 1.0) for key in numbers[1:]}
-    if rope_type != "default":
-        most = {numbers[2]: (rope[numbers[2]], min(rope[numbers[2]], 1.0))}
-    require_values(FAMILY.name, {f"{key} of {kind}": pair for key, pair in most.items()})
+    part, is_plain = rope["partial_rotary_factor"], rope_type == "default"
+    most = {f"partial_rotary_factor of {kind}": (part, 1.0 if is_plain else min(part, 1.0))}
+    if is_plain:
+        most[f"factor of {kind}"] = rope["factor"], 1.0
+    require_values(FAMILY.name, most)
     return rope
 
 
