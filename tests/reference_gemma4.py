@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -62,13 +63,20 @@ CONFIG = {
 LEAST_SPECIAL = VOCAB - 5
 
 
+PLAIN = {  # of the text: values from v_proj in all layers, no softcap, images as text
+    "attention_k_eq_v": False,
+    "final_logit_softcapping": None,
+    "use_bidirectional_attention": None,
+}
+
+
 class Gemma4:
     """Gemma 4 with random weights; factors of layers and of the tower are not neutral."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, config: dict = CONFIG) -> None:
         from transformers import Gemma4Config, Gemma4ForConditionalGeneration
 
-        model = Gemma4ForConditionalGeneration(Gemma4Config.from_dict(CONFIG))
+        model = Gemma4ForConditionalGeneration(Gemma4Config.from_dict(deepcopy(config)))
         self.model = randomize(model, seed)
         for name, buffer in model.named_buffers():
             if name.endswith(("layer_scalar", "std_bias", "std_scale")):
@@ -88,15 +96,23 @@ class Gemma4:
         return self.model(input_ids=ids, mm_token_type_ids=types, **images).logits[0]
 
 
-def write_gemma4(folder: Path, seed: int, *, tied: bool = True) -> Gemma4:
-    """Write a model folder in the published layout; `tied`: without a copy of the embedding."""
-    reference = Gemma4(seed)
+def write_gemma4(folder: Path, seed: int, *, plain: bool = False, tied: bool = True) -> Gemma4:
+    """Write a model folder in the published layout and return its reference model.
+
+    Args:
+        folder: where to write.
+        seed: of the weights.
+        plain: see PLAIN.
+        tied: whether the embedding is the head, without a copy of it.
+    """
+    config = CONFIG | {"text_config": LLM | PLAIN} if plain else CONFIG
+    reference = Gemma4(seed, config)
     tensors = dict(reference.model.state_dict())
     if tied:
         del tensors["lm_head.weight"]
     else:
         tensors["lm_head.weight"] = tensors["lm_head.weight"].clone()
-    write_folder(folder, CONFIG, tensors)
+    write_folder(folder, config, tensors)
     return reference
 
 

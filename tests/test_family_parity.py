@@ -148,6 +148,8 @@ def test_logits_of_the_reference_reader_match(homes, family):
         ("qwen2_vl", {"kind": "qwen2_vl 2.0"}),
         ("qwen2_vl", {"tied": False}),
         ("qwen3_vl", {"tied": False}),
+        ("gemma4", {"plain": True}),
+        ("gemma4", {"tied": False}),
         ("internvl", {"kind": "qwen2", "tied": True, "large": True}),
         ("internvl", {"kind": "qwen3", "tied": False}),
         ("mistral3", {"kind": "ministral3", "tied": True}),

@@ -101,9 +101,10 @@ def decoder(config: Config) -> Decoder:
             "text_config.hidden_activation": (text.hidden_activation, "gelu_pytorch_tanh"),
             "text_config.attention_bias": (text.attention_bias, False),
             "kinds in layer_types": (sorted({FULL, SLIDING, *kinds}), [FULL, SLIDING]),
-            "audio_config": (full.audio_config, None),
         },
     )
+    if full.audio_config is not None:
+        raise UserError(f"{FAMILY.name}: audio_config is given; only null is supported")
     if attends not in ("vision", None):
         raise UserError(
             f"{FAMILY.name}: text_config.use_bidirectional_attention is {attends!r}; supported: "
