@@ -1,7 +1,7 @@
 """Writes tests/families/NAME.json: configs of full-size models and the shapes of their tensors.
 
-Shapes come from transformers' model classes on the meta device, under the published names, without
-the package under test. Configs omit the keys that the published configs omit.
+Shapes come from transformers' models on the meta device, under the published names, without the
+package under test. Configs omit the keys that the published configs omit.
 
     python tests/make_family_fixtures.py [FOLDER]
 """
@@ -20,6 +20,7 @@ from published_configs import (
     CLIP_L,
     GEMMA3_4B,
     GEMMA3_27B,
+    GEMMA4_31B,
     INTERN_3_5_8B,
     INTERN_8B,
     INTERN_TEXT,
@@ -70,13 +71,13 @@ FLAT_LIST = re.compile(r"\[[^][{}]+\]")
 PATCHES_PER_TOKEN = 4  # of VILA and Phi
 
 
-def meta_shapes(model, config, values):
+def meta_shapes(model, config, values, tensors="named_parameters"):
     """Return name -> shape of a transformers model, built on the meta device."""
     import transformers
 
     with torch.device("meta"):
         module = getattr(transformers, model)(getattr(transformers, config).from_dict(values))
-    return {name: list(tensor.shape) for name, tensor in module.named_parameters()}
+    return {name: list(tensor.shape) for name, tensor in dict(getattr(module, tensors)()).items()}
 
 
 def tower_tensors(architecture, prefix, config):
@@ -173,8 +174,13 @@ def internvl_tensors(config):
 def gemma3_tensors(config):
     """Return name -> shape of a Gemma 3 under its published names; the head is the embedding."""
     shapes = llava_tensors(config)
-    shapes.pop("language_model.lm_head.weight", None)
-    return shapes
+    return {name: shape for name, shape in shapes.items() if "lm_head" not in name}
+
+
+def gemma4_tensors(config):
+    """Return name -> shape of a Gemma 4 under its published names; buffers are stored, too."""
+    shapes = meta_shapes(config["architectures"][0], "Gemma4Config", config, "state_dict")
+    return {name: shape for name, shape in shapes.items() if name != "lm_head.weight"}
 
 
 def smolvlm_tensors(config):
@@ -188,6 +194,7 @@ MODELS = {
         "gemma-3-4b-it": gemma3(GEMMA3_4B),
         "gemma-3-27b-it": gemma3(GEMMA3_27B),
     }),
+    "gemma4": (gemma4_tensors, {"gemma-4-31B-it": GEMMA4_31B}),
     "internvl": (internvl_tensors, {
         "InternVL3-8B-hf": internvl(INTERN_TEXT | INTERN_8B),
         "InternVL3-38B-hf": internvl(INTERN_TEXT_38B, INTERN_TOWER_6B),
@@ -255,19 +262,16 @@ MODELS = {
 def fold(tensors):
     """Merge the entries of `.layers.0.` to `.layers.31.`, or of blocks, into `.layers.{0..31}.`.
 
-    Tensors that some layers lack have several ranges: `{0..2,4..6}`.
+    Tensors that some layers lack, or have in another shape, have several ranges: `{0..2,4..6}`.
     """
-    shapes, layers = defaultdict(list), defaultdict(list)
+    layers = defaultdict(list)
     for name, shape in tensors.items():
         match = LAYER.search(name)
         pattern = LAYER.sub(r".\1.{}.", name)
-        shapes[pattern].append(shape)
-        layers[pattern].append(int(match[2]) if match else 0)
-    for pattern, same in shapes.items():
-        assert all(shape == same[0] for shape in same), pattern
+        layers[pattern, tuple(shape)].append(int(match[2]) if match else 0)
     return {
-        pattern.replace("{}", f"{{{ranges(layers[pattern])}}}"): shapes[pattern][0]
-        for pattern in sorted(shapes)
+        pattern.replace("{}", f"{{{ranges(found)}}}"): list(shape)
+        for (pattern, shape), found in sorted(layers.items())
     }
 
 
@@ -279,11 +283,6 @@ def ranges(layers):
     return ",".join(f"{start}..{end}" for start, end in zip(starts, ends, strict=True))
 
 
-def compact_list(match):
-    """Return a JSON list on one line."""
-    return json.dumps(json.loads(match[0]))
-
-
 def main(folder=FOLDER):
     """Write the fixture of every family."""
     folder.mkdir(exist_ok=True)
@@ -293,7 +292,8 @@ def main(folder=FOLDER):
             for name, config in configs.items()
         }
         text = json.dumps({"models": models}, indent=1)
-        (folder / f"{family}.json").write_text(FLAT_LIST.sub(compact_list, text) + "\n")
+        compact = FLAT_LIST.sub(lambda match: json.dumps(json.loads(match[0])), text)
+        (folder / f"{family}.json").write_text(compact + "\n")
 
 
 if __name__ == "__main__":

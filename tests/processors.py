@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import reference_gemma3
+import reference_gemma4
 import reference_internvl
 import reference_llava_next
 import reference_llava_onevision
@@ -40,6 +41,12 @@ GEMMA_TEMPLATE = (
     "{% for part in message.content %}{% if part.type == 'image' %}<start_of_image>"
     "{% else %}{{ part.text }}{% endif %}{% endfor %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<model>{{ '\n' }}{% endif %}"
+)
+GEMMA4_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<{{ message.role }}>{{ '\n' }}"
+    "{% for part in message.content %}{% if part.type == 'image' %}"
+    "{{ '\n\n<|image|>\n\n' }}{% else %}{{ part.text | trim }}{% endif %}{% endfor %}{{ '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}<model>{{ '\n' }}{% endif %}"
 )
 INTERNVL_TEMPLATE = (
     "{% for message in messages %}{{ message.role }}:\n{% for part in message.content %}"
@@ -185,6 +192,21 @@ def write_gemma3(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(GEMMA_TEMPLATE)
 
 
+def write_gemma4(folder: Path) -> None:
+    """Write a random Gemma 4 folder with all its files."""
+    reference_gemma4.write_gemma4(folder, 0)
+    settings = {
+        "image_processor_type": "Gemma4ImageProcessor",
+        "patch_size": reference_gemma4.PATCH,
+        "pooling_kernel_size": reference_gemma4.POOLING,
+        "max_soft_tokens": reference_gemma4.MOST_TOKENS,
+    }
+    _write(folder, settings)
+    special = ("<|audio|>", "<|video|>", "<image|>", "<|image>", "<|image|>")
+    write_llama(folder, special, size=reference_gemma4.LEAST_SPECIAL)
+    (folder / "chat_template.jinja").write_text(GEMMA4_TEMPLATE)
+
+
 def write_llava_onevision(folder: Path) -> None:
     """Write a random LLaVA-OneVision folder with all its files."""
     reference_llava_onevision.write_llava_onevision(folder, 0)
@@ -218,6 +240,7 @@ def write_smolvlm(folder: Path) -> None:
 
 WRITERS = {
     "gemma3": write_gemma3,
+    "gemma4": write_gemma4,
     "smolvlm": write_smolvlm,
     "mistral3": write_mistral3,
     "vila": write_vila,

@@ -105,6 +105,45 @@ def gemma3(text):
     }  # fmt: skip
 
 
+GEMMA4_LAYERS = [*["sliding_attention"] * 5, "full_attention"]
+GEMMA4_31B = {
+    "architectures": ["Gemma4ForConditionalGeneration"], "audio_config": None,
+    "audio_token_id": 258881, "boa_token_id": 256000, "boi_token_id": 255999,
+    "dtype": "bfloat16", "eoa_token_index": 258883, "eoi_token_id": 258882,
+    "eos_token_id": [1, 106], "image_token_id": 258880, "model_type": "gemma4",
+    "text_config": {
+        "attention_bias": False, "attention_k_eq_v": True, "enable_moe_block": False,
+        "final_logit_softcapping": 30.0, "global_head_dim": 512, "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 5376,
+        "hidden_size_per_layer_input": 0, "intermediate_size": 21504,
+        "layer_types": GEMMA4_LAYERS * 10, "max_position_embeddings": 262144,
+        "model_type": "gemma4_text", "num_attention_heads": 32,
+        "num_global_key_value_heads": 4, "num_hidden_layers": 60, "num_key_value_heads": 16,
+        "num_kv_shared_layers": 0, "rms_norm_eps": 1e-06,
+        "rope_parameters": {
+            "full_attention": {
+                "partial_rotary_factor": 0.25, "rope_theta": 1000000.0,
+                "rope_type": "proportional",
+            },
+            "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+        },
+        "sliding_window": 1024, "tie_word_embeddings": True,
+        "use_bidirectional_attention": "vision", "use_double_wide_mlp": False,
+        "vocab_size": 262144,
+    },
+    "tie_word_embeddings": True, "video_token_id": 258884,
+    "vision_config": {
+        "head_dim": 72, "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 1152,
+        "intermediate_size": 4304, "model_type": "gemma4_vision", "num_attention_heads": 16,
+        "num_hidden_layers": 27, "num_key_value_heads": 16, "patch_size": 16,
+        "pooling_kernel_size": 3, "position_embedding_size": 10240,
+        "rope_parameters": {"rope_theta": 100.0, "rope_type": "default"},
+        "standardize": True, "use_clipped_linears": False,
+    },
+    "vision_soft_tokens_per_image": 280,
+}  # fmt: skip
+
+
 def llava(text):
     """Return the config.json of llava-1.5-*-hf."""
     return {

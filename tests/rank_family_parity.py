@@ -56,7 +56,8 @@ def to_samples(folder, questions):
             pixels, mask = question.pixel_values, question.pixel_attention_mask
             if family.pads_tiles:
                 pixels, mask = drop_padding(pixels, mask)
-            images = ImageInputs(pixels, question.image_sizes, question.image_grid_thw, mask)
+            sizes, grids = question.image_sizes, question.image_grid_thw
+            images = ImageInputs(pixels, sizes, grids, mask, question.image_position_ids)
         placeholders = family.find_placeholders(config, question.ids, images)
         repeats = torch.where(placeholders.is_image, placeholders.tokens_per_placeholder, 1)
         is_image = placeholders.is_image.repeat_interleave(repeats)

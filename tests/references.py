@@ -40,6 +40,7 @@ class Question:
     image_sizes: torch.Tensor | None = None
     image_grid_thw: torch.Tensor | None = None
     pixel_attention_mask: torch.Tensor | None = None
+    image_position_ids: torch.Tensor | None = None
 
 
 def randomize(module, seed: int):

@@ -122,10 +122,11 @@ def test_reading_a_config_does_not_modify_it(model):
 def test_shards_hold_every_parameter_once(model):
     family = find_family(model.config)
     decoder = family.decoder(model.config)
-    sizes = decoder.sizes(VOCAB_MULTIPLE)
-    sharded = (decoder.heads, decoder.kv_heads, decoder.ffn, sizes.padded_vocab)
+    padded_vocab = decoder.sizes(VOCAB_MULTIPLE).padded_vocab
+    sharded = (decoder.heads, *decoder.kv_head_counts, decoder.ffn, padded_vocab)
     for T in [T for T in (1, 2, 4, 8) if all(size % T == 0 for size in sharded)]:
         for entry in family.parameter_map(decoder):
+            sizes = decoder.sizes(VOCAB_MULTIPLE, entry.first_layer)
             names = entry.for_layer(max(entry.layers or [decoder.layers - 1])).hf_names
             parts = [torch.empty(model.tensors[name], device="meta") for name in names]
             total = sum(part.numel() for part in parts)

@@ -7,6 +7,7 @@ exports are verified, and forms of the model are compared. Accuracy is tested by
 import models
 import pytest
 import reference_gemma3
+import reference_gemma4
 import reference_internvl
 import reference_llava_next
 import reference_llava_onevision
@@ -28,6 +29,7 @@ from nemo_vlm_ptq.workdir import store
 
 REFERENCES = {
     "gemma3": (reference_gemma3.Gemma3(0), reference_gemma3.gemma3_cases),
+    "gemma4": (reference_gemma4.Gemma4(0), reference_gemma4.gemma4_cases),
     "internvl": (reference_internvl.InternVL(0, "qwen2"), reference_internvl.internvl_cases),
     "llava_next": (
         reference_llava_next.LlavaNext(0, "mistral"),
@@ -70,7 +72,8 @@ def runs(tmp_path_factory):
         (home / name / "model" / REMOTE_CODE_FILE).write_text(REMOTE_CODE)
         question, _ = question_and_logits(name)
         tensors = {"input_ids": question.ids[None], "pixel_values": question.pixel_values}
-        for key in ("image_sizes", "image_grid_thw", "pixel_attention_mask"):
+        beside = ("image_sizes", "image_grid_thw", "pixel_attention_mask", "image_position_ids")
+        for key in beside:
             if getattr(question, key) is not None:
                 tensors[key] = getattr(question, key)
         save_file(tensors, home / name / "inputs.safetensors")

@@ -19,6 +19,7 @@ from rank_family_parity import (
     to_samples,
 )
 from reference_gemma3 import gemma3_cases, write_gemma3
+from reference_gemma4 import gemma4_cases, write_gemma4
 from reference_internvl import internvl_cases, write_internvl
 from reference_llava_next import llava_next_cases, write_llava_next
 from reference_llava_onevision import write_llava_onevision
@@ -47,6 +48,7 @@ FAMILIES = {
     "qwen2_vl": (partial(write_qwen, kind="qwen2_vl"), qwen_cases),
     "internvl": (partial(write_internvl, kind="qwen2"), internvl_cases),
     "gemma3": (write_gemma3, gemma3_cases),
+    "gemma4": (write_gemma4, gemma4_cases),
     "internvl qwen3": (partial(write_internvl, kind="qwen3"), internvl_cases),
     "smolvlm": (partial(write_smolvlm, kind="idefics3"), smolvlm_cases),
 }
@@ -146,6 +148,8 @@ def test_logits_of_the_reference_reader_match(homes, family):
         ("qwen2_vl", {"kind": "qwen2_vl 2.0"}),
         ("qwen2_vl", {"tied": False}),
         ("qwen3_vl", {"tied": False}),
+        ("gemma4", {"plain": True}),
+        ("gemma4", {"tied": False}),
         ("internvl", {"kind": "qwen2", "tied": True, "large": True}),
         ("internvl", {"kind": "qwen3", "tied": False}),
         ("mistral3", {"kind": "ministral3", "tied": True}),

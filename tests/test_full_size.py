@@ -83,7 +83,9 @@ def valid_tensor_sizes(name):
     text = config.get("llm_cfg") or config.get("text_config") or config
     heads = text.get("num_attention_heads", 32)
     kv_heads = text.get("num_key_value_heads", heads)
-    return [size for size in (1, 2, 4, 8) if heads % size == 0 and kv_heads % size == 0]
+    of_full_attention = text.get("num_global_key_value_heads") or kv_heads
+    counts = (heads, kv_heads, of_full_attention)
+    return [size for size in (1, 2, 4, 8) if all(count % size == 0 for count in counts)]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -37,12 +37,15 @@ class ImageInputs:
         depends on the size of the image.
     grids: [images,3] int64, patches of each image in time, height and width (image_grid_thw).
     pixel_mask: [tiles,h,w], 0 at padding; only for families with tiles that are padded.
+    patch_positions: [images,patches,2] int64, column and row of each patch, -1 at padding; only for
+        families with patches that are padded: [images,patches,C].
     """
 
     pixel_values: torch.Tensor
     image_sizes: torch.Tensor | None = None
     grids: torch.Tensor | None = None
     pixel_mask: torch.Tensor | None = None
+    patch_positions: torch.Tensor | None = None
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -60,8 +63,12 @@ class ImageInputs:
         """Return the images from `start` to `stop`."""
         sizes = None if self.image_sizes is None else self.image_sizes[start:stop]
         if self.grids is None:
-            mask = None if self.pixel_mask is None else self.pixel_mask[start:stop]
-            return ImageInputs(self.pixel_values[start:stop], image_sizes=sizes, pixel_mask=mask)
+            mask, places = (
+                None if tensor is None else tensor[start:stop]
+                for tensor in (self.pixel_mask, self.patch_positions)
+            )
+            pixels = self.pixel_values[start:stop]
+            return ImageInputs(pixels, sizes, pixel_mask=mask, patch_positions=places)
         ends = [0, *self.grids.prod(dim=1).cumsum(dim=0).tolist()]
         last = len(self) if stop is None else min(stop, len(self))
         patches = self.pixel_values[ends[start] : ends[last]]
@@ -163,6 +170,8 @@ class ModelFamily:
     is_tiled: bool = False
     # whether samples have their tiles padded to the same number, with pixel_attention_mask
     pads_tiles: bool = False
+    # whether an image is its patches, padded to the same number, with image_position_ids
+    pads_patches: bool = False
     # (class of the same models that is not supported, the repository to take instead)
     other_repositories: tuple[tuple[str, str], ...] = ()
     # sub-folders with a checkpoint each; their tensors are named SUBFOLDER/NAME
@@ -216,7 +225,11 @@ class ModelFamily:
 
         with no_init_weights(), torch.device(device):  # random initialization takes seconds
             module = self.make_vision_module(config)
-        module.to(dtype or next(iter(tensors.values())).dtype).eval().requires_grad_(False)
+        dtype = dtype or next(iter(tensors.values())).dtype
+        for stored in module.state_dict(keep_vars=True).values():
+            if stored.is_floating_point():  # other buffers, as rotary frequencies, stay in float32
+                stored.data = stored.data.to(dtype)
+        module.eval().requires_grad_(False)
         for name, parameter in module.published_parameters().items():
             copy_pinned(parameter.data, tensors[name])
         return module

@@ -108,7 +108,7 @@ def decoder(config: Config) -> Decoder:
         activation="gelu_tanh",
         attention_scale=text.query_pre_attn_scalar**-0.5,
         scaled_embedding=True,
-        bidirectional_images=True,
+        bidirectional_images="all",
         tied_head=bool(config.get("tie_word_embeddings", True)),
     )
 

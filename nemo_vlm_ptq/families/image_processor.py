@@ -24,6 +24,7 @@ SIZE_KEYS = ("height", "width", "shortest_edge", "longest_edge", "max_height", "
 MODULES = {
     "CLIPImageProcessor": "clip",
     "Gemma3ImageProcessor": "gemma3",
+    "Gemma4ImageProcessor": "gemma4",
     "GotOcr2ImageProcessor": "got_ocr2",
     "Idefics3ImageProcessor": "idefics3",
     "LlavaImageProcessor": "llava",
@@ -70,15 +71,44 @@ def load_patch_processor(folder: Path, supported: tuple[str, ...], vision: Any) 
         "merge_size": vision.spatial_merge_size,
         "temporal_patch_size": vision.temporal_patch_size,
     }
+    _require_sizes(path, processor, sizes)
+    least, most = processor.size["shortest_edge"], processor.size["longest_edge"]
+    if not (vision.patch_size * vision.spatial_merge_size) ** 2 <= most or least > most:
+        raise UserError(f"{path}: images cannot have from {least} to {most} pixels")
+    return processor
+
+
+def load_pooled_processor(folder: Path, supported: tuple[str, ...], vision: Any) -> Any:
+    """Return the image processor of a folder whose images keep their shape, as padded patches.
+
+    Args:
+        folder: folder of preprocessor_config.json or processor_config.json.
+        supported: names of classes; the first is that of a folder without a name.
+        vision: transformers' config of the tower.
+
+    Raises:
+        UserError: as `load_image_processor`; or the patches are not those of the tower.
+    """
+    path, processor = _make_processor(folder, supported, MAX_SIDE)
+    pooling = vision.pooling_kernel_size
+    sizes = {"patch_size": vision.patch_size, "pooling_kernel_size": pooling, "do_resize": True}
+    _require_sizes(path, processor, sizes)
+    most, places = processor.max_soft_tokens, vision.position_embedding_size
+    if most * pooling > places:
+        raise UserError(
+            f"{path}: max_soft_tokens is {most}; the vision tower has positions for an image of "
+            f"{places // pooling} tokens in a row"
+        )
+    return processor
+
+
+def _require_sizes(path: Path, processor: Any, sizes: Mapping[str, Any]) -> None:
+    """Require settings that suit the vision tower."""
     for key, size in sizes.items():
         if getattr(processor, key) != size:
             raise UserError(
                 f"{path}: {key} is {getattr(processor, key)!r}; the vision tower has {size}"
             )
-    least, most = processor.size["shortest_edge"], processor.size["longest_edge"]
-    if not (vision.patch_size * vision.spatial_merge_size) ** 2 <= most or least > most:
-        raise UserError(f"{path}: images cannot have from {least} to {most} pixels")
-    return processor
 
 
 def load_any_size_processor(folder: Path, supported: tuple[str, ...]) -> Any:
@@ -232,4 +262,5 @@ def _checks(most: int) -> dict[str, tuple[Any, str]]:
         | dict.fromkeys(("size", "crop_size", "pad_size", "max_image_size"), size)
         | dict.fromkeys(("min_pixels", "max_pixels"), count)
         | dict.fromkeys(("patch_size", "merge_size", "temporal_patch_size"), patch)
+        | {"pooling_kernel_size": patch}
     )

@@ -6,9 +6,10 @@ from typing import Any
 
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.families.config_checks import require_positive, require_values
-from nemo_vlm_ptq.families.decoder import Decoder
+from nemo_vlm_ptq.families.decoder import LAYER_SCALAR, Decoder
 from nemo_vlm_ptq.families.delta_net import delta_net_entries
 from nemo_vlm_ptq.parameter_map.entries import IgnoredTensor, ParameterEntry
+from nemo_vlm_ptq.parameter_map.sharding import Sharding
 
 HF_LAYER_PREFIX = "layers.{i}."
 MEGATRON_LAYER_PREFIX = "decoder.layers.{i}."
@@ -41,27 +42,9 @@ def llama_parameter_map(
     """
     layer, attention = body + HF_LAYER_PREFIX, MEGATRON_LAYER_PREFIX + "self_attention."
     embedding = body + "embed_tokens.weight"
-    attention_layers = decoder.attention_layers
     optional = delta_net_entries(decoder, layer, attention)
-    if decoder.qkv_bias:
-        optional.append(
-            ParameterEntry(
-                megatron_name=attention + "linear_qkv.bias",
-                hf_names=tuple(layer + name.removesuffix("weight") + "bias" for name in qkv),
-                sharding="qkv",
-                layers=attention_layers,
-            )
-        )
-    if decoder.qk_norm:
-        optional += [
-            ParameterEntry(
-                megatron_name=attention + f"{part}_layernorm.weight",
-                hf_names=(layer + f"self_attn.{part}_norm.weight",),
-                sharding="replicate",
-                layers=attention_layers,
-            )
-            for part in "qk"
-        ]
+    for shape, layers in decoder.attention_kinds.items():
+        optional += _attention_entries(decoder, layer, qkv[:2] if shape.v_from_k else qkv, layers)
     pre_mlp_norm = "post_attention_layernorm"
     if decoder.post_norms:
         pre_mlp_norm = "pre_feedforward_layernorm"
@@ -73,6 +56,14 @@ def llama_parameter_map(
             )
             for module, name in POST_NORMS.items()
         ]
+    if decoder.layer_scalar:
+        optional.append(
+            ParameterEntry(
+                megatron_name=MEGATRON_LAYER_PREFIX + LAYER_SCALAR,
+                hf_names=(layer + "layer_scalar",),
+                sharding="replicate",
+            )
+        )
     return (
         ParameterEntry(
             megatron_name="embedding.word_embeddings.weight",
@@ -95,20 +86,6 @@ def llama_parameter_map(
             hf_names=(layer + "input_layernorm.weight",),
             sharding="replicate",
         ),
-        ParameterEntry(
-            megatron_name=MEGATRON_LAYER_PREFIX + "self_attention.linear_qkv.weight",
-            hf_names=tuple(layer + name for name in qkv),
-            sharding="qkv",
-            is_linear=True,
-            layers=attention_layers,
-        ),
-        ParameterEntry(
-            megatron_name=MEGATRON_LAYER_PREFIX + "self_attention.linear_proj.weight",
-            hf_names=(layer + "self_attn.o_proj.weight",),
-            sharding="row",
-            is_linear=True,
-            layers=attention_layers,
-        ),
         *optional,
         ParameterEntry(
             megatron_name=MEGATRON_LAYER_PREFIX + "pre_mlp_layernorm.weight",
@@ -128,6 +105,58 @@ def llama_parameter_map(
             is_linear=True,
         ),
     )
+
+
+def _attention_entries(
+    decoder: Decoder, layer: str, qkv: tuple[str, ...], layers: frozenset[int] | None
+) -> list[ParameterEntry]:
+    """Return the entries of the attention of some layers.
+
+    Args:
+        decoder: says which biases and norms there are.
+        layer: prefix of the published names in a layer.
+        qkv: names within a layer of q, k and, unless the value is the output of k, v; or of the
+            one tensor that fuses them.
+        layers: the layers; None: all.
+    """
+    attention, names = MEGATRON_LAYER_PREFIX + "self_attention.", [layer + name for name in qkv]
+    sharding: Sharding = "qk" if len(qkv) == 2 else "qkv"
+    entries = [
+        ParameterEntry(
+            megatron_name=attention + "linear_qkv.weight",
+            hf_names=tuple(names),
+            sharding=sharding,
+            is_linear=True,
+            layers=layers,
+        ),
+        ParameterEntry(
+            megatron_name=attention + "linear_proj.weight",
+            hf_names=(layer + "self_attn.o_proj.weight",),
+            sharding="row",
+            is_linear=True,
+            layers=layers,
+        ),
+    ]
+    if decoder.qkv_bias:
+        entries.append(
+            ParameterEntry(
+                megatron_name=attention + "linear_qkv.bias",
+                hf_names=tuple(name.removesuffix("weight") + "bias" for name in names),
+                sharding=sharding,
+                layers=layers,
+            )
+        )
+    if decoder.qk_norm:
+        entries += [
+            ParameterEntry(
+                megatron_name=attention + f"{part}_layernorm.weight",
+                hf_names=(layer + f"self_attn.{part}_norm.weight",),
+                sharding="replicate",
+                layers=layers,
+            )
+            for part in "qk"
+        ]
+    return entries
 
 
 def llama_decoder(family: str, text_config: Any, key: str = "text_config") -> Decoder:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -76,3 +76,17 @@ def _read(family: str, text: Any, rope_type: str, rope: dict[str, Any]) -> Scale
             "numbers"
         )
     return ScaledRope(frequencies=frequencies, attention_factor=factor)
+
+
+def proportional_rope(head_dim: int, rope: Mapping[str, Any]) -> ScaledRope:
+    """Return frequencies of which only the first turn, the others are 0.
+
+    Args:
+        head_dim: numbers of a head.
+        rope: rope_theta, factor, and partial_rotary_factor: the share of those that turn.
+    """
+    turning = int(rope["partial_rotary_factor"] * head_dim // 2)
+    exponents = torch.arange(0, 2 * turning, 2).float() / head_dim
+    frequencies = (1.0 / rope["rope_theta"] ** exponents) / rope["factor"]
+    still = [0.0] * (head_dim // 2 - turning)
+    return ScaledRope(frequencies=(*frequencies.tolist(), *still), attention_factor=1.0)

@@ -6,13 +6,18 @@ eval mode, so it does not run on a CPU.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+from nemo_vlm_ptq.families.decoder import AttentionShape
 
 
 class SdpaCoreAttention(DotProductAttention):
@@ -22,11 +27,13 @@ class SdpaCoreAttention(DotProductAttention):
         kv_observer: called with the key and the value, [S,B,kv heads,D], of each forward pass.
         scale: factor of q k^T; None: 1 / sqrt(D).
         sliding_window: tokens that a token attends to, up to itself; None: all.
+        is_causal: whether a token attends to none behind it, whatever the mask.
     """
 
     kv_observer: Callable[[torch.Tensor, torch.Tensor], Any] | None = None
     scale: float | None = None
     sliding_window: int | None = None
+    is_causal: bool = False
 
     def forward(
         self,
@@ -52,6 +59,8 @@ class SdpaCoreAttention(DotProductAttention):
             self.kv_observer(key, value)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         keep = None if attention_mask is None else ~attention_mask
+        if keep is not None and self.is_causal:
+            keep = keep.tril()
         if self.sliding_window is not None and self.sliding_window < q.shape[2]:
             keep = _in_window(q.shape[2], self.sliding_window, keep, q.device)
         if keep is not None and q.is_cuda:  # fused kernels take a mask, or fewer KV heads, not both
@@ -77,11 +86,68 @@ def _in_window(
     return keep & torch.ones(length, length, dtype=torch.bool, device=device).triu(1 - window)
 
 
+def _smaller_linear(
+    build: Callable[..., Any], features: int, inputs: int, outputs: int, **kwargs: Any
+) -> Any:
+    """Build a linear with fewer output features than it is asked for."""
+    return build(inputs, outputs - features, **kwargs)
+
+
 class SlidingWindowSelfAttention(SelfAttention):
     """Self-attention of a model in which some layers have a sliding window.
 
     rotary_pos_emb is a pair: that of layers with full attention, and that of layers with a window.
+
+    Args:
+        config: config of the model.
+        submodules: modules of the attention.
+        shape: sizes of this layer.
+        v_norm: see `Decoder`.
     """
+
+    def __init__(
+        self,
+        config: Any,
+        submodules: Any,
+        *args: Any,
+        shape: AttentionShape,
+        v_norm: bool,
+        **kwargs: Any,
+    ) -> None:
+        own = copy.copy(config)
+        own.kv_channels, own.num_query_groups = shape.head_dim, shape.kv_heads
+        if shape.v_from_k:
+            values = shape.head_dim * shape.kv_heads
+            linear = partial(_smaller_linear, submodules.linear_qkv, values)
+            submodules = replace(submodules, linear_qkv=linear)
+        super().__init__(own, submodules, *args, **kwargs)
+        self.shape, self.v_norm = shape, v_norm
+
+    def get_query_key_value_tensors(
+        self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Return query [S,B,heads,D], key and value [S,B,kv heads,D] in front of rotation."""
+        if self.shape.v_from_k:
+            query, key, value = self._query_and_key(hidden_states)
+        else:
+            found: Any = super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
+            query, key, value = found
+        if self.v_norm:
+            eps = self.config.layernorm_epsilon
+            value = F.rms_norm(value.float(), value.shape[-1:], eps=eps).to(value.dtype)
+        return query, key, value
+
+    def _query_and_key(
+        self, hidden_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return query and key, and the key in front of its norm."""
+        mixed, _ = self.linear_qkv(hidden_states)
+        heads = mixed.unflatten(-1, (self.num_query_groups_per_partition, -1, self.shape.head_dim))
+        query, value = heads[..., :-1, :].flatten(2, 3), heads[..., -1, :]
+        key = value
+        if self.q_layernorm is not None:
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        return query, key, value
 
     def forward(
         self,

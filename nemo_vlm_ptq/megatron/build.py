@@ -145,13 +145,15 @@ def _complete(model: GPTModel, decoder: Decoder, device: torch.device) -> None:
             attention.scale = decoder.attention_scale
     if decoder.scaled_embedding and model.pre_process:
         model.embedding.register_forward_hook(partial(_scale, decoder.hidden**0.5))
-    model.bidirectional_images = decoder.bidirectional_images
+    model.bidirectional_images = decoder.bidirectional_images != "none"
     if decoder.long_rope is not None:
         apply_long_rope(model, decoder, decoder.long_rope)
     if decoder.scaled_rope is not None:
         apply_scaled_rope(model, decoder.scaled_rope)
     if decoder.sliding_window is not None:
-        apply_sliding_window(model, decoder.head_dim, decoder.sliding_window)
+        apply_sliding_window(model, decoder, decoder.sliding_window)
+    if decoder.logit_softcap is not None and model.post_process:
+        model.output_layer.register_forward_hook(partial(_cap, decoder.logit_softcap))
     if decoder.mrope is not None:
         apply_mrope(model, decoder, decoder.mrope, device)
     if decoder.deepstack_layers and model.pre_process:
@@ -161,3 +163,9 @@ def _complete(model: GPTModel, decoder: Decoder, device: torch.device) -> None:
 def _scale(factor: float, _: Any, __: Any, embedded: torch.Tensor) -> torch.Tensor:
     """Multiply embeddings by a factor that is rounded to their dtype, as transformers does."""
     return embedded * torch.tensor(factor).to(embedded)
+
+
+def _cap(softcap: float, _: Any, __: Any, output: tuple[torch.Tensor, Any]) -> Any:
+    """Bound logits, the first part of an output, by a softcap."""
+    logits, *rest = output
+    return torch.tanh(logits / softcap) * softcap, *rest

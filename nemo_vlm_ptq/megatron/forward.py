@@ -143,7 +143,10 @@ def is_encoding_rank(parallel: ParallelContext, index: int) -> bool:
 
 def _merge(images: Sequence[ImageInputs]) -> list[ImageInputs]:
     """Concatenate the inputs of samples per vision call; images of many sizes stay separate."""
-    own = [(image.image_sizes, image.grids, image.pixel_mask) for image in images]
+    own = [
+        (image.image_sizes, image.grids, image.pixel_mask, image.patch_positions)
+        for image in images
+    ]
     if any(tensor is not None for tensors in own for tensor in tensors):
         return list(images)
     step = MAX_SAMPLES_PER_VISION_CALL

@@ -9,7 +9,7 @@ from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from nemo_vlm_ptq.families.decoder import Decoder
+from nemo_vlm_ptq.families.decoder import LAYER_SCALAR, Decoder
 from nemo_vlm_ptq.families.llama import POST_NORMS
 from nemo_vlm_ptq.megatron.attention import SdpaCoreAttention, SlidingWindowSelfAttention
 from nemo_vlm_ptq.megatron.norms import PostNormAdd, ZeroCenteredRMSNorm
@@ -44,6 +44,10 @@ def _layer_spec(
         attention.linear_proj = mlp.linear_fc2 = OutputShardedLinear
     if decoder.sliding_window is not None:
         layer.self_attention.module = SlidingWindowSelfAttention
+        layer.self_attention.params |= {
+            "shape": decoder.attention(index),
+            "v_norm": decoder.v_norm,
+        }
     if decoder.zero_centered_norms:
         layer.input_layernorm = layer.pre_mlp_layernorm = ZeroCenteredRMSNorm
         if decoder.qk_norm:
@@ -53,6 +57,7 @@ def _layer_spec(
         for name in POST_NORMS:
             place, _, norm_name = name.partition(".")
             params = {"name": norm_name, "norm": norm, "config": config}
+            params["has_scalar"] = decoder.layer_scalar and LAYER_SCALAR.startswith(place)
             setattr(layer, place, ModuleSpec(module=PostNormAdd, params=params))
     if decoder.delta_net is not None and decoder.delta_net.layers[index]:
         from nemo_vlm_ptq.megatron.delta_net import GatedDeltaNet

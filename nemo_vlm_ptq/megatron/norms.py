@@ -31,11 +31,13 @@ class PostNormAdd(nn.Module):
         name: name of the norm, under which its weight is stored.
         norm: class of the norm.
         config: config of the model.
+        has_scalar: whether the sum is multiplied by a number, the parameter layer_scalar.
     """
 
-    def __init__(self, name: str, norm: Any, config: Any) -> None:
+    def __init__(self, name: str, norm: Any, config: Any, *, has_scalar: bool = False) -> None:
         super().__init__()
         self.name = name
+        self.layer_scalar = nn.Parameter(torch.empty(1)) if has_scalar else None
         self.add_module(name, norm(config, config.hidden_size, config.layernorm_epsilon))
 
     def forward(self, *_: Any) -> Callable[..., torch.Tensor]:
@@ -44,6 +46,6 @@ class PostNormAdd(nn.Module):
 
         def add(output: tuple[torch.Tensor, Any], residual: torch.Tensor, _: Any) -> torch.Tensor:
             added: torch.Tensor = residual + norm(output[0])
-            return added
+            return added if self.layer_scalar is None else added * self.layer_scalar
 
         return add

@@ -113,7 +113,8 @@ class SlidingWindowRotaryEmbedding(torch.nn.Module):
 
     Args:
         full: [head_dim/2] float32, frequencies of layers with full attention.
-        sliding: [head_dim/2] float32, frequencies of layers with a sliding window.
+        sliding: [head_dim/2] float32, frequencies of layers with a sliding window, whose heads may
+            have another size.
     """
 
     def __init__(self, full: torch.Tensor, sliding: torch.Tensor) -> None:
@@ -134,15 +135,17 @@ class SlidingWindowRotaryEmbedding(torch.nn.Module):
         return angles
 
 
-def apply_sliding_window(model: GPTModel, head_dim: int, sliding_window: SlidingWindow) -> None:
+def apply_sliding_window(model: GPTModel, decoder: Decoder, sliding_window: SlidingWindow) -> None:
     """Set the sliding windows of a model, and replace its rotary embedding by one of two bases.
 
     Layers must have their indices in the whole model, and full attention its frequencies.
     """
-    full = model.rotary_pos_emb.inv_freq
+    full, head_dim = model.rotary_pos_emb.inv_freq, decoder.head_dim
     exponents = torch.arange(0, head_dim, 2).float() / head_dim
     sliding = (1.0 / (sliding_window.rope_theta**exponents)).to(full.device)
     model.rotary_pos_emb = SlidingWindowRotaryEmbedding(full, sliding)
     for block in model.decoder.layers:
         if sliding_window.layers[block.layer_number - 1]:
             block.self_attention.core_attention.sliding_window = sliding_window.size
+        elif decoder.bidirectional_images == "sliding":
+            block.self_attention.core_attention.is_causal = True

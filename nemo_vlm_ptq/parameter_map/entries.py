@@ -24,7 +24,7 @@ class ParameterEntry:
         sharding: how the parameter is sharded over tensor-parallel ranks.
         is_linear: whether decoder formats quantize the parameter.
         is_tied: whether another entry has the same Hugging Face tensor, which exports hold once.
-        layers: the layers that have it; None: all.
+        layers: the layers that have it, in the same shape; None: all.
         keeps_dtype: whether exports hold it in the dtype of the source.
     """
 
@@ -47,6 +47,11 @@ class ParameterEntry:
             megatron_name=self.megatron_name.replace("{i}", str(layer)),
             hf_names=tuple(name.replace("{i}", str(layer)) for name in self.hf_names),
         )
+
+    @property
+    def first_layer(self) -> int:
+        """The first layer that has it; its shape is that of all of them."""
+        return min(self.layers, default=0) if self.layers is not None else 0
 
     @property
     def is_fused(self) -> bool:

@@ -18,10 +18,11 @@ from typing import Any, Literal
 import torch
 
 # replicate: on every rank; column: along O; row: along K; vocab: along O, padded;
-# gated: gate and up, each along O; qkv: q, k and v, interleaved per KV head, along KV heads.
-Sharding = Literal["replicate", "column", "row", "gated", "qkv", "vocab"]
+# gated: gate and up, each along O; qkv: q, k and v, interleaved per KV head, along KV heads;
+# qk: the same without v.
+Sharding = Literal["replicate", "column", "row", "gated", "qkv", "qk", "vocab"]
 # Number of HF tensors that Megatron merges into one parameter; HF may fuse them, too.
-MERGED_PARTS: dict[str, int] = {"gated": 2, "qkv": 3}
+MERGED_PARTS: dict[str, int] = {"gated": 2, "qkv": 3, "qk": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,8 @@ class RowSlice:
 
 def split_fused(sharding: Sharding, fused: Any, sizes: HeadSizes) -> list[RowSlice]:
     """Split a fused tensor, [q|k|v] or [gate|up] along its first dimension, into its parts."""
-    ratios = (1, 1) if sharding == "gated" else (sizes.q_heads, sizes.kv_heads, sizes.kv_heads)
+    heads = (sizes.q_heads, sizes.kv_heads, sizes.kv_heads)
+    ratios = (1, 1) if sharding == "gated" else heads[: MERGED_PARTS[sharding]]
     unit = _shape(fused)[0] // sum(ratios)
     ends = list(accumulate(ratio * unit for ratio in ratios))
     starts = [0, *ends[:-1]]
@@ -93,7 +95,7 @@ def shard_tensor(
     """
     if len(parts) < MERGED_PARTS.get(sharding, 1):
         parts = split_fused(sharding, parts[0], sizes)
-    if sharding == "qkv":
+    if sharding in ("qkv", "qk"):
         return _shard_qkv(parts, sizes, t, T)
     if sharding == "gated":
         return torch.cat([_shard_rows(part, t, T) for part in parts])
@@ -118,8 +120,8 @@ def unshard_tensor(
     The inverse of `shard_tensor(..., 0, 1)` for t = 0, T = 1. If T exceeds the number of KV heads,
     KV heads are repeated. A vocabulary loses its padding and is padded to a multiple of T.
     """
-    if sharding == "qkv":
-        return _unshard_qkv(whole, sizes, t, T)
+    if sharding in ("qkv", "qk"):
+        return _unshard_qkv(whole, sizes, t, T, MERGED_PARTS[sharding])
     if sharding == "gated":
         half = _shape(whole)[0] // 2
         halves = [RowSlice(whole=whole, start=start, rows=half) for start in (0, half)]
@@ -153,13 +155,14 @@ def _shard_vocab(part: Any, sizes: HeadSizes, t: int, T: int) -> torch.Tensor:
 
 
 def _shard_qkv(parts: Sequence[Any], sizes: HeadSizes, t: int, T: int) -> torch.Tensor:
-    """Concatenate, for each KV head of the shard, its query heads, its k and its v.
+    """Concatenate, for each KV head of the shard, its query heads, its k and, if given, its v.
 
     Gates follow all query heads of their KV head, as megatron-core expects them.
     """
     kv_heads = sizes.kv_heads // T
     grouped = []
-    for part, heads_per_group in zip(parts, (sizes.q_heads // sizes.kv_heads, 1, 1), strict=True):
+    heads = (sizes.q_heads // sizes.kv_heads, 1, 1)
+    for part, heads_per_group in zip(parts, heads[: len(parts)], strict=True):
         rows = kv_heads * heads_per_group * sizes.head_dim
         local = part[t * rows : (t + 1) * rows]
         if sizes.output_gate and heads_per_group > 1:
@@ -175,18 +178,20 @@ def _swap_gates(rows: torch.Tensor, kv_heads: int, first: int, second: int) -> t
     return blocks.transpose(1, 2).flatten(0, 3)
 
 
-def _unshard_qkv(whole: Any, sizes: HeadSizes, t: int, T: int) -> tuple[torch.Tensor, ...]:
-    """Return the q, k and v rows of the heads of shard `t`."""
+def _unshard_qkv(
+    whole: Any, sizes: HeadSizes, t: int, T: int, count: int
+) -> tuple[torch.Tensor, ...]:
+    """Return the q, k and v rows of the heads of shard `t`, or the first `count` of the three."""
     dim, queries_per_kv_head = sizes.head_dim, sizes.q_heads // sizes.kv_heads
     first_kv_head, kv_heads = t * sizes.kv_heads // T, max(1, sizes.kv_heads // T)
-    rows = [queries_per_kv_head * dim, dim, dim]  # of q, k and v per KV head
+    rows = [queries_per_kv_head * dim, dim, dim][:count]  # of q, k and v per KV head
     local = whole[first_kv_head * sum(rows) : (first_kv_head + kv_heads) * sum(rows)]
     grouped = local.reshape(kv_heads, sum(rows), *local.shape[1:])
-    q, k, v = (
+    q, *others = (
         part.reshape(-1, *local.shape[1:]).contiguous() for part in grouped.split(rows, dim=1)
     )
     if sizes.output_gate:
         q = _swap_gates(q, kv_heads, 2, sizes.queries_per_kv_head)
     # With fewer KV heads than shards, the local group has more query heads than the shard.
     first_row = (t * sizes.q_heads // T - first_kv_head * queries_per_kv_head) * dim
-    return q[first_row : first_row + sizes.q_heads // T * dim], k, v
+    return q[first_row : first_row + sizes.q_heads // T * dim], *others

@@ -63,10 +63,10 @@ def _require(key: str, size: int, constraints: list[_Constraint]) -> None:
 
 def _check_parallel_sizes(plan: Plan) -> None:
     decoder, parallel, export = plan.decoder, plan.recipe.parallel, plan.recipe.export
-    heads, kv_heads, ffn = decoder.heads, decoder.kv_heads, decoder.ffn
+    heads, ffn, kv_counts = decoder.heads, decoder.ffn, decoder.kv_head_counts
 
     def can_serve(tensor: int) -> bool:  # KV heads may be replicated, so that each rank has one
-        shared = kv_heads % tensor == 0 or tensor % kv_heads == 0
+        shared = all(count % tensor == 0 or tensor % count == 0 for count in kv_counts)
         return heads % tensor == 0 and ffn % tensor == 0 and shared
 
     tiles = [
@@ -99,9 +99,9 @@ def _check_window(plan: Plan) -> None:
 
 
 def _indivisible(decoder: Decoder) -> str:
+    kv_heads = " and ".join(map(str, decoder.kv_head_counts))
     return (
-        f"does not divide {decoder.heads} heads, {decoder.kv_heads} KV heads "
-        f"and {decoder.ffn} MLP features"
+        f"does not divide {decoder.heads} heads, {kv_heads} KV heads and {decoder.ffn} MLP features"
     )
 
 
@@ -109,7 +109,7 @@ def _calibration_constraints(plan: Plan) -> list[_Constraint]:
     """Return the constraints on the tensor-parallel size of import, observe and solve."""
     decoder = plan.decoder
     vocab = decoder.sizes(VOCAB_MULTIPLE).padded_vocab
-    sharded = (decoder.heads, decoder.kv_heads, decoder.ffn, vocab)
+    sharded = (decoder.heads, *decoder.kv_head_counts, decoder.ffn, vocab)
     divides = _Constraint(
         accepts=lambda tensor: all(size % tensor == 0 for size in sharded),
         problem=_indivisible(decoder),
@@ -130,10 +130,10 @@ def _serving_pipeline(plan: Plan) -> list[_Constraint]:
 def _group_constraint(plan: Plan, fmt: QuantFormat) -> _Constraint:
     """Every rank holds whole groups of the inputs of each linear."""
     decoder, group = plan.decoder, fmt.group(plan.recipe.quantize.group_size)
-    query = decoder.heads * decoder.head_dim
+    widths = (*(decoder.heads * shape.head_dim for shape in decoder.attention_kinds), decoder.ffn)
 
     def accepts(tensor: int) -> bool:
-        sharded = all(width % (group * tensor) == 0 for width in (query, decoder.ffn))
+        sharded = all(width % (group * tensor) == 0 for width in widths)
         return sharded and decoder.hidden % group == 0
 
     return _Constraint(accepts=accepts, problem=f"splits a group of {group} of format {fmt.name}")
@@ -158,8 +158,10 @@ def _tile_constraint(plan: Plan, fmt: QuantFormat) -> _Constraint:
 
 def _check_quantize(plan: Plan) -> None:
     """Check what the recipe says for all formats against the model and the data."""
-    quantize, head_dim = plan.recipe.quantize, plan.decoder.head_dim
-    if quantize.kv_cache == "nvfp4" and head_dim % NVFP4_BLOCK:
+    quantize = plan.recipe.quantize
+    for head_dim in [shape.head_dim for shape in plan.decoder.attention_kinds]:
+        if quantize.kv_cache != "nvfp4" or head_dim % NVFP4_BLOCK == 0:
+            continue
         raise UserError(
             f"quantize.kv_cache=nvfp4 needs a head_dim that is a multiple of {NVFP4_BLOCK}, and "
             f"this model's is {head_dim}; supported: none, fp8, int8"

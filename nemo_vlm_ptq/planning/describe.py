@@ -32,12 +32,13 @@ def describe_plan(plan: Plan, memory: int | None, data: int, layout_reason: str 
         layout_reason: why the layout was chosen; printed after it.
     """
     recipe, decoder = plan.recipe, plan.decoder
+    kv_heads = " and ".join(map(str, decoder.kv_head_counts))
     parallel, total = recipe.parallel, total_parameters(plan)
     lines = [
         f"model      {plan.folder}  ({plan.family.name}, {total / 1e6:,.1f} M parameters, "
         f"{total_bytes(plan.tensors) / 1e6:,.1f} MB, {plan.dtype})",
         f"decoder    {decoder.layers} layers, hidden {decoder.hidden}, {decoder.heads} heads, "
-        f"{decoder.kv_heads} KV heads, MLP {decoder.ffn}, vocabulary {decoder.vocab}",
+        f"{kv_heads} KV heads, MLP {decoder.ffn}, vocabulary {decoder.vocab}",
         f"calibrate  TP {parallel.tensor} x PP {parallel.pipeline} x "
         f"DP {parallel.data}{': ' + layout_reason if layout_reason else ''}",
         *_describe_tensor_sizes(plan),

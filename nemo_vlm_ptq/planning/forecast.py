@@ -88,7 +88,7 @@ def working_bytes(plan: Plan, tensor: int) -> int:
     and the statistics of a layer that is solved.
     """
     decoder, batch = plan.decoder, plan.recipe.calibration.micro_batch
-    query = decoder.heads * decoder.head_dim
+    query = decoder.most_q_features
     tokens = batch * sample_tokens(plan)
     sharded = (decoder.ffn + query) // tensor
     gathered = max(decoder.ffn, query) if tensor > 1 else 0
@@ -125,7 +125,7 @@ def layer_statistics_bytes(plan: Plan, tensor: int) -> int:
     Maxima and sums take little beside sketches and second moments.
     """
     decoder = plan.decoder
-    widths = (decoder.hidden, decoder.heads * decoder.head_dim, decoder.hidden, decoder.ffn)
+    widths = (decoder.hidden, decoder.most_q_features, decoder.hidden, decoder.ffn)
     numel = 0
     if "sketch" in plan.moments:  # a tensor rank has those of every `tensor`-th linear
         sizes = [width * (SKETCH_ROWS + math.gcd(width, BLOCK_FEATURES)) for width in widths]

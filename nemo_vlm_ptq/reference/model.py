@@ -56,17 +56,21 @@ class FakeQuantizedLinear(nn.Module):
 class CausalLM(nn.Module):
     """transformers' text model and an output layer, under the names of its causal models."""
 
-    def __init__(self, config: Any, dtype: torch.dtype) -> None:
+    def __init__(self, config: Any, dtype: torch.dtype, softcap: float | None) -> None:
         from transformers import AutoModel
 
         super().__init__()
+        self.softcap = softcap
         self.model = AutoModel.from_config(config, dtype=dtype)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
 
     def forward(self, *, last_only: bool = False, **inputs: Any) -> torch.Tensor:
         """Return logits [B,S,V], or [B,1,V] of the last token."""
         states = self.model(**inputs).last_hidden_state
-        return self.lm_head(states[:, -1:] if last_only else states)
+        logits: torch.Tensor = self.lm_head(states[:, -1:] if last_only else states)
+        if self.softcap is None:
+            return logits
+        return torch.tanh(logits / self.softcap) * self.softcap
 
 
 class ReferenceModel:
@@ -153,9 +157,14 @@ class ReferenceModel:
 
     def _prefill(self, inputs: dict[str, Any], is_image: torch.Tensor) -> dict[str, Any]:
         """Return the inputs of a first pass; of text that goes on, attention is causal."""
-        if not self.bidirectional_images or not bool(is_image.any()):
+        if self.bidirectional_images == "none" or not bool(is_image.any()):
             return inputs
-        masks = image_masks(inputs["attention_mask"], is_image, self.text_config.sliding_window)
+        masks = image_masks(
+            inputs["attention_mask"],
+            is_image,
+            self.text_config.sliding_window,
+            full_is_causal=self.bidirectional_images == "sliding",
+        )
         return {**inputs, "attention_mask": masks}
 
     @torch.no_grad()
@@ -233,10 +242,11 @@ def _build_decoder(
     Raises:
         VerificationError: a decoder tensor is missing or has another shape.
     """
+    described = family.decoder(config)
     with torch.device("meta"):
-        model = CausalLM(family.text_config(config), dtype)
-    tied = family.decoder(config).tied_head
-    for name, parameter in list(model.named_parameters()):
+        model = CausalLM(family.text_config(config), dtype, described.logit_softcap)
+    tied = described.tied_head
+    for name, parameter in list(model.state_dict(keep_vars=True).items()):
         parent, _, leaf = name.rpartition(".")
         published = family.published_decoder_name(name)
         if tied and parent == "lm_head":

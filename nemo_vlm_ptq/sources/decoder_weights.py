@@ -62,7 +62,7 @@ class DecoderWeights:
     def __init__(self, plan: Plan, reader: SourceReader, device: torch.device) -> None:
         entries = expand_layers(plan.parameter_map, range(plan.decoder.layers))
         self._entries = {entry.megatron_name: entry for entry in entries}
-        self._sizes = plan.decoder.sizes(VOCAB_MULTIPLE)
+        self._decoder = plan.decoder
         self._dtype: torch.dtype = getattr(torch, plan.dtype)
         self._reader, self._device = reader, device
 
@@ -83,7 +83,8 @@ class DecoderWeights:
         parts = [self._reader.get_slice(hf_name) for hf_name in entry.hf_names]
         slices = [_DeviceSlices(whole=part, device=self._device) for part in parts]
         sharding = "column" if by_output and entry.sharding == "row" else entry.sharding
-        shard = shard_tensor(sharding, slices, self._sizes, t, T)
+        sizes = self._decoder.sizes(VOCAB_MULTIPLE, entry.first_layer)
+        shard = shard_tensor(sharding, slices, sizes, t, T)
         if not entry.keeps_dtype:
             shard = shard.to(self._dtype)
         if not all_finite(shard):

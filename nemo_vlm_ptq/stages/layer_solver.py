@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from nemo_vlm_ptq.calibrate.solve.layer import (
+    ATTENTION_OUTPUT,
     KV_AMAX_KEYS,
     SolveOptions,
     save_scales,
@@ -22,9 +23,11 @@ from nemo_vlm_ptq.calibrate.solve.scales import round_amax
 from nemo_vlm_ptq.calibrate.statistics import assemble_layer, has_sketch, layer_linears
 from nemo_vlm_ptq.constants import VOCAB_MULTIPLE
 from nemo_vlm_ptq.context import RunContext, on_rank_zero
+from nemo_vlm_ptq.families import Decoder
 from nemo_vlm_ptq.formats import QuantFormat
 from nemo_vlm_ptq.sources.decoder_weights import DecoderWeights
 from nemo_vlm_ptq.stages.settings import solve_settings
+from nemo_vlm_ptq.targets.registry import TARGETS
 from nemo_vlm_ptq.workdir import store
 from nemo_vlm_ptq.workdir.checked_files import read_hashes
 
@@ -57,6 +60,15 @@ def unsolved_formats(context: RunContext) -> list[QuantFormat]:
 
     chosen = on_rank_zero(context.parallel, find)
     return [fmt for fmt, is_chosen in zip(plan.formats, chosen, strict=True) if is_chosen]
+
+
+def unscaled_linears(decoder: Decoder, fmt: QuantFormat) -> tuple[str, ...]:
+    """Return the linears whose input keeps its scale: where a target would have to fold another.
+
+    The scale of o_proj's input is folded into v_proj, unless a norm of the values undoes that.
+    """
+    folds = any(spec.folds_scales and fmt.name in spec.formats for spec in TARGETS.values())
+    return () if decoder.has_linear_values or not folds else (ATTENTION_OUTPUT,)
 
 
 class LayerSolver:
@@ -119,7 +131,8 @@ class LayerSolver:
         self, layer: int, weights: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]
     ) -> None:
         plan = self._context.plan
-        quantize, sizes = plan.recipe.quantize, plan.decoder.sizes(VOCAB_MULTIPLE)
+        quantize, sizes = plan.recipe.quantize, plan.decoder.sizes(VOCAB_MULTIPLE, layer)
+        entries = [entry for entry in plan.parameter_map if entry.in_layer(layer)]
         kinds = {fmt.name: self._takes_whole(fmt, tensors) for fmt in self.formats}
         statistics = {  # the output power is computed once for all formats
             whole: {
@@ -140,7 +153,8 @@ class LayerSolver:
                 quantize.group_size,
                 sizes,
                 self._options,
-                plan.parameter_map,
+                entries,
+                unscaled=unscaled_linears(plan.decoder, fmt),
             )
             folder = self._context.folder(fmt.name, "scales")
             on_cpu = {name: linear.to("cpu") for name, linear in scales.items()}

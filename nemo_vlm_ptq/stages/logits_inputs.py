@@ -87,12 +87,15 @@ def _without_padding(tensors: Tensors) -> Tensors:
 
 
 def _check_images(plan: Plan, tensors: Tensors) -> None:
-    """Check pixel_values, image_sizes and image_grid_thw without regard to the rows."""
+    """Check pixel_values and what goes with them without regard to the rows."""
     pixels, sizes = tensors["pixel_values"], tensors.get("image_sizes")
     if plan.family.positions is not None:
         _check_grids(pixels, tensors.get("image_grid_thw"))
         return
     family = plan.family
+    if family.pads_patches:
+        _check_patches(pixels, tensors.get("image_position_ids"))
+        return
     keeps_shape = family.is_tiled or family.pixels_per_token is not None
     has_views = family.tokens_per_image is None and not keeps_shape
     expected = "[images,views,3,h,w]" if has_views else "[images,3,h,w]"
@@ -107,6 +110,19 @@ def _check_images(plan: Plan, tensors: Tensors) -> None:
         raise UserError(f"image_sizes must be integers [{len(pixels)}, 2], got {_describe(sizes)}")
     if not bool(((sizes > 0) & (sizes < 1 << 20)).all()):
         raise UserError("image_sizes must be heights and widths in pixels")
+
+
+def _check_patches(pixels: torch.Tensor, places: torch.Tensor | None) -> None:
+    """Check the padded patches of images; the family checks the values of their places."""
+    is_float = pixels.is_floating_point() and pixels.element_size() > 1
+    if not is_float or pixels.dim() != 3 or not pixels.numel():
+        raise UserError(f"pixel_values must be numbers [images,patches,C], got {_describe(pixels)}")
+    if not bool(pixels.isfinite().all()):
+        raise UserError("pixel_values hold NaN or Inf")
+    shape = [*pixels.shape[:2], 2]
+    if places is None or not _is_integer(places) or list(places.shape) != shape:
+        got = "none" if places is None else _describe(places)
+        raise UserError(f"image_position_ids must be integers {shape}, got {got}")
 
 
 def _check_grids(pixels: torch.Tensor, grids: torch.Tensor | None) -> None:
@@ -191,7 +207,8 @@ def _make_samples(plan: Plan, tensors: Tensors) -> tuple[list[Sample], list[torc
     if "pixel_values" in tensors:
         sizes, grids = (tensors.get(key) for key in ("image_sizes", "image_grid_thw"))
         mask = tensors.get("pixel_attention_mask") if plan.family.pads_tiles else None
-        remaining = ImageInputs(tensors["pixel_values"], sizes, grids, mask)
+        places = tensors["image_position_ids"].long() if plan.family.pads_patches else None
+        remaining = ImageInputs(tensors["pixel_values"], sizes, grids, mask, places)
     masks = tensors.get("attention_mask")
     samples: list[Sample] = []
     expanded_masks: list[torch.Tensor | None] = []

@@ -200,6 +200,7 @@ class TargetVerifier:
         """
         queries = self.plan.decoder.sizes(1).queries_per_kv_head
         requantized = self.fmt.algorithm == "smoothquant" and queries > 1
+        requantized &= self.plan.decoder.has_linear_values
         if self._has_dynamic_inputs() or (self.spec.folds_scales and requantized):
             noise = distance(self.expected.exact, self.expected.source)
             return NOISE_FACTOR * noise["mean"]

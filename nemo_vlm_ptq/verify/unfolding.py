@@ -53,15 +53,15 @@ def find_folds(
         decoder: shape of the decoder.
         layers: per layer, Megatron linear -> solved pre_quant_scale [K].
     """
-    folds, by_module = Folds(), {entry.module_name: entry for entry in parameter_map}
+    folds, rows = Folds(), list(parameter_map)
     for layer, solved in enumerate(layers):
         entries = {
-            module: entry.for_layer(layer)
-            for module, entry in by_module.items()
-            if entry.in_layer(layer)
+            entry.module_name: entry.for_layer(layer) for entry in rows if entry.in_layer(layer)
         }
         inputs = dict(solved)
-        if "linear_proj" in solved:
+        if "linear_proj" in solved and not decoder.has_linear_values:
+            folds.values.append(1.0)  # nothing is folded into values
+        elif "linear_proj" in solved:
             per_head = solved["linear_proj"].view(decoder.kv_heads, -1, decoder.head_dim)
             shared = per_head.min(dim=1, keepdim=True).values
             inputs["linear_proj"] = shared.repeat(1, per_head.shape[1], 1).flatten()
@@ -80,7 +80,7 @@ def _fold_attention(
     folds: Folds, entries: Mapping[str, ParameterEntry], decoder: Decoder, shared: torch.Tensor
 ) -> None:
     """Add the factors of v, [kv_heads * head_dim], which take those of o_proj's inputs."""
-    unscaled = [decoder.q_features, decoder.kv_heads * decoder.head_dim]
+    unscaled = [decoder.q_features(), decoder.kv_heads * decoder.head_dim]
     folds.outputs |= _output_factors(_linear_names(entries["linear_qkv"]), unscaled, shared)
     if "linear_qkv.bias" in entries:
         folds.norms[entries["linear_qkv.bias"].hf_names[-1]] = shared, 0.0

@@ -89,6 +89,8 @@ def awq(
     group_size: int,
     shared_heads: HeadSizes | None = None,
     image_share: float | None = None,
+    *,
+    is_scaled: bool = True,
 ) -> LinearScales:
     """Search the pre_quant_scale of one linear, then clip its amax or compute its low-rank branch.
 
@@ -99,6 +101,7 @@ def awq(
         group_size: inputs that share a weight scale.
         shared_heads: head counts if query heads of a KV head must share a scale, else None.
         image_share: weight of image tokens in the search; None: their share in the data.
+        is_scaled: whether to search a scale; otherwise it is 1.
     """
     weighted = statistics.with_image_share(image_share)
     moment = weighted.moment
@@ -114,7 +117,9 @@ def awq(
         group_size=group_size,
         solve_vectors=solve_vectors,
     )
-    alpha, scale_K = _search(objective, compute_scales)
+    alpha, scale_K = None, torch.ones(weight_OK.shape[1], device=weight_OK.device)
+    if is_scaled:
+        alpha, scale_K = _search(objective, compute_scales)
     branch = amax = None
     if solve_vectors is not None:
         smooth_OK = divide_by_pre_quant_scale(weight_OK, scale_K)

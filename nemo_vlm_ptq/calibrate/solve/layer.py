@@ -7,7 +7,7 @@ Legend: O output features, K input features, G groups of inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -62,6 +62,7 @@ def solve_layer(
     sizes: HeadSizes,
     options: SolveOptions = SolveOptions(),
     parameter_map: Iterable[ParameterEntry] = (),
+    unscaled: Collection[str] = (),
 ) -> dict[str, LinearScales]:
     """Return linear -> scales of a layer.
 
@@ -70,10 +71,11 @@ def solve_layer(
         statistics: linear -> statistics of its input.
         fmt: the format.
         group_size: of the recipe; formats with a fixed block ignore it.
-        sizes: head counts of the decoder.
+        sizes: head counts of the layer.
         options: search options.
-        parameter_map: entries of the family, for nf4, whose scales depend on how Hugging Face
+        parameter_map: entries of the layer, for nf4, whose scales depend on how Hugging Face
             splits a weight.
+        unscaled: linears whose pre_quant_scale is 1.
     """
     entries = {entry.module_name: entry for entry in parameter_map}
     inputs_per_scale = fmt.group(group_size)
@@ -83,8 +85,19 @@ def solve_layer(
         if fmt.algorithm == "awq":
             shares_scale = name == ATTENTION_OUTPUT and fmt.shares_kv_head_scale
             shared_heads = sizes if shares_scale and sizes.queries_per_kv_head > 1 else None
-            solve = partial(awq, weight, linear_statistics, fmt, inputs_per_scale, shared_heads)
+            solve = partial(
+                awq,
+                weight,
+                linear_statistics,
+                fmt,
+                inputs_per_scale,
+                shared_heads,
+                is_scaled=name not in unscaled,
+            )
             solved[name] = solve_with_image_share(linear_statistics, options.image_share, solve)
+        elif fmt.algorithm == "smoothquant" and name in unscaled:
+            ones = torch.ones(weight.shape[1], device=weight.device)
+            solved[name] = make_scales(weight, linear_statistics, fmt, inputs_per_scale, ones)
         elif fmt.algorithm == "smoothquant":
             alpha = options.smoothquant_alpha
             solve = partial(smoothquant, weight, linear_statistics, fmt, alpha)

@@ -4,6 +4,7 @@ q, k and v read the output of one norm, gate and up that of another, so the norm
 their scale. The attention output is linear in v, and act(gate) * up is linear in up, so the
 output channels of v absorb the scale of o_proj, and those of up the scale of down_proj. That
 multiplies the weight scales and changes no code. A norm's weight is rounded once more to its dtype.
+Where values have a norm, the scale of o_proj is solved as 1, and v absorbs nothing.
 
 Legend: O output features, K input features, G groups of K.
 """
@@ -53,8 +54,8 @@ def fold_layer(
     """
     if not fmt.uses_pre_quant_scale:
         return layer
-    sizes, folded = decoder.sizes(1), dict(layer)
-    if ATTENTION_OUTPUT in layer:
+    folded, absorbs = dict(layer), decoder.has_linear_values and ATTENTION_OUTPUT in layer
+    if absorbs:
         folded[ATTENTION_OUTPUT] = _share_attention_scale(
             layer[ATTENTION_OUTPUT], scales, imported, fmt, decoder
         )
@@ -67,9 +68,14 @@ def fold_layer(
         offset = 1.0 if decoder.zero_centered_norms else 0.0
         scaled = (weight.float() + offset) * factors[linear].to(weight.device) - offset
         folded[norm] = replace(layer[norm], parts=(scaled.to(weight.dtype),))
-    if ATTENTION_OUTPUT in factors:
+    if absorbs:
+        sizes = decoder.sizes(1, layer[ATTENTION_OUTPUT].entry.first_layer)
         factors[ATTENTION_OUTPUT] = _per_kv_channel(factors[ATTENTION_OUTPUT], sizes)
+    elif ATTENTION_OUTPUT in factors:
+        assert bool((factors[ATTENTION_OUTPUT] == 1).all()), "no linear can absorb a scale"
     for linear in filter(factors.__contains__, PRECEDING_LINEARS):
+        if linear == ATTENTION_OUTPUT and not absorbs:
+            continue
         preceding = PRECEDING_LINEARS[linear]
         *others, last = folded[preceding].parts
         assert isinstance(last, EncodedLinear)
@@ -132,7 +138,8 @@ def _share_attention_scale(
     AWQ solves shared scales; SmoothQuant does not.
     """
     solved = scales[ATTENTION_OUTPUT]
-    shared = min_over_queries(solved.pre_quant_scale, decoder.sizes(1))
+    sizes = decoder.sizes(1, encoded.entry.first_layer)
+    shared = min_over_queries(solved.pre_quant_scale, sizes)
     if torch.equal(shared, solved.pre_quant_scale):
         return encoded
     (weight_OK,) = imported([encoded.entry.megatron_name]).values()

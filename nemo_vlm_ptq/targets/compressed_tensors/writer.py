@@ -32,7 +32,8 @@ class FoldingEncoder(LayerEncoder):
         kv = super().kv(index)
         if kv is None:
             return None
-        return fold_kv(kv, load_scales(self.scales_folder, index), self.plan.decoder.sizes(1))
+        sizes = self.plan.decoder.sizes(1, index)
+        return fold_kv(kv, load_scales(self.scales_folder, index), sizes)
 
 
 def _describe(context: RunContext, fmt: QuantFormat, names: list[str]) -> dict[str, dict[str, Any]]:

@@ -74,6 +74,8 @@ def _pop_kv_cache(
     for module in sorted(modules, key=lambda name: int(name.split(".")[-2])):
         for per_layer, suffix in zip(scales, KV_SUFFIXES, strict=True):
             name = f"{module}.{suffix}"
+            if f"{module}.v_proj" not in linears and f"{module}.k_proj" in linears:
+                name = f"{module}.{suffix.partition('.')[2]}"
             if name not in tensors:
                 raise VerificationError(f"tensor {name} is missing")
             per_layer.append(tensors.pop(name))

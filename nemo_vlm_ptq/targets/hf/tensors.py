@@ -17,8 +17,14 @@ PACK: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def kv_tensors(qkv: EncodedEntry, scales: KvScales) -> dict[str, torch.Tensor]:
-    """Return the scales of a layer's cached keys and values by full name."""
+    """Return the scales of a layer's cached keys and values by full name.
+
+    Without v_proj both are named as those of the attention: servers take what is k_proj's for
+    v_proj's, too, and accept either name.
+    """
     attention = qkv.entry.hf_names[0].rsplit(".", 2)[0]
+    if qkv.entry.sharding == "qk":
+        return {f"{attention}.k_scale": scales.key, f"{attention}.v_scale": scales.value}
     return {
         f"{attention}.k_proj.k_scale": scales.key,
         f"{attention}.v_proj.v_scale": scales.value,

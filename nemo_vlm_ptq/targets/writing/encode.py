@@ -121,7 +121,7 @@ def encode_entry(
         shard: (t, T).
     """
     t, T = shard
-    sizes = decoder.sizes(1)
+    sizes = decoder.sizes(1, entry.first_layer)
     parts = unshard_tensor(entry.sharding, weight, sizes, t, T)
     if fmt.weight == "nf4":
         tensors = [torch.cat(parts)] if entry.is_fused else parts
@@ -211,7 +211,8 @@ def encode_layer(
             linear_scales = scales[entry.module_name]
             parts = encode_entry(entry, tensor, linear_scales, fmt, decoder, shard)
             return EncodedEntry(entry=entry, parts=parts)
-        plain = unshard_tensor(entry.sharding, tensor, decoder.sizes(1), *shard)
+        sizes = decoder.sizes(1, entry.first_layer)
+        plain = unshard_tensor(entry.sharding, tensor, sizes, *shard)
         return EncodedEntry(entry=entry, parts=plain)
 
     return {
