@@ -252,9 +252,13 @@ def _read(scene: Scene, rng: random.Random) -> list[Draft]:
 
 def _exist(scene: Scene, rng: random.Random) -> list[Draft]:
     """Draft "Is there a small red circle?"; if there is none, each attribute is in the scene."""
-    mixed = tuple((key, getattr(rng.choice(scene.objects), key)) for key in ATTRIBUTES)
-    present = _values(rng.choice(scene.objects), ATTRIBUTES)
-    values = rng.choice((mixed, present))
+    values = _values(rng.choice(scene.objects), ATTRIBUTES)
+    if rng.random() < 0.5:
+        mixed = [
+            tuple((key, getattr(rng.choice(scene.objects), key)) for key in ATTRIBUTES)
+            for _ in range(10)
+        ]
+        values = next((one for one in mixed if not scene.counts[one]), values)
     answer, noun = "yes" if scene.counts[values] else "no", _noun(values)
     return [_draft("verify obj exist", f"Is there a {noun}?", answer, noun)]
 
