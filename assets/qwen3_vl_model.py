@@ -240,10 +240,8 @@ class Model(nn.Module):
             mask: [S,S] bool, True where a row may attend to a column.
         """
         decoder = self.language_model
-        features, *deeper = (
-            one.unflatten(0, images.shape[:2]).flatten(1, 2)
-            for one in self.visual(images.flatten(0, 1))
-        )
+        encoded = self.visual(images.flatten(0, 1))
+        features, *deeper = [one.unflatten(0, images.shape[:2]).flatten(1, 2) for one in encoded]
         x = decoder.embed_tokens(ids).to(features.dtype)
         x = x.index_copy(1, image_places, features)
         for index, layer in enumerate(decoder.layers):

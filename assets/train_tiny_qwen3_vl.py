@@ -40,7 +40,6 @@ from torch.nn import functional
 
 from nemo_vlm_ptq.families.mrope import mrope_positions
 
-TEST_SCENES = 500
 WARMUP_STEPS = 400
 LOG_SECONDS = 30
 FOLDER = Path(__file__).resolve().parent / "tiny-qwen3-vl"
@@ -64,7 +63,8 @@ class PackedLayout:
         last = torch.where(slot < SINGLES, first, length) - 1  # of the prefix, that is seen
         following = positions[:, last] + 1 + ((place - length) % WIDTH)[None]
         following[:, :length] = positions
-        visible = (slot[None] == slot[:, None]) | ((slot[None] < 0) & (place[None] <= last[:, None]))
+        before_it = (slot[None] < 0) & (place[None] <= last[:, None])
+        visible = (slot[None] == slot[:, None]) | before_it
         visible = torch.where(slot[:, None] < 0, slot[None] < 0, visible)
         self.mask = (visible & (place[None] <= place[:, None])).to(device)
         self.angles = tuple(angle.to(device) for angle in model.angles(following))
@@ -231,6 +231,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=6.5, help="training time")
     parser.add_argument("--scenes", type=int, default=300_000, help="training scenes")
+    parser.add_argument("--tests", type=int, default=500, help="test scenes")
     parser.add_argument("--batch", type=int, default=256, help="scenes per step")
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--compile", action="store_true", help="use torch.compile")
@@ -244,7 +245,7 @@ def main() -> None:
     tokenizer.save(str(FOLDER / "tokenizer.json"))
     start, types = time.monotonic(), question_types()
     data = load_scenes("train", options.scenes, tokenizer, types, device)
-    test = load_scenes("test", TEST_SCENES, tokenizer, types, device)
+    test = load_scenes("test", options.tests, tokenizer, types, device)
     print(f"{options.scenes} scenes drawn in {time.monotonic() - start:.0f} s", flush=True)
     model = Model(config).to(device)
     layout = PackedLayout(model, tokenizer, device)

@@ -287,9 +287,7 @@ def _in_both(scene: Scene, other: Scene, rng: random.Random) -> list[Draft]:
 
 def _which_has(scene: Scene, other: Scene, rng: random.Random) -> list[Draft]:
     """Draft "Which image has a large red circle, the first or the second?"."""
-    answer, (shown, hidden) = rng.choice(
-        (("first", (scene, other)), ("second", (other, scene)))
-    )
+    answer, (shown, hidden) = rng.choice((("first", (scene, other)), ("second", (other, scene))))
     keys = rng.choice([keys for keys in KEYS if len(keys) > 1])
     found = [v for item in shown.objects if not hidden.counts[v := _values(item, keys)]]
     if not found:

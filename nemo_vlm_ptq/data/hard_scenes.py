@@ -189,17 +189,12 @@ def _sample_position(
     return tuple(rng.uniform(half + 1, IMAGE_SIZE - half - 1) for _ in range(2))  # type: ignore[return-value]
 
 
-def _is_free(
-    x: float, y: float, half: float, objects: list[HardObject], signs: list[Sign]
-) -> bool:
+def _is_free(x: float, y: float, half: float, objects: list[HardObject], signs: list[Sign]) -> bool:
     """Return whether an object lies in the image, off signs, and covers no other too far."""
     if not half + 1 <= min(x, y) <= max(x, y) <= IMAGE_SIZE - half - 1:
         return False
     for sign in signs:
-        if (
-            abs(x - sign.x) < sign.half_width + half
-            and abs(y - sign.y) < sign.half_height + half
-        ):
+        if abs(x - sign.x) < sign.half_width + half and abs(y - sign.y) < sign.half_height + half:
             return False
     return all(
         math.hypot(x - item.x, y - item.y) >= MIN_DISTANCE * (half + item.half_size)
@@ -243,9 +238,8 @@ def _draw_shape(
 
 def _draw_sign(context: ImageDraw.ImageDraw, sign: Sign) -> None:
     """Draw a plate with its word, in black or white."""
-    x, y, width, height = (
-        round(value * SUPERSAMPLING) for value in (sign.x, sign.y, sign.half_width, sign.half_height)
-    )
+    values = sign.x, sign.y, sign.half_width, sign.half_height
+    x, y, width, height = (round(value * SUPERSAMPLING) for value in values)
     color = COLORS[sign.color]
     context.rectangle((x - width, y - height, x + width, y + height), fill=color)
     ink = (15, 15, 15) if sum(color) > 330 else (245, 245, 245)

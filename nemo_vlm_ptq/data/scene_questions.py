@@ -236,9 +236,7 @@ def _verify_drafts(objects: list[SceneObject], rng: random.Random) -> list[Draft
     return generate(objects, rng)
 
 
-def gqa_entry(
-    draft: Draft, image_id: str | list[str], question_id: str
-) -> dict[str, Any]:
+def gqa_entry(draft: Draft, image_id: str | list[str], question_id: str) -> dict[str, Any]:
     """Return a question in the format of GQA's files."""
     structural, semantic, detailed = draft.types.split()
     program = [
