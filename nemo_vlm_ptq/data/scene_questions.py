@@ -69,7 +69,7 @@ def questions(split: str, scenes: int, first: int = 0) -> dict[str, dict]:
         image_id = f"{split}-{index:06d}"
         for number, draft in enumerate(_draft_questions(image_id)):
             question_id = f"{image_id}-{number:02d}"
-            entries[question_id] = _gqa_entry(draft, image_id, question_id)
+            entries[question_id] = gqa_entry(draft, image_id, question_id)
     return entries
 
 
@@ -236,7 +236,7 @@ def _verify_drafts(objects: list[SceneObject], rng: random.Random) -> list[Draft
     return generate(objects, rng)
 
 
-def _gqa_entry(draft: Draft, image_id: str, question_id: str) -> dict[str, Any]:
+def gqa_entry(draft: Draft, image_id: str | list[str], question_id: str) -> dict[str, Any]:
     """Return a question in the format of GQA's files."""
     structural, semantic, detailed = draft.types.split()
     program = [
