@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 SOURCE = "source"
+MAX_TOKENS = 4096  # of a prompt
 HEAD = ("model", "format", "target", "tokens", "vLLM from reader", "export from source")
 
 
@@ -138,7 +139,7 @@ def ask_folder(path: str, folder: Path, questions: list[dict[str, Any]], dtype: 
         model=path,
         dtype=dtype,
         enforce_eager=True,
-        max_model_len=4096,
+        max_model_len=min(MAX_TOKENS, positions(Path(path))),
         max_num_seqs=4,
         max_logprobs=-1,
         kv_cache_memory_bytes=1 << 30,
@@ -167,6 +168,12 @@ def ask_folder(path: str, folder: Path, questions: list[dict[str, Any]], dtype: 
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+def positions(folder: Path) -> int:
+    """Return the number of positions that the model has."""
+    config = json.loads((folder / "config.json").read_text())
+    return int((config.get("text_config") or config)["max_position_embeddings"])
 
 
 def compare(

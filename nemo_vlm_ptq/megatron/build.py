@@ -151,7 +151,7 @@ def _complete(model: GPTModel, decoder: Decoder, device: torch.device) -> None:
     if decoder.scaled_rope is not None:
         apply_scaled_rope(model, decoder.scaled_rope)
     if decoder.sliding_window is not None:
-        apply_sliding_window(model, decoder, decoder.sliding_window)
+        apply_sliding_window(model, decoder, decoder.sliding_window, device)
     if decoder.logit_softcap is not None and model.post_process:
         model.output_layer.register_forward_hook(partial(_cap, decoder.logit_softcap))
     if decoder.mrope is not None:

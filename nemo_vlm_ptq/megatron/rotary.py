@@ -135,14 +135,16 @@ class SlidingWindowRotaryEmbedding(torch.nn.Module):
         return angles
 
 
-def apply_sliding_window(model: GPTModel, decoder: Decoder, sliding_window: SlidingWindow) -> None:
+def apply_sliding_window(
+    model: GPTModel, decoder: Decoder, sliding_window: SlidingWindow, device: torch.device
+) -> None:
     """Set the sliding windows of a model, and replace its rotary embedding by one of two bases.
 
     Layers must have their indices in the whole model, and full attention its frequencies.
     """
-    full, head_dim = model.rotary_pos_emb.inv_freq, decoder.head_dim
-    exponents = torch.arange(0, head_dim, 2).float() / head_dim
-    sliding = (1.0 / (sliding_window.rope_theta**exponents)).to(full.device)
+    full, head_dim = model.rotary_pos_emb.inv_freq.to(device), decoder.head_dim  # was on the CPU
+    exponents = torch.arange(0, head_dim, 2, device="cpu").float() / head_dim
+    sliding = (1.0 / (sliding_window.rope_theta**exponents)).to(device)
     model.rotary_pos_emb = SlidingWindowRotaryEmbedding(full, sliding)
     for block in model.decoder.layers:
         if sliding_window.layers[block.layer_number - 1]:
