@@ -246,6 +246,8 @@ def test_an_unsupported_architecture_is_rejected():
         ("LlavaQwenForCausalLM",
          "take the repository whose class is LlavaOnevisionForConditionalGeneration: the one of "
          "llava-hf whose name ends in -hf"),
+        ("Gemma4UnifiedForConditionalGeneration", "take the repository whose class is "
+         "Gemma4ForConditionalGeneration: google/gemma-4-31B-it"),
         ("Phi4MMForCausalLM", None),
         (None, None),
         ({}, None),

@@ -9,6 +9,7 @@ from bad_models import plan_error, said_by, write_recipe
 from processors import write_gemma4
 from reference_gemma4 import CONFIG, IMAGE_TOKEN, MOST_TOKENS, PATCH, POOLING, Gemma4
 from safetensors.torch import load_file
+from test_families import SMALL
 from test_family_prompts import (
     ANSWER,
     QUESTION,
@@ -23,7 +24,7 @@ from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImagePr
 from nemo_vlm_ptq.checkpoints.model_config import merge_config
 from nemo_vlm_ptq.context import RunContext
 from nemo_vlm_ptq.families import gemma4
-from nemo_vlm_ptq.families.base import ImageInputs
+from nemo_vlm_ptq.parameter_map.sharding import shard_tensor, unshard_tensor
 from nemo_vlm_ptq.planning.make_plan import make_plan
 from nemo_vlm_ptq.recipe import load_recipe
 from nemo_vlm_ptq.reference.attention_masks import image_masks
@@ -122,23 +123,6 @@ def test_a_processor_that_does_not_suit_the_tower_is_refused(tmp_path, change, m
     path = tmp_path / "model" / "preprocessor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     assert message in said_by(gemma4.make_preprocessor, tmp_path / "model", CONFIG)
-
-
-def test_places_of_patches_that_are_no_grid_are_refused():
-    ids = torch.tensor([IMAGE_TOKEN])
-    grid = torch.tensor([[0, 0], [1, 0], [0, 1], [1, 1], [-1, -1]])
-    wrong = [grid.flip(-1), grid[:3], grid + 1, 2 * grid, grid[4:], grid - (grid == -1) * 3]
-    wrong += [torch.cat([grid[:2], grid[4:], grid[2:4]]), grid * 2**40]
-    assert gemma4.find_placeholders(CONFIG, ids, _images(grid)).num_images == 1
-    for places in wrong:
-        said = said_by(gemma4.find_placeholders, CONFIG, ids, _images(places))
-        assert said.startswith("image_position_ids must be column and row of each patch")
-    bare = ImageInputs(torch.zeros(1, 5, 48))
-    assert "need image_position_ids" in said_by(gemma4.find_placeholders, CONFIG, ids, bare)
-
-
-def _images(places):
-    return ImageInputs(torch.zeros(1, len(places), 48), patch_positions=places[None])
 
 
 def test_answers_are_those_of_transformers(tmp_path, folder):
@@ -240,6 +224,18 @@ def test_the_input_of_o_proj_is_not_scaled_where_a_norm_undoes_it(runs):
         scales = {name: one for name, one in load_file(path).items() if "prequant" in name}
         scaled |= {name.partition(".")[0] for name, one in scales.items() if bool((one != 1).any())}
     assert scaled and "linear_proj" not in scaled
+
+
+def test_a_key_stands_behind_the_queries_of_its_kv_head():
+    sizes, dim = SMALL.sizes(1), SMALL.head_dim
+    q, k = torch.arange(8 * dim)[:, None], 1000 + torch.arange(4 * dim)[:, None]
+    whole = shard_tensor("qk", [q, k], sizes, 0, 1)
+    assert whole[: 3 * dim].flatten().tolist() == [*range(2 * dim), *range(1000, 1000 + dim)]
+    for T in (1, 2, 4):
+        shards = [shard_tensor("qk", [q, k], sizes, t, T) for t in range(T)]
+        assert torch.equal(torch.cat(shards), whole)
+        parts = zip(*(unshard_tensor("qk", whole, sizes, t, T) for t in range(T)), strict=True)
+        assert all(map(torch.equal, map(torch.cat, parts), (q, k)))
 
 
 def test_a_tensor_size_beyond_the_kv_heads_of_a_layer_is_rejected(tmp_path):

@@ -266,7 +266,7 @@ def test_where_no_size_fits_a_target_its_removal_is_suggested(tmp_path):
 def test_an_unknown_family_lists_the_known_ones(tmp_path):
     said = plan_error(tmp_path, TINY, "family=llama")
     assert said.startswith(
-        "family 'llama' is not supported; supported: auto, gemma3, internvl, llava, "
+        "family 'llama' is not supported; supported: auto, gemma3, gemma4, internvl, "
     )
 
 

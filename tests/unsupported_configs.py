@@ -34,12 +34,12 @@ UNSUPPORTED = {
          "text_config.model_type is 'qwen2'; supported: llama, mistral"),
     ],
     "gemma-4-31B-it": [
-        ({"text_config.hidden_size_per_layer_input": 256},  # of E2B and E4B
-         "text_config.hidden_size_per_layer_input is 256; only 0 is supported"),
+        ({"text_config.hidden_size_per_layer_input": 256},
+         "text_config.hidden_size_per_layer_input (of E2B and E4B) is 256; only 0 is supported"),
         ({"text_config.num_kv_shared_layers": 18},
-         "text_config.num_kv_shared_layers is 18; only 0 is supported"),
-        ({"text_config.enable_moe_block": True},  # of 26B-A4B
-         "text_config.enable_moe_block is True; only False is supported"),
+         "text_config.num_kv_shared_layers (of E2B and E4B) is 18; only 0 is supported"),
+        ({"text_config.enable_moe_block": True},
+         "text_config.enable_moe_block (of 26B-A4B) is True; only False is supported"),
         ({"audio_config": {"hidden_size": 8}}, "audio_config is given; only null is supported"),
         ({"text_config.use_bidirectional_attention": "all"},
          "text_config.use_bidirectional_attention is 'all'; supported: 'vision', None"),

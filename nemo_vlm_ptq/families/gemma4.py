@@ -40,6 +40,7 @@ from nemo_vlm_ptq.families.tied_head import make_config_completer
 BODY_PREFIX, HEAD_PREFIX = "model.language_model.", "lm_head."
 IMAGE_PROCESSORS = ("Gemma4ImageProcessor",)
 FULL, SLIDING = "full_attention", "sliding_attention"
+PER_LAYER = "text_config.hidden_size_per_layer_input"
 TOKEN_IDS = ("boi_token_id", "image_token_id", "eoi_token_id")
 
 full_config = full_config_reader("Gemma4Config")
@@ -95,9 +96,9 @@ def decoder(config: Config) -> Decoder:
         FAMILY.name,
         {
             "text_config.model_type": (text.model_type, "gemma4_text"),
-            "text_config.hidden_size_per_layer_input": (text.hidden_size_per_layer_input or 0, 0),
-            "text_config.num_kv_shared_layers": (text.num_kv_shared_layers, 0),
-            "text_config.enable_moe_block": (text.enable_moe_block, False),
+            f"{PER_LAYER} (of E2B and E4B)": (text.hidden_size_per_layer_input or 0, 0),
+            "text_config.num_kv_shared_layers (of E2B and E4B)": (text.num_kv_shared_layers, 0),
+            "text_config.enable_moe_block (of 26B-A4B)": (text.enable_moe_block, False),
             "text_config.hidden_activation": (text.hidden_activation, "gelu_pytorch_tanh"),
             "text_config.attention_bias": (text.attention_bias, False),
             "kinds in layer_types": (sorted({FULL, SLIDING, *kinds}), [FULL, SLIDING]),
@@ -292,5 +293,6 @@ FAMILY = ModelFamily(
     trtllm_vision_type="",
     pixels_per_token=pixels_per_token,
     pads_patches=True,
+    other_repositories=(("Gemma4UnifiedForConditionalGeneration", "google/gemma-4-31B-it"),),
     complete_config=make_config_completer(HEAD_PREFIX, (), default=True),
 )
