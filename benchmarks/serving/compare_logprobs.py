@@ -1,7 +1,7 @@
 """Compare vLLM's log-probabilities with those of the package's reader, export by export.
 
     python benchmarks/serving/compare_logprobs.py read RECIPE [KEY=VALUE ...] [--questions N]
-    python benchmarks/serving/compare_logprobs.py ask WORKDIR ... [--limit NATS] [--dtype bfloat16]
+    python benchmarks/serving/compare_logprobs.py ask WORKDIR ... [--factor 2] [--dtype bfloat16]
 
 A served model may load and still compute something else: a scale of another linear, a group in
 another order. Answers of a model that was not trained do not show it, distributions do. `read`
@@ -9,15 +9,17 @@ needs this package, and a recipe that was run: it computes the distributions [S,
 of N questions of the calibration data, for the source and for each export that vLLM reads, in
 float32, and writes them to WORKDIR/serving. `ask` needs vLLM and a GPU, and not this package: it
 loads the same folders one after another, gives each the same questions and images, and prints
-Kullback-Leibler divergences per token in nats: of vLLM from the reader of the same folder, and for
-the scale of it, of the export from the source. The exit code is 1 if prompts differ, or a
-divergence is above --limit.
+Kullback-Leibler divergences per token in nats: of vLLM from the reader of the same folder; of the
+reader in bfloat16 from itself in float32, which is how far apart two right implementations are
+where activations are rounded; of the export from the source. The exit code is 1 if prompts differ,
+or vLLM is farther from the reader than --factor times what bfloat16 is.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,15 @@ from safetensors.torch import load_file, save_file
 
 SOURCE = "source"
 MAX_TOKENS = 4096  # of a prompt
-HEAD = ("model", "format", "target", "tokens", "vLLM from reader", "export from source")
+HEAD = (
+    "model",
+    "format",
+    "target",
+    "tokens",
+    "vLLM from reader",
+    "reader in bfloat16",
+    "export from source",
+)
 
 
 def main() -> None:
@@ -41,7 +51,7 @@ def main() -> None:
     read_parser.set_defaults(run=read)
     ask_parser = commands.add_parser("ask")
     ask_parser.add_argument("workdirs", nargs="+", type=Path, metavar="WORKDIR")
-    ask_parser.add_argument("--limit", type=float, default=1e-2)
+    ask_parser.add_argument("--factor", type=float, default=2.0)
     ask_parser.add_argument("--dtype", default="bfloat16")
     ask_parser.set_defaults(run=ask)
     args = parser.parse_args()
@@ -80,12 +90,16 @@ def read_run(recipe: Any, parallel: Any, count: int) -> None:
     ]
     entries = []
     for form, fmt in forms:
-        model = load_reference_model(context, form, fmt, torch.float32, parallel.device)
+        logs, rounded = (
+            [one.float().log_softmax(-1) for one in reference_logits(model, samples)]
+            for dtype in (torch.float32, torch.bfloat16)
+            for model in [load_reference_model(context, form, fmt, dtype, parallel.device)]
+        )
         name = SOURCE if fmt is None else f"{fmt.name}-{form}"
-        logs = [one.log_softmax(-1) for one in reference_logits(model, samples)]
         save_file({str(i): one for i, one in enumerate(logs)}, folder / f"{name}.safetensors")
         path = Path(recipe.model) if fmt is None else plan.export_folder(fmt, form)
-        entries.append({"name": name, "folder": str(path.resolve())})
+        noise = mean_divergence(logs, rounded)
+        entries.append({"name": name, "folder": str(path.resolve()), "noise": noise})
     (folder / "questions.json").write_text(json.dumps({"questions": items, "folders": entries}))
 
 
@@ -108,6 +122,8 @@ def write_questions(
 
 def ask(args: argparse.Namespace) -> int:
     """Ask vLLM, and print the table."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     print("| " + " | ".join(HEAD) + " |\n|" + " --- |" * len(HEAD), flush=True)
     failures = 0
     for work in args.workdirs:
@@ -118,7 +134,10 @@ def ask(args: argparse.Namespace) -> int:
             expected = load_file(folder / f"{entry['name']}.safetensors")
             try:
                 outputs = ask_folder(entry["folder"], folder, record["questions"], args.dtype)
-                row, passed = compare(record["questions"], outputs, expected, source, args.limit)
+                row, passed = compare(
+                    record["questions"], outputs, expected, source, args.factor * entry["noise"]
+                )
+                row.insert(2, f"{entry['noise']:.2e}")
             except Exception as error:
                 row, passed = [f"{type(error).__name__}: {error}".replace("\n", " ")[-600:]], False
             failures += not passed
@@ -203,6 +222,12 @@ def compare(
     mean = all_served.mean().item()
     cells = [f"{tokens}", f"{mean:.2e} (most {all_served.max():.2e})", f"{all_lost.mean():.2e}"]
     return cells, mean <= limit
+
+
+def mean_divergence(logs: list[torch.Tensor], others: list[torch.Tensor]) -> float:
+    """Return the mean divergence of `others` from `logs` over all tokens but the last ones."""
+    pairs = zip(logs, others, strict=True)
+    return torch.cat([divergence(one, other)[:-1] for one, other in pairs]).mean().item()
 
 
 def divergence(logs: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
