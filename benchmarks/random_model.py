@@ -2,13 +2,13 @@
 
     python benchmarks/random_model.py MODEL FOLDER [LAYERS] [--weights-only]
 
-MODEL is a name of tests/families/*.json (llava-1.5-7b-hf, VILA1.5-3b, Phi-3-vision-128k-instruct),
-or llava-34b and llava-72b: LLaVA-1.5 with decoders of Yi-34B's and of a 72B Llama's sizes, which
-were not published as such. Layout and tensor names are the published ones; weights are in bf16, in
-files of at most 5 GB. LAYERS is the number of decoder layers (default: all). Weights are drawn on
-the GPU if there is one. Tokenizer and image processor are copied from the small model of the family
-in assets/, with image settings of the full size; --weights-only omits them. A Qwen-VL gets
-tiny-llava's tokenizer with its own image tokens added.
+MODEL is a name of tests/families/*.json (llava-1.5-7b-hf, Qwen3.6-27B, gemma-3-27b-it), or
+llava-34b and llava-72b: LLaVA-1.5 with decoders of Yi-34B's and of a 72B Llama's sizes, which were
+not published as such. Layout and tensor names are the published ones; weights are in bf16, in files
+of at most 5 GB. LAYERS is the number of decoder layers (default: all). Weights are drawn on the GPU
+if there is one. Tokenizer and image processor are copied from the small model of the family in
+assets/, with image settings of the full size; --weights-only omits them. A family of
+chat_processors.py gets tiny-llava's tokenizer with its own image tokens added.
 """
 
 from __future__ import annotations
@@ -22,21 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
+from chat_processors import CHAT_PROCESSORS, write_chat_processor
 
 from nemo_vlm_ptq.families import ModelFamily, find_family
 from nemo_vlm_ptq.workdir.store import read_json, save_tensors, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = sorted((ROOT / "tests" / "families").glob("*.json"))
-TINY_MODELS = {
-    "llava": "tiny-llava",
-    "llava_next": "tiny-llava",
-    "phi": "tiny-phi",
-    "qwen2_vl": "tiny-llava",
-    "qwen3_vl": "tiny-llava",
-    "vila": "tiny-vila",
-}
+TINY_MODELS = {"phi": "tiny-phi", "vila": "tiny-vila"}  # the others: tiny-llava
 YI_34B = {
     "hidden_size": 7168,
     "intermediate_size": 20480,
@@ -53,19 +46,6 @@ LLAMA_72B = {
     "num_key_value_heads": 8,
     "vocab_size": 152064,
 }
-QWEN_TOKENS = {  # key of config.json -> token
-    "image_token_id": "<|image_pad|>",
-    "video_token_id": "<|video_pad|>",
-    "vision_start_token_id": "<|vision_start|>",
-    "vision_end_token_id": "<|vision_end|>",
-}
-QWEN_TEMPLATE = (
-    "{% for message in messages %}{{ message.role }}:\n{% for part in message.content %}"
-    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% else %}{{ part.text }}{% endif %}{% endfor %}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant:\n{% endif %}"
-)
-QWEN_PIXELS = {"shortest_edge": 1 << 16, "longest_edge": 1 << 24}
 MAX_FILE_BYTES = 5e9  # the file size at which transformers sharded the published checkpoints
 PHI_CROPS = 16  # num_crops of the published Phi-3-vision
 WEIGHT_STD = 0.02
@@ -109,8 +89,10 @@ def write_model(
     if layers is not None:
         decoder = config.get("llm_cfg") or config.get("text_config") or config
         decoder["num_hidden_layers"] = layers
+        if "layer_types" in decoder:
+            decoder["layer_types"] = decoder["layer_types"][:layers]
     family = find_family(config)
-    tiny = ROOT / "assets" / TINY_MODELS[family.name]
+    tiny = ROOT / "assets" / TINY_MODELS.get(family.name, "tiny-llava")
     if not weights_only:
         tokenizer = tiny / family.decoder_subfolder / "tokenizer.json"
         if not tokenizer.is_file():
@@ -121,14 +103,15 @@ def write_model(
         if "image_token_index" in config:
             config["image_token_index"] = read_json(tiny / "config.json")["image_token_index"]
     folder.mkdir(parents=True)
-    if family.name.startswith("qwen") and not weights_only:
-        config |= _write_qwen_processors(tiny, folder, config)
+    chats = family.name in CHAT_PROCESSORS
+    if chats and not weights_only:
+        config |= write_chat_processor(family.name, tiny, folder, config)
     write_json(folder / "config.json", config)
     for part in family.subfolders:
         (folder / part).mkdir(exist_ok=True)
         if part:
             write_json(folder / part / "config.json", config[f"{part}_cfg"])
-        if not weights_only and not family.name.startswith("qwen"):
+        if not weights_only and not chats:
             _copy_processors(tiny / part, folder / part, family, config)
     decoder = family.decoder(config)
     shapes = decoder.shapes(family.parameter_map(decoder)) | family.vision_shapes(config)
@@ -146,25 +129,6 @@ def _copy_processors(
             write_json(folder / path.name, read_json(path) | patch)
         elif path.name not in ("config.json", "modelopt.json"):
             shutil.copy(path, folder / path.name)
-
-
-def _write_qwen_processors(source: Path, folder: Path, config: Mapping[str, Any]) -> dict[str, int]:
-    """Write tokenizer, chat template and image settings; return the ids of the image tokens."""
-    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
-    tokenizer.add_special_tokens([*QWEN_TOKENS.values()])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    shutil.copy(source / "tokenizer_config.json", folder)
-    (folder / "chat_template.jinja").write_text(QWEN_TEMPLATE)
-    vision = config["vision_config"]
-    settings = {
-        "image_processor_type": "Qwen2VLImageProcessor",
-        "size": QWEN_PIXELS,
-        "patch_size": vision["patch_size"],
-        "merge_size": vision["spatial_merge_size"],
-        "temporal_patch_size": vision["temporal_patch_size"],
-    }
-    write_json(folder / "preprocessor_config.json", settings)
-    return {key: tokenizer.token_to_id(token) for key, token in QWEN_TOKENS.items()}
 
 
 def _image_settings(family: ModelFamily, config: Mapping[str, Any]) -> dict[str, Any]:
