@@ -14,7 +14,7 @@ from nemo_vlm_ptq.workdir import store
 
 
 def test_a_missing_data_folder_is_rejected_by_the_plan(tmp_path):
-    said = "data must be 'scenes' or an existing folder, got '/nowhere'"
+    said = "data must be 'scenes', 'hard_scenes' or an existing folder, got '/nowhere'"
     assert said_by(load_questions, "/nowhere", "test", None) == said
     for key in ("calibration.data", "evaluate.data"):
         assert said in plan_error(tmp_path, TINY, "calibration.data=scenes", f"{key}=/nowhere")
@@ -226,9 +226,11 @@ def test_a_fifo_in_place_of_the_questions_is_named(tmp_path):
     assert "is a FIFO" in said_by(load_questions, str(tmp_path), "test", None)
 
 
-def test_the_scenes_have_a_limit(tmp_path):
-    said = plan_error(tmp_path, TINY, "calibration.samples=20000")
-    assert said == "data scenes has 10000 questions at most, got 20000"
+@pytest.mark.parametrize("level", ["scenes", "hard_scenes"])
+def test_the_scenes_have_a_limit(tmp_path, level):
+    words = f"calibration.data={level}", "calibration.samples=20000"
+    said = plan_error(tmp_path, TINY, *words)
+    assert said == f"data {level} has 10000 questions at most, got 20000"
 
 
 def test_tokens_beyond_the_embedding_are_told_by_the_plan(tmp_path):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import PIL.Image
 
+from nemo_vlm_ptq.data.drawn import LEVELS, drawn_questions
 from nemo_vlm_ptq.data.images import check_image, image_file, open_image
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.input_files import is_folder, read_json, shorten
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
 
 # The instruction of LLaVA and VILA for GQA.
 PROMPT_SUFFIX = "\nAnswer the question using a single word or phrase."
-SCENES_PER_SPLIT = 250  # built-in scenes that questions are drawn from, unless more are needed
-MIN_QUESTIONS_PER_SCENE = 8
-MAX_SCENES = 1250  # drawing more takes minutes
 
 
 @dataclass(frozen=True)
@@ -59,10 +57,10 @@ class Question:
 class Questions:
     """Questions in a fixed order and a function that loads their images.
 
-    name: "scenes", or the folder as the recipe has it.
+    name: the name of drawn scenes, or the folder as the recipe has it.
     items: the questions.
     load_image: image id -> image.
-    folder: the folder; None for the built-in scenes.
+    folder: the folder; None for drawn scenes.
     """
 
     name: str
@@ -125,7 +123,7 @@ def calibration_questions(calibration: Calibration) -> Questions:
     if calibration.data is None:
         raise UserError(
             "calibration.data is not set: give a folder with questions in GQA's format and images "
-            "like those that the model will be served; scenes suits only the models in assets/"
+            "like those that the model will be served; drawn scenes suit only the models in assets/"
         )
     questions = load_questions(
         calibration.data, "calibration", calibration.samples, calibration.seed
@@ -160,13 +158,13 @@ def evaluation_questions(data: str | None, limit: int | None) -> Questions:
 
 
 def load_questions(data: str, split: str, limit: int | None, seed: int = 0) -> Questions:
-    """Load the balanced questions of the built-in scenes or of a folder.
+    """Load the balanced questions of drawn scenes or of a folder.
 
     They are kept: the settings of each format and stage name them, and a file may be large.
 
     Args:
-        data: "scenes", or a folder with one .json file of questions in GQA's format and the images
-            images/ID.jpg (or another suffix of image_file).
+        data: "scenes", "hard_scenes", or a folder with one .json file of questions in GQA's format
+            and the images images/ID.jpg (or another suffix of image_file).
         split: "calibration" or "test"; ignored for a folder.
         limit: the largest number of questions, sampled from all; None for all.
         seed: seed of the sampling.
@@ -176,7 +174,7 @@ def load_questions(data: str, split: str, limit: int | None, seed: int = 0) -> Q
             a file is not in GQA's format.
     """
     stamp = None
-    if data != "scenes":
+    if data not in LEVELS:
         status = questions_file(Path(data)).stat()
         stamp = status.st_size, status.st_mtime_ns, status.st_ino
     return _load_questions(data, split, limit, seed, stamp)
@@ -187,17 +185,8 @@ def _load_questions(
     data: str, split: str, limit: int | None, seed: int, _: tuple[int, ...] | None
 ) -> Questions:
     """Load questions; the last argument tells a file from a later one of the same name."""
-    if data == "scenes":
-        from nemo_vlm_ptq.data import scene_questions, scenes
-
-        count = SCENES_PER_SPLIT
-        if limit is not None:
-            count = max(count, -(-limit // MIN_QUESTIONS_PER_SCENE))
-        if count > MAX_SCENES:
-            most = MAX_SCENES * MIN_QUESTIONS_PER_SCENE
-            raise UserError(f"data scenes has {most} questions at most, got {limit}")
-        folder, raw = None, scene_questions.questions(split, count)
-        load_image: Callable[[str], PIL.Image.Image] = scenes.draw
+    if data in LEVELS:
+        folder, (raw, load_image) = None, drawn_questions(data, split, limit)
     else:
         folder = Path(data)
         raw, load_image = _read_questions(folder), partial(open_image, folder)
@@ -253,9 +242,8 @@ def questions_file(folder: Path) -> Path:
         UserError: the folder does not exist, or does not have exactly one .json file.
     """
     if not is_folder(folder):
-        raise UserError(
-            f"data must be 'scenes' or an existing folder, got {shorten(str(folder))!r}"
-        )
+        names = ", ".join(map(repr, LEVELS))
+        raise UserError(f"data must be {names} or an existing folder, got {shorten(str(folder))!r}")
     files = sorted(folder.glob("*.json"))
     if len(files) != 1:
         raise UserError(f"{folder} must hold exactly one .json file of questions, got {len(files)}")
