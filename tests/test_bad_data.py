@@ -42,7 +42,9 @@ NOT_GQA = [
     *(
         f'{{"7": {{"question": "What?", "answer": "x", {more}}}}}'
         for more in (
-            *('"imageId": true', '"imageId": []', '"imageId": ["7"]', '"imageId": 1.5'),
+            *('"imageId": true', '"imageId": []', '"imageId": 1.5', '"imageId": {"7": 7}'),
+            *('"imageId": [["7"]]', '"imageId": ["7", null]', '"imageId": ["7", ""]'),
+            *('"imageId": ["7", false]', '"imageId": [1.5, 7]'),
             *('"isBalanced": null', '"isBalanced": "false"', '"isBalanced": 0', '"types": ["x"]'),
         )
     ),
@@ -58,7 +60,17 @@ def test_the_error_of_a_file_in_another_format_names_it(tmp_path, text):
 def test_an_image_may_have_the_number_0(tmp_path):
     (tmp_path / "q.json").write_text('{"7": {"imageId": 0, "question": "What?", "answer": 0}}')
     (question,) = evaluation_questions(str(tmp_path), None).items
-    assert (question.image, question.answer) == ("0", "0")
+    assert (question.images, question.answer) == (("0",), "0")
+
+
+def test_a_list_holds_the_images_of_a_question_in_order(tmp_path):
+    entry = {"imageId": [7, "a/b", 7], "question": "Which?", "answer": "first"}
+    one = entry | {"imageId": ["7"]}
+    (tmp_path / "q.json").write_text(json.dumps({"1": entry, "2": one, "3": one | {"imageId": 7}}))
+    found = load_questions(str(tmp_path), "test", None)
+    assert [item.images for item in found.items] == [("7", "a/b", "7"), ("7",), ("7",)]
+    assert found.image_names() == ["7", "a/b"]
+    assert [item.record()["image"] for item in found.items] == [["7", "a/b", "7"], "7", "7"]
 
 
 def write_questions(folder):

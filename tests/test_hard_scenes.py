@@ -194,5 +194,5 @@ def test_recipes_name_the_level_hard_scenes():
     found = load_questions("hard_scenes", "calibration", 64)
     assert len(found.items) == 64 and found.folder is None
     assert all(item.id.startswith("hard-calibration-") for item in found.items)
-    assert found.load_image(found.items[0].image).size == (128, 128)
+    assert {image.size for image in found.load_images(found.items[0])} == {(128, 128)}
     assert found.identity() != load_questions("scenes", "calibration", 64).identity()

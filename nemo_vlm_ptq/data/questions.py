@@ -30,23 +30,24 @@ class Question:
     """One question.
 
     id: key of the question in the file.
-    image: id of the image; "" for a question without an image.
+    images: ids of its images, in order.
     text: the question.
     answer: the reference answer.
     question_type: GQA's types.detailed; "other" if the file has none.
     """
 
     id: str
-    image: str
+    images: tuple[str, ...]
     text: str
     answer: str
     question_type: str
 
-    def record(self) -> dict[str, str]:
+    def record(self) -> dict[str, Any]:
         """Return the fields under the keys that Questions.identity hashes."""
+        several = len(self.images) > 1
         return {
             "id": self.id,
-            "image": self.image,
+            "image": list(self.images) if several else "".join(self.images),
             "text": self.text,
             "answer": self.answer,
             "kind": self.question_type,
@@ -83,7 +84,11 @@ class Questions:
 
     def image_names(self) -> list[str]:
         """Return the ids of all images, each once."""
-        return sorted({item.image for item in self.items if item.image})
+        return sorted({name for item in self.items for name in item.images})
+
+    def load_images(self, item: Question) -> list[PIL.Image.Image]:
+        """Return the images of a question, in order."""
+        return [self.load_image(name) for name in item.images]
 
     def check_images(self) -> None:
         """Check the headers of all image files.
@@ -104,7 +109,7 @@ class Questions:
         Raises:
             UserError: questions have none.
         """
-        without_image = [item.id for item in self.items if not item.image]
+        without_image = [item.id for item in self.items if not item.images]
         if without_image:
             raise UserError(
                 f"{len(without_image)} of {len(self.items)} questions of {self.name} have no "
@@ -134,7 +139,7 @@ def calibration_questions(calibration: Calibration) -> Questions:
             f"{len(questions.items)} questions"
         )
     if calibration.modality == "text":
-        items = tuple(replace(item, image="") for item in questions.items)
+        items = tuple(replace(item, images=()) for item in questions.items)
         return replace(questions, items=items)
     return questions.require_images(
         "calibration without images lowers accuracy on images: add images, or set "
@@ -207,7 +212,7 @@ def _parse_question(data: str, name: str, entry: Any) -> Question | None:
     try:
         if not isinstance(entry, dict):
             raise TypeError(f"expected an object, got {shorten(repr(entry))}")
-        balanced, image = entry.get("isBalanced", True), entry.get("imageId")
+        balanced = entry.get("isBalanced", True)
         if not isinstance(balanced, bool):
             raise TypeError(f"isBalanced must be true or false, got {shorten(repr(balanced))}")
         if not balanced:
@@ -215,12 +220,10 @@ def _parse_question(data: str, name: str, entry: Any) -> Question | None:
         text, answer = entry["question"], entry["answer"]
         if not isinstance(text, str) or type(answer) not in (str, int, float):
             raise TypeError("question must be a string, answer a string or a number")
-        if image is not None and type(image) not in (str, int):
-            raise TypeError(f"imageId must be a string or an integer, got {shorten(repr(image))}")
         question_type = (entry.get("types") or {}).get("detailed") or "other"
         question = Question(
             id=name,
-            image="" if image is None else str(image),
+            images=_parse_images(entry.get("imageId")),
             text=text,
             answer=str(answer),
             question_type=str(question_type),
@@ -233,6 +236,23 @@ def _parse_question(data: str, name: str, entry: Any) -> Question | None:
             f"{questions_file(Path(data))}: question {name!r} is not in GQA's format: {reason}"
         ) from None
     return question
+
+
+def _parse_images(value: Any) -> tuple[str, ...]:
+    """Return the ids of an imageId: null, one id, or a list of ids.
+
+    Raises:
+        TypeError: it is none of them.
+    """
+    if value is None or value == "":
+        return ()
+    ids = value if isinstance(value, list) else [value]
+    if not ids or any(type(name) not in (str, int) or name == "" for name in ids):
+        raise TypeError(
+            "imageId must be a string, an integer, or a list of them with one for each image, got "
+            f"{shorten(repr(value))}"
+        )
+    return tuple(map(str, ids))
 
 
 def questions_file(folder: Path) -> Path:

@@ -52,14 +52,12 @@ def calibration_micro_batches(
     make_sample = plan.family.make_preprocessor(plan.folder, plan.config)
     threads = ThreadPoolExecutor(min(MAX_IMAGE_THREADS, cores_per_rank()))
 
-    def preprocess_question(item: Question, encodes_image: bool) -> Sample:
-        image: Any = None
-        if item.image:
-            # where the number of image tokens depends on the image, every rank needs it
-            needed = encodes_image or plan.family.tokens_per_image is None
-            image = questions.load_image(item.image) if needed else EMPTY_IMAGE
+    def preprocess_question(item: Question, encodes_images: bool) -> Sample:
+        # where the number of image tokens depends on the image, every rank needs it
+        needed = encodes_images or plan.family.tokens_per_image is None
+        images = questions.load_images(item) if needed else [EMPTY_IMAGE] * len(item.images)
         text, most = item.text + PROMPT_SUFFIX, calibration.max_pixels
-        sample = make_sample(item.id, text, image, item.answer, max_pixels=most)
+        sample = make_sample(item.id, text, images, item.answer, max_pixels=most)
         if len(sample.input_ids) > max_positions:
             raise UserError(
                 f"question {item.id!r} of {calibration.data} has {len(sample.input_ids)} tokens, "
