@@ -73,6 +73,15 @@ def test_a_list_holds_the_images_of_a_question_in_order(tmp_path):
     assert [item.record()["image"] for item in found.items] == [["7", "a/b", "7"], "7", "7"]
 
 
+def test_a_question_has_64_images_at_most(tmp_path):
+    entry = {"question": "Which?", "answer": "first"}
+    (tmp_path / "q.json").write_text(json.dumps({"1": entry | {"imageId": [7] * 64}}))
+    assert len(load_questions(str(tmp_path), "test", None).items[0].images) == 64
+    (tmp_path / "q.json").write_text(json.dumps({"1": entry | {"imageId": [7] * 65}}))
+    said = said_by(load_questions, str(tmp_path), "test", None)
+    assert said.endswith("question '1' is not in GQA's format: imageId may name 64 images, got 65")
+
+
 def write_questions(folder):
     """Write a data folder with three questions about one image that does not exist."""
     folder.mkdir()
@@ -176,6 +185,8 @@ def test_the_error_of_a_question_longer_than_the_context_names_it(tmp_path):
     said = said_by(preprocess, micro_batches[0], True)
     assert said.startswith(f"question 'a' of {folder} has ")
     assert "image included, and the model has 1024 positions" in said
+    words = (f"calibration.data={folder}", "calibration.samples=1")
+    assert plan_error(tmp_path, TINY, *words).startswith(f"question 'a' of {folder} has ")
 
 
 def test_evaluation_questions_must_have_images(tmp_path):

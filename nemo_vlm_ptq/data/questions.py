@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # The instruction of LLaVA and VILA for GQA.
 PROMPT_SUFFIX = "\nAnswer the question using a single word or phrase."
+MAX_IMAGES = 64  # of a question
 
 
 @dataclass(frozen=True)
@@ -252,6 +253,8 @@ def _parse_images(value: Any) -> tuple[str, ...]:
             "imageId must be a string, an integer, or a list of them with one for each image, got "
             f"{shorten(repr(value))}"
         )
+    if len(ids) > MAX_IMAGES:
+        raise TypeError(f"imageId may name {MAX_IMAGES} images, got {len(ids)}")
     return tuple(map(str, ids))
 
 

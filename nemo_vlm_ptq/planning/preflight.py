@@ -44,17 +44,19 @@ def check_questions(plan: Plan, stages: Iterable[str]) -> None:
         UserError: data is missing or empty, or a file of the model folder that preprocessing needs
             is missing or does not match the model.
     """
-    recipe, data_sets = plan.recipe, list[Questions]()
+    recipe, data_sets = plan.recipe, list[tuple[Questions, int | None]]()
     if "observe" in stages:
-        data_sets.append(calibration_questions(recipe.calibration))
+        calibration = recipe.calibration
+        data_sets.append((calibration_questions(calibration), calibration.max_pixels))
     if "evaluate" in stages:
-        data_sets.append(evaluation_questions(recipe.evaluate.data, recipe.evaluate.limit))
+        questions = evaluation_questions(recipe.evaluate.data, recipe.evaluate.limit)
+        data_sets.append((questions, None))
         if recipe.evaluate.form == "engine":
-            _require_one_image(data_sets[-1], "a TensorRT-LLM engine")
+            _require_one_image(questions, "a TensorRT-LLM engine")
     elif "verify" in stages:
-        limit = recipe.evaluate.limit
-        data_sets.append(evaluation_questions(recipe.verification_data, limit))
-    for questions in data_sets:
+        questions = evaluation_questions(recipe.verification_data, recipe.evaluate.limit)
+        data_sets.append((questions, None))
+    for questions, _ in data_sets:
         if not questions.items:
             raise UserError(f"data {questions.name!r} holds no questions")
         if not plan.family.takes_several_images:
@@ -93,8 +95,10 @@ def check_workdir_writable(work: Path) -> None:
         raise UserError(f"workdir {work}: {existing} is not writable; choose another workdir")
 
 
-def _check_samples(plan: Plan, data_sets: Sequence[Questions]) -> None:
+def _check_samples(plan: Plan, data_sets: Sequence[tuple[Questions, int | None]]) -> None:
     """Preprocess a question of each data set and encode its images on the meta device.
+
+    Each data set has the largest area of its images, if it is for calibration.
 
     It is the first of those with the most images. The others are tokenized only if the tokenizer
     has ids that the model has not.
@@ -106,10 +110,12 @@ def _check_samples(plan: Plan, data_sets: Sequence[Questions]) -> None:
     matches = max(tokenizer.get_vocab().values(), default=0) < plan.decoder.vocab
     with torch.device("meta"):
         vision_module = plan.family.make_vision_module(plan.config)
-    for questions in data_sets:
+    for questions, most in data_sets:
         item = max(questions.items, key=lambda one: len(one.images))
         images: list[Any] = [*questions.load_images(item)]
-        sample = preprocess(item.id, item.text + PROMPT_SUFFIX, images)
+        sample = preprocess(item.id, item.text + PROMPT_SUFFIX, images, max_pixels=most)
+        if most is not None:
+            check_length(plan, sample, questions.name)
         _check_ids(plan, sample)
         if sample.images is not None:
             _check_image_features(plan, vision_module, sample)
@@ -117,6 +123,16 @@ def _check_samples(plan: Plan, data_sets: Sequence[Questions]) -> None:
         for other in () if matches else questions.items:
             text, same = other.text + PROMPT_SUFFIX, images[:1] * len(other.images)
             _check_ids(plan, preprocess(other.id, text, same, other.answer))
+
+
+def check_length(plan: Plan, sample: Sample, data: str) -> None:
+    """Raise UserError when a sample has more tokens than the model has positions."""
+    length, most = len(sample.input_ids), plan.decoder.max_positions
+    if length > most:
+        raise UserError(
+            f"question {sample.id!r} of {data} has {length} tokens, image included, and the model "
+            f"has {most} positions; shorten or remove it"
+        )
 
 
 def _check_ids(plan: Plan, sample: Sample) -> None:
