@@ -137,3 +137,14 @@ def test_without_pixels_inputs_of_several_images_keep_their_sizes():
     assert joined.pixel_values.sum() == sum(part.pixel_values.sum() for part in parts)
     assert join_images([part.to_meta() for part in parts]).pixel_values.shape == (3, 3, 6, 8)
     assert join_images([]) is None and join_images(parts[:1]) is parts[0]
+
+
+def test_an_engine_takes_one_image_for_a_question(tmp_path):
+    data = write_pairs(tmp_path / "data")
+    words = (f"evaluate.data={data}", "evaluate.from=engine", "export.targets=[trtllm]")
+    stages = "stages=[observe, solve, export, build, evaluate]"
+    said = plan_error(tmp_path, TINY, *words, stages, "quantize.format=fp8")
+    assert said == (
+        f"question 'two' of {data} has 2 images, and a TensorRT-LLM engine takes one for a "
+        "question; remove it, or choose other data"
+    )
