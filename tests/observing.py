@@ -59,7 +59,7 @@ def scene_micro_batches(plan, count):
     preprocess = plan.family.make_preprocessor(plan.folder, plan.config)
 
     def make_sample(item):
-        image = questions.load_image(item.image)
+        image = questions.load_images(item)
         return preprocess(item.id, item.text + PROMPT_SUFFIX, image, item.answer)
 
     return [[make_sample(item)] for item in questions.items]

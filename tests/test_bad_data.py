@@ -14,7 +14,7 @@ from nemo_vlm_ptq.workdir import store
 
 
 def test_a_missing_data_folder_is_rejected_by_the_plan(tmp_path):
-    said = "data must be 'scenes' or an existing folder, got '/nowhere'"
+    said = "data must be 'scenes', 'hard_scenes' or an existing folder, got '/nowhere'"
     assert said_by(load_questions, "/nowhere", "test", None) == said
     for key in ("calibration.data", "evaluate.data"):
         assert said in plan_error(tmp_path, TINY, "calibration.data=scenes", f"{key}=/nowhere")
@@ -42,7 +42,9 @@ NOT_GQA = [
     *(
         f'{{"7": {{"question": "What?", "answer": "x", {more}}}}}'
         for more in (
-            *('"imageId": true', '"imageId": []', '"imageId": ["7"]', '"imageId": 1.5'),
+            *('"imageId": true', '"imageId": []', '"imageId": 1.5', '"imageId": {"7": 7}'),
+            *('"imageId": [["7"]]', '"imageId": ["7", null]', '"imageId": ["7", ""]'),
+            *('"imageId": ["7", false]', '"imageId": [1.5, 7]'),
             *('"isBalanced": null', '"isBalanced": "false"', '"isBalanced": 0', '"types": ["x"]'),
         )
     ),
@@ -58,7 +60,26 @@ def test_the_error_of_a_file_in_another_format_names_it(tmp_path, text):
 def test_an_image_may_have_the_number_0(tmp_path):
     (tmp_path / "q.json").write_text('{"7": {"imageId": 0, "question": "What?", "answer": 0}}')
     (question,) = evaluation_questions(str(tmp_path), None).items
-    assert (question.image, question.answer) == ("0", "0")
+    assert (question.images, question.answer) == (("0",), "0")
+
+
+def test_a_list_holds_the_images_of_a_question_in_order(tmp_path):
+    entry = {"imageId": [7, "a/b", 7], "question": "Which?", "answer": "first"}
+    one = entry | {"imageId": ["7"]}
+    (tmp_path / "q.json").write_text(json.dumps({"1": entry, "2": one, "3": one | {"imageId": 7}}))
+    found = load_questions(str(tmp_path), "test", None)
+    assert [item.images for item in found.items] == [("7", "a/b", "7"), ("7",), ("7",)]
+    assert found.image_names() == ["7", "a/b"]
+    assert [item.record()["image"] for item in found.items] == [["7", "a/b", "7"], "7", "7"]
+
+
+def test_a_question_has_64_images_at_most(tmp_path):
+    entry = {"question": "Which?", "answer": "first"}
+    (tmp_path / "q.json").write_text(json.dumps({"1": entry | {"imageId": [7] * 64}}))
+    assert len(load_questions(str(tmp_path), "test", None).items[0].images) == 64
+    (tmp_path / "q.json").write_text(json.dumps({"1": entry | {"imageId": [7] * 65}}))
+    said = said_by(load_questions, str(tmp_path), "test", None)
+    assert said.endswith("question '1' is not in GQA's format: imageId may name 64 images, got 65")
 
 
 def write_questions(folder):
@@ -164,6 +185,8 @@ def test_the_error_of_a_question_longer_than_the_context_names_it(tmp_path):
     said = said_by(preprocess, micro_batches[0], True)
     assert said.startswith(f"question 'a' of {folder} has ")
     assert "image included, and the model has 1024 positions" in said
+    words = (f"calibration.data={folder}", "calibration.samples=1")
+    assert plan_error(tmp_path, TINY, *words).startswith(f"question 'a' of {folder} has ")
 
 
 def test_evaluation_questions_must_have_images(tmp_path):
@@ -226,9 +249,11 @@ def test_a_fifo_in_place_of_the_questions_is_named(tmp_path):
     assert "is a FIFO" in said_by(load_questions, str(tmp_path), "test", None)
 
 
-def test_the_scenes_have_a_limit(tmp_path):
-    said = plan_error(tmp_path, TINY, "calibration.samples=20000")
-    assert said == "data scenes has 10000 questions at most, got 20000"
+@pytest.mark.parametrize("level", ["scenes", "hard_scenes"])
+def test_the_scenes_have_a_limit(tmp_path, level):
+    words = f"calibration.data={level}", "calibration.samples=20000"
+    said = plan_error(tmp_path, TINY, *words)
+    assert said == f"data {level} has 10000 questions at most, got 20000"
 
 
 def test_tokens_beyond_the_embedding_are_told_by_the_plan(tmp_path):

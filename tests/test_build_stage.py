@@ -111,7 +111,7 @@ def make_prompt(plan, family):
     questions = load_questions("scenes", "test", 1)
     preprocess = plan.family.make_preprocessor(plan.folder, plan.config)
     (item,) = questions.items
-    sample = preprocess("q", item.text, questions.load_image(item.image))
+    sample = preprocess("q", item.text, questions.load_images(item))
     ids = sample.input_ids
     if family == "vila":  # published ids have one placeholder per image
         first = int(sample.is_image.int().argmax())

@@ -137,7 +137,7 @@ def test_transformers_and_reference_model_agree(workdir, transformers_loader, na
         questions = load_questions("scenes", "test", 2)
         preprocess = plan.family.make_preprocessor(plan.folder, plan.config)
         samples = [
-            preprocess(item.id, item.text + PROMPT_SUFFIX, questions.load_image(item.image))
+            preprocess(item.id, item.text + PROMPT_SUFFIX, questions.load_images(item))
             for item in questions.items
         ]
         reference = load_reference_model(

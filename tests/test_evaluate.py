@@ -14,13 +14,16 @@ from nemo_vlm_ptq.data.questions import PROMPT_SUFFIX, Question, Questions
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.evaluate import answers, comparison, gqa, sight
 from nemo_vlm_ptq.families.base import ImageInputs, Sample
+from nemo_vlm_ptq.families.several_images import join_images
 
 IMAGES, TOKENS = 5, 3  # number of images; image tokens per image
 
 
 def make_questions(count=23):
     items = [
-        Question(f"q{i:02d}", f"scene{i % IMAGES}", "w" * (i * 7 % 11 + 1), "yes", f"kind{i % 2}")
+        Question(
+            f"q{i:02d}", (f"scene{i % IMAGES}",), "w" * (i * 7 % 11 + 1), "yes", f"kind{i % 2}"
+        )
         for i in range(count)
     ]
     return Questions("fake", tuple(items), lambda name: PIL.Image.new("L", (2, 2), int(name[-1])))
@@ -34,16 +37,16 @@ class FakeBackend:
     lengths: list = field(default_factory=list)
     tokens: int = TOKENS
 
-    def preprocess(self, name, question, image):
+    def preprocess(self, name, question, images):
         assert question.endswith(PROMPT_SUFFIX)
-        if isinstance(image, PIL.Image.Image):
+        if isinstance(images, PIL.Image.Image):
             self.calls["preprocessed"] += 1
-            image = ImageInputs(torch.full((1, 3, 2, 2), float(image.getpixel((0, 0)))))
+            images = [ImageInputs(torch.full((1, 3, 2, 2), float(images.getpixel((0, 0)))))]
         else:
-            assert image.pixel_values.is_meta  # pixel values were released
+            assert all(image.pixel_values.is_meta for image in images)  # values were released
         words = len(question) - len(PROMPT_SUFFIX)
-        ids = torch.tensor([0] * TOKENS + [1] * words)
-        return Sample(name, ids, ids == 0, image)
+        ids = torch.tensor([0] * TOKENS * len(images) + [1] * words)
+        return Sample(name, ids, ids == 0, join_images(images))
 
     def encode_images(self, pixels):
         self.calls["encoded"] += len(pixels.pixel_values)
@@ -53,7 +56,13 @@ class FakeBackend:
         assert max_new_tokens >= 8
         self.lengths.append([len(sample.input_ids) for sample in samples])
         pairs = zip(samples, features, strict=True)
-        return [[int(f[0, 0]), int(sample.input_ids.sum())] for sample, f in pairs]
+        return [
+            [
+                int("".join(str(int(one)) for one in f[:: self.tokens, 0])),
+                int(sample.input_ids.sum()),
+            ]
+            for sample, f in pairs
+        ]
 
     def model(self, encoded_images=None):
         return answers.EvaluatedModel(
@@ -108,15 +117,15 @@ def test_wilson_interval_contains_the_proportions_that_a_score_test_accepts(corr
 def test_swap_gives_each_question_another_image_and_uses_each_image_once():
     items = make_questions().items
     swapped = sight.swap_images(items)
-    assert all(swapped[item.id] != item.image for item in items)
-    assert len({(item.image, swapped[item.id]) for item in items}) == IMAGES
-    assert set(swapped.values()) == {item.image for item in items}
+    assert all(swapped[item.id] != item.images for item in items)
+    assert len({(item.images, swapped[item.id]) for item in items}) == IMAGES
+    assert set(swapped.values()) == {item.images for item in items}
     assert sight.swap_images(random.Random(0).sample(items, len(items))) == swapped
 
 
 def test_swap_rejects_a_single_image():
     with pytest.raises(UserError, match="at least 2 images, got 1"):
-        sight.swap_images([replace(item, image="one") for item in make_questions().items])
+        sight.swap_images([replace(item, images=("one",)) for item in make_questions().items])
 
 
 @pytest.mark.parametrize(
@@ -154,7 +163,7 @@ def test_answers_belong_to_their_question_and_image():
     found = answers.generate_answers(FakeBackend().model(), questions, batch_size=4)
     assert list(found) == [item.id for item in questions.items]
     for item in questions.items:
-        assert found[item.id] == f"image {item.image[-1]} words {len(item.text)}"
+        assert found[item.id] == f"image {item.images[0][-1]} words {len(item.text)}"
 
 
 def test_answers_do_not_depend_on_order_or_batch_size():
@@ -192,7 +201,23 @@ def test_each_image_is_preprocessed_and_encoded_once_over_runs_and_formats():
     swapped = sight.swap_images(questions.items)
     found = answers.generate_answers(second.model(encoded_images), questions, swapped, batch_size=4)
     assert not second.calls and loaded.total() == IMAGES
-    assert all(text.startswith(f"image {swapped[name][-1]} ") for name, text in found.items())
+    assert all(text.startswith(f"image {swapped[name][0][-1]} ") for name, text in found.items())
+
+
+def test_a_question_about_several_images_sees_them_in_order():
+    questions = make_questions()
+    names = {f"q{i:02d}": (f"scene{i % 4 + 1}", f"scene{i % 3 + 1}", "scene4") for i in range(9)}
+    items = tuple(replace(q, images=names.get(q.id, q.images)) for q in questions.items)
+    questions, fake = replace(questions, items=items), FakeBackend()
+    found = answers.generate_answers(fake.model(), questions, batch_size=4)
+    for item in items:
+        digits = int("".join(name[-1] for name in item.images))
+        assert found[item.id] == f"image {digits} words {len(item.text)}"
+    assert fake.calls == {"preprocessed": IMAGES, "encoded": IMAGES}
+    swapped = sight.swap_images(items)
+    for item in items:
+        assert len(swapped[item.id]) == len(item.images)
+        assert all(a != b for a, b in zip(swapped[item.id], item.images, strict=True))
 
 
 def test_image_tokens_and_features_must_match():

@@ -114,7 +114,7 @@ def compute_logits(parallel, workdir):
     questions = load_questions("scenes", "test", 3)
     preprocess = plan.family.make_preprocessor(plan.folder, plan.config)
     samples = [
-        preprocess(question.id, question.text + PROMPT_SUFFIX, questions.load_image(question.image))
+        preprocess(question.id, question.text + PROMPT_SUFFIX, questions.load_images(question))
         for question in questions.items
     ]
     return {

@@ -208,7 +208,7 @@ def nemo_logits(nemo_line, tmp_path_factory):
     questions = load_questions("scenes", "test", 2)
     preprocess = plan.family.make_preprocessor(plan.folder, plan.config)
     samples = [
-        preprocess(item.id, item.text + PROMPT_SUFFIX, questions.load_image(item.image))
+        preprocess(item.id, item.text + PROMPT_SUFFIX, questions.load_images(item))
         for item in questions.items
     ]
     length = min(len(one.input_ids) for one in samples)

@@ -143,7 +143,10 @@ def test_a_failed_job_shows_the_error_and_exits_with_1(tmp_path):
         ["nemo_vlm_ptq.nemo.recipes", "quickstart", *overrides, *local], tmp_path / "home"
     )
     assert done.returncode == 1
-    assert f"{PREFIX}data must be 'scenes' or an existing folder, got 'nowhere'\n" in done.stdout
+    assert (
+        f"{PREFIX}data must be 'scenes', 'hard_scenes' or an existing folder, got 'nowhere'\n"
+        in done.stdout
+    )
 
 
 def test_without_an_executor_the_command_starts_its_own_ranks(monkeypatch, capfd, tmp_path):

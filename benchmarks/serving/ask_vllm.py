@@ -113,10 +113,11 @@ def generate_answers(checkpoint: EvaluatedCheckpoint) -> dict[str, str]:
     images: dict[str, Any] = {}
     prompts = []
     for item in questions.items:
-        if item.image not in images:
-            images[item.image] = questions.load_image(item.image)
+        (name,) = item.images
+        if name not in images:
+            images[name] = questions.load_image(name)
         text = PROMPTS[model_type].format(question=item.text + PROMPT_SUFFIX)
-        prompts.append({"prompt": text, "multi_modal_data": {"image": images[item.image]}})
+        prompts.append({"prompt": text, "multi_modal_data": {"image": images[name]}})
     greedy = SamplingParams(temperature=0, max_tokens=MAX_NEW_TOKENS)
     results = llm.generate(prompts, greedy, use_tqdm=False)
     texts = [result.outputs[0].text for result in results]

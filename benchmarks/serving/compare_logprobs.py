@@ -113,7 +113,7 @@ def write_questions(
     questions = calibration_questions(recipe.calibration)
     samples, items = [], []
     for item in questions.items[:: max(1, len(questions.items) // count)][:count]:
-        image = questions.load_image(item.image)
+        image = questions.load_images(item)
         samples.append(preprocess(item.id, item.text, image))
         image.save(folder / f"{len(items)}.png")
         items.append({"text": item.text, "ids": samples[-1].input_ids.tolist()})

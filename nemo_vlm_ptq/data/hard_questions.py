@@ -6,49 +6,38 @@ Objects are referred to by attributes that no other object of the scene has toge
 
 import math
 import random
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import Any
 
-from nemo_vlm_ptq.data.hard_scenes import (
-    HALF_SIZES,
-    PREFIX,
-    SHAPES,
-    TOUCHING,
-    HardObject,
-    HardScene,
-    generate_scene,
+from nemo_vlm_ptq.data.hard_drafts import (
+    ATTRIBUTES,
+    KEYS,
+    NUMBERS,
+    Scene,
+    balanced,
+    countable,
+    describe,
+    make_draft,
+    name_of,
+    noun_of,
+    values_of,
 )
-from nemo_vlm_ptq.data.scene_questions import Draft, Step, gqa_entry
-from nemo_vlm_ptq.data.scenes import COLORS, seeded_random, shuffled
+from nemo_vlm_ptq.data.hard_scenes import PREFIX, TOUCHING, HardObject, generate_scene
+from nemo_vlm_ptq.data.scene_questions import Draft, gqa_entry
+from nemo_vlm_ptq.data.scenes import seeded_random, shuffled
 
-NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 MIN_RATIO = 1.15  # of half sizes that are compared
 NEAREST_RATIO = 1.2  # the second nearest object is farther by this factor
 MIN_OFFSET = 10.0  # pixels between centres of objects whose sides are asked for
 SOLID = ("circle", "square", "diamond")  # shapes that surely overlap at TOUCHING
-ATTRIBUTES = ("size", "color", "shape")
-KEYS = [keys for count in (1, 2, 3) for keys in combinations(ATTRIBUTES, count)]
 SIDES = {  # answer -> opposite answer, axis, sign, words
     "left": ("right", "x", -1, "to the left or to the right of"),
     "right": ("left", "x", 1, "to the left or to the right of"),
     "above": ("below", "y", -1, "above or below"),
     "below": ("above", "y", 1, "above or below"),
 }
-Values = tuple[tuple[str, str], ...]  # (attribute, value) of a description
-
-
-class Scene(NamedTuple):
-    """A scene with what its objects can be called.
-
-    counts: description -> objects that it fits.
-    """
-
-    objects: tuple[HardObject, ...]
-    scene: HardScene
-    counts: Counter[Values]
 
 
 def questions(split: str, scenes: int, first: int = 0) -> dict[str, dict]:
@@ -69,7 +58,7 @@ def questions(split: str, scenes: int, first: int = 0) -> dict[str, dict]:
 
 def draft_questions(image_id: str, next_id: str) -> tuple[list[Draft], list[Draft]]:
     """Draft the questions of one scene, and those of it and the next, without duplicates."""
-    scene, other = (_describe(generate_scene(name)[0]) for name in (image_id, next_id))
+    scene, other = (describe(generate_scene(name)[0]) for name in (image_id, next_id))
     rng = seeded_random(f"questions {image_id}")
     single: dict[str, Draft] = {}
     for generate, count in SINGLE_TYPES:
@@ -82,93 +71,40 @@ def draft_questions(image_id: str, next_id: str) -> tuple[list[Draft], list[Draf
     return list(single.values()), list(paired.values())
 
 
-def _describe(scene: HardScene) -> Scene:
-    """Count the objects that each description fits."""
-    counts = Counter(_values(item, keys) for item in scene.objects for keys in KEYS)
-    return Scene(scene.objects, scene, counts)
-
-
-def _values(item: HardObject, keys: tuple[str, ...]) -> Values:
-    return tuple((key, getattr(item, key)) for key in keys)
-
-
-def _noun(values: Values, plural: bool = False) -> str:
-    """Return "large red circle", "red objects"."""
-    words = [value for _, value in values]
-    if values[-1][0] != "shape":
-        words.append("object")
-    if plural:
-        words[-1] += "es" if words[-1] == "cross" else "s"
-    return " ".join(words)
-
-
-def _name(scene: Scene, item: HardObject, rng: random.Random, hidden: str = "") -> str | None:
-    """Return a description that fits the object only, without the attribute `hidden`."""
-    options = [
-        values
-        for keys in KEYS
-        if hidden not in keys and scene.counts[values := _values(item, keys)] == 1
-    ]
-    return _noun(rng.choice(options)) if options else None
-
-
-def _draft(types: str, question: str, answer: str, *subjects: str) -> Draft:
-    """Return a draft whose program selects its subjects."""
-    steps = [Step("select", [], subject) for subject in subjects]
-    steps.append(Step(types.split()[0], list(range(len(subjects))), types.split()[2]))
-    return Draft(types, question, answer, f"The answer is {answer}.", steps)
-
-
 def _query(scene: Scene, rng: random.Random, attribute: str) -> list[Draft]:
     """Draft "What color is the large circle?"."""
     drafts = []
     for item in scene.objects:
-        name = _name(scene, item, rng, hidden=attribute)
+        name = name_of(scene, item, rng, hidden=attribute)
         if name:
             text = f"What {attribute} is the {name}?"
             answer = getattr(item, attribute)
-            drafts.append(_draft(f"query attr {attribute}Query", text, answer, name))
+            drafts.append(make_draft(f"query attr {attribute}Query", text, answer, name))
     return drafts
-
-
-def _balanced(options: dict[Values, int], rng: random.Random) -> Values:
-    """Choose a description so that all counts are about as frequent."""
-    count = rng.choice(sorted(set(options.values())))
-    return rng.choice([values for values, number in options.items() if number == count])
-
-
-def _countable(scenes: tuple[Scene, ...], keys: tuple[str, ...]) -> dict[Values, int]:
-    """Return description -> number of objects, from zero to nine."""
-    values: list[Values] = [()]
-    for key in keys:
-        names = {"size": HALF_SIZES, "color": COLORS, "shape": SHAPES}[key]
-        values = [(*value, (key, name)) for value in values for name in names]
-    counts = {value: sum(scene.counts[value] for scene in scenes) for value in values}
-    return {value: count for value, count in counts.items() if count < len(NUMBERS)}
 
 
 def _count(scene: Scene, rng: random.Random, *keys: str) -> list[Draft]:
     """Draft "How many large circles are there?"."""
-    options = _countable((scene,), keys)
+    options = countable((scene,), keys)
     if not options:
         return []
-    values = _balanced(options, rng)
-    counted, kind = _noun(values, plural=True), "".join(key.title() for key in keys)
+    values = balanced(options, rng)
+    counted, kind = noun_of(values, plural=True), "".join(key.title() for key in keys)
     text = f"How many {counted} are there?"
-    return [_draft(f"query obj count{kind}", text, NUMBERS[options[values]], counted)]
+    return [make_draft(f"query obj count{kind}", text, NUMBERS[options[values]], counted)]
 
 
 def _compare_numbers(scene: Scene, rng: random.Random) -> list[Draft]:
     """Draft "Are there more circles or more squares?"; the answer is one of the two."""
     key = rng.choice(("color", "shape"))
-    options = _countable((scene,), (key,))
+    options = countable((scene,), (key,))
     pairs = [(a, b) for a in options for b in options if options[a] > options[b] > 0]
     if not pairs:
         return []
     more, fewer = rng.choice(pairs)
-    first, second = (_noun(v, plural=True) for v in shuffled([more, fewer], rng))
+    first, second = (noun_of(v, plural=True) for v in shuffled([more, fewer], rng))
     text = f"Are there more {first} or more {second}?"
-    return [_draft("choose obj moreObjects", text, more[0][1], first, second)]
+    return [make_draft("choose obj moreObjects", text, more[0][1], first, second)]
 
 
 def _compare_sizes(scene: Scene, rng: random.Random) -> list[Draft]:
@@ -176,12 +112,12 @@ def _compare_sizes(scene: Scene, rng: random.Random) -> list[Draft]:
     drafts = []
     for item, other in _some_pairs(scene, rng):
         ratio = item.half_size / other.half_size
-        names = _name(scene, item, rng, "size"), _name(scene, other, rng, "size")
+        names = name_of(scene, item, rng, "size"), name_of(scene, other, rng, "size")
         if max(ratio, 1 / ratio) < MIN_RATIO or None in names:
             continue
         text = f"Is the {names[0]} larger or smaller than the {names[1]}?"
         answer = "larger" if ratio > 1 else "smaller"
-        drafts.append(_draft("choose attr sizeRelation", text, answer, *map(str, names)))
+        drafts.append(make_draft("choose attr sizeRelation", text, answer, *map(str, names)))
     return drafts
 
 
@@ -195,7 +131,7 @@ def _side(scene: Scene, rng: random.Random) -> list[Draft]:
     """Draft "Is the red circle above or below the blue square?"."""
     drafts = []
     for item, other in _some_pairs(scene, rng):
-        names = _name(scene, item, rng), _name(scene, other, rng)
+        names = name_of(scene, item, rng), name_of(scene, other, rng)
         side = rng.choice(list(SIDES))
         _, axis, sign, words = SIDES[side]
         offset = sign * (getattr(item, axis) - getattr(other, axis))
@@ -203,7 +139,7 @@ def _side(scene: Scene, rng: random.Random) -> list[Draft]:
             continue
         answer = side if offset > 0 else SIDES[side][0]
         text = f"Is the {names[0]} {words} the {names[1]}?"
-        drafts.append(_draft("choose rel chooseRelation", text, answer, *map(str, names)))
+        drafts.append(make_draft("choose rel chooseRelation", text, answer, *map(str, names)))
     return drafts
 
 
@@ -211,7 +147,7 @@ def _nearest(scene: Scene, rng: random.Random, attribute: str) -> list[Draft]:
     """Draft "What color is the object nearest to the red circle?"."""
     drafts = []
     for item in scene.objects:
-        name = _name(scene, item, rng)
+        name = name_of(scene, item, rng)
         others = sorted(
             (math.hypot(item.x - other.x, item.y - other.y), other.index)
             for other in scene.objects
@@ -220,7 +156,7 @@ def _nearest(scene: Scene, rng: random.Random, attribute: str) -> list[Draft]:
         if name and others[1][0] > NEAREST_RATIO * others[0][0]:
             text = f"What {attribute} is the object nearest to the {name}?"
             answer = getattr(scene.objects[others[0][1]], attribute)
-            drafts.append(_draft(f"query rel {attribute}Nearest", text, answer, name))
+            drafts.append(make_draft(f"query rel {attribute}Nearest", text, answer, name))
     return drafts
 
 
@@ -233,18 +169,18 @@ def _front(scene: Scene, rng: random.Random) -> list[Draft]:
         if not solid or gap > TOUCHING * (item.half_size + other.half_size):
             continue
         front, (first, second) = other, shuffled([item, other], rng)
-        names = _name(scene, first, rng), _name(scene, second, rng)
+        names = name_of(scene, first, rng), name_of(scene, second, rng)
         if None not in names:
             text = f"Is the {names[0]} in front of or behind the {names[1]}?"
             answer = "front" if first is front else "behind"
-            drafts.append(_draft("choose rel occlusion", text, answer, *map(str, names)))
+            drafts.append(make_draft("choose rel occlusion", text, answer, *map(str, names)))
     return drafts
 
 
 def _read(scene: Scene, rng: random.Random) -> list[Draft]:
     """Draft "What is written on the red sign?"."""
     return [
-        _draft("query text readText", f"What is written on the {sign.color} sign?", sign.word,
+        make_draft("query text readText", f"What is written on the {sign.color} sign?", sign.word,
                f"{sign.color} sign")
         for sign in scene.scene.signs
     ]  # fmt: skip
@@ -252,49 +188,49 @@ def _read(scene: Scene, rng: random.Random) -> list[Draft]:
 
 def _exist(scene: Scene, rng: random.Random) -> list[Draft]:
     """Draft "Is there a small red circle?"; if there is none, each attribute is in the scene."""
-    values = _values(rng.choice(scene.objects), ATTRIBUTES)
+    values = values_of(rng.choice(scene.objects), ATTRIBUTES)
     if rng.random() < 0.5:
         mixed = [
             tuple((key, getattr(rng.choice(scene.objects), key)) for key in ATTRIBUTES)
             for _ in range(10)
         ]
         values = next((one for one in mixed if not scene.counts[one]), values)
-    answer, noun = "yes" if scene.counts[values] else "no", _noun(values)
-    return [_draft("verify obj exist", f"Is there a {noun}?", answer, noun)]
+    answer, noun = "yes" if scene.counts[values] else "no", noun_of(values)
+    return [make_draft("verify obj exist", f"Is there a {noun}?", answer, noun)]
 
 
 def _which_has_more(scene: Scene, other: Scene, rng: random.Random) -> list[Draft]:
     """Draft "Which image has more circles, the first or the second?"."""
-    options = _countable((scene,), (rng.choice(("color", "shape")),))
+    options = countable((scene,), (rng.choice(("color", "shape")),))
     differing = [v for v in options if scene.counts[v] != other.counts[v]]
     if not differing:
         return []
     values = rng.choice(differing)
-    noun = _noun(values, plural=True)
+    noun = noun_of(values, plural=True)
     answer = "first" if scene.counts[values] > other.counts[values] else "second"
     text = f"Which image has more {noun}, the first or the second?"
-    return [_draft("choose obj pairMore", text, answer, noun)]
+    return [make_draft("choose obj pairMore", text, answer, noun)]
 
 
 def _in_both(scene: Scene, other: Scene, rng: random.Random) -> list[Draft]:
     """Draft "How many red objects are there in both images together?"."""
-    options = _countable((scene, other), (rng.choice(("color", "shape")),))
-    values = _balanced(options, rng)
-    noun = _noun(values, plural=True)
+    options = countable((scene, other), (rng.choice(("color", "shape")),))
+    values = balanced(options, rng)
+    noun = noun_of(values, plural=True)
     text = f"How many {noun} are there in both images together?"
-    return [_draft("query obj pairCount", text, NUMBERS[options[values]], noun)]
+    return [make_draft("query obj pairCount", text, NUMBERS[options[values]], noun)]
 
 
 def _which_has(scene: Scene, other: Scene, rng: random.Random) -> list[Draft]:
     """Draft "Which image has a large red circle, the first or the second?"."""
     answer, (shown, hidden) = rng.choice((("first", (scene, other)), ("second", (other, scene))))
     keys = rng.choice([keys for keys in KEYS if len(keys) > 1])
-    found = [v for item in shown.objects if not hidden.counts[v := _values(item, keys)]]
+    found = [v for item in shown.objects if not hidden.counts[v := values_of(item, keys)]]
     if not found:
         return []
-    noun = _noun(rng.choice(found))
+    noun = noun_of(rng.choice(found))
     text = f"Which image has a {noun}, the first or the second?"
-    return [_draft("choose obj pairExist", text, answer, noun)]
+    return [make_draft("choose obj pairExist", text, answer, noun)]
 
 
 Generate = Callable[[Scene, random.Random], list[Draft]]

@@ -206,7 +206,7 @@ STAR = [
     (math.sin(k * math.pi / 5) * (1, 0.42)[k % 2], -math.cos(k * math.pi / 5) * (1, 0.42)[k % 2])
     for k in range(10)
 ]
-POLYGONS = {
+POLYGONS: dict[str, list[tuple[float, float]]] = {
     "square": [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)],
     "triangle": [(0, -1), (1, 0.88), (-1, 0.88)],
     "diamond": [(0, -1), (1, 0), (0, 1), (-1, 0)],

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import PIL.Image
 
+from nemo_vlm_ptq.data.drawn import LEVELS, drawn_questions
 from nemo_vlm_ptq.data.images import check_image, image_file, open_image
 from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.input_files import is_folder, read_json, shorten
@@ -22,9 +23,7 @@ if TYPE_CHECKING:
 
 # The instruction of LLaVA and VILA for GQA.
 PROMPT_SUFFIX = "\nAnswer the question using a single word or phrase."
-SCENES_PER_SPLIT = 250  # built-in scenes that questions are drawn from, unless more are needed
-MIN_QUESTIONS_PER_SCENE = 8
-MAX_SCENES = 1250  # drawing more takes minutes
+MAX_IMAGES = 64  # of a question
 
 
 @dataclass(frozen=True)
@@ -32,23 +31,24 @@ class Question:
     """One question.
 
     id: key of the question in the file.
-    image: id of the image; "" for a question without an image.
+    images: ids of its images, in order.
     text: the question.
     answer: the reference answer.
     question_type: GQA's types.detailed; "other" if the file has none.
     """
 
     id: str
-    image: str
+    images: tuple[str, ...]
     text: str
     answer: str
     question_type: str
 
-    def record(self) -> dict[str, str]:
+    def record(self) -> dict[str, Any]:
         """Return the fields under the keys that Questions.identity hashes."""
+        several = len(self.images) > 1
         return {
             "id": self.id,
-            "image": self.image,
+            "image": list(self.images) if several else "".join(self.images),
             "text": self.text,
             "answer": self.answer,
             "kind": self.question_type,
@@ -59,10 +59,10 @@ class Question:
 class Questions:
     """Questions in a fixed order and a function that loads their images.
 
-    name: "scenes", or the folder as the recipe has it.
+    name: the name of drawn scenes, or the folder as the recipe has it.
     items: the questions.
     load_image: image id -> image.
-    folder: the folder; None for the built-in scenes.
+    folder: the folder; None for drawn scenes.
     """
 
     name: str
@@ -85,7 +85,11 @@ class Questions:
 
     def image_names(self) -> list[str]:
         """Return the ids of all images, each once."""
-        return sorted({item.image for item in self.items if item.image})
+        return sorted({name for item in self.items for name in item.images})
+
+    def load_images(self, item: Question) -> list[PIL.Image.Image]:
+        """Return the images of a question, in order."""
+        return [self.load_image(name) for name in item.images]
 
     def check_images(self) -> None:
         """Check the headers of all image files.
@@ -106,7 +110,7 @@ class Questions:
         Raises:
             UserError: questions have none.
         """
-        without_image = [item.id for item in self.items if not item.image]
+        without_image = [item.id for item in self.items if not item.images]
         if without_image:
             raise UserError(
                 f"{len(without_image)} of {len(self.items)} questions of {self.name} have no "
@@ -125,7 +129,7 @@ def calibration_questions(calibration: Calibration) -> Questions:
     if calibration.data is None:
         raise UserError(
             "calibration.data is not set: give a folder with questions in GQA's format and images "
-            "like those that the model will be served; scenes suits only the models in assets/"
+            "like those that the model will be served; drawn scenes suit only the models in assets/"
         )
     questions = load_questions(
         calibration.data, "calibration", calibration.samples, calibration.seed
@@ -136,7 +140,7 @@ def calibration_questions(calibration: Calibration) -> Questions:
             f"{len(questions.items)} questions"
         )
     if calibration.modality == "text":
-        items = tuple(replace(item, image="") for item in questions.items)
+        items = tuple(replace(item, images=()) for item in questions.items)
         return replace(questions, items=items)
     return questions.require_images(
         "calibration without images lowers accuracy on images: add images, or set "
@@ -160,13 +164,13 @@ def evaluation_questions(data: str | None, limit: int | None) -> Questions:
 
 
 def load_questions(data: str, split: str, limit: int | None, seed: int = 0) -> Questions:
-    """Load the balanced questions of the built-in scenes or of a folder.
+    """Load the balanced questions of drawn scenes or of a folder.
 
     They are kept: the settings of each format and stage name them, and a file may be large.
 
     Args:
-        data: "scenes", or a folder with one .json file of questions in GQA's format and the images
-            images/ID.jpg (or another suffix of image_file).
+        data: "scenes", "hard_scenes", or a folder with one .json file of questions in GQA's format
+            and the images images/ID.jpg (or another suffix of image_file).
         split: "calibration" or "test"; ignored for a folder.
         limit: the largest number of questions, sampled from all; None for all.
         seed: seed of the sampling.
@@ -176,7 +180,7 @@ def load_questions(data: str, split: str, limit: int | None, seed: int = 0) -> Q
             a file is not in GQA's format.
     """
     stamp = None
-    if data != "scenes":
+    if data not in LEVELS:
         status = questions_file(Path(data)).stat()
         stamp = status.st_size, status.st_mtime_ns, status.st_ino
     return _load_questions(data, split, limit, seed, stamp)
@@ -187,17 +191,8 @@ def _load_questions(
     data: str, split: str, limit: int | None, seed: int, _: tuple[int, ...] | None
 ) -> Questions:
     """Load questions; the last argument tells a file from a later one of the same name."""
-    if data == "scenes":
-        from nemo_vlm_ptq.data import scene_questions, scenes
-
-        count = SCENES_PER_SPLIT
-        if limit is not None:
-            count = max(count, -(-limit // MIN_QUESTIONS_PER_SCENE))
-        if count > MAX_SCENES:
-            most = MAX_SCENES * MIN_QUESTIONS_PER_SCENE
-            raise UserError(f"data scenes has {most} questions at most, got {limit}")
-        folder, raw = None, scene_questions.questions(split, count)
-        load_image: Callable[[str], PIL.Image.Image] = scenes.draw
+    if data in LEVELS:
+        folder, (raw, load_image) = None, drawn_questions(data, split, limit)
     else:
         folder = Path(data)
         raw, load_image = _read_questions(folder), partial(open_image, folder)
@@ -218,7 +213,7 @@ def _parse_question(data: str, name: str, entry: Any) -> Question | None:
     try:
         if not isinstance(entry, dict):
             raise TypeError(f"expected an object, got {shorten(repr(entry))}")
-        balanced, image = entry.get("isBalanced", True), entry.get("imageId")
+        balanced = entry.get("isBalanced", True)
         if not isinstance(balanced, bool):
             raise TypeError(f"isBalanced must be true or false, got {shorten(repr(balanced))}")
         if not balanced:
@@ -226,12 +221,10 @@ def _parse_question(data: str, name: str, entry: Any) -> Question | None:
         text, answer = entry["question"], entry["answer"]
         if not isinstance(text, str) or type(answer) not in (str, int, float):
             raise TypeError("question must be a string, answer a string or a number")
-        if image is not None and type(image) not in (str, int):
-            raise TypeError(f"imageId must be a string or an integer, got {shorten(repr(image))}")
         question_type = (entry.get("types") or {}).get("detailed") or "other"
         question = Question(
             id=name,
-            image="" if image is None else str(image),
+            images=_parse_images(entry.get("imageId")),
             text=text,
             answer=str(answer),
             question_type=str(question_type),
@@ -246,6 +239,25 @@ def _parse_question(data: str, name: str, entry: Any) -> Question | None:
     return question
 
 
+def _parse_images(value: Any) -> tuple[str, ...]:
+    """Return the ids of an imageId: null, one id, or a list of ids.
+
+    Raises:
+        TypeError: it is none of them.
+    """
+    if value is None or value == "":
+        return ()
+    ids = value if isinstance(value, list) else [value]
+    if not ids or any(type(name) not in (str, int) or name == "" for name in ids):
+        raise TypeError(
+            "imageId must be a string, an integer, or a list of them with one for each image, got "
+            f"{shorten(repr(value))}"
+        )
+    if len(ids) > MAX_IMAGES:
+        raise TypeError(f"imageId may name {MAX_IMAGES} images, got {len(ids)}")
+    return tuple(map(str, ids))
+
+
 def questions_file(folder: Path) -> Path:
     """Return the path of the file of questions of a data folder.
 
@@ -253,9 +265,8 @@ def questions_file(folder: Path) -> Path:
         UserError: the folder does not exist, or does not have exactly one .json file.
     """
     if not is_folder(folder):
-        raise UserError(
-            f"data must be 'scenes' or an existing folder, got {shorten(str(folder))!r}"
-        )
+        names = ", ".join(map(repr, LEVELS))
+        raise UserError(f"data must be {names} or an existing folder, got {shorten(str(folder))!r}")
     files = sorted(folder.glob("*.json"))
     if len(files) != 1:
         raise UserError(f"{folder} must hold exactly one .json file of questions, got {len(files)}")

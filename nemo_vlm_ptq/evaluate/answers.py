@@ -71,7 +71,7 @@ class EvaluatedModel:
 def generate_answers(
     model: EvaluatedModel,
     questions: Questions,
-    images: Mapping[str, str] | None = None,
+    images: Mapping[str, tuple[str, ...]] | None = None,
     *,
     batch_size: int,
     progress: Callable[[int, int], None] | None = None,
@@ -81,7 +81,7 @@ def generate_answers(
     Args:
         model: the model; images that are not in its cache are encoded and added to it.
         questions: the questions; a prompt is the question followed by GQA's suffix.
-        images: question id -> id of the image to show; None shows each question's own image.
+        images: question id -> ids of the images to show; None shows each question's own.
         batch_size: questions per call of the backend; they are sorted by length, then by id.
         progress: called with (answered, total) after each batch.
 
@@ -91,13 +91,13 @@ def generate_answers(
     Raises:
         UserError: the number of image tokens in a prompt differs from the number of features.
     """
-    image_ids = {item.id: images[item.id] if images else item.image for item in questions.items}
+    image_ids = {item.id: images[item.id] if images else item.images for item in questions.items}
     samples = _make_samples(model, questions, image_ids)
     samples.sort(key=lambda sample: (len(sample.input_ids), sample.id))
     answers: dict[str, str] = {}
     for start in range(0, len(samples), batch_size):
         batch = samples[start : start + batch_size]
-        features = [model.encoded_images[image_ids[sample.id]].features for sample in batch]
+        features = [_join_features(model, image_ids[sample.id]) for sample in batch]
         outputs = model.backend.generate(batch, features, MAX_NEW_TOKENS)
         for sample, token_ids in zip(batch, outputs, strict=True):
             answers[sample.id] = model.decode(token_ids)
@@ -107,20 +107,30 @@ def generate_answers(
 
 
 def _make_samples(
-    model: EvaluatedModel, questions: Questions, image_ids: Mapping[str, str]
+    model: EvaluatedModel, questions: Questions, image_ids: Mapping[str, tuple[str, ...]]
 ) -> list[Sample]:
     """Preprocess all questions; load and encode the images that are not in the cache."""
     samples = []
     for item in questions.items:
-        image_id, text = image_ids[item.id], item.text + PROMPT_SUFFIX
-        if image_id in model.encoded_images:
-            sample = model.preprocess(item.id, text, model.encoded_images[image_id].inputs)
-        else:
-            sample = model.preprocess(item.id, text, questions.load_image(image_id))
-            model.encoded_images[image_id] = _encode_image(model.backend, sample.images)
-        _check_image_tokens(sample, image_id, model.encoded_images[image_id].features)
+        names, text = image_ids[item.id], item.text + PROMPT_SUFFIX
+        for name in names:
+            if name not in model.encoded_images:
+                alone = model.preprocess(item.id, text, questions.load_image(name))
+                model.encoded_images[name] = _encode_image(model.backend, alone.images)
+        inputs = [model.encoded_images[name].inputs for name in names]
+        sample = model.preprocess(item.id, text, [one for one in inputs if one is not None])
+        _check_image_tokens(sample, names, _join_features(model, names))
         samples.append(sample)
     return samples
+
+
+def _join_features(model: EvaluatedModel, names: Sequence[str]) -> torch.Tensor | None:
+    """Return the features [image tokens,H] of images in order; None if there are none."""
+    features = [model.encoded_images[name].features for name in names]
+    present = [one for one in features if one is not None]
+    if len(present) < 2:
+        return present[0] if present else None
+    return torch.cat(present)
 
 
 def _encode_image(backend: GenerationBackend, inputs: ImageInputs | None) -> EncodedImage:
@@ -134,12 +144,14 @@ def _encode_image(backend: GenerationBackend, inputs: ImageInputs | None) -> Enc
     return EncodedImage(inputs=shape_only, features=backend.encode_images(inputs))
 
 
-def _check_image_tokens(sample: Sample, image_id: str, features: torch.Tensor | None) -> None:
+def _check_image_tokens(
+    sample: Sample, names: Sequence[str], features: torch.Tensor | None
+) -> None:
     """Raise UserError when prompt and features differ in the number of image tokens."""
     expected, got = int(sample.is_image.sum()), 0 if features is None else len(features)
     if expected != got:
         raise UserError(
-            f"question {sample.id!r}: prompt has {expected} image tokens but image {image_id!r} "
-            f"has {got} features; the model folder's image processor and its vision config must "
-            "match"
+            f"question {sample.id!r}: prompt has {expected} image tokens but image "
+            f"{', '.join(map(repr, names))} has {got} features; the model folder's image processor "
+            "and its vision config must match"
         )

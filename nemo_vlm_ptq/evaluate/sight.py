@@ -19,17 +19,17 @@ VERDICT_IGNORES_IMAGES = "ignores images"
 VERDICT_BASELINE_IGNORES_IMAGES = "16 bit ignores images"
 
 
-def swap_images(items: Sequence[Question]) -> dict[str, str]:
-    """Return question id -> id of another question's image.
+def swap_images(items: Sequence[Question]) -> dict[str, tuple[str, ...]]:
+    """Return question id -> ids of other images, as many as the question has.
 
-    All questions of one image get the same other image. The sorted image ids are rotated by half
-    their number, so each image is used exactly once and the result is deterministic and independent
-    of the order of the questions.
+    An image is replaced by the same other one in all questions. The sorted image ids are rotated by
+    half their number, so each image is used exactly once and the result is deterministic and
+    independent of the order of the questions.
 
     Raises:
         UserError: all questions share one image.
     """
-    images = sorted({item.image for item in items})
+    images = sorted({name for item in items for name in item.images})
     if len(images) < 2:
         raise UserError(
             f"the sight test needs questions about at least 2 images, got {len(images)}; "
@@ -37,7 +37,7 @@ def swap_images(items: Sequence[Question]) -> dict[str, str]:
         )
     half = len(images) // 2
     other = dict(zip(images, images[half:] + images[:half], strict=True))
-    return {item.id: other[item.image] for item in items}
+    return {item.id: tuple(other[name] for name in item.images) for item in items}
 
 
 def uses_images(

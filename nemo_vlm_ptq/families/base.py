@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import torch
 
@@ -107,6 +107,9 @@ class ImagePlaceholders:
     num_images: int
 
 
+AnyImage: TypeAlias = "PIL.Image.Image | ImageInputs"
+
+
 class Preprocess(Protocol):
     """Function that builds the sample of a question in the prompt format of the family."""
 
@@ -114,7 +117,7 @@ class Preprocess(Protocol):
         self,
         sample_id: str,
         question: str,
-        image: PIL.Image.Image | ImageInputs | None = None,
+        images: AnyImage | Sequence[AnyImage] | None = None,
         answer: str = "",
         *,
         max_pixels: int | None = None,
@@ -124,9 +127,10 @@ class Preprocess(Protocol):
         Args:
             sample_id: id of the sample, for error messages.
             question: the text of the question.
-            image: the image, or the `images` of an earlier sample with the same image.
+            images: the image, or a list in order; an image, or the `images` of an earlier sample
+                with that image alone.
             answer: appended to the prompt, for calibration.
-            max_pixels: area that the image is resized to at most, where the family takes any size.
+            max_pixels: area that each image is resized to at most, where the family takes any size.
         """
 
 
@@ -172,6 +176,8 @@ class ModelFamily:
     pads_tiles: bool = False
     # whether an image is its patches, padded to the same number, with image_position_ids
     pads_patches: bool = False
+    # whether a question may be about several images
+    takes_several_images: bool = True
     # (class of the same models that is not supported, the repository to take instead)
     other_repositories: tuple[tuple[str, str], ...] = ()
     # sub-folders with a checkpoint each; their tensors are named SUBFOLDER/NAME
@@ -287,6 +293,11 @@ def check_placeholder_count(sample_id: str, found: int, images: int) -> None:
     Raises:
         UserError: there are more or fewer.
     """
+    if 0 < found < images:
+        raise UserError(
+            f"question {sample_id!r} has {images} images, of which its prompt shows {found}: the "
+            "chat template takes one image; remove the question"
+        )
     if found < images:
         raise UserError(
             f"question {sample_id!r}: the tokenizer does not map the image placeholder of the "

@@ -13,8 +13,8 @@ from nemo_vlm_ptq.errors import UserError
 from nemo_vlm_ptq.input_files import one_line, read_text
 from nemo_vlm_ptq.utils.limits import ends_within
 
-# (question, whether it has an image, answer or "") -> prompt, followed by the answer
-Render = Callable[[str, bool, str], str]
+# (question, number of its images, answer or "") -> prompt, followed by the answer
+Render = Callable[[str, int, str], str]
 
 PROBE = "QUESTION"
 TRIAL_SECONDS = 10  # of CPU time
@@ -45,12 +45,11 @@ def prompt_renderer(folder: Path, tokenizer: Any, default: str | None, image: st
             "chat_template.json, or the key chat_template of tokenizer_config.json"
         )
 
-    def render(question: str, has_image: bool, answer: str) -> str:
+    def render(question: str, images: int, answer: str) -> str:
         if template is None:
-            placeholder = f"{image}\n" if has_image else ""
-            text = str(default).format(image=placeholder, question=question)
+            text = str(default).format(image=f"{image}\n" * images, question=question)
         else:
-            text = _apply(tokenizer, template, style(question, image, has_image))
+            text = _apply(tokenizer, template, style(question, image, images))
         if not answer:
             return text
         return text + answer if text[-1:].isspace() else f"{text} {answer}"
@@ -97,7 +96,7 @@ def _find_style(where: str, tokenizer: Any, template: str, image: str) -> Callab
     reason = f"a question about an image has not {image} and the question once"
     for style in STYLES:
         try:
-            text = _apply(tokenizer, template, style(PROBE, image, True))
+            text = _apply(tokenizer, template, style(PROBE, image, 1))
         except UserError as error:
             reason = str(error)
             continue
@@ -115,9 +114,9 @@ def _try_within_limits(where: str, tokenizer: Any, template: str, image: str) ->
 
     def render_all() -> None:
         for style in STYLES:
-            for has_image in (True, False):
+            for images in (2, 1, 0):
                 with suppress(UserError):
-                    _apply(tokenizer, template, style(PROBE, image, has_image))
+                    _apply(tokenizer, template, style(PROBE, image, images))
 
     if template in _tried or planned_by_parent():
         return
@@ -149,19 +148,18 @@ def _apply(tokenizer: Any, template: str, content: Any) -> str:
     return text
 
 
-def _parts(question: str, image: str, has_image: bool) -> list[dict[str, str]]:
-    """Return a list of an image and a text; the template writes the placeholder."""
-    text = {"type": "text", "text": question}
-    return [{"type": "image"}, text] if has_image else [text]
+def _parts(question: str, image: str, images: int) -> list[dict[str, str]]:
+    """Return a list of images and a text; the template writes the placeholders."""
+    return [{"type": "image"}] * images + [{"type": "text", "text": question}]
 
 
-def _text_with_image(question: str, image: str, has_image: bool) -> str:
-    return f"{image}\n{question}" if has_image else question
+def _text_with_images(question: str, image: str, images: int) -> str:
+    return f"{image}\n" * images + question
 
 
-def _text(question: str, image: str, has_image: bool) -> str:
+def _text(question: str, image: str, images: int) -> str:
     """Return the question; the template writes the placeholder for every message."""
     return question
 
 
-STYLES = (_parts, _text_with_image, _text)
+STYLES = (_parts, _text_with_images, _text)

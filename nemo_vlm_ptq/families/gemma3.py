@@ -37,6 +37,7 @@ from nemo_vlm_ptq.families.folder_files import load_tokenizer, token_of_id
 from nemo_vlm_ptq.families.full_config import full_config_reader, text_config_reader
 from nemo_vlm_ptq.families.image_processor import load_image_processor, read_settings
 from nemo_vlm_ptq.families.llama import decoder_from_sizes, llama_parameter_map
+from nemo_vlm_ptq.families.several_images import join_images, process_images
 from nemo_vlm_ptq.families.tied_head import make_config_completer
 from nemo_vlm_ptq.families.tiles import tiles_of_tokens
 from nemo_vlm_ptq.families.towers import tower_parameters
@@ -211,17 +212,18 @@ def make_preprocessor(folder: Path, config: Config) -> Preprocess:
     )
     render = prompt_renderer(folder, tokenizer, None, start)
 
+    def process(image: Any) -> ImageInputs:
+        return ImageInputs(processor(image, return_tensors="pt")["pixel_values"])
+
     def preprocess(
-        sample_id: str, question: str, image: Any = None, answer: str = "", **_: Any
+        sample_id: str, question: str, images: Any = None, answer: str = "", **_: Any
     ) -> Sample:
-        text = render(question, image is not None, answer)
+        parts = process_images(images, process)
+        text = render(question, len(parts), answer)
         ids = tokenize_prompt(tokenizer, text.replace(start, f"\n\n{start}{token}{end}\n\n"))
-        counts = [] if image is None else [full.mm_tokens_per_image]
+        counts = [full.mm_tokens_per_image] * len(parts)
         input_ids, is_image = expand_placeholders(sample_id, ids, image_id, counts)
-        if image is not None and not isinstance(image, ImageInputs):
-            processed = processor(image.convert("RGB"), return_tensors="pt")
-            image = ImageInputs(pixel_values=processed["pixel_values"])
-        return Sample(id=sample_id, input_ids=input_ids, is_image=is_image, images=image)
+        return Sample(sample_id, input_ids, is_image, join_images(parts))
 
     return preprocess
 

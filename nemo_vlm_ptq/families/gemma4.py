@@ -35,6 +35,7 @@ from nemo_vlm_ptq.families.image_processor import load_pooled_processor
 from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, decoder_from_sizes, llama_parameter_map
 from nemo_vlm_ptq.families.padded_patches import block_counts
 from nemo_vlm_ptq.families.scaled_rope import proportional_rope
+from nemo_vlm_ptq.families.several_images import join_images, process_images
 from nemo_vlm_ptq.families.tied_head import make_config_completer
 
 BODY_PREFIX, HEAD_PREFIX = "model.language_model.", "lm_head."
@@ -231,7 +232,7 @@ def _process(processor: Any, image: Any, max_pixels: int | None) -> ImageInputs:
         get_aspect_ratio_preserving_size,
     )
 
-    image, own_size = image.convert("RGB"), {}
+    own_size: dict[str, bool] = {}
     patch, pooling = processor.patch_size, processor.pooling_kernel_size
     side = patch * pooling
     tokens = processor.max_soft_tokens if max_pixels is None else max_pixels // side**2
@@ -260,18 +261,17 @@ def make_preprocessor(folder: Path, config: Config) -> Preprocess:
     def preprocess(
         sample_id: str,
         question: str,
-        image: Any = None,
+        images: Any = None,
         answer: str = "",
         *,
         max_pixels: int | None = None,
     ) -> Sample:
-        text = render(question, image is not None, answer)
+        parts = process_images(images, lambda image: _process(processor, image, max_pixels))
+        text = render(question, len(parts), answer)
         ids = tokenize_prompt(tokenizer, text.replace(token, f"{start}{token}{end}"))
-        if image is not None and not isinstance(image, ImageInputs):
-            image = _process(processor, image, max_pixels)
-        counts = [] if image is None else block_counts(image, full.vision_config)
+        counts = [count for one in parts for count in block_counts(one, full.vision_config)]
         input_ids, is_image = expand_placeholders(sample_id, ids, full.image_token_id, counts)
-        return Sample(id=sample_id, input_ids=input_ids, is_image=is_image, images=image)
+        return Sample(sample_id, input_ids, is_image, join_images(parts))
 
     return preprocess
 

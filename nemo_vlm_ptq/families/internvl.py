@@ -31,6 +31,7 @@ from nemo_vlm_ptq.families.full_config import full_config_reader, text_config_re
 from nemo_vlm_ptq.families.image_processor import load_image_processor
 from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, llama_parameter_map
 from nemo_vlm_ptq.families.qwen_text import qwen_text_decoder
+from nemo_vlm_ptq.families.several_images import join_images, process_images
 from nemo_vlm_ptq.families.tied_head import make_config_completer
 from nemo_vlm_ptq.families.tiles import tiles_of_tokens
 from nemo_vlm_ptq.families.towers import merge_patches
@@ -153,18 +154,20 @@ def make_preprocessor(folder: Path, config: Config) -> Preprocess:
     start = getattr(tokenizer, "start_image_token", "<img>")
     marked = start + token + getattr(tokenizer, "end_image_token", "</img>")
 
+    def process(image: Any) -> ImageInputs:
+        # InternVLProcessor cuts images into tiles whatever the image processor's settings say
+        processed = processor(image, crop_to_patches=True, return_tensors="pt")
+        return ImageInputs(processed["pixel_values"])
+
     def preprocess(
-        sample_id: str, question: str, image: Any = None, answer: str = "", **_: Any
+        sample_id: str, question: str, images: Any = None, answer: str = "", **_: Any
     ) -> Sample:
-        text = render(question, image is not None, answer)
+        parts = process_images(images, process)
+        text = render(question, len(parts), answer)
         ids = tokenize_prompt(tokenizer, text.replace(token, marked))
-        if image is not None and not isinstance(image, ImageInputs):
-            # InternVLProcessor cuts images into tiles whatever the image processor's settings say
-            processed = processor(image.convert("RGB"), crop_to_patches=True, return_tensors="pt")
-            image = ImageInputs(pixel_values=processed["pixel_values"])
-        counts = [] if image is None else [count * len(image)]
+        counts = [count * len(image) for image in parts]
         input_ids, is_image = expand_placeholders(sample_id, ids, full.image_token_id, counts)
-        return Sample(id=sample_id, input_ids=input_ids, is_image=is_image, images=image)
+        return Sample(sample_id, input_ids, is_image, join_images(parts))
 
     return preprocess
 

@@ -34,6 +34,7 @@ from nemo_vlm_ptq.families.folder_files import load_tokenizer
 from nemo_vlm_ptq.families.full_config import full_config_reader, text_config_reader
 from nemo_vlm_ptq.families.image_processor import load_image_processor
 from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, llama_decoder, llama_parameter_map
+from nemo_vlm_ptq.families.several_images import join_images, process_images
 from nemo_vlm_ptq.families.tiles import tiles_of_tokens
 from nemo_vlm_ptq.families.towers import select_hidden_states, tower_parameters
 from nemo_vlm_ptq.parameter_map.entries import IgnoredTensor
@@ -151,16 +152,17 @@ def make_preprocessor(folder: Path, config: Config) -> Preprocess:
     processor = load_image_processor(folder, IMAGE_PROCESSORS, full.vision_config.image_size)
     render = prompt_renderer(folder, tokenizer, PROMPT, "<image>")
 
+    def process(image: Any) -> ImageInputs:
+        return ImageInputs(processor(image, return_tensors="pt")["pixel_values"])
+
     def preprocess(
-        sample_id: str, question: str, image: Any = None, answer: str = "", **_: Any
+        sample_id: str, question: str, images: Any = None, answer: str = "", **_: Any
     ) -> Sample:
-        ids = tokenize_prompt(tokenizer, render(question, image is not None, answer))
-        counts = [] if image is None else [count]
+        parts = process_images(images, process)
+        ids = tokenize_prompt(tokenizer, render(question, len(parts), answer))
+        counts = [count] * len(parts)
         input_ids, is_image = expand_placeholders(sample_id, ids, full.image_token_index, counts)
-        if image is not None and not isinstance(image, ImageInputs):
-            processed = processor(image.convert("RGB"), return_tensors="pt")
-            image = ImageInputs(pixel_values=processed["pixel_values"])
-        return Sample(id=sample_id, input_ids=input_ids, is_image=is_image, images=image)
+        return Sample(sample_id, input_ids, is_image, join_images(parts))
 
     return preprocess
 

@@ -33,6 +33,7 @@ from nemo_vlm_ptq.families.folder_files import load_tokenizer
 from nemo_vlm_ptq.families.full_config import full_config_reader, text_config_reader
 from nemo_vlm_ptq.families.image_processor import load_image_processor
 from nemo_vlm_ptq.families.llama import llama_decoder, llama_parameter_map
+from nemo_vlm_ptq.families.several_images import join_images, process_images
 
 # (config, features [views,tokens,H] of each image, image sizes, newline) -> features [tokens,H]
 Pack = Callable[[Any, list[torch.Tensor], torch.Tensor, torch.Tensor], list[torch.Tensor]]
@@ -129,7 +130,7 @@ def pack_features(
     return packed
 
 
-def token_counts(full: Any, image_sizes: torch.Tensor, pack: Pack = pack_features) -> list[int]:
+def token_counts(full: Any, image_sizes: Any, pack: Pack = pack_features) -> list[int]:
     """Return the number of tokens of each image, from features on the meta device."""
     grid = full.vision_config.image_size // full.vision_config.patch_size
     features = [
@@ -191,18 +192,19 @@ def preprocess_views(
 ) -> Preprocess:
     """Return the function that builds samples of images that are arranged by `pack`."""
 
+    def process(image: Any) -> ImageInputs:
+        processed = processor(image, return_tensors="pt")
+        return ImageInputs(processed["pixel_values"], processed["image_sizes"])
+
     def preprocess(
-        sample_id: str, question: str, image: Any = None, answer: str = "", **_: Any
+        sample_id: str, question: str, images: Any = None, answer: str = "", **_: Any
     ) -> Sample:
-        if image is not None and not isinstance(image, ImageInputs):
-            processed = processor(image.convert("RGB"), return_tensors="pt")
-            image = ImageInputs(
-                pixel_values=processed["pixel_values"], image_sizes=processed["image_sizes"]
-            )
-        ids = tokenize_prompt(tokenizer, render(question, image is not None, answer))
-        counts = [] if image is None else token_counts(full, image.image_sizes, pack)
+        parts = process_images(images, process)
+        joined = join_images(parts)
+        ids = tokenize_prompt(tokenizer, render(question, len(parts), answer))
+        counts = [] if joined is None else token_counts(full, joined.image_sizes, pack)
         input_ids, is_image = expand_placeholders(sample_id, ids, full.image_token_index, counts)
-        return Sample(id=sample_id, input_ids=input_ids, is_image=is_image, images=image)
+        return Sample(sample_id, input_ids, is_image, joined)
 
     return preprocess
 

@@ -170,6 +170,7 @@ FAMILY = ModelFamily(
     text_config=text_config,
     make_vision_module=make_vision_module,
     make_preprocessor=make_preprocessor,
+    takes_several_images=False,  # it would not cut them into tiles
     find_placeholders=find_placeholders,
     trtllm_vision_type="",
     most_tokens_per_image=8154,  # 10 tiles of 729, with newlines, and the resized image

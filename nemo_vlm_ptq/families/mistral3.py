@@ -42,6 +42,7 @@ from nemo_vlm_ptq.families.full_config import full_config_reader, text_config_re
 from nemo_vlm_ptq.families.image_processor import load_any_size_processor
 from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, llama_parameter_map
 from nemo_vlm_ptq.families.scaled_rope import scaled_rope_decoder
+from nemo_vlm_ptq.families.several_images import join_images, process_images
 from nemo_vlm_ptq.families.tied_head import make_config_completer
 from nemo_vlm_ptq.families.towers import select_hidden_states
 
@@ -199,12 +200,18 @@ def make_preprocessor(folder: Path, config: Config) -> Preprocess:
     if tokenizer.convert_tokens_to_ids(IMAGE) != image_id:
         raise UserError(f"{folder}: the tokenizer's {IMAGE} is not image_token_index {image_id}")
 
+    def image_text(image: ImageInputs, following: str) -> str:
+        assert image.image_sizes is not None
+        rows, columns = (image.image_sizes[0] // side).tolist()
+        row = IMAGE * columns
+        return (row + ROW_END) * (rows - 1) + row + IMAGE_END + following
+
     def process(image: Any, max_pixels: int | None) -> ImageInputs:
         edge = longest
         if max_pixels is not None:
             edge = bounded_edge(image.size, side, longest, max_pixels)
         processed = processor(
-            image.convert("RGB"),
+            image,
             size={"longest_edge": edge},
             patch_size=side,
             return_tensors="pt",
@@ -214,22 +221,19 @@ def make_preprocessor(folder: Path, config: Config) -> Preprocess:
     def preprocess(
         sample_id: str,
         question: str,
-        image: Any = None,
+        images: Any = None,
         answer: str = "",
         *,
         max_pixels: int | None = None,
     ) -> Sample:
-        text = render(question, image is not None, answer)
-        check_placeholder_count(sample_id, text.count(IMAGE), int(image is not None))
-        if image is not None:
-            if not isinstance(image, ImageInputs):
-                image = process(image, max_pixels)
-            rows, columns = (image.image_sizes[0] // side).tolist()
-            row = IMAGE * columns
-            text = text.replace(IMAGE, (row + ROW_END) * (rows - 1) + row + IMAGE_END)
+        parts = process_images(images, partial(process, max_pixels=max_pixels))
+        text = render(question, len(parts), answer)
+        check_placeholder_count(sample_id, text.count(IMAGE), len(parts))
+        first, *rest = text.split(IMAGE)
+        text = first + "".join(image_text(*pair) for pair in zip(parts, rest, strict=True))
         input_ids = torch.tensor(tokenize_prompt(tokenizer, text), dtype=torch.int64)
         is_image = input_ids == image_id
-        return Sample(id=sample_id, input_ids=input_ids, is_image=is_image, images=image)
+        return Sample(sample_id, input_ids, is_image, join_images(parts))
 
     return preprocess
 

@@ -38,6 +38,7 @@ from nemo_vlm_ptq.families.hd_transform import crop_image, token_count
 from nemo_vlm_ptq.families.image_processor import read_settings
 from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, decoder_from_sizes, llama_parameter_map
 from nemo_vlm_ptq.families.long_rope import read_long_rope, to_transformers_5
+from nemo_vlm_ptq.families.several_images import join_images, process_images
 from nemo_vlm_ptq.families.towers import merge_patches, select_hidden_states, tower_parameters
 from nemo_vlm_ptq.parameter_map.entries import IgnoredTensor
 
@@ -246,21 +247,24 @@ def make_preprocessor(folder: Path, config: Config) -> Preprocess:
     mean, std = settings["image_mean"], settings["image_std"]
     render = prompt_renderer(folder, tokenizer, PROMPT, "<|image_1|>")
 
+    def process(image: Any) -> ImageInputs:
+        views, size = crop_image(image, crops, side, mean, std)
+        return ImageInputs(pixel_values=views[None], image_sizes=torch.tensor([size]))
+
     def preprocess(
-        sample_id: str, question: str, image: Any = None, answer: str = "", **_: Any
+        sample_id: str, question: str, images: Any = None, answer: str = "", **_: Any
     ) -> Sample:
-        if image is not None and not isinstance(image, ImageInputs):
-            views, size = crop_image(image, crops, side, mean, std)
-            image = ImageInputs(pixel_values=views[None], image_sizes=torch.tensor([size]))
-        prompt = render(question, image is not None, answer)
-        counts = [] if image is None else token_counts(config, image.image_sizes)
+        parts = process_images(images, process)
+        joined = join_images(parts)
+        prompt = render(question, len(parts), answer)
+        counts = [] if joined is None else token_counts(config, joined.image_sizes)
         first, *rest = PLACEHOLDER.split(prompt)
         check_placeholder_count(sample_id, len(rest), len(counts))
         ids: list[int] = tokenizer(first)["input_ids"]
         for index, (count, text) in enumerate(zip(counts, rest, strict=True), 1):
             ids += [-index] * count + tokenizer(text)["input_ids"]
         input_ids = torch.tensor(ids)
-        return Sample(id=sample_id, input_ids=input_ids, is_image=input_ids < 0, images=image)
+        return Sample(sample_id, input_ids, input_ids < 0, joined)
 
     return preprocess
 

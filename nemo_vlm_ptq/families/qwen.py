@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from nemo_vlm_ptq.families.full_config import ConfigReader
 from nemo_vlm_ptq.families.image_processor import load_patch_processor
 from nemo_vlm_ptq.families.llama import decoder_from_sizes
 from nemo_vlm_ptq.families.mrope import mrope_positions
+from nemo_vlm_ptq.families.several_images import join_images, process_images
 
 IMAGE_PROCESSORS = ("Qwen2VLImageProcessor",)
 
@@ -189,30 +191,27 @@ def make_preprocessor_factory(full_config: ConfigReader) -> Callable[[Path, Conf
         token = token_of_id(folder, tokenizer, "image_token_id", full.image_token_id)
         render = prompt_renderer(folder, tokenizer, None, token)
 
+        def process(image: Any, max_pixels: int | None) -> ImageInputs:
+            size = _bounded_size(processor.size, max_pixels)
+            processed = processor(image, size=size, return_tensors="pt")
+            return ImageInputs(processed["pixel_values"], grids=processed["image_grid_thw"])
+
         def preprocess(
             sample_id: str,
             question: str,
-            image: Any = None,
+            images: Any = None,
             answer: str = "",
             *,
             max_pixels: int | None = None,
         ) -> Sample:
-            ids = tokenize_prompt(tokenizer, render(question, image is not None, answer))
-            if image is not None and not isinstance(image, ImageInputs):
-                size = _bounded_size(processor.size, max_pixels)
-                processed = processor(image.convert("RGB"), size=size, return_tensors="pt")
-                image = ImageInputs(processed["pixel_values"], grids=processed["image_grid_thw"])
-            counts = [] if image is None else token_counts(image, full)
+            parts = process_images(images, partial(process, max_pixels=max_pixels))
+            joined = join_images(parts)
+            ids = tokenize_prompt(tokenizer, render(question, len(parts), answer))
+            counts = [] if joined is None else token_counts(joined, full)
             input_ids, is_image = expand_placeholders(sample_id, ids, full.image_token_id, counts)
-            grids = None if image is None else image.grids
+            grids = None if joined is None else joined.grids
             positions = mrope_positions(is_image, grids, vision.spatial_merge_size)
-            return Sample(
-                id=sample_id,
-                input_ids=input_ids,
-                is_image=is_image,
-                images=image,
-                positions=positions,
-            )
+            return Sample(sample_id, input_ids, is_image, joined, positions)
 
         return preprocess
 

@@ -36,6 +36,7 @@ from nemo_vlm_ptq.families.full_config import full_config_reader, text_config_re
 from nemo_vlm_ptq.families.image_processor import load_image_processor
 from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, llama_parameter_map
 from nemo_vlm_ptq.families.scaled_rope import scaled_rope_decoder
+from nemo_vlm_ptq.families.several_images import join_images, process_images
 from nemo_vlm_ptq.families.tied_head import make_config_completer
 from nemo_vlm_ptq.families.tiles import tiles_of_tokens
 
@@ -179,25 +180,28 @@ def make_preprocessor(folder: Path, config: Config) -> Preprocess:
     mark, whole = (getattr(tokenizer, name, default) for name, default in MARKS.items())
 
     def process(image: Any) -> ImageInputs:
-        processed = processor(image.convert("RGB"), return_row_col_info=True, return_tensors="pt")
+        processed = processor(image, return_row_col_info=True, return_tensors="pt")
         tiles = processed["pixel_values"][0]
         cut = [max(int(processed[key][0][0]), 1) for key in ("rows", "cols")]
         size = side * torch.tensor([cut], dtype=torch.int64)
         return ImageInputs(tiles, image_sizes=size.expand(len(tiles), 2))
 
+    def expand(image: ImageInputs, following: str) -> str:
+        assert image.image_sizes is not None
+        rows, columns = (image.image_sizes[0] // side).tolist()
+        return image_text(rows, columns, token * count, mark, whole) + following
+
     def preprocess(
-        sample_id: str, question: str, image: Any = None, answer: str = "", **_: Any
+        sample_id: str, question: str, images: Any = None, answer: str = "", **_: Any
     ) -> Sample:
-        text = render(question, image is not None, answer)
-        check_placeholder_count(sample_id, text.count(token), int(image is not None))
-        if image is not None:
-            if not isinstance(image, ImageInputs):
-                image = process(image)
-            rows, columns = (image.image_sizes[0] // side).tolist()
-            text = text.replace(token, image_text(rows, columns, token * count, mark, whole))
+        parts = process_images(images, process)
+        text = render(question, len(parts), answer)
+        check_placeholder_count(sample_id, text.count(token), len(parts))
+        first, *rest = text.split(token)
+        text = first + "".join(map(expand, parts, rest))
         input_ids = torch.tensor(tokenize_prompt(tokenizer, text), dtype=torch.int64)
         is_image = input_ids == full.image_token_id
-        return Sample(id=sample_id, input_ids=input_ids, is_image=is_image, images=image)
+        return Sample(sample_id, input_ids, is_image, join_images(parts))
 
     return preprocess
 

@@ -36,6 +36,7 @@ from nemo_vlm_ptq.families.decoder import Decoder
 from nemo_vlm_ptq.families.folder_files import load_tokenizer
 from nemo_vlm_ptq.families.image_processor import load_image_processor
 from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, llama_decoder, llama_parameter_map
+from nemo_vlm_ptq.families.several_images import join_images, process_images
 from nemo_vlm_ptq.families.towers import merge_patches, select_hidden_states, tower_parameters
 from nemo_vlm_ptq.parameter_map.entries import IgnoredTensor
 
@@ -249,25 +250,25 @@ def make_preprocessor(folder: Path, config: Config) -> Preprocess:
     def tokenize(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    def process(image: Any) -> ImageInputs:
+        return ImageInputs(processor(image, return_tensors="pt")["pixel_values"])
+
     def preprocess(
-        sample_id: str, question: str, image: Any = None, answer: str = "", **_: Any
+        sample_id: str, question: str, images: Any = None, answer: str = "", **_: Any
     ) -> Sample:
-        if image is not None and not isinstance(image, ImageInputs):
-            processed = processor(image.convert("RGB"), return_tensors="pt")
-            image = ImageInputs(pixel_values=processed["pixel_values"])
+        parts = process_images(images, process)
         text = after.format(question=question)
         if answer:
             text += answer if is_llama_3 else f" {answer}"
-        images = int(image is not None)
-        check_placeholder_count(sample_id, images + text.count("<image>"), images)
-        if image is None:
-            ids = tokenize(before + text)
-        else:
-            ids = [*tokenize(before), IMAGE_TOKEN_INDEX, *tokenize("\n" + text)]
+        check_placeholder_count(sample_id, len(parts) + text.count("<image>"), len(parts))
+        ids = tokenize(before) if parts else tokenize(before + text)
+        for index in range(len(parts)):
+            following = text if index == len(parts) - 1 else ""
+            ids += [IMAGE_TOKEN_INDEX, *tokenize("\n" + following)]
         input_ids, is_image = expand_placeholders(
-            sample_id, [*first, *ids], IMAGE_TOKEN_INDEX, [count] * images
+            sample_id, [*first, *ids], IMAGE_TOKEN_INDEX, [count] * len(parts)
         )
-        return Sample(id=sample_id, input_ids=input_ids, is_image=is_image, images=image)
+        return Sample(sample_id, input_ids, is_image, join_images(parts))
 
     return preprocess
 

@@ -44,20 +44,36 @@ def check_questions(plan: Plan, stages: Iterable[str]) -> None:
         UserError: data is missing or empty, or a file of the model folder that preprocessing needs
             is missing or does not match the model.
     """
-    recipe, data_sets = plan.recipe, list[Questions]()
+    recipe, data_sets = plan.recipe, list[tuple[Questions, int | None]]()
     if "observe" in stages:
-        data_sets.append(calibration_questions(recipe.calibration))
+        calibration = recipe.calibration
+        data_sets.append((calibration_questions(calibration), calibration.max_pixels))
     if "evaluate" in stages:
-        data_sets.append(evaluation_questions(recipe.evaluate.data, recipe.evaluate.limit))
+        questions = evaluation_questions(recipe.evaluate.data, recipe.evaluate.limit)
+        data_sets.append((questions, None))
+        if recipe.evaluate.form == "engine":
+            _require_one_image(questions, "a TensorRT-LLM engine")
     elif "verify" in stages:
-        limit = recipe.evaluate.limit
-        data_sets.append(evaluation_questions(recipe.verification_data, limit))
-    for questions in data_sets:
+        questions = evaluation_questions(recipe.verification_data, recipe.evaluate.limit)
+        data_sets.append((questions, None))
+    for questions, _ in data_sets:
         if not questions.items:
             raise UserError(f"data {questions.name!r} holds no questions")
+        if not plan.family.takes_several_images:
+            _require_one_image(questions, f"family {plan.family.name}")
         questions.check_images()
     if data_sets:
         _check_samples(plan, data_sets)
+
+
+def _require_one_image(questions: Questions, reader: str) -> None:
+    """Raise UserError when a question has several images."""
+    for item in questions.items:
+        if len(item.images) > 1:
+            raise UserError(
+                f"question {item.id!r} of {questions.name} has {len(item.images)} images, and "
+                f"{reader} takes one for a question; remove it, or choose other data"
+            )
 
 
 def check_workdir_writable(work: Path) -> None:
@@ -79,10 +95,13 @@ def check_workdir_writable(work: Path) -> None:
         raise UserError(f"workdir {work}: {existing} is not writable; choose another workdir")
 
 
-def _check_samples(plan: Plan, data_sets: Sequence[Questions]) -> None:
-    """Preprocess the first question of each data set and encode its image on the meta device.
+def _check_samples(plan: Plan, data_sets: Sequence[tuple[Questions, int | None]]) -> None:
+    """Preprocess a question of each data set and encode its images on the meta device.
 
-    The others are tokenized only if the tokenizer has ids that the model has not.
+    Each data set has the largest area of its images, if it is for calibration.
+
+    It is the first of those with the most images. The others are tokenized only if the tokenizer
+    has ids that the model has not.
     """
     import torch
 
@@ -91,16 +110,29 @@ def _check_samples(plan: Plan, data_sets: Sequence[Questions]) -> None:
     matches = max(tokenizer.get_vocab().values(), default=0) < plan.decoder.vocab
     with torch.device("meta"):
         vision_module = plan.family.make_vision_module(plan.config)
-    for questions in data_sets:
-        item = questions.items[0]
-        image = questions.load_image(item.image) if item.image else None
-        sample = preprocess(item.id, item.text + PROMPT_SUFFIX, image)
+    for questions, most in data_sets:
+        item = max(questions.items, key=lambda one: len(one.images))
+        images: list[Any] = [*questions.load_images(item)]
+        sample = preprocess(item.id, item.text + PROMPT_SUFFIX, images, max_pixels=most)
+        if most is not None:
+            check_length(plan, sample, questions.name)
         _check_ids(plan, sample)
         if sample.images is not None:
             _check_image_features(plan, vision_module, sample)
+            images = [preprocess(item.id, item.text, images[0]).images]
         for other in () if matches else questions.items:
-            text, images = other.text + PROMPT_SUFFIX, sample.images if other.image else None
-            _check_ids(plan, preprocess(other.id, text, images, other.answer))
+            text, same = other.text + PROMPT_SUFFIX, images[:1] * len(other.images)
+            _check_ids(plan, preprocess(other.id, text, same, other.answer))
+
+
+def check_length(plan: Plan, sample: Sample, data: str) -> None:
+    """Raise UserError when a sample has more tokens than the model has positions."""
+    length, most = len(sample.input_ids), plan.decoder.max_positions
+    if length > most:
+        raise UserError(
+            f"question {sample.id!r} of {data} has {length} tokens, image included, and the model "
+            f"has {most} positions; shorten or remove it"
+        )
 
 
 def _check_ids(plan: Plan, sample: Sample) -> None:

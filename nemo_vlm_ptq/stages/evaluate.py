@@ -146,7 +146,7 @@ def _answer(
     context: RunContext,
     model: EvaluatedModel,
     questions: Questions,
-    images: Mapping[str, str] | None,
+    images: Mapping[str, tuple[str, ...]] | None,
     label: str,
 ) -> dict[str, str]:
     """Return the answers to all questions, on every rank."""

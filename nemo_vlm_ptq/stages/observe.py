@@ -25,6 +25,7 @@ from nemo_vlm_ptq.megatron.build import build_decoder
 from nemo_vlm_ptq.megatron.checkpoint import load_from_source
 from nemo_vlm_ptq.megatron.parallel_context import cores_per_rank, free_memory, local_world_size
 from nemo_vlm_ptq.planning.plan import Plan
+from nemo_vlm_ptq.planning.preflight import check_length
 from nemo_vlm_ptq.planning.windows import WindowPlan, plan_windows, stage_windows
 from nemo_vlm_ptq.sources.decoder_weights import open_weights, read_vision
 from nemo_vlm_ptq.stages.export import start_exports
@@ -47,24 +48,18 @@ def calibration_micro_batches(
         UserError: fewer questions than samples, or questions without an image; when samples are
             preprocessed, one that is longer than the model's maximum.
     """
-    calibration, max_positions = plan.recipe.calibration, plan.decoder.max_positions
+    calibration = plan.recipe.calibration
     questions = calibration_questions(calibration)
     make_sample = plan.family.make_preprocessor(plan.folder, plan.config)
     threads = ThreadPoolExecutor(min(MAX_IMAGE_THREADS, cores_per_rank()))
 
-    def preprocess_question(item: Question, encodes_image: bool) -> Sample:
-        image: Any = None
-        if item.image:
-            # where the number of image tokens depends on the image, every rank needs it
-            needed = encodes_image or plan.family.tokens_per_image is None
-            image = questions.load_image(item.image) if needed else EMPTY_IMAGE
+    def preprocess_question(item: Question, encodes_images: bool) -> Sample:
+        # where the number of image tokens depends on the image, every rank needs it
+        needed = encodes_images or plan.family.tokens_per_image is None
+        images = questions.load_images(item) if needed else [EMPTY_IMAGE] * len(item.images)
         text, most = item.text + PROMPT_SUFFIX, calibration.max_pixels
-        sample = make_sample(item.id, text, image, item.answer, max_pixels=most)
-        if len(sample.input_ids) > max_positions:
-            raise UserError(
-                f"question {item.id!r} of {calibration.data} has {len(sample.input_ids)} tokens, "
-                f"image included, and the model has {max_positions} positions; shorten or remove it"
-            )
+        sample = make_sample(item.id, text, images, item.answer, max_pixels=most)
+        check_length(plan, sample, questions.name)
         return sample
 
     def preprocess(micro_batch: MicroBatch, encodes_images: bool) -> list[Sample]:

@@ -48,7 +48,7 @@ class MegatronLogits:
         questions = evaluation_questions(plan.recipe.verification_data, SAMPLE_COUNT)
         prepare = plan.family.make_preprocessor(plan.folder, plan.config)
         return [
-            prepare(item.id, item.text + PROMPT_SUFFIX, questions.load_image(item.image))
+            prepare(item.id, item.text + PROMPT_SUFFIX, questions.load_images(item))
             for item in questions.items
         ]
 
