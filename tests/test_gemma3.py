@@ -22,6 +22,7 @@ from transformers.models.gemma3.processing_gemma3 import Gemma3Processor
 from nemo_vlm_ptq.checkpoints.model_config import merge_config
 from nemo_vlm_ptq.families import gemma3
 from nemo_vlm_ptq.megatron.forward import collate
+from nemo_vlm_ptq.megatron.rotary import apply_sliding_window
 from nemo_vlm_ptq.planning.make_plan import make_plan
 from nemo_vlm_ptq.recipe import load_recipe
 from nemo_vlm_ptq.reference.files import read_source
@@ -62,6 +63,14 @@ def test_a_prompt_without_an_image_has_no_marks(folder):
     ids = tokenizer(f"<s><user>{QUESTION}\n<model>\n", add_special_tokens=False)["input_ids"]
     check_sample(preprocess("q", QUESTION), ids, IMAGE_TOKEN, has_image=False)
     check_placeholders_are_rejected(preprocess, "<image_soft_token>")
+
+
+def test_angles_of_both_kinds_of_layers_are_on_the_device_of_the_model():
+    rotary = SimpleNamespace(inv_freq=torch.ones(32))  # on the CPU, as megatron-core makes it
+    model = SimpleNamespace(rotary_pos_emb=rotary, decoder=SimpleNamespace(layers=[]))
+    decoder = gemma3.FAMILY.decoder(CONFIG)
+    apply_sliding_window(model, decoder, decoder.sliding_window, torch.device("meta"))
+    assert {angles.device.type for angles in model.rotary_pos_emb(7)} == {"meta"}
 
 
 def test_pan_and_scan_is_refused(tmp_path):
