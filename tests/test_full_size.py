@@ -121,3 +121,23 @@ def test_phi_does_not_support_pipeline_parallelism_in_tensorrt_llm(tmp_path):
     assert plan_error(tmp_path, folder, "export.targets=[trtllm]", "export.pipeline=2") == (
         "export.pipeline=2 is not supported for Phi3ForCausalLM in TensorRT-LLM; supported: 1"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        (
+            "Qwen3.6-27B",
+            "31 % of the parameters: tower, projector, embedding, output layer, Gated DeltaNets "
+            "(48 of 64 layers)",
+        ),
+        (
+            "Qwen3-VL-8B-Instruct",
+            "21 % of the parameters: tower, projector, embedding, output layer",
+        ),
+    ],
+)
+def test_a_plan_says_what_stays_in_16_bit(tmp_path, name, line):
+    assert f"in 16 bit  {line}\n" in describe_plan(
+        plan_of(tmp_path, name, "parallel.tensor=1"), None, 1
+    )

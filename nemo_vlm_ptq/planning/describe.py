@@ -56,7 +56,7 @@ def describe_plan(plan: Plan, memory: int | None, data: int, layout_reason: str 
         export = recipe.export
         serving_layout = f"; TensorRT-LLM ranks: TP {export.tensor} x PP {export.pipeline}"
         lines.append(line + serving_layout * ("trtllm" in targets))
-    return "\n".join([*lines, _describe_written(plan, written)])
+    return "\n".join([*lines, _describe_16_bit(plan, total), _describe_written(plan, written)])
 
 
 def total_parameters(plan: Plan) -> int:
@@ -112,6 +112,15 @@ def _describe_windows(plan: Plan, memory: int | None, data: int) -> list[str]:
         f"windows    {size}: up to {device / 1e9:,.1f} GB of a rank's GPU, "
         f"{host / 1e9:,.1f} GB of host memory{states}"
     ]
+
+
+def _describe_16_bit(plan: Plan, total: int) -> str:
+    """Return which parameters no format quantizes, and their share."""
+    names, delta_net = ["tower", "projector", "embedding", "output layer"], plan.decoder.delta_net
+    if delta_net is not None:
+        names.append(f"Gated DeltaNets ({sum(delta_net.layers)} of {plan.decoder.layers} layers)")
+    share = 1 - linear_parameters(plan) / total
+    return f"in 16 bit  {100 * share:.0f} % of the parameters: {', '.join(names)}"
 
 
 def _describe_written(plan: Plan, exports: float) -> str:
