@@ -23,7 +23,6 @@ from nemo_vlm_ptq.families.base import (
     ModelFamily,
     Preprocess,
     Sample,
-    expand_placeholders,
 )
 from nemo_vlm_ptq.families.chat_template import prompt_renderer, tokenize_prompt
 from nemo_vlm_ptq.families.config_checks import (
@@ -37,6 +36,7 @@ from nemo_vlm_ptq.families.folder_files import load_tokenizer, token_of_id
 from nemo_vlm_ptq.families.full_config import full_config_reader, text_config_reader
 from nemo_vlm_ptq.families.image_processor import load_image_processor, read_settings
 from nemo_vlm_ptq.families.llama import decoder_from_sizes, llama_parameter_map
+from nemo_vlm_ptq.families.placeholders import expand_placeholders
 from nemo_vlm_ptq.families.several_images import join_images, process_images
 from nemo_vlm_ptq.families.tied_head import make_config_completer
 from nemo_vlm_ptq.families.tiles import tiles_of_tokens

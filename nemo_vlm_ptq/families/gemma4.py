@@ -23,8 +23,6 @@ from nemo_vlm_ptq.families.base import (
     ModelFamily,
     Preprocess,
     Sample,
-    expand_placeholders,
-    images_of_tokens,
 )
 from nemo_vlm_ptq.families.chat_template import prompt_renderer, tokenize_prompt
 from nemo_vlm_ptq.families.config_checks import check_token_id, require_positive, require_values
@@ -34,6 +32,7 @@ from nemo_vlm_ptq.families.full_config import full_config_reader, text_config_re
 from nemo_vlm_ptq.families.image_processor import load_pooled_processor
 from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, decoder_from_sizes, llama_parameter_map
 from nemo_vlm_ptq.families.padded_patches import block_counts
+from nemo_vlm_ptq.families.placeholders import expand_placeholders, images_of_tokens
 from nemo_vlm_ptq.families.scaled_rope import proportional_rope
 from nemo_vlm_ptq.families.several_images import join_images, process_images
 from nemo_vlm_ptq.families.tied_head import make_config_completer

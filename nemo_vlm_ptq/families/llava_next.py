@@ -24,7 +24,6 @@ from nemo_vlm_ptq.families.base import (
     ModelFamily,
     Preprocess,
     Sample,
-    expand_placeholders,
 )
 from nemo_vlm_ptq.families.chat_template import Render, prompt_renderer, tokenize_prompt
 from nemo_vlm_ptq.families.config_checks import check_token_id
@@ -33,6 +32,7 @@ from nemo_vlm_ptq.families.folder_files import load_tokenizer
 from nemo_vlm_ptq.families.full_config import full_config_reader, text_config_reader
 from nemo_vlm_ptq.families.image_processor import load_image_processor
 from nemo_vlm_ptq.families.llama import llama_decoder, llama_parameter_map
+from nemo_vlm_ptq.families.placeholders import expand_placeholders
 from nemo_vlm_ptq.families.several_images import join_images, process_images
 
 # (config, features [views,tokens,H] of each image, image sizes, newline) -> features [tokens,H]

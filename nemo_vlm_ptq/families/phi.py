@@ -28,7 +28,6 @@ from nemo_vlm_ptq.families.base import (
     ModelFamily,
     Preprocess,
     Sample,
-    check_placeholder_count,
 )
 from nemo_vlm_ptq.families.chat_template import prompt_renderer
 from nemo_vlm_ptq.families.config_checks import check_tower_sizes, require_values
@@ -38,6 +37,7 @@ from nemo_vlm_ptq.families.hd_transform import crop_image, token_count
 from nemo_vlm_ptq.families.image_processor import read_settings
 from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, decoder_from_sizes, llama_parameter_map
 from nemo_vlm_ptq.families.long_rope import read_long_rope, to_transformers_5
+from nemo_vlm_ptq.families.placeholders import check_placeholder_count
 from nemo_vlm_ptq.families.several_images import join_images, process_images
 from nemo_vlm_ptq.families.towers import merge_patches, select_hidden_states, tower_parameters
 from nemo_vlm_ptq.parameter_map.entries import IgnoredTensor

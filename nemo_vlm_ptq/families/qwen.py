@@ -15,15 +15,7 @@ import torch
 from torch import nn
 
 from nemo_vlm_ptq.errors import UserError
-from nemo_vlm_ptq.families.base import (
-    Config,
-    ImageInputs,
-    ImagePlaceholders,
-    Preprocess,
-    Sample,
-    expand_placeholders,
-    images_of_tokens,
-)
+from nemo_vlm_ptq.families.base import Config, ImageInputs, ImagePlaceholders, Preprocess, Sample
 from nemo_vlm_ptq.families.chat_template import prompt_renderer, tokenize_prompt
 from nemo_vlm_ptq.families.config_checks import (
     check_patch_tower,
@@ -37,6 +29,7 @@ from nemo_vlm_ptq.families.full_config import ConfigReader
 from nemo_vlm_ptq.families.image_processor import load_patch_processor
 from nemo_vlm_ptq.families.llama import decoder_from_sizes
 from nemo_vlm_ptq.families.mrope import mrope_positions
+from nemo_vlm_ptq.families.placeholders import expand_placeholders, images_of_tokens
 from nemo_vlm_ptq.families.several_images import join_images, process_images
 
 IMAGE_PROCESSORS = ("Qwen2VLImageProcessor",)

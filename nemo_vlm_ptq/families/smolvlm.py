@@ -22,7 +22,6 @@ from nemo_vlm_ptq.families.base import (
     ModelFamily,
     Preprocess,
     Sample,
-    check_placeholder_count,
 )
 from nemo_vlm_ptq.families.chat_template import prompt_renderer, tokenize_prompt
 from nemo_vlm_ptq.families.config_checks import (
@@ -35,6 +34,7 @@ from nemo_vlm_ptq.families.folder_files import load_tokenizer, token_of_id
 from nemo_vlm_ptq.families.full_config import full_config_reader, text_config_reader
 from nemo_vlm_ptq.families.image_processor import load_image_processor
 from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, llama_parameter_map
+from nemo_vlm_ptq.families.placeholders import check_placeholder_count
 from nemo_vlm_ptq.families.scaled_rope import scaled_rope_decoder
 from nemo_vlm_ptq.families.several_images import join_images, process_images
 from nemo_vlm_ptq.families.tied_head import make_config_completer

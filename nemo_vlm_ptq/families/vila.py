@@ -24,8 +24,6 @@ from nemo_vlm_ptq.families.base import (
     ModelFamily,
     Preprocess,
     Sample,
-    check_placeholder_count,
-    expand_placeholders,
 )
 from nemo_vlm_ptq.families.config_checks import (
     check_feature_layer,
@@ -36,6 +34,7 @@ from nemo_vlm_ptq.families.decoder import Decoder
 from nemo_vlm_ptq.families.folder_files import load_tokenizer
 from nemo_vlm_ptq.families.image_processor import load_image_processor
 from nemo_vlm_ptq.families.llama import ROTARY_INV_FREQ, llama_decoder, llama_parameter_map
+from nemo_vlm_ptq.families.placeholders import check_placeholder_count, expand_placeholders
 from nemo_vlm_ptq.families.several_images import join_images, process_images
 from nemo_vlm_ptq.families.towers import merge_patches, select_hidden_states, tower_parameters
 from nemo_vlm_ptq.parameter_map.entries import IgnoredTensor
