@@ -182,9 +182,12 @@ def exchange_files(rng: random.Random, folder: Path) -> str | None:
 def truncate_file(rng: random.Random, folder: Path) -> str | None:
     path = pick_file(rng, folder, "*.*")
     assert path is not None
-    size = path.stat().st_size
+    content = path.read_bytes()
+    size = len(content)
     keep = rng.choice((0, 1, size // 2, size - 1, max(0, size - 20)))
-    path.write_bytes(path.read_bytes()[:keep])
+    path.write_bytes(content[:keep])
+    if content[keep:].isspace():
+        return None  # the end of the last line: without effect
     return f"{path.relative_to(folder)} truncated from {size} to {keep}"
 
 
