@@ -113,10 +113,13 @@ def write_questions(
     questions = calibration_questions(recipe.calibration)
     samples, items = [], []
     for item in questions.items[:: max(1, len(questions.items) // count)][:count]:
-        image = questions.load_images(item)
-        samples.append(preprocess(item.id, item.text, image))
-        image.save(folder / f"{len(items)}.png")
-        items.append({"text": item.text, "ids": samples[-1].input_ids.tolist()})
+        images = questions.load_images(item)
+        samples.append(preprocess(item.id, item.text, images))
+        files = [f"{len(items)}-{number}.png" for number in range(len(images))]
+        for image, file in zip(images, files, strict=True):
+            image.save(folder / file)
+        ids = samples[-1].input_ids.tolist()
+        items.append({"text": item.text, "images": files, "ids": ids})
     return samples, items
 
 
@@ -163,7 +166,7 @@ def ask_folder(path: str, folder: Path, questions: list[dict[str, Any]], dtype: 
         max_logprobs=-1,
         kv_cache_memory_bytes=1 << 30,
         gpu_memory_utilization=0.3,
-        limit_mm_per_prompt={"image": 1},
+        limit_mm_per_prompt={"image": max(len(item["images"]) for item in questions)},
         mm_processor_cache_gb=0,
         disable_log_stats=True,
         seed=0,
@@ -173,12 +176,15 @@ def ask_folder(path: str, folder: Path, questions: list[dict[str, Any]], dtype: 
             {
                 "role": "user",
                 "content": [
-                    {"type": "image_pil", "image_pil": Image.open(folder / f"{i}.png")},
+                    *(
+                        {"type": "image_pil", "image_pil": Image.open(folder / file)}
+                        for file in item["images"]
+                    ),
                     {"type": "text", "text": item["text"]},
                 ],
             }
         ]
-        for i, item in enumerate(questions)
+        for item in questions
     ]
     sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=-1)
     try:
