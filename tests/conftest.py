@@ -14,6 +14,8 @@ import pytest
 
 import nemo_vlm_ptq  # noqa: F401  before torch, which it has settings for
 
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # as the command sets it
+
 
 @pytest.fixture(scope="session")
 def llava():

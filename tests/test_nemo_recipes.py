@@ -1,5 +1,6 @@
 """NeMo-Run recipes: factories of the shipped recipes, executors, and identical output files."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -220,6 +221,8 @@ def home(monkeypatch, tmp_path):
     """Folder of NeMo-Run's experiments."""
     monkeypatch.setattr("nemo_run.config._NEMORUN_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
+    # an experiment replaces the root logger's handlers, for this process's later tests too
+    monkeypatch.setattr(logging.getLogger(), "handlers", logging.getLogger().handlers[:])
     with open(os.devnull) as devnull:
         # NeMo-Run starts shells that read stdin, which pytest forbids
         monkeypatch.setattr(sys, "stdin", devnull)
